@@ -1,0 +1,14 @@
+"""Instruction tuning of open language models with JAX.
+
+The floor plan; imports only go down, siblings never import each other (`tests/test_floors.py`):
+
+    floor 4  doors    train  preview  convert  evaluate  chat      `python -m jaxtune.<door>`
+    floor 3  learn    hf                the step and its state | the outside world's checkpoints
+    floor 2  model                      the only room with `nn.Module`
+    floor 1  data  ops  mesh  draw      numpy only | jnp only | who holds which slice | pictures
+    floor 0  config  command  spec  tree    knobs | argv and exit codes | what a model is | names
+
+Importing this package imports nothing heavy.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,41 @@
+"""`jaxtune <door> ...` and `python -m jaxtune <door> ...` are `python -m jaxtune.<door> ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from jaxtune import __version__
+from jaxtune.config import nearest
+
+# door -> what it does, in the order a newcomer meets them
+DOORS = {
+    "preview": "show exactly what would be trained, then the data report",
+    "train": "Hugging Face model in, fine-tuned Hugging Face model out",
+    "evaluate": "loss, perplexity, token accuracy, generations; base and tuned side by side",
+    "chat": "talk to a model in the terminal, or answer a file of prompts",
+    "convert": "a checkpoint or a run -> Hugging Face format",
+}
+
+
+def main() -> int:
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: jaxtune <door> [--help] ...\n")
+        for door, purpose in DOORS.items():
+            print(f"  {door:9} {purpose}")
+        return 0
+    if words[0] == "--version":
+        print(f"jaxtune {__version__}")
+        return 0
+    if words[0] not in DOORS:
+        known = ", ".join(DOORS)
+        hint = nearest(words[0], DOORS)
+        print(f"jaxtune: no door '{words[0]}'.{hint} There are: {known}.", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"jaxtune.{words[0]}")
+    return module.main(words[1:])  # type: ignore[no-any-return]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

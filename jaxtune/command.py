@@ -1,0 +1,213 @@
+"""argv in, (Config, door options) out; exceptions in, exit codes out.
+
+Every door is two functions, `run(config, options) -> Result` for Python and `main(argv)` for the
+shell; `main` is `command.execute(...)`. This room knows no JAX, so `--help` is quick.
+
+Exit codes: 0 done, 2 bad input, 3 diverged, 75 stopped after saving, 1 a bug (with its traceback).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+
+import pydantic
+import yaml
+from pydantic.fields import FieldInfo
+
+from jaxtune.config import (
+    ALIASES,
+    Config,
+    ConfigError,
+    Diverged,
+    JaxtuneError,
+    field_names,
+    load,
+    nearest,
+    parse_model,
+)
+
+BAD_INPUT = 2
+DIVERGED = 3
+STOPPED = 75  # EX_TEMPFAIL: run the same command again
+
+
+class Options(pydantic.BaseModel):
+    """A door's own flags, next to the config's. `positional` names those given without a flag.
+
+    A field whose name Python or pydantic wants for itself has its flag as alias:
+    `as_json: bool = Field(False, alias="json", description=...)`.
+    """
+
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=()
+    )
+
+    @classmethod
+    def positional(cls) -> tuple[str, ...]:
+        return ()
+
+
+O = TypeVar("O", bound=Options)
+
+
+class Stopped(Exception):
+    """Training was asked to stop and has saved; the same command resumes."""
+
+
+def note(message: str) -> None:
+    """One line for the person at the terminal, on stderr: stdout is for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def execute(
+    door: str,
+    description: str,
+    options: type[O],
+    run: Callable[[Config, O], Any],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parses, runs, and turns what went wrong into an exit code and one message on stderr."""
+    try:
+        config, chosen = parse(sys.argv[1:] if argv is None else argv, door, description, options)
+        run(config, chosen)
+    except Diverged as error:
+        note(f"jaxtune {door}: {error}")
+        return DIVERGED
+    except JaxtuneError as error:
+        note(f"jaxtune {door}: {error}")
+        return BAD_INPUT
+    except Stopped as error:
+        note(f"jaxtune {door}: {error}")
+        return STOPPED
+    except BrokenPipeError:  # the reader of stdout left (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def parse(argv: Sequence[str], door: str, description: str, options: type[O]) -> tuple[Config, O]:
+    """`--config FILE`, every config field, and the door's own flags.
+
+    `--name value`, `--name=value`, `-` and `_` alike; a flag alone means true; lists take several
+    values or one YAML value (`--datasets '[{path: a.jsonl, limit: 10}]'`). Raises `ConfigError`
+    with the nearest name for a flag nobody knows.
+    """
+    own = {field.alias or name: field for name, field in options.model_fields.items()}
+    positional = options.positional()
+    flags = {**{n: f for n, f in own.items() if n not in positional}, **field_names(Config)}
+    words, loose, typed = _split(argv, {*flags, *ALIASES})
+    if len(loose) > len(positional):
+        extra = loose[len(positional)]
+        raise ConfigError(f"flags: '{extra}' belongs to no flag. Every value needs its --name.")
+    usage = " ".join(["jaxtune", door, *(name.upper() for name in positional)])
+    given = _read_with_tyro(words, usage, description, flags)
+
+    chosen: dict[str, Any] = dict(zip(positional, loose, strict=False))
+    for name in positional:
+        if name not in chosen and own[name].is_required():
+            raise ConfigError(f"{name.upper()} is missing. Usage: {usage} [--flags]")
+    chosen.update({name: given.pop(name) for name in own if name in given})
+    path = given.pop("config", None)
+    # Names go on as they were typed: `load` translates aliases and their values, in one place.
+    config = load(path, {typed.get(name, name): value for name, value in given.items()}, note=note)
+    return config, parse_model(options, chosen, where="flags")
+
+
+def _split(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str], dict[str, str]]:
+    """argv -> (flags with their values, words before the first flag, field name -> name typed)."""
+    words: list[str] = []
+    loose: list[str] = []
+    typed: dict[str, str] = {}
+    for word in argv:
+        if word in ("-h", "--help"):
+            words.append("--help")
+        elif word.startswith("--") and len(word) > 2:
+            flag, equals, value = word.partition("=")
+            name = flag[2:].replace("-", "_")
+            if name not in known and name != "config":
+                raise ConfigError(f"flags: unknown flag '{flag}'.{nearest(name, [*known])}")
+            field = ALIASES[name].name if name in ALIASES else name
+            if field in typed:
+                raise ConfigError(f"flags: '--{typed[field]}' and '{flag}' both set {field}.")
+            typed[field] = name
+            words.extend(["--" + field, value] if equals else ["--" + field])
+        else:
+            (words if words else loose).append(word)
+    return words, loose, typed
+
+
+def _read_with_tyro(
+    words: list[str], usage: str, description: str, flags: Mapping[str, FieldInfo]
+) -> dict[str, Any]:
+    """Flag name -> value, still text where text came; pydantic gives it its type."""
+    import tyro  # here, so that a mistyped flag is answered without it
+
+    fields: list[tuple[str, Any, Any]] = [("config", _flag("config", "FILE", "YAML config"), None)]
+    for name, field in flags.items():
+        help_text = f"{field.description or ''}{_choices_and_default(field)}"
+        fields.append((name.replace(".", "__"), _flag(name, _kind(field), help_text), None))
+    namespace = dataclasses.make_dataclass("Flags", fields)
+    parsed: Any = tyro.cli(
+        namespace, args=words, prog=usage, description=description, use_underscores=True
+    )
+    given = {name: getattr(parsed, name.replace(".", "__")) for name in ["config", *flags]}
+    return {
+        name: _value(name, values, flags.get(name))
+        for name, values in given.items()
+        if values is not None
+    }
+
+
+def _flag(name: str, metavar: str, help_text: str) -> Any:
+    import tyro
+
+    spec = tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=metavar,
+        instance_from_str=lambda values: list(values),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+    arg = tyro.conf.arg(name=name, help=help_text, help_behavior_hint="", prefix_name=False)
+    return Annotated[Any, spec, arg]
+
+
+# A field's type, read from its annotation -> what `--help` calls its value.
+_KINDS = {
+    "Literal": "NAME", "DatasetConfig": "YAML", "dict": "YAML", "tuple": "TEXT...",
+    "bool": "BOOL", "float": "FLOAT", "int": "INT",
+}  # fmt: skip
+
+
+def _kind(field: FieldInfo) -> str:
+    text = str(field.annotation)
+    return next((kind for word, kind in _KINDS.items() if word in text), "TEXT")
+
+
+def _choices_and_default(field: FieldInfo) -> str:
+    choices = [c for c in typing.get_args(field.annotation) if isinstance(c, str)]
+    default = "none" if field.default in (None, (), {}) else field.default
+    return (f" [{' | '.join(choices)}]" if choices else "") + f" (default: {default})"
+
+
+def _value(name: str, values: list[str], field: FieldInfo | None) -> Any:
+    """The words after a flag as one value; none = true, YAML where the field is structured."""
+    text = "str" if field is None else str(field.annotation)
+    if not values:
+        if "bool" in text or name == "gradient_checkpointing":
+            return True
+        raise ConfigError(f"flags: --{name} needs a value.")
+    if "tuple[" in text and not (len(values) == 1 and values[0].startswith("[")):
+        return values[0] if "DatasetConfig" in text and len(values) == 1 else values
+    if len(values) > 1:
+        raise ConfigError(f"flags: --{name} takes one value; got {' '.join(values)!r}. Quote it.")
+    if "tuple[" in text or "dict[" in text:
+        try:
+            return yaml.safe_load(values[0])
+        except yaml.YAMLError:
+            raise ConfigError(f"flags: --{name}: not valid YAML: {values[0]}") from None
+    return None if values[0].lower() in ("none", "null") and "None" in text else values[0]

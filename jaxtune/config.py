@@ -1,0 +1,435 @@
+"""Every knob, its unit and its consequence; one strict model, read from YAML and from flags.
+
+`load` is the only way in: it accepts the names people already type (`ALIASES`), refuses what it
+does not know with the nearest name, and returns a frozen `Config` in which everything that can be
+decided without looking at devices is decided. Nothing below the doors takes a `Config`: functions
+take what they need. This room knows no JAX.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import pydantic
+import yaml
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+M = TypeVar("M", bound=pydantic.BaseModel)
+
+
+class JaxtuneError(Exception):
+    """What a user can mend. The text says where, what was expected, what came, what to do."""
+
+
+class ConfigError(JaxtuneError):
+    """A knob, a path or a combination of them is wrong."""
+
+
+class DataError(JaxtuneError):
+    """A data file is missing, broken, or holds nothing to train on."""
+
+
+class ModelError(JaxtuneError):
+    """A model folder is missing, incomplete, or of a family this version does not know."""
+
+
+class Diverged(JaxtuneError):
+    """Loss or gradients became non-finite; the parameters before that step are kept."""
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class DatasetConfig(_Strict):
+    """One source of examples."""
+
+    path: str = Field(description=".json or .jsonl file (also .gz)")
+    name: str | None = Field(None, description="label in reports; default: the file's name")
+    split: str | None = Field(None, description="split of a hub dataset")
+    format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text"] = Field(
+        "auto", description="auto decides by the columns found and says what it decided"
+    )
+    columns: dict[str, str] = Field(
+        {}, description="standard name -> your column, e.g. {output: answer}"
+    )
+    weight: PositiveFloat = Field(1.0, description="sampling weight in a mixture")
+    limit: PositiveInt | None = Field(None, description="use the first N rows only")
+    proportions: dict[str, Any] | None = Field(
+        None, description="target distribution over a column"
+    )
+
+
+class LoraConfig(_Strict):
+    """Low-rank adapters; r = 0 trains all parameters."""
+
+    r: NonNegativeInt = Field(0, description="rank; 0 = full fine-tuning")
+    alpha: PositiveFloat | None = Field(None, description="scale is alpha / r; default 2 r")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
+    targets: str | tuple[str, ...] = Field("all-linear", description="which projections")
+    rslora: bool = Field(False, description="scale alpha / sqrt(r)")
+    dora: bool = Field(False, description="weight-decomposed LoRA")
+
+
+class MeshConfig(_Strict):
+    """Devices along each mesh axis; at most one -1, which takes what is left."""
+
+    data: int = Field(1, description="replicas of the parameters")
+    fsdp: int = Field(-1, description="shards of parameters, gradients and moments; also of rows")
+    tensor: int = Field(1, description="shards of heads, mlp and vocabulary")
+    context: int = Field(1, description="shards of the sequence")
+
+    @pydantic.model_validator(mode="after")
+    def _sizes(self) -> MeshConfig:
+        sizes = [self.data, self.fsdp, self.tensor, self.context]
+        if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError("axes are positive, or -1 for one of them")
+        return self
+
+
+class Config(_Strict):
+    """All of a run. Names and defaults are those Hugging Face users know."""
+
+    model_name_or_path: str | None = Field(
+        None, description="hub id, Hugging Face folder, or a jaxtune run directory"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    tokenizer_name: str | None = Field(None, description="folder or hub id; default: the model's")
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="random needs only config.json and trains from scratch"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the computation; auto = bfloat16 on TPU and GPU, float32 on CPU"
+    )
+    param_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of stored parameters; bfloat16 loses most updates below lr 1e-4"
+    )
+    save_dtype: Literal["source", "float32", "bfloat16", "float16"] = Field(
+        "source", description="of the exported model; source = as the model came"
+    )
+
+    dataset: str | None = Field(None, description="short for one entry of datasets")
+    datasets: tuple[DatasetConfig, ...] = Field((), description="what to train on; YAML list")
+    eval_datasets: tuple[DatasetConfig, ...] = Field((), description="what to evaluate on")
+    eval_split: float = Field(
+        0.0, ge=0, lt=1, description="share of the training rows held out, chosen by the seed"
+    )
+    template: str = Field(
+        "auto",
+        description="auto | chat | alpaca | alpaca_original | chatml | llama2 | llama3 | "
+        "'USER: {instruction}\\n{input}\\nASSISTANT: {output}'; auto = the tokenizer's own chat "
+        "template if it has one, else alpaca",
+    )
+    system_prompt: str | None = Field(None, description="for rows that bring none")
+    stop: str | None = Field(
+        None, description="end of turn; default: the template's, else the tokenizer's eos"
+    )
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="every answer, the last answer, or every token"
+    )
+    max_length: int = Field(2048, ge=2, description="tokens in a row of the batch")
+    truncation: Literal["drop", "truncate", "error"] = Field(
+        "drop", description="rows longer than max_length; drop counts and shows them"
+    )
+    packing: bool = Field(True, description="several examples in a row, isolated; less padding")
+
+    learning_rate: NonNegativeFloat = Field(
+        2e-5, description="peak; the default is 2e-4 when lora.r > 0"
+    )
+    num_train_epochs: PositiveFloat = Field(3, description="passes over the data, may be 0.5")
+    max_steps: int = Field(-1, description="optimiser steps; overrides num_train_epochs when > 0")
+    per_device_train_batch_size: PositiveInt = Field(
+        8, description="rows per device and microbatch, over the data and fsdp axes"
+    )
+    gradient_accumulation_steps: PositiveInt = Field(
+        1, description="microbatches in a step; same gradient, less memory, more time"
+    )
+    global_batch_size: PositiveInt | None = Field(
+        None, description="rows in a step; sets gradient_accumulation_steps"
+    )
+    per_device_eval_batch_size: PositiveInt = Field(8, description="rows; never changes results")
+    optim: Literal["adamw", "adafactor", "lion", "sgd", "muon", "schedule_free"] = Field(
+        "adamw", description="optimiser"
+    )
+    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled; skips norms and biases")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
+    adam_epsilon: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
+    max_grad_norm: NonNegativeFloat = Field(1.0, description="clips the global norm; 0 = off")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="after the warmup; linear and cosine end at 0"
+    )
+    warmup_steps: NonNegativeFloat = Field(
+        0.03, description="below 1 a share of all steps, else a number of steps"
+    )
+    neftune_noise_alpha: PositiveFloat | None = Field(
+        None, description="noise on embeddings while training"
+    )
+    gradient_checkpointing: Literal["none", "full", "dots"] = Field(
+        "full", description="what the backward pass recomputes: full = least memory, ~1/3 slower"
+    )
+    lora: LoraConfig = LoraConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    seed: NonNegativeInt = Field(42, description="of data order and random weights")
+    logging_steps: PositiveInt = Field(10, description="steps between rows of metrics.jsonl")
+    eval_steps: PositiveInt | None = Field(
+        None, description="steps between evaluations; default: at every epoch's end"
+    )
+    save_steps: PositiveInt = Field(500, description="steps between checkpoints; also at the end")
+    save_total_limit: PositiveInt | None = Field(2, description="checkpoints kept, newest first")
+    resume: Literal["auto", "never", "must"] = Field(
+        "auto", description="from the newest checkpoint in output_dir"
+    )
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (), description="besides metrics.jsonl, which is always written"
+    )
+    sample_prompts: tuple[str, ...] = Field((), description="answered at every evaluation")
+    export: bool = Field(True, description="write OUT/hf when training ends")
+    output_dir: str | None = Field(None, description="the run directory; made if missing")
+
+    @pydantic.model_validator(mode="after")
+    def _agree(self) -> Config:
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError("max_steps is positive, or -1 for num_train_epochs")
+        if self.eval_split and self.eval_datasets:
+            raise ValueError("eval_split and eval_datasets exclude each other; set one")
+        return self
+
+
+class _Alias(NamedTuple):
+    name: str
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+def _remat(value: Any) -> Any:
+    return {"true": "full", "false": "none"}.get(str(value).lower(), value)
+
+
+def _train_on(value: Any) -> Any:
+    return {"true": "all", "false": "assistant"}.get(str(value).lower(), value)
+
+
+def _resume(value: Any) -> Any:
+    return {"true": "must", "false": "never"}.get(str(value).lower(), value)
+
+
+def _one_dataset(value: Any) -> Any:
+    return [{"path": value}] if isinstance(value, str) else value
+
+
+def _optimiser(value: Any) -> Any:
+    return "adamw" if value in ("adamw_torch", "adamw_torch_fused", "adamw_hf") else value
+
+
+# What people type elsewhere -> the field here. A name that is a field itself may be listed too:
+# its values are then translated (`gradient_checkpointing: true`).
+ALIASES: Mapping[str, _Alias] = {
+    **dict.fromkeys(("model", "base_model"), _Alias("model_name_or_path")),
+    "tokenizer": _Alias("tokenizer_name"),
+    "train_file": _Alias("dataset"),
+    **dict.fromkeys(("eval_file", "eval_dataset"), _Alias("eval_datasets", _one_dataset)),
+    **dict.fromkeys(("val_set_size", "val_size"), _Alias("eval_split")),
+    **dict.fromkeys(("prompt_template", "chat_template"), _Alias("template")),
+    **dict.fromkeys(
+        ("max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"), _Alias("max_length")
+    ),
+    "sample_packing": _Alias("packing"),
+    **dict.fromkeys(("train_on_inputs", "train_on_prompt"), _Alias("train_on", _train_on)),
+    "lr": _Alias("learning_rate"),
+    **dict.fromkeys(("epochs", "num_epochs"), _Alias("num_train_epochs")),
+    "max_train_steps": _Alias("max_steps"),
+    **dict.fromkeys(("micro_batch_size", "batch_size"), _Alias("per_device_train_batch_size")),
+    "eval_batch_size": _Alias("per_device_eval_batch_size"),
+    "optimizer": _Alias("optim", _optimiser),
+    "optim": _Alias("optim", _optimiser),
+    "lr_scheduler": _Alias("lr_scheduler_type"),
+    **dict.fromkeys(("warmup_ratio", "num_warmup_steps"), _Alias("warmup_steps")),
+    **dict.fromkeys(("clip_grad_norm", "gradient_clipping"), _Alias("max_grad_norm")),
+    **dict.fromkeys(
+        ("activation_checkpointing", "enable_activation_checkpointing", "gradient_checkpointing"),
+        _Alias("gradient_checkpointing", _remat),
+    ),
+    "gradient_accumulation": _Alias("gradient_accumulation_steps"),
+    **dict.fromkeys(("lora_r", "lora_rank"), _Alias("lora.r")),
+    "lora_alpha": _Alias("lora.alpha"),
+    "lora_dropout": _Alias("lora.dropout"),
+    **dict.fromkeys(("lora_target", "lora_target_modules"), _Alias("lora.targets")),
+    "use_rslora": _Alias("lora.rslora"),
+    "use_dora": _Alias("lora.dora"),
+    **dict.fromkeys(("resume_from_checkpoint", "resume"), _Alias("resume", _resume)),
+    "log_interval": _Alias("logging_steps"),
+    "out_dir": _Alias("output_dir"),
+}
+
+
+def load(
+    path: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    note: Callable[[str], None] = lambda message: None,
+) -> Config:
+    """The config of a YAML file with overrides on top.
+
+    `overrides` maps names to values; dots reach into groups (`{"lora.r": 16}`), nested mappings
+    work too. `note` receives one line for each alias used. Raises `ConfigError`.
+
+    >>> load(overrides={"cutoff_len": "512", "mesh.fsdp": 8}).max_length
+    512
+    """
+    values: dict[str, Any] = {}
+    where = "config"
+    if path is not None:
+        where = str(path)
+        _merge(values, _flat(_read_yaml(Path(path))), where, note)
+    _merge(values, _flat(overrides or {}), "flags", note)
+
+    if values.get("dataset") is not None:
+        values["datasets"] = [{"path": values["dataset"]}]
+    values.pop("dataset", None)
+    if "learning_rate" not in values and str(values.get("lora.r", 0)) not in ("0", "None"):
+        values["learning_rate"] = 2e-4
+        note("learning_rate: 2e-4, the default with LoRA")
+    config = parse_model(Config, _nested(values), where=where)
+    _refuse_what_is_not_built(config)
+    return config
+
+
+def dump(config: Config) -> str:
+    """YAML that `load` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude={"dataset"}), sort_keys=False)
+
+
+def field_names(model: type[pydantic.BaseModel]) -> dict[str, pydantic.fields.FieldInfo]:
+    """Dotted name -> field, groups (nested models) opened; lists of models stay one field."""
+    names: dict[str, pydantic.fields.FieldInfo] = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
+            inner = field_names(field.annotation)
+            names.update({f"{name}.{key}": value for key, value in inner.items()})
+        else:
+            names[name] = field
+    return names
+
+
+def nearest(name: str, known: Mapping[str, Any] | tuple[str, ...] | list[str]) -> str:
+    """` Did you mean 'x'?`, or nothing when no known name is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def parse_model(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
+    """Validates, turning pydantic's report into one `ConfigError` with a line per mistake."""
+    try:
+        return model.model_validate(values)
+    except pydantic.ValidationError as error:
+        lines = []
+        for detail in error.errors():
+            name = ".".join(str(part) for part in detail["loc"])
+            reason = detail["msg"].removeprefix("Value error, ")
+            if detail["type"] == "extra_forbidden":
+                lines.append(f"{where}: unknown key '{name}'.{_nearest_in(model, detail['loc'])}")
+            elif not name or detail["type"] == "missing":
+                lines.append(f"{where}: {name + ': ' if name else ''}{reason}.")
+            else:
+                lines.append(f"{where}: {name}: {reason}; got {detail['input']!r}.")
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _nearest_in(model: type[pydantic.BaseModel], loc: tuple[int | str, ...]) -> str:
+    """The nearest known sibling of an unknown key inside a list entry or a group."""
+    groups = {"datasets": DatasetConfig, "eval_datasets": DatasetConfig}
+    owner = groups.get(str(loc[0]), model) if len(loc) > 1 else model
+    return nearest(str(loc[-1]), list(owner.model_fields))
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not text"
+        raise ConfigError(f"{path}{line}: not valid YAML: {problem}.") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected 'name: value' lines; got a {type(values).__name__}.")
+    return values
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Opens the groups of the model (not free dicts such as `columns`) into dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        is_group = name in ("lora", "mesh") and isinstance(value, Mapping)
+        flat.update({f"{name}.{k}": v for k, v in value.items()} if is_group else {name: value})
+    return flat
+
+
+def _merge(
+    values: dict[str, Any], new: Mapping[str, Any], where: str, note: Callable[[str], None]
+) -> None:
+    known = field_names(Config)
+    seen: dict[str, str] = {}
+    for key, value in new.items():
+        name = str(key).replace("-", "_")
+        alias = ALIASES.get(name)
+        if alias:
+            value = alias.convert(value)
+            if alias.name != name:
+                note(f"{name}: read as {alias.name}")
+            if name == "warmup_ratio" and _number(value) >= 1:
+                raise ConfigError(f"{where}: warmup_ratio is below 1; got {value}.")
+            name = alias.name
+        if name not in known:
+            suggestion = nearest(name, [*known, *ALIASES])
+            raise ConfigError(f"{where}: unknown key '{key}'.{suggestion}")
+        if name in seen:
+            raise ConfigError(f"{where}: '{key}' and '{seen[name]}' both set {name}; keep one.")
+        seen[name] = str(key)
+        if name in ("dataset", "datasets"):  # the later source of either replaces both
+            values.pop("dataset" if name == "datasets" else "datasets", None)
+        values[name] = value
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        group, dot, leaf = name.partition(".")
+        if dot:
+            nested.setdefault(group, {})[leaf] = value
+        else:
+            nested[name] = value
+    return nested
+
+
+def _refuse_what_is_not_built(config: Config) -> None:
+    """A knob that would be silently ignored is an error instead."""
+    entries = (*config.datasets, *config.eval_datasets)
+    wanted = {
+        "lora.r": config.lora.r > 0,
+        f"optim={config.optim}": config.optim != "adamw",
+        "neftune_noise_alpha": config.neftune_noise_alpha is not None,
+        "mesh.context": config.mesh.context != 1,
+        "report_to=wandb": "wandb" in config.report_to,
+        "sample_prompts": bool(config.sample_prompts),
+        "datasets[].weight": any(entry.weight != 1.0 for entry in entries),
+        "datasets[].proportions": any(entry.proportions is not None for entry in entries),
+        "datasets[].split": any(entry.split is not None for entry in entries),
+    }
+    refused = [name for name, set_ in wanted.items() if set_]
+    if refused:
+        raise ConfigError(f"config: not in this version yet: {', '.join(refused)}. Unset it.")

@@ -1,0 +1,57 @@
+"""Names of leaves: one spelling, `stack_0/layer_0/attention/q/kernel`, for rules that go by name.
+
+A rule that matches nothing is a mistake in the rule, so it is an error here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxtune.config import ConfigError
+
+Tree = Any  # nested dicts with string keys; leaves are arrays, shapes or anything not a dict
+
+
+def named(tree: Tree, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> {"a/b/c": leaf}, in the order of sorted names.
+
+    >>> named({"b": {"c": 2}, "a": 1})
+    {'a': 1, 'b/c': 2}
+    """
+    if not isinstance(tree, Mapping):
+        return {prefix: tree}
+    leaves: dict[str, Any] = {}
+    for key in sorted(tree):
+        leaves.update(named(tree[key], f"{prefix}/{key}" if prefix else str(key)))
+    return leaves
+
+
+def unnamed(leaves: Mapping[str, Any]) -> Tree:
+    """The inverse of `named`."""
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *groups, last = name.split("/")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[last] = leaf
+    return tree
+
+
+def map_named(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """`f(name, leaf, *leaves_of_rest)` at every leaf of `tree`."""
+    others = [named(other) for other in rest]
+    return unnamed(
+        {name: f(name, leaf, *(o[name] for o in others)) for name, leaf in named(tree).items()}
+    )
+
+
+def select(tree: Tree, pattern: str) -> Tree:
+    """A tree of booleans: does `pattern` (a regex, searched) match the leaf's name?"""
+    chosen = map_named(lambda name, _: re.search(pattern, name) is not None, tree)
+    if not any(named(chosen).values()):
+        names = ", ".join(list(named(tree))[:6])
+        raise ConfigError(f"pattern '{pattern}' matches no parameter. There are: {names}, ...")
+    return chosen
