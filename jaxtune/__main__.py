@@ -34,7 +34,7 @@ def main() -> int:
         print(f"jaxtune: no door '{words[0]}'.{hint} There are: {known}.", file=sys.stderr)
         return 2
     module = importlib.import_module(f"jaxtune.{words[0]}")
-    return module.main(words[1:])  # type: ignore[no-any-return]
+    return int(module.main(words[1:]))
 
 
 if __name__ == "__main__":

@@ -152,17 +152,22 @@ def put_batch(rows: Callable[[int, int], B], *, batch_size: int, length: int, me
     shape = (batch_size, length)
     sharding = NamedSharding(mesh, partition_spec(("batch", "length"), shape, mesh))
     held = [
-        index[0].indices(batch_size)[:2]
+        _bounds(index, batch_size)
         for index in sharding.addressable_devices_indices_map(shape).values()
     ]
     lo, hi = min(start for start, _ in held), max(stop for _, stop in held)
     local = rows(lo, hi)
 
     def array(values: np.ndarray) -> jax.Array:
-        def slice_of(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[0].indices(batch_size)
-            return values[start - lo : stop - lo, index[1]]
+        def slice_of(index: tuple[slice, ...] | None) -> np.ndarray:
+            start, stop = _bounds(index, batch_size)
+            return values[start - lo : stop - lo, index[1] if index else slice(None)]
 
         return jax.make_array_from_callback(shape, sharding, slice_of)
 
-    return type(local)(*(array(values) for values in local))  # type: ignore[misc, call-arg, attr-defined]
+    return type(local)(*(array(values) for values in local))  # type: ignore[attr-defined]
+
+
+def _bounds(index: tuple[slice, ...] | None, rows: int) -> tuple[int, int]:
+    start, stop, _ = (index[0] if index else slice(None)).indices(rows)
+    return start, stop
