@@ -1,0 +1,114 @@
+"""Checkpoints by Orbax: OUT/checkpoints/STEP with the parts a reader may want alone.
+
+    params   the trained collection          opt   the optimiser's state
+    meta     JSON: step, order fingerprint, counters, config
+
+Saving is asynchronous and atomic: a step is there whole or not at all. What makes batches (data,
+tokenizer, template, seed, rows) has one fingerprint; a checkpoint with another is refused, since
+its position would mean other examples.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jaxtune.config import ConfigError
+from jaxtune.learn.state import TrainState
+
+FOLDER = "checkpoints"
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO
+
+
+class Checkpoints:
+    """Holds the one open Orbax manager of a run; `close` waits for what is being written."""
+
+    def __init__(self, run_dir: Path, *, keep: int | None = None) -> None:
+        self.folder = (run_dir / FOLDER).absolute()
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                create=True,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, meta: Mapping[str, Any], *, step: int) -> None:
+        """Returns once the arrays are copied off the devices; writing goes on behind."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                opt=ocp.args.StandardSave(state.opt_state),
+                meta=ocp.args.JsonSave({**meta, "step": step}),
+            ),
+        )
+
+    def restore(
+        self, step: int, abstract: TrainState, shardings: TrainState
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The whole state, each array straight into its sharding."""
+        wanted = place(abstract, shardings)
+        found = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(wanted.params),
+                opt=ocp.args.StandardRestore(wanted.opt_state),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+        position = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), shardings.step)
+        return TrainState(position, found["params"], found["opt"]), found["meta"]
+
+    def meta(self, step: int) -> dict[str, Any]:
+        found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        return dict(found["meta"])
+
+    def wait(self) -> None:
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def place(abstract: Any, shardings: Any) -> Any:
+    """Shapes with their shardings: what a restore is asked for."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )
+
+
+def restore_params(
+    run_dir: Path, abstract: Any, shardings: Any, *, step: int | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """The trained collection alone, and the meta, of `step` or of the newest checkpoint."""
+    folder = (run_dir / FOLDER).absolute()
+    if not folder.is_dir():
+        raise ConfigError(f"{run_dir}: no checkpoints; expected {folder}.")
+    with ocp.CheckpointManager(folder) as manager:
+        steps = sorted(manager.all_steps())
+        step = steps[-1] if step is None and steps else step
+        if step not in steps:
+            known = ", ".join(map(str, steps)) or "none"
+            raise ConfigError(f"{folder}: no checkpoint of step {step}; there are: {known}.")
+        found = manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(place(abstract, shardings)),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+    return found["params"], found["meta"]

@@ -1,0 +1,69 @@
+"""What is minimised: functions (variables, batch) -> `Sums`, never a mean.
+
+Sums and counts travel through microbatches, devices and hosts; the one division is in
+`step.train_step`, by the global weight. An objective knows nothing of optimisers or meshes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.model import decoder
+from jaxtune.ops.cross_entropy import Sums, linear_cross_entropy
+from jaxtune.spec import ModelSpec
+
+
+class Tokens(Protocol):
+    """What an objective reads of a batch: arrays [B T], shifted per example before packing."""
+
+    @property
+    def inputs(self) -> jax.Array: ...
+    @property
+    def targets(self) -> jax.Array: ...
+    @property
+    def weights(self) -> jax.Array: ...
+    @property
+    def segment_ids(self) -> jax.Array: ...
+    @property
+    def positions(self) -> jax.Array: ...
+
+
+Variables = Mapping[str, Any]  # {"params": ...}, later {"params": ..., "lora": ...}
+Objective = Callable[[Variables, Tokens], Sums]
+
+
+def next_token(spec: ModelSpec, *, dtype: Any, remat: str) -> Objective:
+    """Weighted next-token cross-entropy: loss = sum(w * -log p(target)), weight = sum(w).
+
+    `targets` at weight 0 may be any id in range; nothing is inferred from token values.
+    """
+
+    def objective(variables: Variables, batch: Tokens) -> Sums:
+        output = decoder.forward(
+            spec,
+            variables,
+            batch.inputs,
+            segment_ids=batch.segment_ids,
+            positions=batch.positions,
+            dtype=dtype,
+            remat=remat,
+        )
+        return linear_cross_entropy(output.hidden, output.head, batch.targets, batch.weights)
+
+    return objective
+
+
+OBJECTIVES = {"next_token": next_token}
+
+
+def zero_sums() -> Sums:
+    zero = jnp.zeros((), jnp.float32)
+    return Sums(zero, zero, zero)
+
+
+def add(a: Sums, b: Sums) -> Sums:
+    return Sums(*(x + y for x, y in zip(a, b, strict=True)))

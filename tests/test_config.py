@@ -1,0 +1,175 @@
+"""Knobs: names people know, strictness, nearest names, the round trip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pydantic
+import pytest
+
+from jaxtune import command
+from jaxtune.config import (
+    ALIASES,
+    Config,
+    ConfigError,
+    DataError,
+    Diverged,
+    ModelError,
+    dump,
+    field_names,
+    load,
+)
+
+# Names, defaults: the contract's table.
+CONTRACT = {
+    "max_length": 2048, "truncation": "drop", "packing": True, "learning_rate": 2e-5,
+    "num_train_epochs": 3, "max_steps": -1, "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1, "global_batch_size": None, "per_device_eval_batch_size": 8,
+    "optim": "adamw", "max_grad_norm": 1.0, "lr_scheduler_type": "linear", "warmup_steps": 0.03,
+    "logging_steps": 10, "resume": "auto", "export": True, "template": "auto",
+    "train_on": "assistant", "param_dtype": "float32", "dtype": "auto", "save_dtype": "source",
+}  # fmt: skip
+
+
+def test_defaults_are_the_contract() -> None:
+    config = load()
+    assert {name: getattr(config, name) for name in CONTRACT} == CONTRACT
+    assert (config.mesh.data, config.mesh.fsdp, config.mesh.tensor, config.mesh.context) == (
+        1, -1, 1, 1,
+    )  # fmt: skip
+
+
+def test_dataset_is_short_for_one_entry_and_later_sources_win(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("datasets: [{path: a.json}, {path: b.json}]\nlearning_rate: 1e-4\n")
+    assert [d.path for d in load(file).datasets] == ["a.json", "b.json"]
+    assert load(file).learning_rate == 1e-4  # YAML 1.1 reads 1e-4 as text; it is a number here
+    assert [d.path for d in load(file, {"dataset": "c.json"}).datasets] == ["c.json"]
+
+
+def test_every_alias_names_a_field_and_is_announced() -> None:
+    known = field_names(Config)
+    for alias, target in ALIASES.items():
+        assert target.name in known, alias
+    said: list[str] = []
+    config = load(overrides={"cutoff_len": "512", "warmup_ratio": "0.1"}, note=said.append)
+    assert (config.max_length, config.warmup_steps) == (512, 0.1)
+    assert said == ["cutoff_len: read as max_length", "warmup_ratio: read as warmup_steps"]
+
+
+@pytest.mark.parametrize(
+    ("given", "field", "value"),
+    [
+        ({"gradient_checkpointing": True}, "gradient_checkpointing", "full"),
+        ({"activation_checkpointing": "false"}, "gradient_checkpointing", "none"),
+        ({"train_on_inputs": True}, "train_on", "all"),
+        ({"optim": "adamw_torch"}, "optim", "adamw"),
+        ({"resume_from_checkpoint": True}, "resume", "must"),
+    ],
+)
+def test_values_people_type_are_translated(given: dict, field: str, value: object) -> None:
+    assert getattr(load(overrides=given), field) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"learning_rat": 1}, "unknown key 'learning_rat'. Did you mean 'learning_rate'?"),
+        ({"max_seq_lenght": 1}, "Did you mean 'max_seq_length'?"),
+        ({"datasets": [{"path": "a", "fromat": "alpaca"}]}, "Did you mean 'format'?"),
+        ({"learning_rate": "fast"}, "learning_rate: Input should be a valid number"),
+        ({"learning_rate": -1}, "got -1"),
+        ({"max_length": 1}, "max_length"),
+        ({"truncation": "wrap"}, "'drop', 'truncate' or 'error'; got 'wrap'"),
+        ({"max_steps": 0}, "max_steps is positive, or -1"),
+        ({"mesh.fsdp": 0}, "axes are positive, or -1 for one of them"),
+        ({"mesh": {"fsdp": -1, "data": -1}}, "axes are positive, or -1 for one of them"),
+        ({"warmup_ratio": 20}, "warmup_ratio is below 1; got 20"),
+        ({"max_length": 9, "cutoff_len": 8}, "both set max_length"),
+        ({"eval_split": 0.1, "eval_datasets": [{"path": "a"}]}, "exclude each other"),
+        ({"lora.r": 8}, "not in this version yet: lora.r"),
+    ],
+)
+def test_mistakes_are_named(given: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(overrides=given)
+    assert message in str(error.value)
+
+
+def test_broken_files_are_named_with_their_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read the config"):
+        load(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: 1\nb: [1, 2\nc: 3\n")
+    with pytest.raises(ConfigError, match=r"broken.yaml:3: not valid YAML"):
+        load(broken)
+    broken.write_text("- a\n")
+    with pytest.raises(ConfigError, match="expected 'name: value' lines; got a list"):
+        load(broken)
+
+
+def test_the_resolved_config_repeats_the_run(tmp_path: Path) -> None:
+    config = load(overrides={"dataset": "a.json", "lr": 3e-4, "mesh.data": 2, "stop": "</s>"})
+    file = tmp_path / "config.yaml"
+    file.write_text(dump(config))
+    assert load(file) == config
+
+
+class Door(command.Options):
+    as_json: bool = pydantic.Field(False, alias="json", description="one object")
+    where: str = pydantic.Field(description="a folder")
+
+    @classmethod
+    def positional(cls) -> tuple[str, ...]:
+        return ("where",)
+
+
+def parse(*argv: str) -> tuple[Config, Door]:
+    return command.parse(argv, "door", "does.", Door)
+
+
+def test_flags_reach_every_field() -> None:
+    config, door = parse(
+        "DIR", "--mesh.fsdp", "8", "--max-length=256", "--packing", "false", "--max_steps", "-1",
+        "--report_to", "tensorboard", "--json", "--datasets", "[{path: a, limit: 3}]",
+        "--template", "USER: {instruction}\\nASSISTANT: {output}", "--stop", "none",
+    )  # fmt: skip
+    assert (config.mesh.fsdp, config.max_length, config.packing) == (8, 256, False)
+    assert config.report_to == ("tensorboard",)
+    assert (config.datasets[0].path, config.datasets[0].limit) == ("a", 3)
+    assert config.template.startswith("USER: {instruction}")
+    assert config.stop is None
+    assert (door.as_json, door.where) == (True, "DIR")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("D", "--max_lenght", "3"), "unknown flag '--max_lenght'. Did you mean 'max_length'?"),
+        (("--max_length", "3"), "WHERE is missing. Usage: jaxtune door WHERE"),
+        (("D", "E"), "'E' belongs to no flag"),
+        (("D", "--max_length"), "--max_length needs a value"),
+        (("D", "--max_length", "3", "4"), "--max_length takes one value"),
+        (("D", "--lr", "1", "--learning_rate", "2"), "both set learning_rate"),
+        (("D", "--datasets", "[{"), "not valid YAML"),
+        (("D", "--json", "perhaps"), "json: Input should be a valid boolean"),
+    ],
+)
+def test_bad_flags_are_named(argv: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(*argv)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [(ConfigError, 2), (DataError, 2), (ModelError, 2), (Diverged, 3), (command.Stopped, 75)],
+)
+def test_exit_codes(raised: type, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(config: Config, options: Door) -> None:
+        raise raised("the one message")
+
+    assert command.execute("door", "does.", Door, run, ["D"]) == code
+    shown = capsys.readouterr()
+    assert shown.err == "jaxtune door: the one message\n"
+    assert shown.out == ""

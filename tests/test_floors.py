@@ -1,0 +1,130 @@
+"""Imports only go down: every import of every file, function-local ones too."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import jaxtune
+
+PACKAGE = Path(jaxtune.__file__).parent
+
+# room -> the rooms it may import. A room may import itself; doors import no doors but where said.
+ROOMS: dict[str, set[str]] = {
+    "config": set(),
+    "spec": set(),
+    "command": {"config"},
+    "tree": {"config"},
+    "mesh": {"config", "tree"},
+    "data": {"config"},
+    "draw": {"config"},
+    "ops": set(),
+    "model": {"config", "spec", "tree", "mesh", "ops"},
+    "learn": {"config", "spec", "tree", "mesh", "ops", "model"},
+    "hf": {"config", "spec", "tree", "mesh", "model"},
+}
+DOORS = {"train", "preview", "convert", "evaluate", "chat"}
+DOOR_MAY = {*ROOMS}
+# The quickstart of one door may be another's function only where the story needs it.
+DOOR_USES_DOOR: dict[str, set[str]] = {}
+
+# room -> third-party packages it must not know.
+BANNED = {
+    "config": {"jax", "flax", "numpy", "transformers"},
+    "command": {"jax", "flax", "numpy", "transformers"},
+    "spec": {"jax", "flax", "numpy", "transformers"},
+    "data": {"jax", "flax", "optax", "orbax", "torch"},
+    "draw": {"jax", "flax", "torch"},
+    "ops": {"flax", "optax", "transformers", "torch"},
+    "model": {"optax", "orbax", "transformers", "torch", "safetensors"},
+    "learn": {"flax", "transformers", "tokenizers", "safetensors", "torch"},
+    "hf": {"flax", "optax", "torch"},
+    "mesh": {"flax", "torch"},
+    "tree": {"jax", "flax", "torch"},
+}
+
+
+def files() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py"))
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(source: str) -> list[str]:
+    """Full dotted names imported, `from a import b` as `a.b`."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.extend(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names.extend(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def violations(room: str, source: str) -> list[str]:
+    if room in DOORS:
+        allowed = DOOR_MAY | DOOR_USES_DOOR.get(room, set())
+    else:
+        allowed = ROOMS[room]
+    found = []
+    for name in imports(source):
+        top, _, rest = name.partition(".")
+        other = rest.partition(".")[0]
+        if top == "jaxtune" and other not in allowed | {room, "__version__"}:
+            found.append(f"{room} imports {name}")
+        if top in BANNED.get(room, set()):
+            found.append(f"{room} imports {name}")
+        if name.startswith("flax.nnx"):
+            found.append(f"{room} imports {name}")
+    return found
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_only_go_down(path: Path) -> None:
+    room = room_of(path)
+    assert room in ROOMS or room in DOORS, f"a new room '{room}': give it a floor in this test"
+    assert violations(room, path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "line"),
+    [
+        ("data", "import jax.numpy as jnp"),
+        ("ops", "def f():\n    from flax import linen"),
+        ("model", "from jaxtune.learn import step"),
+        ("hf", "import jaxtune.learn.checkpoint"),
+        ("train", "from jaxtune import evaluate"),
+        ("config", "from jaxtune.tree import named"),
+    ],
+)
+def test_the_check_itself_catches(room: str, line: str) -> None:
+    assert violations(room, line)
+
+
+@pytest.mark.parametrize("door", sorted(DOORS))
+def test_help_is_light(door: str) -> None:
+    """Every door's --help works, lists the knobs, and imports no jax."""
+    code = (
+        "import sys\n"
+        f"from jaxtune import {door}\n"
+        "try:\n"
+        f"    {door}.main(['--help'])\n"
+        "except SystemExit as error:\n"
+        "    assert not error.code\n"
+        "heavy = {'jax', 'transformers', 'flax'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("--learning_rate", "--mesh.fsdp", "--lora.r", "--per_device_train_batch_size"):
+        assert name in done.stdout
