@@ -1,0 +1,43 @@
+# Two commands on a machine with Python >= 3.11 and git:
+#   make quickstart    install, train the small default, export, compare base with tuned
+#   make test          install the test extra, run the suite
+# PYTHON=python3.12 chooses the interpreter, EXTRAS=tpu (or cuda) the accelerator.
+
+PYTHON ?= python3
+VENV ?= .venv
+EXTRAS ?=
+OUT ?= out/quickstart
+
+comma := ,
+EXTRAS_ALL = $(if $(EXTRAS),[$(EXTRAS)],)
+TEST_EXTRAS_ALL = [test$(if $(EXTRAS),$(comma)$(EXTRAS),)]
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/installed
+	$(VENV)/bin/python -m jaxtune.train --config configs/quickstart/quickstart.yaml --output_dir $(OUT)
+	$(VENV)/bin/python -m jaxtune.evaluate --config $(OUT)/config.yaml --model_name_or_path $(OUT)/hf \
+	  --base configs/quickstart/model --generate 200
+
+test: $(VENV)/installed-test lint
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+
+lint: $(VENV)/installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/installed: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --upgrade pip
+	$(VENV)/bin/python -m pip install -q -e '.$(EXTRAS_ALL)'
+	touch $@
+
+$(VENV)/installed-test: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --upgrade pip
+	$(VENV)/bin/python -m pip install -q -e '.$(TEST_EXTRAS_ALL)'
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) out .jax_cache

@@ -1,0 +1,57 @@
+"""Evaluation as sums over everything and one division, so batch size and padding cannot matter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxtune.learn.step import Evaluate
+from jaxtune.mesh import put_batch
+
+
+class Totals(NamedTuple):
+    """Host floats over a whole data set: sum(w*ce), sum(w), sum(w*hit), positions with w > 0."""
+
+    loss: float = 0.0
+    weight: float = 0.0
+    correct: float = 0.0
+    tokens: int = 0
+
+    def __add__(self, other: Any) -> Totals:
+        return Totals(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def row(self) -> dict[str, float]:
+        """The names of metrics.jsonl and `evaluate --json`. Perplexity is exp of the mean loss."""
+        weight = self.weight or 1.0
+        mean = self.loss / weight
+        return {
+            "eval_loss": mean,
+            "eval_perplexity": math.exp(mean) if mean < 700 else math.inf,
+            "eval_token_accuracy": self.correct / weight,
+            "eval_tokens_trained": self.tokens,
+        }
+
+
+def evaluate(eval_step: Evaluate, params: Any, batches: Iterable[Any], *, mesh: Mesh) -> Totals:
+    """`batches` are host batches [B T], B divisible by the mesh's row shards.
+
+    Sums of a batch are f32 on the device; batches are added in f64 on the host.
+    """
+    sums, tokens = [], 0
+    for batch in batches:
+        rows, length = batch.inputs.shape
+
+        def part(lo: int, hi: int, batch: Any = batch) -> Any:
+            return type(batch)(*(values[lo:hi] for values in batch))
+
+        on_device = put_batch(part, batch_size=rows, length=length, mesh=mesh)
+        sums.append(eval_step(params, on_device))
+        tokens += int(np.count_nonzero(batch.weights))
+    fetched = jax.device_get(sums)  # once, at the end: the device never waits for the host
+    columns = (math.fsum(map(float, column)) for column in zip(*fetched, strict=True))
+    return Totals(*columns, tokens) if fetched else Totals()
