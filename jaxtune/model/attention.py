@@ -1,0 +1,100 @@
+"""The attention of one layer: projections, positions, and the keys and values kept for decoding."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxtune import mesh
+from jaxtune.model.layers import Build, Projection, RMSNorm
+from jaxtune.ops import rope
+from jaxtune.ops.attention import attend
+from jaxtune.spec import LayerSpec
+
+
+class Places(NamedTuple):
+    """Where each token stands: its segment and position `[B T]`, and the angles that follow.
+
+    `rotations` holds the cosines and sines `[B T K/2]` of every kind of rope in the model, in the
+    order of `kinds_of_rope`: computed once, not once per layer.
+    """
+
+    segment_ids: jax.Array
+    positions: jax.Array
+    rotations: tuple[tuple[jax.Array, jax.Array], ...]
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of one layer for decoding, `[B S G K]`; slot s belongs to position s."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of one layer, `[B T D]` -> `[B T D]`."""
+
+    layer: LayerSpec
+    rotation: int | None  # index into Places.rotations
+    sizes: Mapping[str, int]
+    norm_eps: float
+    build: Build
+    impl: str
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, cache: KeyValues | None, places: Places
+    ) -> tuple[jax.Array, KeyValues | None]:
+        layer = self.layer
+
+        def project(name: str, equation: str, x: jax.Array, bias: bool) -> jax.Array:
+            return Projection(equation, self.sizes, self.build, bias, name=name)(x)
+
+        q_BTHK = project("q", "BTD,DHK->BTHK", x_BTD, layer.qkv_bias)
+        k_BTGK = project("k", "BTD,DGK->BTGK", x_BTD, layer.qkv_bias)
+        v_BTGK = project("v", "BTD,DGK->BTGK", x_BTD, layer.qkv_bias)
+        if layer.qk_norm:
+            q_BTHK = RMSNorm(self.norm_eps, self.build, name="q_norm")(q_BTHK)
+            k_BTGK = RMSNorm(self.norm_eps, self.build, name="k_norm")(k_BTGK)
+        if self.rotation is not None:
+            cos, sin = places.rotations[self.rotation]
+            q_BTHK = rope.rotate(q_BTHK, cos, sin)
+            k_BTGK = rope.rotate(k_BTGK, cos, sin)
+
+        segment_ids, positions = places.segment_ids, places.positions
+        if cache is None:
+            keys_BSGK, values_BSGK = k_BTGK, v_BTGK
+            key_segments, key_positions = segment_ids, positions
+        else:
+            cache = _append(cache, k_BTGK, v_BTGK, positions)
+            keys_BSGK, values_BSGK = cache
+            B, S = keys_BSGK.shape[:2]
+            key_segments = jnp.ones((B, S), segment_ids.dtype)
+            key_positions = jnp.broadcast_to(jnp.arange(S, dtype=positions.dtype), (B, S))
+        mixed_BTHK = attend(
+            q_BTHK,
+            keys_BSGK,
+            values_BSGK,
+            segments=(segment_ids, key_segments),
+            positions=(positions, key_positions),
+            window=layer.window,
+            impl=self.impl,
+        )
+        mixed_BTHK = mesh.constrain(mixed_BTHK, "batch", "length", "heads", None)
+        return project("o", "BTHK,HKD->BTD", mixed_BTHK, layer.out_bias), cache
+
+
+def _append(
+    cache: KeyValues, k_BTGK: jax.Array, v_BTGK: jax.Array, positions_BT: jax.Array
+) -> KeyValues:
+    """Writes each new key and value into the slot of its position; past the end they are lost."""
+
+    def write(kept_BSGK: jax.Array, new_BTGK: jax.Array) -> jax.Array:
+        rows_B1 = jnp.arange(kept_BSGK.shape[0])[:, None]
+        rows_BT = jnp.broadcast_to(rows_B1, positions_BT.shape)
+        kept_BSGK = kept_BSGK.at[rows_BT, positions_BT].set(new_BTGK, mode="drop")
+        return mesh.constrain(kept_BSGK, "batch", None, "kv_heads", None)
+
+    return KeyValues(write(cache.keys, k_BTGK), write(cache.values, v_BTGK))

@@ -1,0 +1,265 @@
+"""The decoder: token ids in, hidden states and the head out. No logits, no loss.
+
+    params = init(spec, key, jnp.float32)
+    output = forward(spec, {"params": params}, inputs, segment_ids=..., positions=..., dtype=...)
+    sums   = linear_cross_entropy(output.hidden, output.head, targets, weights)
+
+Every function here is pure and takes the spec as its static argument. The layers of a stack are
+stored along one leading axis and scanned, so a model compiles as fast with 80 layers as with one.
+
+    embed/table [V D]
+    stack_{i}/layer_{j}/attention_norm/scale [L D]       i: stack, j: place in its pattern
+    stack_{i}/layer_{j}/attention/q/kernel [L D H K]     also k, v [L D G K] and o [L H K D];
+                                                         /bias, q_norm, k_norm where the spec has them
+    stack_{i}/layer_{j}/mlp_norm/scale [L D]
+    stack_{i}/layer_{j}/mlp/gate/kernel [L D F]          also up [L D F] and down [L F D]
+    final_norm/scale [D]
+    head/kernel [D V]                                    absent when the head is the table
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import meta
+from jax.typing import DTypeLike
+
+from jaxtune import mesh
+from jaxtune.config import ConfigError
+from jaxtune.model.attention import Attention, KeyValues, Places
+from jaxtune.model.layers import Build, Declared, GatedMLP, Matrix, RMSNorm
+from jaxtune.ops import rope
+from jaxtune.ops.attention import choose
+from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec
+
+# What a layer's forward pass leaves behind for its backward pass, by name.
+REMAT: Mapping[str, Callable[..., bool] | None] = {
+    "none": None,  # everything
+    "full": jax.checkpoint_policies.nothing_saveable,  # only the layer's input
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
+}
+
+Params = Any  # nested dicts of arrays
+Cache = dict[str, dict[str, KeyValues]]  # stack_{i} -> layer_{j} -> [L B S G K] each
+
+
+class Output(NamedTuple):
+    """`hidden` `[B T D]` after the final norm, in compute dtype; `head` `[D V]`, ready for use,
+    in the dtype it is stored in; the cache that came, with these tokens in it."""
+
+    hidden: jax.Array
+    head: jax.Array
+    cache: Cache | None
+
+
+def forward(
+    spec: ModelSpec,
+    variables: Mapping[str, Params],
+    inputs: jax.Array,
+    *,
+    segment_ids: jax.Array,
+    positions: jax.Array,
+    dtype: DTypeLike,
+    remat: str = "full",
+    cache: Cache | None = None,
+    attention: str | None = None,
+) -> Output:
+    """Runs `inputs` `[B T]` int32 through the decoder `variables["params"]`, computing in `dtype`.
+
+    `segment_ids` and `positions` `[B T]` say who sees whom (`ops/attention.py`); padding is segment
+    0. With a `cache` a row is one text: each token is kept in the slot of its position and sees all
+    slots up to it. `remat` is a name of `REMAT`. `attention` names an implementation of
+    `ops/attention.py`; None chooses by backend and length.
+    """
+    if remat not in REMAT:
+        raise ConfigError(
+            f"gradient_checkpointing: there is no policy {remat!r}. Use one of {', '.join(REMAT)}."
+        )
+    if attention is None:
+        attention, _ = choose(jax.default_backend(), inputs.shape[1])
+    module = Decoder(spec, Build(dtype, dtype, spec.init_scale), remat, attention)
+    hidden, head, cache = module.apply(variables, inputs, segment_ids, positions, cache)
+    return Output(hidden, head, cache)
+
+
+def logits(
+    spec: ModelSpec, variables: Mapping[str, Params], inputs: jax.Array, **options: Any
+) -> jax.Array:
+    """`[B T V]` float32 for all positions, with the options of `forward`; for tests and tools."""
+    output = forward(spec, variables, inputs, **options)
+    return project(output.hidden, output.head)
+
+
+def project(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """Logits `[... V]` float32 of `hidden` `[... D]`, multiplied in the dtype of `hidden`."""
+    head = head.astype(hidden.dtype)
+    return jnp.einsum("...D,DV->...V", hidden, head, preferred_element_type=jnp.float32)
+
+
+def init(spec: ModelSpec, key: jax.Array, dtype: DTypeLike) -> Params:
+    """Random parameters in `dtype`: normal of `spec.init_scale`, zero biases, norms at one.
+
+    The same values under any sharding: jit it with `out_shardings` to make them where they live.
+    """
+    return meta.unbox(_declare(spec, key, dtype))
+
+
+def abstract(spec: ModelSpec, dtype: DTypeLike) -> Params:
+    """The tree of `jax.ShapeDtypeStruct` that `init` would fill."""
+    return meta.unbox(jax.eval_shape(lambda key: _declare(spec, key, dtype), jax.random.key(0)))
+
+
+def axes(spec: ModelSpec) -> Params:
+    """The same tree with each parameter's logical axes, for `mesh.shardings`."""
+    declared = jax.eval_shape(lambda key: _declare(spec, key, jnp.float32), jax.random.key(0))
+    return jax.tree.map(lambda box: box.axes, declared, is_leaf=lambda x: isinstance(x, Declared))
+
+
+def empty_cache(spec: ModelSpec, *, rows: int, length: int, dtype: DTypeLike) -> Cache:
+    """Room for `length` positions of `rows` texts."""
+
+    def zeros(repeats: int, layer: LayerSpec) -> jax.Array:
+        shape = (repeats, rows, length, layer.kv_heads, layer.head_dim)
+        return mesh.constrain(jnp.zeros(shape, dtype), "layers", "batch", None, "kv_heads", None)
+
+    return {
+        f"stack_{i}": {
+            f"layer_{j}": KeyValues(zeros(stack.repeats, layer), zeros(stack.repeats, layer))
+            for j, layer in enumerate(stack.pattern)
+        }
+        for i, stack in enumerate(spec.stacks)
+    }
+
+
+class Decoder(nn.Module):
+    """Embedding, stacks, final norm; see `forward`."""
+
+    spec: ModelSpec
+    build: Build
+    remat: str
+    attention: str
+
+    @nn.compact
+    def __call__(
+        self,
+        inputs_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: Cache | None,
+    ) -> tuple[jax.Array, jax.Array, Cache | None]:
+        spec, sizes = self.spec, {"V": self.spec.vocab, "D": self.spec.width}
+        table_VD = Matrix("table", "VD", sizes, self.build, name="embed")()
+        x_BTD = jnp.take(table_VD, inputs_BT, axis=0, mode="clip").astype(self.build.compute)
+        x_BTD = mesh.constrain(x_BTD, "batch", "length", "act_embed")
+
+        rotations = tuple(rope.angles(*kind, positions_BT) for kind in kinds_of_rope(spec))
+        places = Places(segment_ids_BT, positions_BT, rotations)
+        kept: Cache = {}
+        for i, stack in enumerate(spec.stacks):
+            name = f"stack_{i}"
+            scanned = nn.scan(
+                Pattern,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                out_axes=0,
+                length=stack.repeats,
+                metadata_params={meta.PARTITION_NAME: "layers"},
+            )
+            repeated = scanned(
+                spec,
+                stack.pattern,
+                self.build,
+                self.remat,
+                self.attention,
+                scanned=stack.repeats > 1,
+                name=name,
+            )
+            x_BTD, kept[name] = repeated(x_BTD, None if cache is None else cache[name], places)
+        x_BTD = RMSNorm(spec.norm_eps, self.build, name="final_norm")(x_BTD)
+
+        if spec.tie_head:
+            head_DV = table_VD.T
+        else:
+            head_DV = Matrix("kernel", "DV", sizes, self.build, name="head")()
+        return x_BTD, head_DV, None if cache is None else kept
+
+
+class Pattern(nn.Module):
+    """One repeat of a stack: its layers in order."""
+
+    spec: ModelSpec
+    layers: tuple[LayerSpec, ...]
+    build: Build
+    remat: str
+    attention: str
+
+    scanned: bool
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, cache: dict[str, KeyValues] | None, places: Places
+    ) -> tuple[jax.Array, dict[str, KeyValues | None]]:
+        block, policy = Block, REMAT[self.remat]
+        if policy is not None:
+            # Two passes in two loops cannot share work; a loop of one is no loop, and needs the
+            # barrier that keeps the compiler from undoing the recomputation.
+            block = nn.remat(Block, policy=policy, prevent_cse=not self.scanned)
+        kept = {}
+        for j, layer in enumerate(self.layers):
+            name = f"layer_{j}"
+            part = block(self.spec, layer, self.build, self.attention, name=name)
+            x_BTD, kept[name] = part(x_BTD, None if cache is None else cache[name], places)
+        return x_BTD, kept
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then MLP."""
+
+    spec: ModelSpec
+    layer: LayerSpec
+    build: Build
+    attention: str
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, cache: KeyValues | None, places: Places
+    ) -> tuple[jax.Array, KeyValues | None]:
+        spec, layer = self.spec, self.layer
+        sizes = {
+            "D": spec.width,
+            "F": layer.mlp_width,
+            "G": layer.kv_heads,
+            "H": layer.heads,
+            "K": layer.head_dim,
+        }
+        rotation = None
+        if layer.rope is not None:
+            rotation = kinds_of_rope(spec).index((layer.rope, layer.head_dim))
+
+        def normed(name: str, x: jax.Array) -> jax.Array:
+            return RMSNorm(spec.norm_eps, self.build, name=name)(x)
+
+        attention = Attention(
+            layer, rotation, sizes, spec.norm_eps, self.build, self.attention, name="attention"
+        )
+        mlp = GatedMLP(layer.activation, sizes, self.build, layer.mlp_bias, name="mlp")
+        mixed_BTD, cache = attention(normed("attention_norm", x_BTD), cache, places)
+        x_BTD = x_BTD + mixed_BTD
+        x_BTD = x_BTD + mlp(normed("mlp_norm", x_BTD))
+        return mesh.constrain(x_BTD, "batch", "length", "act_embed"), cache
+
+
+def kinds_of_rope(spec: ModelSpec) -> list[tuple[RopeSpec, int]]:
+    """The distinct (rope, head_dim) of a model's layers, in order of first use."""
+    kinds = ((layer.rope, layer.head_dim) for stack in spec.stacks for layer in stack.pattern)
+    return list(dict.fromkeys((kind, size) for kind, size in kinds if kind is not None))
+
+
+def _declare(spec: ModelSpec, key: jax.Array, dtype: DTypeLike) -> Params:
+    """The decoder's parameters as `Declared` leaves."""
+    module = Decoder(spec, Build(dtype, dtype, spec.init_scale), "none", "reference")
+    one_token = jnp.zeros((1, 1), jnp.int32)
+    return module.init(key, one_token, one_token, one_token, None)["params"]

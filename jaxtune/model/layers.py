@@ -1,0 +1,192 @@
+"""The parts a block is made of, and the one way a weight is declared and used.
+
+A weight is declared once, by the letters of its dimensions: `Projection("BTD,DHK->BTHK", ...)` owns
+a kernel `[D H K]`. Its shape, its logical axes for sharding, its initialiser, the constraint on what
+it produces: all follow from the letters. Weights are stored in one dtype and cast where used.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import meta
+from jax.typing import DTypeLike
+
+from jaxtune import mesh
+
+WEIGHT_AXES = {
+    "D": "embed",
+    "F": "mlp",
+    "G": "kv_heads",
+    "H": "heads",
+    "K": "head_dim",
+    "V": "vocab",
+}
+ACTIVATION_AXES = {
+    "B": "batch",
+    "D": "act_embed",
+    "F": "mlp",
+    "G": "kv_heads",
+    "H": "heads",
+    "K": None,
+    "T": "length",
+}
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Build(NamedTuple):
+    """What every part of one decoder shares: dtypes, and the spread of random weights."""
+
+    stored: DTypeLike
+    compute: DTypeLike
+    init_scale: float
+
+
+class Declared(flax.struct.PyTreeNode, meta.AxisMetadata[Any]):
+    """A new weight together with its logical axes; `nn.scan` adds the stacked axis in front."""
+
+    value: Any
+    axes: tuple[str | None, ...] = flax.struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> "Declared":
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "Declared":
+        axes = list(self.axes)
+        axes.insert(index, params[meta.PARTITION_NAME])
+        return self.replace(axes=tuple(axes))
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "Declared":
+        axes = list(self.axes)
+        del axes[index]
+        return self.replace(axes=tuple(axes))
+
+
+def weight(
+    module: nn.Module,
+    name: str,
+    *,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    stored: DTypeLike,
+    compute: DTypeLike,
+    initialiser: Callable[..., jax.Array],
+) -> jax.Array:
+    """The parameter `name` of `module`, declared here and ready for use in `compute`."""
+    declared = module.param(name, lambda key: Declared(initialiser(key, shape, stored), axes))
+    return mesh.gathered(declared, axes, compute)
+
+
+class Projection(nn.Module):
+    """`einsum(equation, x, kernel)`, plus a bias over the dimensions it adds."""
+
+    equation: str
+    sizes: Mapping[str, int]
+    build: Build
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        operands, output = self.equation.split("->")
+        letters = operands.split(",")[1]
+        kernel = weight(
+            self,
+            "kernel",
+            shape=tuple(self.sizes[letter] for letter in letters),
+            axes=tuple(WEIGHT_AXES[letter] for letter in letters),
+            stored=self.build.stored,
+            compute=self.build.compute,
+            initialiser=nn.initializers.normal(self.build.init_scale),
+        )
+        y = jnp.einsum(self.equation, x, kernel)
+        if self.bias:
+            added = [letter for letter in letters if letter in output]
+            bias = weight(
+                self,
+                "bias",
+                shape=tuple(self.sizes[letter] for letter in added),
+                axes=tuple("norm" if letter == "D" else WEIGHT_AXES[letter] for letter in added),
+                stored=self.build.stored,
+                compute=self.build.compute,
+                initialiser=nn.initializers.zeros,
+            )
+            y = y + jnp.broadcast_to(bias, y.shape)
+        return mesh.constrain(y, *(ACTIVATION_AXES[letter] for letter in output))
+
+
+class Matrix(nn.Module):
+    """A weight that is handed out rather than applied, gathered in the dtype it is stored in.
+
+    So the embedding's gradient, and the head's, are summed over all tokens in float32: thousands
+    of small contributions to one row stop adding up in bfloat16.
+    """
+
+    leaf: str
+    letters: str
+    sizes: Mapping[str, int]
+    build: Build
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return weight(
+            self,
+            self.leaf,
+            shape=tuple(self.sizes[letter] for letter in self.letters),
+            axes=tuple(WEIGHT_AXES[letter] for letter in self.letters),
+            stored=self.build.stored,
+            compute=self.build.stored,
+            initialiser=nn.initializers.normal(self.build.init_scale),
+        )
+
+
+class RMSNorm(nn.Module):
+    """Scales the last axis to unit root mean square in float32, then by a learned vector."""
+
+    epsilon: float
+    build: Build
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = weight(
+            self,
+            "scale",
+            shape=x.shape[-1:],
+            axes=("norm",),
+            stored=self.build.stored,
+            compute=self.build.compute,
+            initialiser=nn.initializers.ones,
+        )
+        x_f32 = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True)
+        # Rounded before the scale is applied, as the models were trained.
+        normed = (x_f32 * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
+        return normed * jnp.broadcast_to(scale, x.shape)
+
+
+class GatedMLP(nn.Module):
+    """`down(activation(gate(x)) * up(x))`."""
+
+    activation: str
+    sizes: Mapping[str, int]
+    build: Build
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        def project(name: str, equation: str, x: jax.Array) -> jax.Array:
+            return Projection(equation, self.sizes, self.build, self.bias, name=name)(x)
+
+        gate_BTF = project("gate", "BTD,DF->BTF", x_BTD)
+        up_BTF = project("up", "BTD,DF->BTF", x_BTD)
+        return project("down", "BTF,FD->BTD", ACTIVATIONS[self.activation](gate_BTF) * up_BTF)

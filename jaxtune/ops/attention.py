@@ -1,0 +1,183 @@
+"""Attention inside packed rows: `attend` and the implementations behind it.
+
+Who may look at whom is data, never a property of the row: two integers per token.
+
+    segments    1 1 1 2 2 0        tokens see tokens of their own segment; 0 is padding
+    positions   0 1 2 0 1 0        and, of those, the ones that are not later
+    token 4 sees tokens 3 and 4; token 5 sees nothing, and its output is zero
+
+Every implementation has the signature of `reference` and joins the same tests. `choose` picks one
+for a platform and says why; a name that was asked for is never replaced by another.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+LONGEST_REFERENCE_ROW = 1024
+QUERY_BLOCK = 256
+MASKED_SCORE = -1e30  # finite: -inf turns the gradient of a fully masked row into NaN
+
+
+class Tokens(NamedTuple):
+    """One integer for each query token `[B T]` and each key token `[B S]`."""
+
+    query: jax.Array
+    key: jax.Array
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    segments: tuple[jax.Array, jax.Array],
+    positions: tuple[jax.Array, jax.Array],
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    scale: float | None = None,
+    impl: str = "reference",
+) -> jax.Array:
+    """Causal attention of `q` `[B T H K]` over `k`, `v` `[B S G K]` -> `[B T H K]`, dtype of `q`.
+
+    `segments` and `positions` are pairs (of queries `[B T]`, of keys `[B S]`). A query sees a key
+    of the same non-zero segment if 0 <= q_pos - k_pos < `window` (None = no limit). Query head h
+    reads kv head h // (H / G). `scale` defaults to K ** -0.5; `softcap` bounds the scaled scores
+    to +-softcap by tanh; `sinks` `[H]` is a score per head that takes weight and gives nothing.
+    Softmax in float32. A query that sees nothing gives zeros, with zero gradients.
+    """
+    if impl not in IMPLEMENTATIONS:
+        known = ", ".join(sorted(IMPLEMENTATIONS))
+        raise ValueError(f"attention implementation is {impl!r}; expected one of {known}")
+    return IMPLEMENTATIONS[impl](
+        q,
+        k,
+        v,
+        segments=Tokens(*segments),
+        positions=Tokens(*positions),
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+    )
+
+
+def choose(platform: str, length: int) -> tuple[str, str]:
+    """The implementation for rows of `length` tokens on `platform`, and the reason in words."""
+    if length <= LONGEST_REFERENCE_ROW:
+        return "reference", f"rows of {length} tokens on {platform}: all scores of a layer fit"
+    return "blocked", (
+        f"rows of {length} tokens on {platform}: above {LONGEST_REFERENCE_ROW} the scores of a "
+        f"layer are held for {QUERY_BLOCK} queries at a time"
+    )
+
+
+def reference(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    segments: Tokens,
+    positions: Tokens,
+    window: int | None,
+    softcap: float | None,
+    sinks: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    """The definition: all scores at once, `[B H T S]` float32. J is query heads per kv head."""
+    B, T, H, K = q.shape
+    G = k.shape[2]
+    q_BTGJK = q.reshape(B, T, G, H // G, K)
+    scores_BGJTS = jnp.einsum("BTGJK,BSGK->BGJTS", q_BTGJK, k, preferred_element_type=jnp.float32)
+    scores_BGJTS = scores_BGJTS * scale
+    if softcap is not None:
+        scores_BGJTS = softcap * jnp.tanh(scores_BGJTS / softcap)
+    visible_B11TS = _visible(segments, positions, window)[:, None, None, :, :]
+    scores_BGJTS = jnp.where(visible_B11TS, scores_BGJTS, MASKED_SCORE)
+
+    top_BGJT1 = jnp.max(scores_BGJTS, axis=-1, keepdims=True)
+    if sinks is not None:
+        sinks_1GJ11 = sinks.astype(jnp.float32).reshape(1, G, H // G, 1, 1)
+        top_BGJT1 = jnp.maximum(top_BGJT1, sinks_1GJ11)
+    top_BGJT1 = jax.lax.stop_gradient(top_BGJT1)
+    exps_BGJTS = jnp.where(visible_B11TS, jnp.exp(scores_BGJTS - top_BGJT1), 0.0)
+    total_BGJT = jnp.sum(exps_BGJTS, axis=-1)
+    if sinks is not None:
+        total_BGJT = total_BGJT + jnp.exp(sinks_1GJ11 - top_BGJT1)[..., 0]
+    mixed_BTGJK = jnp.einsum(
+        "BGJTS,BSGK->BTGJK", exps_BGJTS.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    total_BTGJ = jnp.moveaxis(jnp.where(total_BGJT > 0, total_BGJT, 1.0), 3, 1)
+    return (mixed_BTGJK / total_BTGJ[..., None]).reshape(B, T, H, K).astype(q.dtype)
+
+
+def blocked(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    segments: Tokens,
+    positions: Tokens,
+    window: int | None,
+    softcap: float | None,
+    sinks: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    """`reference` on QUERY_BLOCK queries at a time, recomputed in the backward pass.
+
+    Holds `[B H QUERY_BLOCK S]` scores and never `[T S]`, for one more forward pass in the backward
+    one. Exact: a query's softmax never crosses a block.
+    """
+    T = q.shape[1]
+    k_f32, v_f32 = k.astype(jnp.float32), v.astype(jnp.float32)  # their gradients add up in f32
+
+    @jax.checkpoint
+    def attend_block(block: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        q_BtHK, segments_Bt, positions_Bt = block
+        return reference(
+            q_BtHK,
+            k_f32.astype(k.dtype),
+            v_f32.astype(v.dtype),
+            segments=Tokens(segments_Bt, segments.key),
+            positions=Tokens(positions_Bt, positions.key),
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            scale=scale,
+        )
+
+    blocks = tuple(_split(x, QUERY_BLOCK) for x in (q, segments.query, positions.query))
+    out_nBtHK = jax.lax.map(attend_block, blocks)
+    return _join(out_nBtHK)[:, :T]
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "reference": reference,
+    "blocked": blocked,
+}
+
+
+def _visible(segments: Tokens, positions: Tokens, window: int | None) -> jax.Array:
+    """Which keys each query sees, bool `[B T S]`."""
+    same_BTS = segments.query[:, :, None] == segments.key[:, None, :]
+    real_BT1 = (segments.query != 0)[:, :, None]
+    distance_BTS = positions.query[:, :, None] - positions.key[:, None, :]
+    visible_BTS = same_BTS & real_BT1 & (distance_BTS >= 0)
+    return visible_BTS if window is None else visible_BTS & (distance_BTS < window)
+
+
+def _split(x_BT: jax.Array, block: int) -> jax.Array:
+    """`[B T ...]` -> `[n B block ...]`, the last block filled with zeros (segment 0: padding)."""
+    B, T = x_BT.shape[:2]
+    n = -(-T // block)
+    padding = [(0, 0), (0, n * block - T)] + [(0, 0)] * (x_BT.ndim - 2)
+    return jnp.moveaxis(jnp.pad(x_BT, padding).reshape(B, n, block, *x_BT.shape[2:]), 1, 0)
+
+
+def _join(x_nBt: jax.Array) -> jax.Array:
+    """`[n B block ...]` -> `[B n*block ...]`, the inverse of `_split` but for its filling."""
+    n, B, block = x_nBt.shape[:3]
+    return jnp.moveaxis(x_nBt, 0, 1).reshape(B, n * block, *x_nBt.shape[3:])

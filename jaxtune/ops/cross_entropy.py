@@ -1,0 +1,121 @@
+"""Cross-entropy straight from hidden states: logits live for one chunk of each row at a time.
+
+Knows nothing of prompts, padding ids or ignore labels: what counts is in `weights`. Returns sums,
+never a mean, so that microbatches, devices and hosts can be added up before the one division.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+SMALL_LOGITS = 2**23  # elements, all rows together: below this one chunk is faster than many
+SHORTEST_CHUNK = 256
+MOST_CHUNKS = 16
+
+
+class Sums(NamedTuple):
+    """Float32 scalars over tokens: sum(w * loss), sum(w), sum(w * [the best guess is right])."""
+
+    loss: jax.Array
+    weight: jax.Array
+    correct: jax.Array
+
+
+def linear_cross_entropy(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    chunk: int | None = None,
+    softcap: float | None = None,
+) -> Sums:
+    """Weighted cross-entropy of `hidden` `[B T D]` @ `head` `[D V]` against `targets` `[B T]`.
+
+    `weights` `[B T]` is each target's share in the sums; at weight 0 a target may be any id below
+    V. Matrix products run in the dtype of `hidden` with float32 sums, all else in float32; the
+    gradient of `head` is added up over chunks in the dtype of `head`: hand it over in float32 and
+    already gathered. `chunk` is positions of T at a time (`[B chunk V]` logits are alive, and
+    computed again in the backward pass); the default asks for 256 or more in 16 chunks or fewer.
+    `softcap` bounds logits to +-softcap by tanh. A best guess shared by several ids is the lowest.
+    """
+    B, T = targets.shape
+    if chunk is None:
+        small = B * T * head.shape[1] <= SMALL_LOGITS
+        chunk = T if small else max(SHORTEST_CHUNK, -(-T // MOST_CHUNKS))
+    chunks = -(-T // chunk)
+    if chunks == 1:
+        return _sums(hidden, head, targets, weights, softcap)
+
+    def split(x_BT: jax.Array) -> jax.Array:
+        padding = [(0, 0), (0, chunks * chunk - T)] + [(0, 0)] * (x_BT.ndim - 2)
+        x_BnT = jnp.pad(x_BT, padding).reshape(B, chunks, chunk, *x_BT.shape[2:])
+        return jnp.moveaxis(x_BnT, 1, 0)  # along T: rows stay on the devices that hold them
+
+    def add(sums: Sums, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Sums, None]:
+        hidden_BtD, targets_Bt, weights_Bt = part
+        here = _sums(hidden_BtD, head, targets_Bt, weights_Bt, softcap)
+        return jax.tree.map(jnp.add, sums, here), None
+
+    zero = jnp.zeros((), jnp.float32)
+    parts = (split(hidden), split(targets), split(weights))
+    sums, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), Sums(zero, zero, zero), parts)
+    return sums
+
+
+def _sums(
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    softcap: float | None,
+) -> Sums:
+    logits_BTV = _logits(hidden_BTD, head_DV)
+    if softcap is not None:
+        logits_BTV = softcap * jnp.tanh(logits_BTV / softcap)
+    weights_BT = weights_BT.astype(jnp.float32)
+    ids_11V = jnp.arange(head_DV.shape[1], dtype=targets_BT.dtype)[None, None, :]
+    # A masked sum, not a gather: V may be spread over devices.
+    at_target_BT = jnp.sum(jnp.where(ids_11V == targets_BT[..., None], logits_BTV, 0.0), axis=-1)
+    loss_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - at_target_BT
+    hit_BT = jnp.argmax(jax.lax.stop_gradient(logits_BTV), axis=-1) == targets_BT
+    return Sums(
+        loss=jnp.sum(weights_BT * loss_BT),
+        weight=jnp.sum(weights_BT),
+        correct=jnp.sum(weights_BT * hit_BT),
+    )
+
+
+@jax.custom_vjp
+def _logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
+    """Float32 `[B T V]`; both directions multiply in the dtype of `hidden`.
+
+    The derivative JAX would write multiplies a float32 cotangent, many times slower than bfloat16
+    on the devices that have it, and rounds the head's gradient of every chunk to bfloat16.
+    """
+    head_DV = head_DV.astype(hidden_BTD.dtype)
+    return jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+
+
+def _logits_forward(
+    hidden_BTD: jax.Array, head_DV: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _logits(hidden_BTD, head_DV), (hidden_BTD, head_DV)
+
+
+def _logits_backward(
+    saved: tuple[jax.Array, jax.Array], d_logits_BTV: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    hidden_BTD, head_DV = saved
+    dtype = hidden_BTD.dtype
+    d_logits_BTV = d_logits_BTV.astype(dtype)
+    f32 = jnp.float32
+    d_hidden = jnp.einsum(
+        "BTV,DV->BTD", d_logits_BTV, head_DV.astype(dtype), preferred_element_type=f32
+    )
+    d_head = jnp.einsum("BTD,BTV->DV", hidden_BTD, d_logits_BTV, preferred_element_type=f32)
+    return d_hidden.astype(dtype), d_head.astype(head_DV.dtype)
+
+
+_logits.defvjp(_logits_forward, _logits_backward)
