@@ -1,0 +1,350 @@
+"""Parameters -> a folder in Hugging Face format that transformers, vLLM and we load alike.
+
+The folder is written beside its place, read back and compared bit for bit with the parameters,
+and only then renamed into it: whatever kills an export leaves the previous folder or none, never
+half of one. Host memory holds one tensor at a time. What the model stops at is one list of ids,
+the same in `config.json`, `generation_config.json` and the tokenizer.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxtune.config import ConfigError
+from jaxtune.hf.layout import Placed
+from jaxtune.hf.load import HfModel
+from jaxtune.hf.tensors import CODES, INDEX, ShardWriter, fetch, index_of, open_tensors, plan_shards
+from jaxtune.tree import named
+
+# Everything a tokenizer of transformers 4 or 5 may be made of, apart from its chat template.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+)
+_CHAT_TEMPLATE = "chat_template.jinja"
+
+
+class Tokenizer(Protocol):
+    """What the export needs of a tokenizer; `data.tokenizer` has it."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def pad_id(self) -> int | None: ...
+    @property
+    def bos_token(self) -> str | None: ...
+    @property
+    def eos_token(self) -> str | None: ...
+
+
+class Template(Protocol):
+    """What the export needs of a template: the jinja text `apply_chat_template` will use."""
+
+    @property
+    def chat_template(self) -> str | None: ...
+
+
+class Exported(NamedTuple):
+    """What was written: every tensor was read back and equals its parameter bit for bit."""
+
+    folder: Path
+    files: tuple[str, ...]
+    tensors: int
+    size: int  # bytes of tensor values
+
+
+def export_model(
+    out: Path,
+    *,
+    model: HfModel,
+    params: Any,
+    save_dtype: str = "source",
+    tokenizer: Tokenizer | None,
+    template: Template | None,
+    stop_ids: Sequence[int] = (),
+    card: str,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Exported:
+    """Writes `params` (sharded or not) as `out`, replacing an earlier export there.
+
+    `save_dtype` is float32, bfloat16, float16, or source: each tensor as the checkpoint it came
+    from had it, else what `config.json` states. `stop_ids` are the ends of turn that were trained;
+    the tokenizer's eos joins them. Without a tokenizer the source folder's files and ids are taken
+    over as they are. Every host calls this; the first one writes. Raises `ConfigError` when the
+    folder cannot be written or a value does not fit `save_dtype`.
+    """
+    check_target(out, model)
+    dtypes = _dtypes(model, save_dtype)
+    plans = plan_shards(
+        {
+            name: (dtypes[name], placed.tensor_shape)
+            for name, placed in _in_file_order(model).items()
+        },
+        max_shard_bytes,
+    )
+    size = index_of(plans)["metadata"]["total_size"]
+    try:
+        if jax.process_index() != 0:
+            for _ in range(2):  # once to be written, once to be verified
+                for _ in _values(model, params, dtypes):
+                    pass
+        else:
+            with _replacing(out, size) as folder:
+                with ShardWriter(folder, plans) as writer:
+                    for name, values in _values(model, params, dtypes):
+                        writer.write(name, values)
+                if len(plans) > 1:
+                    _write_json(folder / INDEX, index_of(plans))
+                _write_configs(folder, model, save_dtype, tokenizer, stop_ids)
+                _write_tokenizer(folder, model, tokenizer, template)
+                _write(folder / "README.md", card.encode())
+                _verify(folder, _values(model, params, dtypes))
+        multihost_utils.sync_global_devices("export")
+    except OSError as error:
+        raise ConfigError(
+            f"{out}: cannot write the model ({size / 1e9:.2f} GB): {error.strerror or error}. "
+            "Free some space or choose another folder; an earlier export there is untouched."
+        ) from None
+    return Exported(out, tuple(plan.file for plan in plans), len(dtypes), size)
+
+
+def check_target(out: Path, model: HfModel) -> None:
+    """Refuses, before any work, to replace what is not an export or what is being read."""
+    if model.tensors and out.resolve() == model.folder.resolve():
+        raise ConfigError(
+            f"{out}: is the model being read; an export there would destroy it. "
+            "Choose another folder."
+        )
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file; an export is a folder. Choose another place.")
+    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+        raise ConfigError(
+            f"{out}: holds files that are no exported model (no config.json), and an export "
+            "replaces the whole folder. Choose another folder, or empty this one."
+        )
+
+
+def _dtypes(model: HfModel, save_dtype: str) -> dict[str, np.dtype]:
+    names = _in_file_order(model)
+    if save_dtype == "source":
+        default = _dtype(model.dtype)
+        return {name: model.tensors[name].dtype if model.tensors else default for name in names}
+    return dict.fromkeys(names, _dtype(save_dtype))
+
+
+def _dtype(name: str) -> np.dtype:
+    known = {str(dtype): dtype for dtype in CODES}
+    if name not in known:
+        raise ConfigError(f"save_dtype '{name}'; expected source, {', '.join(known)}.")
+    return known[name]
+
+
+def _in_file_order(model: HfModel) -> dict[str, Placed]:
+    """Tensor name -> its parameter: as the source has them, else layer by layer."""
+    tensors = {piece.name: placed for placed in model.placed.values() for piece in placed.pieces()}
+    order = model.tensors or sorted(tensors, key=_natural)
+    return {name: tensors[name] for name in order if name in tensors}
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts `layers.10` after `layers.9`."""
+    return [(word.isdigit(), int(word) if word.isdigit() else 0, word) for word in name.split(".")]
+
+
+def _values(
+    model: HfModel, params: Any, dtypes: Mapping[str, np.dtype]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor as it will stand in the file, gathered one at a time on every host."""
+    leaves = named(params)
+    if leaves.keys() != model.placed.keys():
+        raise ValueError(f"not the model's parameters: {sorted(leaves.keys() ^ model.placed)[:4]}")
+    for parameter, placed in model.placed.items():
+        for piece in placed.pieces():
+            at = {placed.row.axes.index(axis): where for axis, where in piece.place.items()}
+            values = placed.write(_gather(leaves[parameter], at))
+            yield piece.name, _cast(piece.name, values, dtypes[piece.name])
+
+
+def _gather(leaf: jax.Array, at: Mapping[int, int]) -> np.ndarray:
+    """The part of a sharded parameter at `at` (axis -> index), whole, on this host.
+
+    Always a part or a copy: JAX keeps the host's view of an array as long as the array lives.
+    """
+    part = leaf if at else jax.numpy.copy(leaf)
+    for axis in sorted(at, reverse=True):
+        part = _take(part, at[axis], axis)
+    if part.is_fully_addressable:
+        return np.asarray(part)
+    return np.asarray(multihost_utils.process_allgather(part, tiled=True))
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def _take(values: jax.Array, index: int, axis: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(values, index, axis, keepdims=False)
+
+
+def _cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype)
+    if np.isinf(cast).any() and np.isfinite(values).all():
+        raise ConfigError(
+            f"{name}: has a value of {float(np.abs(values).max()):.3g}, which {dtype} cannot hold. "
+            "Set save_dtype to bfloat16 or float32."
+        )
+    return cast
+
+
+def _verify(folder: Path, values: Iterator[tuple[str, np.ndarray]]) -> None:
+    written = open_tensors(folder)
+    count = 0
+    for name, expected in values:
+        found = fetch(written[name], tuple(slice(0, n) for n in expected.shape))
+        if found.dtype != expected.dtype or found.tobytes() != expected.tobytes():
+            raise ConfigError(
+                f"{folder}: {name} reads back other than it was written. Check the disk."
+            )
+        count += 1
+    if count != len(written):
+        raise ValueError(f"{len(written)} tensors written, {count} verified")
+
+
+def _write_configs(
+    folder: Path,
+    model: HfModel,
+    save_dtype: str,
+    tokenizer: Tokenizer | None,
+    stop_ids: Sequence[int],
+) -> None:
+    dtype = model.dtype if save_dtype == "source" else save_dtype
+    source = model.folder / "generation_config.json"
+    generation = json.loads(source.read_text()) if source.is_file() else {}
+    ids = _special_ids(model.config, tokenizer, stop_ids) if tokenizer is not None else {}
+    config = model.family.to_hf_config(model.config, model.spec, dtype=dtype)
+    _write_json(folder / "config.json", {**config, **ids})
+    if generation or ids:
+        _write_json(folder / "generation_config.json", {**generation, **ids})
+
+
+def _special_ids(
+    config: Mapping[str, Any], tokenizer: Tokenizer, stop_ids: Sequence[int]
+) -> dict[str, Any]:
+    """eos = what ends a turn and what ends a text; pad is kept out of it where another is known.
+
+    A pad id that also means "stop" makes batched generation end at the padding.
+    """
+    eos = list(dict.fromkeys(i for i in (tokenizer.eos_id, *stop_ids) if i is not None))
+    pads = [i for i in (tokenizer.pad_id, config.get("pad_token_id")) if i is not None]
+    ids = {
+        "bos_token_id": config.get("bos_token_id")
+        if tokenizer.bos_id is None
+        else tokenizer.bos_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or config.get("eos_token_id"),
+        "pad_token_id": next((i for i in pads if i not in eos), pads[0] if pads else None),
+    }
+    return {key: value for key, value in ids.items() if value is not None or key in config}
+
+
+def _write_tokenizer(
+    folder: Path, model: HfModel, tokenizer: Tokenizer | None, template: Template | None
+) -> None:
+    """The tokenizer's files byte for byte; its chat template replaced by the one trained with."""
+    source = model.folder if tokenizer is None else tokenizer.folder
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            _write(folder / name, (source / name).read_bytes())
+    text = None if template is None else template.chat_template
+    if text is not None:
+        _write(folder / _CHAT_TEMPLATE, text.encode())
+        _drop_chat_template(folder / "tokenizer_config.json")
+    elif (source / _CHAT_TEMPLATE).is_file():
+        _write(folder / _CHAT_TEMPLATE, (source / _CHAT_TEMPLATE).read_bytes())
+    if tokenizer is not None and not (folder / "tokenizer_config.json").is_file():
+        tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+        _write_json(
+            folder / "tokenizer_config.json",
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "clean_up_tokenization_spaces": False,
+                **{key: token for key, token in tokens.items() if token is not None},
+            },
+        )
+
+
+def _drop_chat_template(file: Path) -> None:
+    """One template only: transformers would find a second one here."""
+    if file.is_file():
+        config = json.loads(file.read_text())
+        if config.pop("chat_template", None) is not None:
+            _write_json(file, config)
+
+
+@contextlib.contextmanager
+def _replacing(out: Path, size: int) -> Iterator[Path]:
+    """A new folder beside `out` that takes its place when the block ends without an error."""
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    old = out.parent / f".{out.name}.old"
+    if old.is_dir() and not out.exists():  # killed between the two renames below
+        old.rename(out)
+    for left in [old, *out.parent.glob(f".{out.name}.new-*")]:
+        shutil.rmtree(left, ignore_errors=True)
+    free = shutil.disk_usage(out.parent).free
+    if free < size:
+        raise ConfigError(
+            f"{out}: the model needs {size / 1e9:.2f} GB; the disk has {free / 1e9:.2f} GB left. "
+            "Free some space or choose another folder."
+        )
+    fresh = out.parent / f".{out.name}.new-{os.getpid()}"
+    try:
+        fresh.mkdir()
+        yield fresh
+        _sync(fresh)
+        if out.exists():
+            out.rename(old)
+        fresh.rename(out)
+        _sync(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.is_dir() and not out.exists():
+            old.rename(out)
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    _write(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _write(file: Path, content: bytes) -> None:
+    with file.open("wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,198 @@
+"""One invertible row per kind of tensor: how a checkpoint's tensors make a parameter, and back.
+
+    Row("model.layers.{L}.self_attn.q_proj.weight",
+        "stack_{i}/layer_{j}/attention/q/kernel", "(H K) D -> L D H K")
+
+Left of the arrow is the tensor in the file, right the parameter. An axis in braces in the tensor's
+name is spread over files' tensors: one tensor per index. Reading goes by slices of the parameter,
+so that a device fetches only its own part; writing goes by tensors. Both use the row as parsed
+here, so a row cannot be right in one direction only. numpy only.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+Index = tuple[slice, ...]
+Fetch = Callable[[str, Index], np.ndarray]  # (tensor name, slices of it) -> its values there
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tensor name, parameter name and layout of one kind of tensor.
+
+    `{i}` and `{j}` in the target are the stack and the place in its pattern. An upper-case axis in
+    braces in the source must stand on the right of the layout and not on its left.
+    """
+
+    source: str
+    target: str
+    layout: str
+
+    def __post_init__(self) -> None:
+        left = [axis for group in self.groups for axis in group]
+        if len({*left, *self.spread}) != len(left) + len(self.spread) or sorted(
+            left + self.spread
+        ) != sorted(self.axes):
+            raise ValueError(f"{self.source}: '{self.layout}' does not use each axis once per side")
+
+    @cached_property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The tensor's dimensions, each as the axes folded into it: '(H K) D' -> ((H, K), (D,))."""
+        words = re.findall(r"\(([^)]*)\)|(\w+)", self.layout.split("->")[0])
+        return tuple(tuple((folded or single).split()) for folded, single in words)
+
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """The parameter's dimensions in order."""
+        return tuple(self.layout.split("->")[1].split())
+
+    @cached_property
+    def spread(self) -> list[str]:
+        """Axes of the parameter that are spread over tensors."""
+        return re.findall(r"\{(\w+)\}", self.source)
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches parameter names, with groups `i` and `j` where the target has them."""
+        return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>\\d+)", self.target))
+
+
+class Piece(NamedTuple):
+    """One tensor of a parameter: its name in the file and its place, an index per spread axis."""
+
+    name: str
+    place: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A row with every number known: one parameter of `shape` and the tensors it is made of.
+
+    `numbers` gives, for each spread axis, the number that stands in the tensor's name at each
+    index: layer 1 of a stack may be layer 7 of the file.
+    """
+
+    row: Row
+    parameter: str
+    shape: tuple[int, ...]
+    numbers: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != len(self.row.axes):
+            raise ValueError(f"{self.parameter}: {self.shape} does not fit '{self.row.layout}'")
+        for axis in self.row.spread:
+            if len(self.numbers[axis]) != self._sizes[axis]:
+                raise ValueError(f"{self.parameter}: {axis} has {len(self.numbers[axis])} numbers")
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return dict(zip(self.row.axes, self.shape, strict=True))
+
+    @cached_property
+    def _kept(self) -> tuple[str, ...]:
+        """The parameter's axes that one tensor holds, in the parameter's order."""
+        return tuple(axis for axis in self.row.axes if axis not in self.row.spread)
+
+    @cached_property
+    def _unfolded(self) -> tuple[str, ...]:
+        """The same axes in the tensor's order."""
+        return tuple(axis for group in self.row.groups for axis in group)
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Shape in the file; the same for each tensor of the parameter."""
+        return tuple(math.prod(self._sizes[a] for a in group) for group in self.row.groups)
+
+    def pieces(self, index: Index | None = None) -> Iterator[Piece]:
+        """The tensors that `index` of the parameter touches (None = all), in order."""
+        ranges = self._ranges(index)
+        for place in itertools.product(*(ranges[axis] for axis in self.row.spread)):
+            at = dict(zip(self.row.spread, place, strict=True))
+            number = {axis: self.numbers[axis][where] for axis, where in at.items()}
+            yield Piece(self.row.source.format(**number), at)
+
+    def read(self, fetch: Fetch, index: Index, dtype: np.dtype) -> np.ndarray:
+        """`index` of the parameter (unit steps) in `dtype`, through the fewest contiguous slices.
+
+        What a slice of a folded dimension cannot express (part of K in several H) is read as the
+        covering range and cut.
+        """
+        ranges = self._ranges(index)
+        out = np.empty([len(ranges[axis]) for axis in self.row.axes], dtype)
+        source, unfolded, cut = self._source_slices(ranges)
+        for name, place in self.pieces(index):
+            block = fetch(name, source).reshape(unfolded)[cut]
+            out[self._position(place, ranges)] = block.transpose(self._permutation)
+        return out
+
+    def write(self, values: np.ndarray) -> np.ndarray:
+        """One tensor as it stands in the file, from the parameter's values at its place.
+
+        `values` has the parameter's axes without the spread ones, in the parameter's order.
+        """
+        inverse = np.argsort(self._permutation)
+        return np.ascontiguousarray(values.transpose(inverse)).reshape(self.tensor_shape)
+
+    @cached_property
+    def _permutation(self) -> tuple[int, ...]:
+        return tuple(self._unfolded.index(axis) for axis in self._kept)
+
+    def _ranges(self, index: Index | None) -> dict[str, range]:
+        slices = index if index is not None else (slice(None),) * len(self.shape)
+        bounds = zip(self.row.axes, slices, self.shape, strict=True)
+        return {axis: range(size)[cut] for axis, cut, size in bounds}
+
+    def _position(self, place: Mapping[str, int], ranges: Mapping[str, range]) -> tuple:
+        return tuple(
+            place[axis] - ranges[axis].start if axis in place else slice(None)
+            for axis in self.row.axes
+        )
+
+    def _source_slices(self, ranges: Mapping[str, range]) -> tuple[Index, list[int], Index]:
+        """Slices of the tensor; the shape they unfold to; and the cut to make after unfolding."""
+        slices, unfolded, cuts = [], [], []
+        for group in self.row.groups:
+            start, split = 0, 0
+            while split < len(group) - 1 and len(ranges[group[split]]) == 1:
+                start = (start + ranges[group[split]].start) * self._sizes[group[split + 1]]
+                split += 1
+            # Axes before `split` are one index, `group[split]` is a range, the rest is read whole.
+            rest = [self._sizes[axis] for axis in group[split + 1 :]]
+            whole, run = math.prod(rest), ranges[group[split]]
+            begin = (start + run.start) * whole
+            slices.append(slice(begin, begin + len(run) * whole))
+            unfolded += [1] * split + [len(run), *rest]
+            cuts += [slice(None)] * (split + 1)
+            cuts += [slice(ranges[a].start, ranges[a].stop) for a in group[split + 1 :]]
+        return tuple(slices), unfolded, tuple(cuts)
+
+
+def place(
+    rows: Sequence[Row],
+    shapes: Mapping[str, tuple[int, ...]],
+    layers: Mapping[tuple[int, int], tuple[int, ...]],
+) -> dict[str, Placed]:
+    """Finds each parameter's row; a parameter with none, or with two, is a ValueError.
+
+    `layers[i, j]` numbers the layers in the file that stack i holds at place j of its pattern.
+    """
+    placed = {}
+    for parameter, shape in shapes.items():
+        matches = [(row, m) for row in rows if (m := row.pattern.fullmatch(parameter))]
+        if len(matches) != 1:
+            raise ValueError(f"{len(matches)} rows for parameter {parameter}; expected one")
+        row, match = matches[0]
+        where = match.groupdict()
+        sizes = dict(zip(row.axes, shape, strict=True))
+        numbers = {axis: tuple(range(sizes[axis])) for axis in row.spread}
+        if "L" in numbers:
+            numbers["L"] = layers[int(where["i"]), int(where["j"])]
+        placed[parameter] = Placed(row, parameter, tuple(shape), numbers)
+    return placed

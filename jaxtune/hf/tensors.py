@@ -1,0 +1,266 @@
+"""Safetensors folders as bytes: slices in, shards out. Never a pickle, never torch.
+
+A header is believed only as far as the file bears it out: sizes, offsets and shapes are checked
+before anything is mapped, and an index may name only files of its own folder. Nothing here knows
+what a tensor means.
+
+Format (huggingface/safetensors): 8 bytes little-endian header length, a JSON header of
+{name: {dtype, shape, data_offsets}}, then the values, row-major, little-endian.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from jaxtune.config import ModelError
+
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth")
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies: `code` is the file's dtype, `start` the byte its values begin at."""
+
+    file: Path
+    code: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        if self.code not in DTYPES:
+            raise ModelError(
+                f"{self.file}: holds {self.code} values; this version reads {', '.join(DTYPES)}."
+            )
+        return DTYPES[self.code]
+
+
+def open_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder by name, from its index or its single file; reads headers only."""
+    if (folder / INDEX).is_file():
+        return _open_sharded(folder)
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickled:
+        raise ModelError(
+            f"{folder}: the weights are pickled ({pickled[0]}), which can run code when opened and "
+            "is never read. Use a revision with safetensors, or convert the folder first."
+        )
+    found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    raise ModelError(
+        f"{folder}: no weights: expected {SINGLE} or {INDEX}; found {found}. "
+        "To start from random weights set init: random."
+    )
+
+
+def read_header(file: Path) -> dict[str, Tensor]:
+    """The tensors of one file, every claim of the header checked against the file's size."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > min(_MAX_HEADER, size - 8):
+            raise ModelError(
+                f"{file}: claims a header of {length} bytes in a file of {size}. The file is "
+                "damaged or not safetensors; download it again."
+            )
+        text = handle.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        tensors = {name: _entry(file, 8 + length, entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file}: unreadable safetensors header ({error}).") from None
+    _check_extent(file, 8 + length, size, tensors, header)
+    return tensors
+
+
+def fetch(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
+    """The values in `index` (unit steps), as a read-only view of the mapped file."""
+    if 0 in tensor.shape:
+        return np.empty(tensor.shape, tensor.dtype)[index]
+    mapped = np.memmap(tensor.file, tensor.dtype, "r", tensor.start, tensor.shape or (1,))
+    return np.asarray(mapped).reshape(tensor.shape)[index]
+
+
+def _open_sharded(folder: Path) -> dict[str, Tensor]:
+    index = folder / INDEX
+    try:
+        files: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{index}: not a safetensors index ({error!r}).") from None
+    headers: dict[str, dict[str, Tensor]] = {}
+    for file in sorted({str(file) for file in files.values()}):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise ModelError(f"{index}: names '{file}'; only safetensors beside it are read.")
+        if not (folder / file).is_file():
+            raise ModelError(f"{folder}: {file} is missing, though the index names it.")
+        headers[file] = read_header(folder / file)
+    absent = [name for name, file in files.items() if name not in headers[file]]
+    if absent:
+        raise ModelError(f"{index}: {_some(absent)} not in the file the index names.")
+    return {name: headers[file][name] for name, file in files.items()}
+
+
+def _entry(file: Path, base: int, entry: Mapping[str, Any]) -> Tensor:
+    shape = tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError("shape and data_offsets must be non-negative integers")
+    return Tensor(file, str(entry["dtype"]), shape, base + begin)
+
+
+def _check_extent(
+    file: Path, base: int, size: int, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
+) -> None:
+    reached = base
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
+        begin, end = header[name]["data_offsets"]
+        dtype = DTYPES.get(tensor.code)  # others may lie in the file as long as nobody wants them
+        if dtype is not None and end - begin != math.prod(tensor.shape) * dtype.itemsize:
+            raise ModelError(
+                f"{file}: {name} has {end - begin} bytes, which is not {tensor.code} "
+                f"{list(tensor.shape)}. The file is damaged; download it again."
+            )
+        if tensor.start < reached or base + end > size:
+            fault = "overlaps another tensor" if tensor.start < reached else "ends after the file"
+            raise ModelError(f"{file}: {name} {fault}. The file is damaged; download it again.")
+        reached = base + end
+
+
+class Plan(NamedTuple):
+    """One file to write: its name, its header's bytes, each tensor's place, its whole size."""
+
+    file: str
+    header: bytes
+    tensors: dict[str, tuple[np.dtype, tuple[int, ...], int]]
+    size: int
+
+
+def plan_shards(
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], max_shard_bytes: int
+) -> list[Plan]:
+    """Splits tensors, in their order, into files of at most `max_shard_bytes` of values.
+
+    A tensor larger than the limit gets a file of its own. Names are those of transformers.
+    """
+    groups: list[dict[str, tuple[np.dtype, tuple[int, ...]]]] = [{}]
+    filled = 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * dtype.itemsize
+        if groups[-1] and filled + size > max_shard_bytes:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = (dtype, shape)
+        filled += size
+    count = len(groups)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    return [
+        _plan(file, group)
+        for file, group in zip(names if count > 1 else [SINGLE], groups, strict=True)
+    ]
+
+
+def index_of(plans: Sequence[Plan]) -> dict[str, Any]:
+    """The content of `model.safetensors.index.json`."""
+    total = sum(
+        math.prod(shape) * dtype.itemsize
+        for plan in plans
+        for dtype, shape, _ in plan.tensors.values()
+    )
+    weight_map = {name: plan.file for plan in plans for name in plan.tensors}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+class ShardWriter:
+    """Writes tensors in any order into files whose headers stand first; holds no values.
+
+    Leaving the `with` block without an error checks that every planned tensor came once and
+    flushes to the disk. `OSError` passes through.
+    """
+
+    def __init__(self, folder: Path, plans: Sequence[Plan]) -> None:
+        self._files: dict[str, int] = {}
+        self._places: dict[str, tuple[str, np.dtype, tuple[int, ...], int]] = {}
+        try:
+            for plan in plans:
+                handle = os.open(folder / plan.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                self._files[plan.file] = handle
+                _write_at(handle, plan.header, 0)
+                os.ftruncate(handle, plan.size)
+                for name, (dtype, shape, start) in plan.tensors.items():
+                    self._places[name] = (plan.file, dtype, shape, start)
+        except OSError:
+            self._close()
+            raise
+
+    def write(self, name: str, values: np.ndarray) -> None:
+        """One whole tensor, in the dtype and shape it was planned with."""
+        file, dtype, shape, start = self._places.pop(name)
+        if values.dtype != dtype or values.shape != shape:
+            raise ValueError(f"{name}: {values.dtype}{values.shape}; planned {dtype}{shape}")
+        flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        _write_at(self._files[file], flat.data, start)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                if self._places:
+                    raise ValueError(f"never written: {_some(list(self._places))}")
+                for handle in self._files.values():
+                    os.fsync(handle)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        for handle in self._files.values():
+            os.close(handle)
+        self._files = {}
+
+
+def _plan(file: str, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> Plan:
+    offset = 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # Widest first keeps every tensor aligned to its own items, as the safetensors library does.
+    order = sorted(tensors.items(), key=lambda item: -item[1][0].itemsize)
+    begins: dict[str, int] = {}
+    for name, (dtype, shape) in order:
+        begins[name] = offset
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    base = 8 + len(text)
+    placed = {name: (dtype, shape, base + begins[name]) for name, (dtype, shape) in tensors.items()}
+    return Plan(file, len(text).to_bytes(8, "little") + text, placed, base + offset)
+
+
+def _write_at(handle: int, values: bytes | memoryview, start: int) -> None:
+    view = memoryview(values)
+    while len(view):
+        written = os.pwrite(handle, view, start)  # may be short: 2 GiB a call, or a full disk
+        view, start = view[written:], start + written
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
