@@ -9,8 +9,9 @@ stored along one leading axis and scanned, so a model compiles as fast with 80 l
 
     embed/table [V D]
     stack_{i}/layer_{j}/attention_norm/scale [L D]       i: stack, j: place in its pattern
-    stack_{i}/layer_{j}/attention/q/kernel [L D H K]     also k, v [L D G K] and o [L H K D];
-                                                         /bias, q_norm, k_norm where the spec has them
+    stack_{i}/layer_{j}/attention/q/kernel [L D H K]     also k, v [L D G K] and o [L H K D]
+    stack_{i}/layer_{j}/attention/q/bias [L H K]         and other biases, if the spec has them
+    stack_{i}/layer_{j}/attention/q_norm/scale [L K]     also k_norm, if the spec has them
     stack_{i}/layer_{j}/mlp_norm/scale [L D]
     stack_{i}/layer_{j}/mlp/gate/kernel [L D F]          also up [L D F] and down [L F D]
     final_norm/scale [D]

@@ -1,8 +1,8 @@
 """The parts a block is made of, and the one way a weight is declared and used.
 
-A weight is declared once, by the letters of its dimensions: `Projection("BTD,DHK->BTHK", ...)` owns
-a kernel `[D H K]`. Its shape, its logical axes for sharding, its initialiser, the constraint on what
-it produces: all follow from the letters. Weights are stored in one dtype and cast where used.
+A weight is declared once, by the letters of its dimensions: `Projection("BTD,DHK->BTHK", ...)`
+owns a kernel `[D H K]`. Its shape, its logical axes for sharding, its initialiser, the constraint
+on what it produces: all follow from the letters. Weights are stored in one dtype, cast where used.
 """
 
 from collections.abc import Callable, Mapping

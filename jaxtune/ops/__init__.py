@@ -1,1 +1,1 @@
-"""Pure functions on arrays: a plain reference first, the same signature for every implementation."""
+"""Pure functions on arrays: a plain reference first, then others of the same signature."""
