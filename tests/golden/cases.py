@@ -1,0 +1,133 @@
+"""Tiny models that exercise every switch of every family, and the texts they are run on.
+
+A case is a `config.json` and a seed: weights come from numpy's frozen `RandomState`, so the same
+folder can be written with or without torch. Values are large enough that positions, windows,
+masks, norms and biases all move the logits by far more than the tolerances.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxtune.hf.families import family_of
+from jaxtune.hf.layout import place
+from jaxtune.hf.load import layer_numbers
+from jaxtune.model import decoder
+from jaxtune.tree import named
+
+VOCAB, NEW_TOKENS = 61, 32
+_BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_V4 = {"rope_theta": 100.0, "torch_dtype": "float32"}
+_V5 = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, "dtype": "float32"}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def _case(kind: str, **keys: Any) -> dict[str, Any]:
+    return {"model_type": kind, **_BASE, **keys}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama": _case("llama", **_V4),
+    "llama-v5-tied": _case("llama", **_V5, tie_word_embeddings=True),
+    "llama-rope-llama3": _case("llama", **_V4, rope_scaling=_LLAMA3),
+    "llama-v5-rope-llama3": _case(
+        "llama", rope_parameters={**_LLAMA3, "rope_theta": 100.0}, dtype="float32"
+    ),
+    "llama-rope-linear": _case("llama", **_V4, rope_scaling={"type": "linear", "factor": 2.5}),
+    "llama-biases": _case("llama", **_V4, attention_bias=True, mlp_bias=True),
+    "llama-head-dim": _case("llama", **_V4, head_dim=12, num_key_value_heads=1),
+    "mistral-window": _case("mistral", **_V4, sliding_window=5),
+    "qwen2-tied": _case("qwen2", **_V4, tie_word_embeddings=True, use_sliding_window=False),
+    "qwen2-windows": _case(
+        "qwen2",
+        **_V5,
+        num_hidden_layers=3,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=1,
+    ),
+    "qwen3": _case("qwen3", **_V4, head_dim=12, tie_word_embeddings=True),
+    "qwen3-windows": _case(
+        "qwen3",
+        **_V5,
+        head_dim=16,
+        num_hidden_layers=5,
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+    ),
+}
+
+_random = np.random.RandomState(0)
+TEXTS = tuple(_random.randint(3, VOCAB, size=n) for n in (18, 10, 13))
+# Weight of each token as a target; the first token of a text is no target.
+WEIGHTS = tuple(
+    np.round(_random.rand(len(text)) * (_random.rand(len(text)) < 0.7), 2) for text in TEXTS
+)
+PROMPTS = tuple(text[:n] for text, n in zip(TEXTS, (9, 4, 13), strict=True))
+
+
+class Reference(NamedTuple):
+    """What transformers computes: logits of each text alone, weighted mean loss, its gradients.
+
+    `generated` are the greedy continuations of PROMPTS, without stop tokens.
+    """
+
+    logits: tuple[np.ndarray, ...]
+    loss: float
+    gradients: dict[str, np.ndarray]
+    generated: tuple[np.ndarray, ...]
+
+
+def tensors(name: str) -> dict[str, np.ndarray]:
+    """The case's weights under the names and shapes of its checkpoint, float32."""
+    family = family_of(CASES[name])
+    spec = family.to_spec(CASES[name])
+    shapes = {key: leaf.shape for key, leaf in named(decoder.abstract(spec, np.float32)).items()}
+    placed = place(family.rows, shapes, layer_numbers(spec)).values()
+    random = np.random.RandomState(list(CASES).index(name))
+    weights = {}
+    for tensor, shape in sorted(
+        (piece.name, p.tensor_shape) for p in placed for piece in p.pieces()
+    ):
+        values = random.normal(size=shape) * 0.2
+        weights[tensor] = (values + ("norm" in tensor)).astype(np.float32)
+    return weights
+
+
+def write_folder(name: str, folder: Path, **keys: Any) -> Path:
+    """The case as a folder in Hugging Face format; `keys` change its config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**CASES[name], **keys}, indent=2))
+    save_file(tensors(name), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def sampled(values: np.ndarray, count: int = 12) -> np.ndarray:
+    """Fixed places of a tensor, then its sum of squares: what is stored of a gradient."""
+    flat = values.reshape(-1)
+    places = np.random.RandomState(flat.size).randint(flat.size, size=count)
+    return np.append(flat[places], np.sum(np.square(flat, dtype=np.float64))).astype(np.float32)
