@@ -99,6 +99,11 @@ class Meter:
         else:
             self._tokens += tokens
 
+    def pause(self) -> None:
+        """What follows (an evaluation, a save) is not training: the next step restarts the clock
+        and forgets the tokens since the last reading."""
+        self._since, self._tokens = None, 0
+
     def read(self) -> tuple[float | None, float | None]:
         """(tokens per second, MFU), None where unknown: first reading, or no known peak."""
         now = time.monotonic()

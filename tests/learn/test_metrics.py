@@ -1,0 +1,112 @@
+"""metrics.jsonl across a crash, the meter, and sums over batches."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from jaxtune.learn import metrics
+from jaxtune.learn.evaluation import Totals, evaluate
+from jaxtune.learn.metrics import Meter, MetricsWriter
+from jaxtune.mesh import make_mesh
+from jaxtune.ops.cross_entropy import Sums
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_after_the_restored_step_and_a_half_written_line_are_dropped(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, resumed_at=0)
+    for step in (1, 2, 3):
+        writer.write({"kind": "train", "step": step, "loss": 1.0 / step})
+    writer.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "tr')  # killed while writing
+    writer = MetricsWriter(tmp_path, resumed_at=2)
+    writer.write({"kind": "train", "step": 3, "loss": 0.25})
+    writer.close()
+    assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 0.25)]
+
+
+def test_a_fresh_run_forgets_the_rows_of_a_run_that_saved_nothing(tmp_path: Path) -> None:
+    MetricsWriter(tmp_path, resumed_at=0).write({"kind": "train", "step": 1, "loss": 9.0})
+    MetricsWriter(tmp_path, resumed_at=0).close()
+    assert rows(tmp_path) == []
+
+
+def test_tensorboard_files_are_written_where_asked_for(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    writer = MetricsWriter(tmp_path, resumed_at=0, report_to=("tensorboard",))
+    writer.write({"kind": "train", "step": 1, "loss": 2.0, "mfu": None})
+    writer.close()
+    (file,) = (tmp_path / "tensorboard").glob("events*")
+    assert b"train/loss" in file.read_bytes()
+
+
+def test_the_meter_leaves_out_compilation_and_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    meter = Meter(flops_per_token=1e9, device_kind="TPU v5 lite", devices=2)
+    assert meter.read() == (None, None)
+    now[0] = 60.0  # compiling
+    meter.step(1000)
+    assert meter.read() == (None, None)
+    now[0] = 62.0
+    meter.step(3000)
+    rate, mfu = meter.read()
+    assert rate == 1500
+    assert mfu == pytest.approx(1500 * 1e9 / (2 * 197e12))
+    now[0] = 100.0  # an evaluation
+    meter.pause()
+    meter.step(900)
+    now[0] = 101.0
+    meter.step(500)
+    assert meter.read()[0] == 500
+    assert Meter(flops_per_token=1, device_kind="cpu", devices=1).read()[1] is None
+
+
+class Batch(NamedTuple):
+    inputs: Any
+    weights: Any
+
+
+def test_evaluation_is_invariant_to_batching() -> None:
+    """One row of loss 2 x 10 tokens and one of loss 4 x 1000: 3.980, whatever the batches."""
+    losses = np.array([2.0, 4.0, 0.0], np.float32)
+    counts = np.array([10, 1000, 0])
+    weights = (np.arange(1000) < counts[:, None]).astype(np.float32)
+    index = np.tile(np.arange(3)[:, None], (1, 1000))
+
+    def eval_step(params: Any, batch: Any) -> Sums:
+        ce = losses[np.asarray(batch.inputs)] * np.asarray(batch.weights)
+        weight = np.asarray(batch.weights).sum()
+        return Sums(ce.sum(), weight, weight / 2)
+
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, make_devices())
+    whole = evaluate(eval_step, None, [Batch(index, weights)], mesh=mesh)
+    single = evaluate(
+        eval_step, None, [Batch(index[i : i + 1], weights[i : i + 1]) for i in range(3)], mesh=mesh
+    )
+    assert whole == single
+    row = whole.row()
+    assert row["eval_loss"] == pytest.approx(4020 / 1010)
+    assert row["eval_perplexity"] == pytest.approx(math.exp(4020 / 1010))
+    assert row["eval_token_accuracy"] == 0.5
+    assert row["eval_tokens_trained"] == 1010
+
+
+def make_devices() -> list:
+    import jax
+
+    return jax.devices()[:1]
+
+
+def test_no_trained_tokens_is_no_division_by_zero() -> None:
+    assert Totals().row()["eval_loss"] == 0.0
+    assert (Totals(1, 2, 3, 4) + Totals(1, 1, 1, 1)) == Totals(2, 3, 4, 5)
