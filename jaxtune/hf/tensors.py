@@ -211,9 +211,10 @@ class ShardWriter:
 
     def write(self, name: str, values: np.ndarray) -> None:
         """One whole tensor, in the dtype and shape it was planned with."""
-        file, dtype, shape, start = self._places.pop(name)
+        file, dtype, shape, start = self._places[name]
         if values.dtype != dtype or values.shape != shape:
             raise ValueError(f"{name}: {values.dtype}{values.shape}; planned {dtype}{shape}")
+        del self._places[name]
         flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         _write_at(self._files[file], flat.data, start)
 

@@ -1,0 +1,165 @@
+"""config.json in every spelling -> the same spec; what cannot be represented is refused."""
+
+import json
+
+import pytest
+from golden.cases import CASES
+
+from jaxtune.config import ModelError
+from jaxtune.hf.families import FAMILIES, config_dtype, family_of, stacked
+from jaxtune.spec import LayerSpec, Stack
+
+LLAMA = CASES["llama"]
+
+
+def _spec(config):
+    return family_of(config).to_spec(config)
+
+
+def _layer(window: int | None = None) -> LayerSpec:
+    return LayerSpec(4, 2, 8, 16, None, window)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("aaaa", [("a", 4)]),
+        ("aaabb", [("a", 3), ("b", 2)]),
+        ("abab", [("ab", 2)]),
+        ("ababa", [("ab", 2), ("a", 1)]),
+        ("aaaaab" * 10 + "aa", [("aaaaab", 10), ("a", 2)]),  # Gemma 3
+        ("a" + "b" * 26, [("a", 1), ("b", 26)]),  # one dense layer, then experts
+        ("abc", [("a", 1), ("b", 1), ("c", 1)]),
+    ],
+)
+def test_layers_become_the_fewest_compiled_stacks(pattern, expected):
+    layers = {letter: _layer(window) for window, letter in enumerate("abc", start=1)}
+    stacks = stacked([layers[letter] for letter in pattern])
+    text = [("".join("abc"[x.window - 1] for x in s.pattern), s.repeats) for s in stacks]
+    flat = "".join(letters * repeats for letters, repeats in text)
+    assert flat == pattern
+    assert sum(len(letters) for letters, _ in text) == sum(len(letters) for letters, _ in expected)
+    assert len(text) <= len(expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_exported_config_means_the_same(name):
+    config = CASES[name]
+    family, spec = family_of(config), _spec(config)
+    out = family.to_hf_config(config, spec, dtype="bfloat16")
+    assert _spec(out) == spec
+    assert config.keys() <= out.keys()
+    assert config_dtype(out) == "bfloat16"
+    # Either half alone is complete: version 4 reads the first, version 5 the second.
+    v5_only = ("rope_parameters", "dtype")
+    v4_only = ("rope_theta", "rope_scaling", "torch_dtype")
+    for left_out in (v5_only, v4_only):
+        assert _spec({key: value for key, value in out.items() if key not in left_out}) == spec
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_reads_the_exported_config_alike(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers.LlamaConfig(), "rope_parameters"):
+        pytest.skip("transformers 4 states rope otherwise")
+    config = CASES[name]
+    out = family_of(config).to_hf_config(config, _spec(config), dtype="float32")
+    for file, content in (("in", config), ("out", out)):
+        (tmp_path / file).mkdir()
+        (tmp_path / file / "config.json").write_text(json.dumps(content))
+    before, after = (
+        transformers.AutoConfig.from_pretrained(tmp_path / file).to_dict() for file in ("in", "out")
+    )
+    for key in ("architectures", "_name_or_path"):
+        before[key] = after[key]
+    for rope in (before["rope_parameters"], after["rope_parameters"]):
+        rope.pop("type", None)
+    after = {key: value for key, value in after.items() if key in before}
+    assert after == before
+
+
+def test_both_key_styles_are_one_model():
+    assert _spec(CASES["llama-rope-llama3"]) == _spec(CASES["llama-v5-rope-llama3"])
+    assert _spec(CASES["llama"]) == _spec(
+        {**LLAMA, "rope_theta": None, "rope_parameters": {"rope_theta": 100.0, "type": "default"}}
+    )
+    assert config_dtype({"torch_dtype": "bfloat16"}) == config_dtype({"dtype": "bfloat16"})
+    assert config_dtype({"torch_dtype": "torch.float16"}) == "float16"
+    assert config_dtype({}) is None
+    with pytest.raises(ModelError, match="dtype 'int8'; expected one of float32"):
+        config_dtype({"dtype": "int8"})
+
+
+def test_absent_keys_have_the_values_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    defaults = {
+        "num_key_value_heads": "kv_heads",
+        "sliding_window": "window",
+    }
+    for kind, family in FAMILIES.items():
+        theirs = transformers.AutoConfig.for_model(kind)
+        for key, value in family.defaults.items():
+            if key == "sliding_window" and kind.startswith("qwen"):
+                continue  # transformers forgets it unless use_sliding_window is set
+            assert getattr(theirs, key) == value, (kind, key)
+        small = {"vocab_size": 9, "hidden_size": 512, "intermediate_size": 8, "model_type": kind}
+        config = {**small, "num_hidden_layers": 2, "num_attention_heads": 32}
+        theirs, layer = transformers.AutoConfig.for_model(**config), _spec(config).layers[0]
+        for key, name in defaults.items():
+            assert getattr(theirs, key, None) == getattr(layer, name), (kind, key)
+        assert layer.head_dim == (getattr(theirs, "head_dim", None) or 512 // 32)
+        assert layer.rope.theta == 10_000.0
+        assert _spec(config).tie_head is theirs.tie_word_embeddings
+        assert _spec(config).norm_eps == theirs.rms_norm_eps
+
+
+def test_windows_of_qwen():
+    base = {**CASES["qwen2-windows"], "num_hidden_layers": 4, "max_window_layers": 3}
+    windows = [layer.window for layer in _spec(base).layers]
+    assert windows == [None, None, None, 4]
+    assert _spec({**base, "use_sliding_window": False}).stacks == (
+        Stack((_spec(base).layers[0],), 4),
+    )
+    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    windows = [layer.window for layer in _spec({**base, "layer_types": kinds}).layers]
+    assert windows == [4, None, None, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": None}, "here.json: 'hidden_size' is None; expected a positive integer"),
+        ({"vocab_size": "61"}, "'vocab_size' is '61'; expected a positive integer"),
+        ({"num_hidden_layers": 0}, "'num_hidden_layers' is 0"),
+        ({"rms_norm_eps": "small"}, "'rms_norm_eps' is 'small'; expected a number"),
+        ({"hidden_act": "swiglu"}, "hidden_act 'swiglu' is not supported; supported are silu"),
+        ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope type 'dynamic' is not supported yet; supported are default, linear, llama3",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported yet"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "'factor' is None; expected a number"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+    ],
+)
+def test_what_cannot_be_represented_is_refused(change, message):
+    config = {**LLAMA, **change}
+    with pytest.raises(ModelError, match=message):
+        family_of(config).to_spec(config, where="here.json")
+
+
+def test_layer_types_are_checked():
+    config = {**CASES["qwen3-windows"], "layer_types": ["full_attention"] * 4}
+    with pytest.raises(ModelError, match="layer_types names 4 layers; num_hidden_layers is 5"):
+        _spec(config)
+    with pytest.raises(ModelError, match="layer_types has 'chunked_attention'"):
+        _spec({**config, "layer_types": ["chunked_attention"] * 5})
+
+
+def test_an_unknown_family_names_the_nearest():
+    with pytest.raises(ModelError, match=r"model_type 'lama' is unknown; .*Did you mean 'llama'\?"):
+        family_of({"model_type": "lama"}, where="config.json")
+    with pytest.raises(ModelError, match="no 'model_type'; expected one of llama, mistral"):
+        family_of({})

@@ -1,0 +1,174 @@
+"""Safetensors read and written, against the safetensors library; damaged files refused."""
+
+import json
+import struct
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from safetensors import safe_open
+
+from jaxtune.config import ModelError
+from jaxtune.hf import tensors
+from jaxtune.hf.tensors import ShardWriter, fetch, index_of, open_tensors, plan_shards, read_header
+
+DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
+
+
+def _values() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 4), "b": (5,), "c": (7, 2, 2), "d": (), "e": (0, 3)}
+    return {
+        f"{name}.{np.dtype(dtype).name}": rng.normal(size=shape).astype(dtype)
+        for name, shape in shapes.items()
+        for dtype in DTYPES
+    }
+
+
+def _whole(values: np.ndarray) -> tuple[slice, ...]:
+    return tuple(slice(0, n) for n in values.shape)
+
+
+def _planned(values: dict[str, np.ndarray], limit: int) -> list[tensors.Plan]:
+    return plan_shards({name: (v.dtype, v.shape) for name, v in values.items()}, limit)
+
+
+def test_reads_what_the_library_wrote(tmp_path):
+    values = _values()
+    safetensors.numpy.save_file(values, tmp_path / "model.safetensors")
+    found = open_tensors(tmp_path)
+    assert found.keys() == values.keys()
+    for name, expected in values.items():
+        got = fetch(found[name], _whole(expected))
+        assert got.dtype == expected.dtype
+        assert got.shape == expected.shape
+        assert got.tobytes() == expected.tobytes()
+    part = fetch(found["c.bfloat16"], (slice(2, 5), slice(1, 2), slice(0, 2)))
+    np.testing.assert_array_equal(part, values["c.bfloat16"][2:5, 1:2])
+
+
+@pytest.mark.parametrize("limit", [10**9, 60])
+def test_the_library_reads_what_was_written_in_any_order(tmp_path, limit):
+    values = _values()
+    plans = _planned(values, limit)
+    with ShardWriter(tmp_path, plans) as writer:
+        for name in reversed(values):
+            writer.write(name, values[name])
+    for plan in plans:
+        assert sum(values[name].nbytes for name in plan.tensors) <= max(
+            limit, 112
+        )  # the largest alone
+        with safe_open(tmp_path / plan.file, framework="numpy") as file:
+            assert file.metadata() == {"format": "pt"}
+            for name in plan.tensors:
+                assert file.get_tensor(name).tobytes() == values[name].tobytes()
+    index = index_of(plans)
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in values.values())
+    assert index["weight_map"].keys() == values.keys()
+    if limit == 60:
+        count = len(plans)
+        assert plans[0].file == f"model-00001-of-{count:05d}.safetensors"
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert open_tensors(tmp_path).keys() == values.keys()
+    else:
+        assert [plan.file for plan in plans] == ["model.safetensors"]
+
+
+def test_the_writer_takes_what_was_planned(tmp_path):
+    values = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.float32)}
+
+    def write_a_transposed_then_only_b() -> None:
+        with ShardWriter(tmp_path, _planned(values, 10**9)) as writer:
+            with pytest.raises(ValueError, match=r"a: float32\(3, 2\); planned float32\(2, 3\)"):
+                writer.write("a", values["a"].T)
+            writer.write("b", values["b"])
+
+    with pytest.raises(ValueError, match="never written: a"):
+        write_a_transposed_then_only_b()
+
+
+def _file(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def _entry(begin: int, end: int, shape: list[int], dtype: str = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "length", "message"),
+    [
+        ({}, b"", 10**13, "claims a header of 10000000000000 bytes in a file of 10"),
+        (b"{broken", b"", None, "unreadable safetensors header"),
+        (b"[1]", b"", None, "unreadable safetensors header"),
+        ({"a": {"dtype": "F32"}}, b"", None, "unreadable safetensors header"),
+        ({"a": _entry(-4, 0, [1])}, b"", None, "non-negative integers"),
+        ({"a": _entry(0, 8, [3])}, bytes(8), None, r"a has 8 bytes, which is not F32 \[3\]"),
+        ({"a": _entry(0, 8, [2])}, bytes(4), None, "a ends after the file"),
+        (
+            {"a": _entry(0, 8, [2]), "b": _entry(4, 12, [2])},
+            bytes(12),
+            None,
+            "b overlaps another tensor",
+        ),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path, header, data, length, message):
+    with pytest.raises(ModelError, match=message):
+        read_header(_file(tmp_path / "model.safetensors", header, data, length))
+
+
+def test_an_unaligned_header_is_read(tmp_path):
+    values = np.arange(3, dtype=np.float32)
+    text = json.dumps({"a": _entry(0, 12, [3])}).encode()
+    text += b" " * ((3 - len(text)) % 8)  # the values begin at an odd byte
+    file = _file(tmp_path / "model.safetensors", text, values.tobytes())
+    np.testing.assert_array_equal(fetch(read_header(file)["a"], (slice(0, 3),)), values)
+
+
+def test_other_dtypes_are_refused_only_when_wanted(tmp_path):
+    header = {"a": _entry(0, 4, [4], "F8_E4M3"), "b": _entry(4, 12, [2])}
+    found = read_header(_file(tmp_path / "model.safetensors", header, bytes(12)))
+    assert fetch(found["b"], (slice(0, 2),)).tolist() == [0, 0]
+    with pytest.raises(ModelError, match="holds F8_E4M3 values; this version reads F32, BF16, F16"):
+        fetch(found["a"], (slice(0, 4),))
+
+
+def _index(folder: Path, weight_map: object) -> None:
+    text = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def test_an_index_is_believed_only_within_its_folder(tmp_path):
+    _file(tmp_path / "outside.safetensors", {"a": _entry(0, 4, [1])}, bytes(4))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    _file(folder / "one.safetensors", {"a": _entry(0, 4, [1])}, bytes(4))
+    for file in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "weights.bin"):
+        _index(folder, {"a": file})
+        with pytest.raises(ModelError, match=r"names '.*'; only safetensors beside it are read"):
+            open_tensors(folder)
+    _index(folder, {"a": "two.safetensors"})
+    with pytest.raises(ModelError, match=r"two.safetensors is missing, though the index names it"):
+        open_tensors(folder)
+    _index(folder, {"a": "one.safetensors", "b": "one.safetensors"})
+    with pytest.raises(ModelError, match="b not in the file the index names"):
+        open_tensors(folder)
+    (folder / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ModelError, match="not a safetensors index"):
+        open_tensors(folder)
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        ModelError, match=r"no weights: expected .*; found config.json.*init: random"
+    ):
+        open_tensors(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"pickled \(pytorch_model.bin\).*never read"):
+        open_tensors(tmp_path)
