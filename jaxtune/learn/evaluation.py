@@ -53,5 +53,9 @@ def evaluate(eval_step: Evaluate, params: Any, batches: Iterable[Any], *, mesh: 
         sums.append(eval_step(params, on_device))
         tokens += int(np.count_nonzero(batch.weights))
     fetched = jax.device_get(sums)  # once, at the end: the device never waits for the host
-    columns = (math.fsum(map(float, column)) for column in zip(*fetched, strict=True))
-    return Totals(*columns, tokens) if fetched else Totals()
+    return Totals(
+        loss=math.fsum(float(part.loss) for part in fetched),
+        weight=math.fsum(float(part.weight) for part in fetched),
+        correct=math.fsum(float(part.correct) for part in fetched),
+        tokens=tokens,
+    )

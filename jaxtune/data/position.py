@@ -1,0 +1,67 @@
+"""Where a run stands in its data: what it has seen by a step, and which data that was.
+
+Counts are pure functions of the step, so a resumed run knows them without having counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxtune.data.pipeline import Batches, Dataset
+
+
+class Counts(NamedTuple):
+    """`tokens` and `trained` count positions after the shift, without padding."""
+
+    tokens: int = 0
+    trained: int = 0
+    examples: int = 0
+
+    def plus(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def counts_of(batches: Batches, step: int) -> Counts:
+    """What the batch of one step holds."""
+    numbers = np.array([n for row in batches.examples(step) for n in row], np.int64)
+    data = batches.dataset
+    return Counts(
+        tokens=int((data.token_counts[numbers] - 1).sum()),
+        trained=int(data.trained_counts[numbers].sum()),
+        examples=len(numbers),
+    )
+
+
+def counts_before(batches: Batches, step: int) -> Counts:
+    """What all steps before `step` held together."""
+    epoch, index = batches.locate(step)
+    data = batches.dataset
+    seen = Counts(
+        tokens=epoch * int((data.token_counts - 1).sum()),
+        trained=epoch * int(data.trained_counts.sum()),
+        examples=epoch * len(data),
+    )
+    for earlier in range(step - index, step):
+        seen = seen.plus(counts_of(batches, earlier))
+    return seen
+
+
+def epoch_at(batches: Batches, step: int) -> float:
+    """Epochs finished before `step`, with the fraction of the current one."""
+    return step / batches.steps_per_epoch
+
+
+def fingerprint(batches: Batches) -> str:
+    """Same fingerprint, same batch at every step: data, tokenizer, template, seed and rows."""
+    parts = [batches.dataset.fingerprint, batches.seed, batches.batch_size, batches.row_length]
+    parts += [batches.rows]  # packed or not
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def largest_id(dataset: Dataset) -> int:
+    """The largest token id of all sources: the embedding needs a row for it."""
+    return max(int(source.stored.arrays["ids"].max()) for source in dataset.sources)

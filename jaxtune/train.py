@@ -1,0 +1,560 @@
+"""Hugging Face model in, fine-tuned Hugging Face model out.
+
+    python -m jaxtune.train --model_name_or_path MODEL --dataset FILE --output_dir OUT
+
+The story in chapters: the data, the model, where to begin, the loop, the export. Everything slow
+to import is imported inside `run`'s chapters, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxtune import command
+from jaxtune.command import Stopped, note
+from jaxtune.config import Config, ConfigError, DatasetConfig, Diverged, dump
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from jaxtune.data.pipeline import Batches, Dataset
+    from jaxtune.data.template import Template
+    from jaxtune.data.tokenizer import Tokenizer
+    from jaxtune.hf.load import HfModel
+    from jaxtune.learn.checkpoint import Checkpoints
+    from jaxtune.learn.metrics import MetricsWriter
+    from jaxtune.learn.program import Program
+    from jaxtune.learn.state import TrainState
+    from jaxtune.learn.step import StepMetrics
+
+
+class TrainOptions(command.Options):
+    """`train` has no flags but the config's."""
+
+
+class Result(NamedTuple):
+    """`model_dir` is the exported folder (None with `export: false`); `step` the last step;
+    `metrics` the last train and eval rows of metrics.jsonl, by kind.
+    """
+
+    output_dir: Path
+    model_dir: Path | None
+    step: int
+    metrics: Mapping[str, Mapping[str, Any]]
+
+
+class Material(NamedTuple):
+    """What a run learns from, all numpy."""
+
+    tokenizer: Tokenizer
+    template: Template
+    train: Dataset
+    held_out: Dataset | None
+
+
+def run(config: Config, options: TrainOptions | None = None) -> Result:
+    """Trains, checkpoints and exports. Raises `ConfigError`, `DataError`, `ModelError`,
+    `Diverged`, and `command.Stopped` after saving on SIGTERM or SIGINT.
+    """
+    model_name, run_dir = _required(config)
+    _claim(run_dir)
+
+    # 1. The data: everything that can be wrong with it is said before a device is touched.
+    material = _open_data(config, model_name)
+
+    # 2. The model and the program for these devices.
+    from jaxtune.hf.export import check_target
+    from jaxtune.hf.load import open_model
+
+    model = open_model(model_name, revision=config.revision, weights=config.init == "pretrained")
+    _check_ids(material, model)
+    if config.export:
+        check_target(run_dir / "hf", model)
+    mesh, batches = _plan(config, material.train)
+    total_steps = batches.total_steps(config.num_train_epochs, config.max_steps)
+    report = _announce(config, material, batches, mesh, total_steps)
+    program = _build(config, model, mesh, total_steps)
+
+    # 3. Where to begin.
+    import jax
+
+    from jaxtune.learn.checkpoint import Checkpoints
+
+    with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
+        checkpoints = Checkpoints(run_dir, keep=config.save_total_limit)
+        closing.callback(checkpoints.close)
+        start = _where_to_begin(config, checkpoints, batches, total_steps)
+        state = _first_state(config, model, program, checkpoints, start)
+        (run_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
+
+        # 4. The loop.
+        from jaxtune.data.position import fingerprint
+        from jaxtune.learn.metrics import MetricsWriter
+
+        writer = MetricsWriter(run_dir, resumed_at=start, report_to=config.report_to)
+        closing.callback(writer.close)
+        plan = Plan(batches, fingerprint(batches), total_steps, material.held_out)
+        loop = Loop(config, model, program, plan, checkpoints, writer, start)
+        state = loop.run(state)
+        checkpoints.wait()
+
+        # 5. The export.
+        model_dir = None
+        if config.export:
+            model_dir = _export(config, run_dir, model, state, material, report, loop.last)
+    return Result(run_dir, model_dir, total_steps, loop.last)
+
+
+def main(argv: list[str] | None = None) -> int:
+    description = (__doc__ or "").split("\n\n")[0]
+    return command.execute("train", description, TrainOptions, run, argv)
+
+
+# -- before the devices ------------------------------------------------------------------------
+
+
+def _required(config: Config) -> tuple[str, Path]:
+    for name in ("model_name_or_path", "datasets", "output_dir"):
+        if not getattr(config, name):
+            flag = "dataset FILE" if name == "datasets" else name
+            raise ConfigError(
+                f"{name} is not set. Give --{flag}, or a --config that has it; "
+                "configs/quickstart/quickstart.yaml is one that runs as it is."
+            )
+    assert config.model_name_or_path is not None
+    assert config.output_dir is not None
+    return config.model_name_or_path, Path(config.output_dir)
+
+
+def _claim(run_dir: Path) -> None:
+    """Makes the run directory and proves that it can be written, before anything is paid for."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir {run_dir}: cannot be written: {error.strerror}. Choose another."
+        ) from None
+
+
+def _open_data(config: Config, model_name: str) -> Material:
+    from jaxtune.data.pipeline import open_dataset, split
+    from jaxtune.data.template import resolve
+    from jaxtune.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config.tokenizer_name or model_name, revision=config.revision)
+    template = resolve(
+        config.template, tokenizer, system_prompt=config.system_prompt, stop=config.stop
+    )
+
+    def opened(entries: Sequence[DatasetConfig]) -> Dataset:
+        return open_dataset(
+            entries,
+            tokenizer=tokenizer,
+            template=template,
+            train_on=config.train_on,
+            max_length=config.max_length,
+            truncation=config.truncation,
+        )
+
+    train, held_out = opened(config.datasets), None
+    if config.eval_datasets:
+        held_out = opened(config.eval_datasets)
+    elif config.eval_split:
+        train, held_out = split(train, config.eval_split, seed=config.seed)
+    return Material(tokenizer, template, train, held_out)
+
+
+def _plan(config: Config, train: Dataset) -> tuple[Mesh, Batches]:
+    """The mesh over all devices, and batches of as many rows as it asks for."""
+    from jaxtune.data.pipeline import Batches
+    from jaxtune.mesh import make_mesh, row_shards
+
+    mesh = make_mesh(config.mesh.model_dump())
+    rows = row_shards(mesh) * config.per_device_train_batch_size * _microbatches(config, mesh)
+    return mesh, Batches(train, batch_size=rows, seed=config.seed, packing=config.packing)
+
+
+def _announce(
+    config: Config, material: Material, batches: Batches, mesh: Mesh, total_steps: int
+) -> dict[str, Any]:
+    """Says what is about to be trained, and returns the data report for the model card."""
+    from jaxtune.data.doctor import overlap, report
+    from jaxtune.draw.terminal import show_report
+
+    found = report(material.train, batches)
+    show_report(found)
+    if material.held_out is not None:
+        common = overlap(material.train, material.held_out)
+        note(
+            f"evaluation: {len(material.held_out)} examples"
+            + (f"; {common} of them are in the training data" if common else "")
+        )
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    note(
+        f"training: {total_steps} steps of {batches.batch_size} rows x {batches.row_length} tokens "
+        f"({batches.steps_per_epoch} steps an epoch), on {mesh.size} "
+        f"{mesh.devices.flat[0].device_kind} device(s){', ' + axes if axes else ''}; learning rate "
+        f"{config.learning_rate:g}"
+    )
+    return found
+
+
+def _microbatches(config: Config, mesh: Mesh) -> int:
+    from jaxtune.mesh import row_shards
+
+    if config.global_batch_size is None:
+        return config.gradient_accumulation_steps
+    each = row_shards(mesh) * config.per_device_train_batch_size
+    if config.global_batch_size % each:
+        raise ConfigError(
+            f"global_batch_size: {config.global_batch_size} rows do not divide into microbatches "
+            f"of {row_shards(mesh)} devices x per_device_train_batch_size="
+            f"{config.per_device_train_batch_size} (={each}). Choose a multiple of {each}, or a "
+            "smaller per_device_train_batch_size."
+        )
+    return config.global_batch_size // each
+
+
+def _check_ids(material: Material, model: HfModel) -> None:
+    """An id without a row in the embedding never raises on a device: it is refused here."""
+    from jaxtune.data.position import largest_id
+
+    held_out = [material.held_out] if material.held_out is not None else []
+    largest = max(largest_id(data) for data in (material.train, *held_out))
+    if largest >= model.spec.vocab:
+        raise ConfigError(
+            f"{model.name}: has {model.spec.vocab} embedding rows, but the data holds token id "
+            f"{largest} of tokenizer {material.tokenizer.folder}. Use the model's own tokenizer."
+        )
+
+
+# -- the program and its first state -------------------------------------------------------------
+
+
+def _build(config: Config, model: HfModel, mesh: Mesh, total_steps: int) -> Program:
+    from jaxtune.learn import optim, program
+
+    warmup = optim.warmup_length(config.warmup_steps, total_steps)
+    return program.build(
+        model.spec,
+        mesh,
+        hyper=optim.AdamW(
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            epsilon=config.adam_epsilon,
+            weight_decay=config.weight_decay,
+        ),
+        learning_rate=optim.schedule(
+            config.lr_scheduler_type,
+            learning_rate=config.learning_rate,
+            warmup_steps=warmup,
+            total_steps=total_steps,
+        ),
+        max_grad_norm=config.max_grad_norm,
+        microbatches=_microbatches(config, mesh),
+        dtype=program.compute_dtype(config.dtype),
+        param_dtype=config.param_dtype,
+        remat=config.gradient_checkpointing,
+    )
+
+
+def _where_to_begin(
+    config: Config, checkpoints: Checkpoints, batches: Batches, total_steps: int
+) -> int:
+    """The step to go on from; 0 is the beginning. Refuses what would not be the same run."""
+    from jaxtune.data.position import fingerprint
+
+    latest = checkpoints.latest()
+    if latest is None:
+        if config.resume == "must":
+            raise ConfigError(f"resume: must, but {checkpoints.folder} holds no checkpoint.")
+        return 0
+    if config.resume == "never":
+        raise ConfigError(
+            f"resume: never, but {checkpoints.folder} holds step {latest} of an earlier run, "
+            "which would be overwritten. Choose another output_dir, or remove that one."
+        )
+    meta, now = checkpoints.meta(latest), fingerprint(batches)
+    if meta["fingerprint"] != now:
+        raise ConfigError(
+            f"{checkpoints.folder}: step {latest} was trained on other data: its fingerprint of "
+            f"data files, tokenizer, template, seed and batch is {meta['fingerprint'][:12]}, this "
+            f"run's is {now[:12]}. Restore what changed, or choose another "
+            "output_dir to start anew."
+        )
+    if latest > total_steps:
+        raise ConfigError(
+            f"{checkpoints.folder}: holds step {latest}, but this run ends at {total_steps}. "
+            "Raise max_steps or num_train_epochs, or choose another output_dir."
+        )
+    if meta["total_steps"] != total_steps:
+        note(
+            f"resume: the run was planned for {meta['total_steps']} steps and is now for "
+            f"{total_steps}; the learning rate follows the new plan from here."
+        )
+    note(f"resume: going on after step {latest}")
+    return latest
+
+
+def _first_state(
+    config: Config, model: HfModel, program: Program, checkpoints: Checkpoints, start: int
+) -> TrainState:
+    if start:
+        state, _ = checkpoints.restore(start, program.abstract, program.shardings)
+        return state
+    import jax
+
+    from jaxtune.hf.load import load_params
+    from jaxtune.learn.program import first_step
+    from jaxtune.model import decoder
+
+    if config.init == "random":
+        make = jax.jit(
+            lambda key: decoder.init(model.spec, key, config.param_dtype),
+            out_shardings=program.shardings.params,
+        )
+        params = make(jax.random.key(config.seed))
+    else:
+        params = load_params(model, program.shardings.params, config.param_dtype)
+    return first_step(program.init_opt_state(params), params, program.mesh)
+
+
+# -- the loop ------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """What a run goes through: batches by step, and what it is evaluated on."""
+
+    batches: Batches
+    fingerprint: str
+    total_steps: int
+    held_out: Dataset | None
+
+
+class Loop:
+    """Steps, and what happens between them. Metrics are read one step late, so that the device
+    never waits for the host; before anything is saved or evaluated they are read at once.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: HfModel,
+        program: Program,
+        plan: Plan,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter,
+        start: int,
+    ) -> None:
+        import jax
+
+        from jaxtune.data.position import counts_before
+        from jaxtune.draw.progress import Progress
+        from jaxtune.learn.metrics import Meter
+        from jaxtune.spec import flops_per_token
+
+        self.config = config
+        self.program = program
+        self.plan = plan
+        self.checkpoints = checkpoints
+        self.writer = writer
+        self.start = start
+        self.last: dict[str, dict[str, Any]] = {}
+        self._seen = counts_before(plan.batches, start)
+        self._progress = Progress(start, plan.total_steps)
+        self._pending: tuple[int, StepMetrics] | None = None  # a step still on the device
+        self._meter = Meter(
+            flops_per_token=flops_per_token(model.spec, plan.batches.row_length),
+            device_kind=jax.devices()[0].device_kind,
+            devices=jax.device_count(),
+        )
+
+    def run(self, state: TrainState) -> TrainState:
+        from jaxtune.data.pipeline import prefetch
+        from jaxtune.mesh import put_batch
+
+        batches, end = self.plan.batches, self.plan.total_steps
+        size = {"batch_size": batches.batch_size, "length": batches.row_length}
+
+        def on_device(step: int) -> Any:
+            rows = functools.partial(batches.batch_rows, step)
+            return put_batch(rows, **size, mesh=self.program.mesh)
+
+        with self._progress, _asked_to_stop() as asked:
+            for step, batch in enumerate(prefetch(on_device, self.start, end), self.start):
+                state, metrics = self.program.train_step(state, batch)
+                self._read()
+                self._pending = step, metrics
+                done = step + 1
+                if self._evaluates_after(done):
+                    self._read()
+                    self._evaluate(state.params, done)
+                if asked or done == end or done % self.config.save_steps == 0:
+                    self._read()
+                    self._save(state, done)
+                if asked and done < end:
+                    self.checkpoints.wait()
+                    raise Stopped(
+                        f"stopped by {asked[0]} after step {done}, which is saved in "
+                        f"{self.checkpoints.folder}. The same command goes on from there."
+                    )
+        return state
+
+    def _read(self) -> None:
+        """Takes the pending step's metrics off the device; non-finite ones end the run."""
+        if self._pending is None:
+            return
+        import jax
+
+        from jaxtune.data.position import counts_of, epoch_at
+
+        step, on_device = self._pending
+        self._pending = None
+        metrics = jax.device_get(on_device)
+        done = step + 1
+        if not metrics.finite:
+            raise Diverged(
+                f"step {done}: the loss is {metrics.loss:g} and the gradient norm "
+                f"{metrics.grad_norm:g}. The parameters before this step are kept; the newest "
+                f"checkpoint is step {self.checkpoints.latest() or 'none'}. Lower learning_rate "
+                f"(now {metrics.learning_rate:g}) or look at this step's rows with preview."
+            )
+        if metrics.weight == 0:
+            note(f"step {done}: no token of this batch is trained; nothing changed")
+        counts = counts_of(self.plan.batches, step)
+        self._seen = self._seen.plus(counts)
+        self._meter.step(counts.tokens)
+        self._progress.advance(float(metrics.loss))
+        if done % self.config.logging_steps and done != self.plan.total_steps:
+            return
+        rate, mfu = self._meter.read()
+        self._record(
+            {
+                "kind": "train",
+                "step": done,
+                "epoch": round(epoch_at(self.plan.batches, done), 4),
+                "loss": float(metrics.loss),
+                "token_accuracy": float(metrics.token_accuracy),
+                "grad_norm": float(metrics.grad_norm),
+                "learning_rate": float(metrics.learning_rate),
+                "tokens_total": self._seen.tokens,
+                "tokens_trained": self._seen.trained,
+                "examples_seen": self._seen.examples,
+                "tokens_per_second": None if rate is None else round(rate, 1),
+                "mfu": None if mfu is None else round(mfu, 4),
+            }
+        )
+
+    def _evaluates_after(self, done: int) -> bool:
+        if self.plan.held_out is None:
+            return False
+        every = self.config.eval_steps or self.plan.batches.steps_per_epoch
+        return done % every == 0 or done == self.plan.total_steps
+
+    def _evaluate(self, params: Any, done: int) -> None:
+        from jaxtune.data.pipeline import eval_batches
+        from jaxtune.learn.evaluation import Totals, evaluate
+        from jaxtune.mesh import row_shards
+
+        data = self.plan.held_out
+        assert data is not None
+        rows = self.config.per_device_eval_batch_size * row_shards(self.program.mesh)
+        parts = {
+            name: evaluate(
+                self.program.eval_step,
+                params,
+                eval_batches(data.only(name), rows, packing=self.config.packing),
+                mesh=self.program.mesh,
+            )
+            for name in dict.fromkeys(data.names)
+        }
+        row = sum(parts.values(), Totals()).row()
+        by_dataset = {name: part.row() for name, part in parts.items()}
+        self._record({"kind": "eval", "step": done, **row, "by_dataset": by_dataset})
+        self._meter.pause()
+
+    def _save(self, state: TrainState, done: int) -> None:
+        if done == self.checkpoints.latest():
+            return
+        meta = {"fingerprint": self.plan.fingerprint, "total_steps": self.plan.total_steps}
+        self.checkpoints.save(state, meta, step=done)
+
+    def _record(self, row: dict[str, Any]) -> None:
+        self.last[row["kind"]] = row
+        self.writer.write(row)
+        self._progress.show(row)
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[list[str]]:
+    """Fills the list on SIGTERM or SIGINT; a second SIGINT interrupts as usual."""
+    asked: list[str] = []
+
+    def remember(number: int, frame: Any) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(signal.Signals(number).name)
+        note(f"{asked[0]}: finishing this step, then saving")
+
+    try:
+        before = {n: signal.signal(n, remember) for n in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread (a notebook's worker): signals are not ours
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# -- after the loop ------------------------------------------------------------------------------
+
+
+def _export(
+    config: Config,
+    run_dir: Path,
+    model: HfModel,
+    state: TrainState,
+    material: Material,
+    report: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, Any]],
+) -> Path:
+    from jaxtune.draw.card import model_card
+    from jaxtune.hf.export import export_model
+
+    exported = export_model(
+        run_dir / "hf",
+        model=model,
+        params=state.params,
+        save_dtype=config.save_dtype,
+        tokenizer=material.tokenizer,
+        template=material.template,
+        stop_ids=[material.template.stop_id],
+        card=model_card(
+            base=model.name,
+            random_start=config.init == "random",
+            metrics=metrics,
+            data=report,
+            template=material.template.name,
+            config=dump(config),
+        ),
+    )
+    note(
+        f"model: {exported.folder} ({exported.tensors} tensors, {exported.size / 1e6:.1f} MB, "
+        "read back and equal to the parameters)"
+    )
+    return exported.folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())
