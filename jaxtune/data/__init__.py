@@ -1,0 +1,1 @@
+"""Records -> text -> tokens with weights -> fixed rows. Numpy and the tokenizer; no JAX."""

@@ -1,0 +1,88 @@
+"""The jinja that chat templates are written in, rendered exactly as transformers renders it.
+
+Same sandbox, same filters and globals, with one difference: `strftime_now` tells a date that is
+passed in, so that the same data is the same tokens tomorrow. The tests hold the text against
+`apply_chat_template`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+
+class TemplateFailed(Exception):
+    """The template refused the conversation (`raise_exception`), or is broken."""
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` renders as what it holds.
+
+    What is trained is derived from the rendered text, so the marks themselves are not needed.
+    """
+
+    tags = {"generation"}  # noqa: RUF012 - declared so by jinja
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML; prompts are not HTML."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _compile(source: str, date: datetime.date) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: date.strftime(form)
+    return environment.from_string(source)
+
+
+def render(
+    source: str,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    add_generation_prompt: bool,
+    date: datetime.date,
+    named: Mapping[str, str],
+) -> str:
+    """The text of a conversation; `named` are bos_token, eos_token, ... Raises `TemplateFailed`."""
+    try:
+        return _compile(source, date).render(
+            messages=[dict(message) for message in messages],
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **named,
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateFailed(f"line {error.lineno}: {error.message}") from None
+    except Exception as error:  # a template is a program; whatever it does wrong is its message
+        raise TemplateFailed(str(error) or type(error).__name__) from None

@@ -1,0 +1,85 @@
+"""The nouns of the data room, in the order in which a record passes through them.
+
+    Conversation | Document  ->  Span, Span, ...  ->  Tokens  ->  Example  ->  Batch
+
+At every arrow a row may become `Dropped` instead, with its reason. What carries loss is said by
+`weights` alone: nobody reads meaning from a token's value. Numpy only; nothing here does anything.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+
+
+class Message(NamedTuple):
+    """One turn. `input` is Alpaca's second field, kept apart so that a template can place it.
+
+    `weight` None = what `train_on` says; 0 = context only; otherwise the loss is scaled by it.
+    """
+
+    role: str
+    content: str
+    input: str = ""
+    weight: float | None = None
+
+
+class Conversation(NamedTuple):
+    messages: tuple[Message, ...]
+
+
+class Document(NamedTuple):
+    """Plain text: no template, every token is trained, the tokenizer's eos ends it."""
+
+    text: str
+
+
+class Span(NamedTuple):
+    """A piece of the rendered text. Tokens never reach over the edge of a span.
+
+    `answer` marks what the model must produce: it ends with exactly one end of turn.
+    """
+
+    text: str
+    weight: float
+    answer: bool = False
+
+
+class Tokens(NamedTuple):
+    """A whole example, unshifted: `weights[i]` is the loss weight of `ids[i]` as a target."""
+
+    ids: Ints  # [n]
+    weights: Floats  # [n], weights[0] == 0: nothing predicts the first token
+
+
+class Example(NamedTuple):
+    """An example after its one and only shift (`encode.shift`); all [n - 1]."""
+
+    inputs: Ints
+    targets: Ints
+    weights: Floats
+
+
+class Dropped(NamedTuple):
+    """Why a row is not trained. `reason` is counted, `detail` is shown for the first few."""
+
+    reason: str
+    detail: str = ""
+
+
+class Batch(NamedTuple):
+    """Fixed rows, all [B T]. Segments count from 1 in each row, positions from 0 in each segment.
+
+    Padding has segment 0, weight 0 and token 0.
+    """
+
+    inputs: Ints
+    targets: Ints
+    weights: Floats
+    segment_ids: Ints
+    positions: Ints

@@ -1,0 +1,240 @@
+"""A folder with tokenizer.json -> text to ids and back. Knows no template and no weights.
+
+The tokenizers library is used directly: what transformers would add on top (which token is bos,
+whether plain text gets one, the chat template) is read from tokenizer_config.json, and the tests
+hold the ids against transformers' own.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers.processors import TemplateProcessing
+
+from jaxtune.config import ConfigError
+
+_NAMED = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.jinja")
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """Text -> ids without anything added, ids -> text without anything left out.
+
+    `named`: bos_token, eos_token, ... as chat templates know them. `control`: text -> id of the
+    tokens that steer the model; they are found in any text that contains them.
+    `begins_with_bos`: whether the tokenizer itself puts bos before plain text.
+    """
+
+    backend: tokenizers.Tokenizer
+    folder: Path
+    named: Mapping[str, str]
+    control: Mapping[str, int]
+    chat_template: str | None
+    begins_with_bos: bool
+    size: int  # largest id + 1
+    fingerprint: str
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.backend.decode(ids, skip_special_tokens=False)
+
+    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
+        return self.backend.decode_batch(batch, skip_special_tokens=False)
+
+    @property
+    def bos_token(self) -> str | None:
+        return self.named.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        return self.named.get("eos_token")
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._id("bos_token")
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._id("eos_token")
+
+    @property
+    def pad_id(self) -> int | None:
+        return self._id("pad_token")
+
+    def _id(self, name: str) -> int | None:
+        token = self.named.get(name)
+        return None if token is None else self.backend.token_to_id(token)
+
+    @functools.cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """Matches any control token, the longest first; never matches when there is none."""
+        tokens = sorted(self.control, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+
+def load_tokenizer(path_or_name: str, *, revision: str | None = None) -> Tokenizer:
+    """Opens a folder (also a run directory), or downloads the tokenizer files of a hub id."""
+    folder = _folder(path_or_name, revision)
+    if not (folder / "tokenizer.json").exists() and (folder / "hf" / "tokenizer.json").exists():
+        folder = folder / "hf"
+    file = folder / "tokenizer.json"
+    if not file.exists():
+        other = " It has a SentencePiece tokenizer.model; " if _sentencepiece(folder) else " "
+        raise ConfigError(
+            f"{folder}: no tokenizer.json.{other}expected the Hugging Face fast format, which "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes. "
+            "Set tokenizer_name to a folder that has it."
+        )
+    settings = _settings(folder)
+    try:
+        definition = file.read_bytes()
+        backend = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigError(f"{file}: not a tokenizer: {error}.") from None
+    backend.no_padding()
+    backend.no_truncation()
+    _add_tokens(backend, settings)
+    named = _named(backend, settings, folder)
+    _set_plain_text_processor(backend, settings, named)
+
+    added = backend.get_added_tokens_decoder()
+    control = {token.content: number for number, token in added.items() if token.special}
+    bos = named.get("bos_token")
+    begins_with_bos = bos is not None and backend.encode("a").tokens[:1] == [bos]
+    identity = json.dumps([named, begins_with_bos, sorted(control.items())]).encode()
+    return Tokenizer(
+        backend=backend,
+        folder=folder,
+        named=named,
+        control=control,
+        chat_template=_chat_template(folder, settings),
+        begins_with_bos=begins_with_bos,
+        size=max(backend.get_vocab().values(), default=-1) + 1,
+        fingerprint=hashlib.sha256(definition + identity).hexdigest(),
+    )
+
+
+def _folder(path_or_name: str, revision: str | None) -> Path:
+    folder = Path(path_or_name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ConfigError(f"{path_or_name}: expected a folder with tokenizer.json; got a file.")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path_or_name) or path_or_name.startswith("."):
+        raise ConfigError(f"{path_or_name}: no such folder, and not the form of a hub id.")
+    import huggingface_hub  # here: only a hub id needs the network
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                path_or_name, revision=revision, allow_patterns=list(_FILES)
+            )
+        )
+    except Exception as error:  # many kinds, one meaning for the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{path_or_name}: no such folder, and no tokenizer of that name could be fetched "
+            f"from the hub: {reason}"
+        ) from None
+
+
+def _sentencepiece(folder: Path) -> bool:
+    return any(folder.glob("*.model"))
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, completed from special_tokens_map.json where older versions split."""
+    merged: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        file = folder / name
+        if file.exists():
+            try:
+                values = json.loads(file.read_text(encoding="utf-8"))
+            except (ValueError, OSError) as error:
+                raise ConfigError(f"{file}: cannot be read: {error}.") from None
+            if not isinstance(values, dict):
+                raise ConfigError(f"{file}: expected an object; got {type(values).__name__}.")
+            merged.update({key: value for key, value in values.items() if value is not None})
+    return merged
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Tokens that tokenizer_config.json declares and tokenizer.json lacks, by their ids."""
+    declared = settings.get("added_tokens_decoder") or {}
+    present = backend.get_added_tokens_decoder()
+    for number, token in sorted(declared.items(), key=lambda item: int(item[0])):
+        if int(number) not in present:
+            keys = ("single_word", "lstrip", "rstrip", "normalized", "special")
+            flags = {key: token[key] for key in keys if key in token}
+            backend.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
+
+
+def _named(
+    backend: tokenizers.Tokenizer, settings: Mapping[str, Any], folder: Path
+) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for name in _NAMED:
+        value = settings.get(name)
+        token = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(token, str):
+            continue
+        if backend.token_to_id(token) is None:
+            if name == "pad_token":  # some name one that no model has; padding needs none here
+                continue
+            raise ConfigError(
+                f"{folder}/tokenizer_config.json: {name} is {token!r}, "
+                "which tokenizer.json does not have."
+            )
+        named[name] = token
+    steering = [named[name] for name in ("bos_token", "eos_token") if name in named]
+    backend.add_special_tokens(steering)  # so that they are found in text, as transformers does
+    return named
+
+
+def _set_plain_text_processor(
+    backend: tokenizers.Tokenizer, settings: Mapping[str, Any], named: Mapping[str, str]
+) -> None:
+    """Honours an explicit add_bos_token as transformers does; else tokenizer.json decides."""
+    wanted = settings.get("add_bos_token")
+    if wanted is None:
+        return
+    bos = named.get("bos_token")
+    if not wanted or bos is None:
+        backend.post_processor = TemplateProcessing(single=["$A"], special_tokens=[])
+        return
+    number = backend.token_to_id(bos)
+    backend.post_processor = TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, number)])
+
+
+def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several by name; "default" is the one for conversations
+        by_name = {entry.get("name"): entry.get("template") for entry in template}
+        template = by_name.get("default")
+    return template if isinstance(template, str) else None
