@@ -121,7 +121,7 @@ def export_model(
         multihost_utils.sync_global_devices("export")
     except OSError as error:
         raise ConfigError(
-            f"{out}: cannot write the model ({size / 1e9:.2f} GB): {error.strerror or error}. "
+            f"{out}: cannot write the model ({size / 1e6:,.1f} MB): {error.strerror or error}. "
             "Free some space or choose another folder; an earlier export there is untouched."
         ) from None
     return Exported(out, tuple(plan.file for plan in plans), len(dtypes), size)
@@ -312,7 +312,7 @@ def _replacing(out: Path, size: int) -> Iterator[Path]:
     free = shutil.disk_usage(out.parent).free
     if free < size:
         raise ConfigError(
-            f"{out}: the model needs {size / 1e9:.2f} GB; the disk has {free / 1e9:.2f} GB left. "
+            f"{out}: the model needs {size / 1e6:,.1f} MB; the disk has {free / 1e6:,.1f} MB left. "
             "Free some space or choose another folder."
         )
     fresh = out.parent / f".{out.name}.new-{os.getpid()}"

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.cases import CASES, TEXTS, WEIGHTS, sampled, write_folder
+from golden.cases import CASES, NEW_TOKENS, PROMPTS, TEXTS, WEIGHTS, sampled, write_folder
 from golden.make import reference, stored
 
 from jaxtune.hf.load import HfModel, load_params, open_model
 from jaxtune.model import decoder
+from jaxtune.model.sample import generate
 from jaxtune.ops.cross_entropy import linear_cross_entropy
 from jaxtune.tree import named
 
@@ -142,6 +143,23 @@ def test_against_transformers(name, tmp_path):
         np.concatenate(kept.logits), np.concatenate(expected.logits), 0, 1e-5
     )
     assert [list(tokens) for tokens in kept.generated] == [list(t) for t in expected.generated]
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-rope-llama3", "mistral-window", "qwen2-windows", "qwen3", "qwen3-windows"]
+)
+def test_greedy_generation_is_that_of_transformers(name, tmp_path):
+    """Prompts of unequal length in one batch, with the cache; windows shorter than the text."""
+    model = open_model(write_folder(name, tmp_path))
+    generations = generate(
+        model.spec,
+        load_params(model, None, jnp.float32),
+        [prompt.tolist() for prompt in PROMPTS],
+        max_new_tokens=NEW_TOKENS,
+        stop_ids=(),
+        dtype=jnp.float32,
+    )
+    assert [g.tokens for g in generations] == [tokens.tolist() for tokens in stored(name).generated]
 
 
 def test_every_switch_matters():
