@@ -12,8 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-import tokenizers
-from golden.cases import CASES, TEXTS, tensors, write_folder
+from golden.cases import CASES, TEXTS, tensors, write_folder, write_tokenizer
 from golden.make import stored
 
 from jaxtune import mesh as meshes
@@ -48,29 +47,7 @@ class Template(NamedTuple):
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
     """A tiny byte-level BPE with an old template in its config, as older exports have it."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    special = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=special,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(["a prime is seven"] * 5, trainer)
-    bpe.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "chat_template": "{{ 'old' }}",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "pad_token": "<pad>",
-        "model_max_length": 77,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"), chat_template="{{ 'old' }}")
 
 
 def _export(model, out, params=None, **options):
