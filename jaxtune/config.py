@@ -231,7 +231,10 @@ ALIASES: Mapping[str, _Alias] = {
     **dict.fromkeys(("model", "base_model"), _Alias("model_name_or_path")),
     "tokenizer": _Alias("tokenizer_name"),
     "train_file": _Alias("dataset"),
-    **dict.fromkeys(("eval_file", "eval_dataset"), _Alias("eval_datasets", _one_dataset)),
+    "datasets": _Alias("datasets", _one_dataset),
+    **dict.fromkeys(
+        ("eval_file", "eval_dataset", "eval_datasets"), _Alias("eval_datasets", _one_dataset)
+    ),
     **dict.fromkeys(("val_set_size", "val_size"), _Alias("eval_split")),
     **dict.fromkeys(("prompt_template", "chat_template"), _Alias("template")),
     **dict.fromkeys(
