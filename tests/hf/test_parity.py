@@ -72,6 +72,7 @@ def _program(name: str) -> tuple[HfModel, Callable[[Any], Any]]:
             segment_ids=batch["segment_ids"],
             positions=batch["positions"],
             dtype=jnp.float32,
+            remat="none",
         )
         sums = linear_cross_entropy(
             output.hidden, output.head, batch["targets"], batch["weights"], chunk=11
