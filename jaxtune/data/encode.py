@@ -140,17 +140,8 @@ def _contexts(row: tuple[str, ...], tokenizer: Tokenizer) -> list[str]:
     before = ""
     for text in row:
         contexts.append(before)
-        last = _control_at_end(text, tokenizer)
-        before = last if last else before + text
+        before = tokenizer.control_at_end(text) or before + text
     return contexts
-
-
-def _control_at_end(text: str, tokenizer: Tokenizer) -> str | None:
-    longest = max(map(len, tokenizer.control), default=0)
-    end = None
-    for match in tokenizer.control_pattern.finditer(text, max(0, len(text) - 2 * longest)):
-        end = match
-    return end[0] if end and end.end() == len(text) else None
 
 
 def _continuations(texts: set[str], tokenizer: Tokenizer) -> dict[str, list[int] | None]:

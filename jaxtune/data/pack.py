@@ -78,13 +78,21 @@ def shuffled(bins: Bins, lengths: NDArray[np.integer], seed: int, epoch: int) ->
     """The rows of an epoch, a pure function of the lengths, `seed` and `epoch`.
 
     Examples are permuted before they are ranked by length, so those of one length change places
-    from epoch to epoch; then the rows are permuted. Philox gives the same on every machine.
+    from epoch to epoch; then the rows are permuted.
     """
-    random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
-    order = random.permutation(len(lengths))
+    order = permutation(len(lengths), seed, epoch, 0)
     by_length = order[np.argsort(-lengths[order].astype(np.int64), kind="stable")]
-    row_order = random.permutation(len(bins.starts) - 1)
+    row_order = permutation(len(bins.starts) - 1, seed, epoch, 1)
     return _reordered(Rows(by_length[bins.ranks], bins.starts), row_order)
+
+
+def permutation(count: int, *seeds: int) -> Indices:
+    """0..count - 1 in an order that `seeds` decide, the same on every machine and numpy version.
+
+    Only the raw stream of a bit generator is promised to stay, so it is drawn and sorted.
+    """
+    keys = np.random.Philox(np.random.SeedSequence(seeds)).random_raw(count)
+    return np.argsort(keys, kind="stable")
 
 
 def in_order(bins: Bins, lengths: NDArray[np.integer]) -> Rows:

@@ -177,9 +177,8 @@ def split(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset, Datase
             f"eval_split {share}: {len(unique)} rows are too few to hold some out. Add rows, or "
             "set eval_split 0."
         )
-    random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed])))
     held_out = np.zeros(len(unique), bool)
-    held_out[random.permutation(len(unique))[:count]] = True
+    held_out[pack.permutation(len(unique), seed)[:count]] = True
     mask = held_out[record_of.reshape(-1)]
     return (
         replace(dataset, chosen=dataset.chosen[~mask]),

@@ -114,6 +114,8 @@ def _read_list(path: Path, file: IO[bytes]) -> Iterator[Record]:
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
             position = _skip(text, position + 1)
         except (ValueError, RecursionError) as error:
+            if isinstance(error, json.JSONDecodeError):
+                line = error.lineno
             raise _broken(path, line, error, "Expected a list of objects.") from None
     end = _skip(text, position + 1)
     if end < len(text):
@@ -146,7 +148,5 @@ def _record(path: Path, line: int, value: Any) -> Record:
 def _broken(path: Path, line: int, error: Exception, expected: str) -> DataError:
     reason = str(error) or "nested too deeply"
     if isinstance(error, json.JSONDecodeError):
-        # In a list `error.lineno` counts through the whole file; alone in a line it is 1.
-        line, reason = line if error.lineno == 1 else error.lineno, error.msg
-        reason = f"{reason} (column {error.colno})"
+        reason = f"{error.msg} (column {error.colno})"
     return DataError(f"{path}:{line}: not valid JSON: {reason}. {expected}")

@@ -370,7 +370,7 @@ def _probed(template: Template, tokenizer: Tokenizer, stop: str | None) -> Templ
     """Learns how a foreign template ends an answer, by rendering one."""
     asked, said = Message("user", "jaxtuneasks"), Message("assistant", "jaxtunesays")
     try:
-        text = _text(template, (asked, said))
+        text = _text(dataclasses.replace(template, system_prompt=""), (asked, said))
     except jinja.TemplateFailed as error:
         raise ConfigError(f"template '{template.name}' cannot be rendered: {error}") from None
     head, found, tail = text.rpartition(said.content)

@@ -94,6 +94,15 @@ class Tokenizer:
         tokens = sorted(self.control, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
+    @functools.cached_property
+    def _control_lengths(self) -> list[int]:
+        return sorted({len(token) for token in self.control}, reverse=True)
+
+    def control_at_end(self, text: str) -> str | None:
+        """The longest control token that `text` ends with."""
+        ends = (text[-length:] for length in self._control_lengths)
+        return next((end for end in ends if end in self.control), None)
+
 
 def load_tokenizer(path_or_name: str, *, revision: str | None = None) -> Tokenizer:
     """Opens a folder (also a run directory), or downloads the tokenizer files of a hub id."""

@@ -1,0 +1,207 @@
+"""Tokens and weights of spans: the edge, bos, the end of turn, and the one shift."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data.chat_templates import FOREIGN, TRIMMING_DATED
+from data.conversations import OURS, SHAPES, TWO, rows, text
+from data.made import NAMES, byte_level_backend, character_backend, save
+
+from jaxtune.data.encode import Encoded, encode, encode_prompt, runs, shift, truncate
+from jaxtune.data.schema import Conversation, Document, Dropped, Message, Span, Tokens
+from jaxtune.data.template import render, resolve
+from jaxtune.data.tokenizer import Tokenizer
+
+
+def spans(*texts: str) -> tuple[Span, ...]:
+    """Prompt, answer, prompt, answer, ..."""
+    return tuple(Span(t, float(i % 2), answer=bool(i % 2)) for i, t in enumerate(texts))
+
+
+def one(row: tuple[Span, ...], tokenizer: Tokenizer) -> Encoded:
+    (found,) = encode([row], tokenizer)
+    assert isinstance(found, Encoded), found
+    return found
+
+
+def trained_text(found: Encoded, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode(found.tokens.ids[found.tokens.weights > 0].tolist())
+
+
+@pytest.fixture
+def newline_merging(tmp_path: Path) -> Tokenizer:
+    """Merges `:` + newline, and that with another newline (sft_pitfalls 1.3b, first)."""
+    backend = character_backend([(":", "\n"), (":\n", "\n")])
+    return save(tmp_path, backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def answer_merging(tmp_path: Path) -> Tokenizer:
+    """Merges the whole of `A:yes` into one token (sft_pitfalls 1.3b, second)."""
+    backend = character_backend([("A", ":"), ("y", "e"), ("ye", "s"), ("A:", "yes")])
+    return save(tmp_path, backend, bos_token="<s>", eos_token="</s>")
+
+
+def tokens_of(found: Encoded, tokenizer: Tokenizer) -> list[str]:
+    return [str(tokenizer.backend.id_to_token(i)) for i in found.tokens.ids.tolist()]
+
+
+def test_token_over_the_edge_splits_the_row(
+    newline_merging: Tokenizer, answer_merging: Tokenizer
+) -> None:
+    joint = newline_merging.backend.encode("R:\n\nY</s>").tokens
+    assert joint == ["R", ":\n\n", "Y", "</s>"]
+    found = one(spans("R:\n", "\nY</s>"), newline_merging)
+    assert tokens_of(found, newline_merging) == ["R", ":\n", "\n", "Y", "</s>"]
+    assert found.tokens.weights.tolist() == [0, 0, 1, 1, 1]
+    assert found.split
+
+    joint = answer_merging.backend.encode("A:yes</s>").tokens
+    assert joint == ["A:yes", "</s>"]  # a prefix length would leave no trained token of the answer
+    found = one(spans("A:", "yes</s>"), answer_merging)
+    assert tokens_of(found, answer_merging) == ["A:", "yes", "</s>"]
+    assert found.tokens.weights.tolist() == [0, 1, 1]
+    assert found.split
+
+
+def test_where_nothing_reaches_over_the_edge_the_row_is_the_joint_tokenisation(
+    newline_merging: Tokenizer,
+) -> None:
+    found = one(spans("R:\n", "Y</s>", "S:\n", "Z</s>"), newline_merging)
+    assert found.tokens.ids.tolist() == newline_merging.encode("R:\nY</s>S:\nZ</s>")
+    assert not found.split
+
+
+def test_a_blank_at_the_end_of_the_prompt_splits(byte_level: Tokenizer) -> None:
+    """Jointly the blank belongs to the next word; the trained answer must begin without it."""
+    prompt, joint = byte_level.encode("USER "), byte_level.encode("USER is")
+    assert joint[: len(prompt)] != prompt
+    found = one(spans("USER ", "is</s>"), byte_level)
+    assert found.split
+    assert found.tokens.ids[: len(prompt)].tolist() == prompt
+    assert trained_text(found, byte_level) == "is</s>"
+
+
+@pytest.mark.parametrize("name", [*OURS, *FOREIGN])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prompt_of_inference_is_a_prefix_of_the_trained_row(
+    tokenizer: Tokenizer, name: str, shape: str
+) -> None:
+    """Every trained token is the answer's alone; ids are transformers' own (P1, P4-6, P35)."""
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(tokenizer.folder)
+    found = resolve(FOREIGN.get(name, name), tokenizer)
+    messages = SHAPES[shape]
+    produced = [row for row in rows(found, messages) if not isinstance(row, Dropped)]
+    for row, result in zip(produced, encode(produced, tokenizer), strict=True):
+        assert isinstance(result, Encoded), result
+        ids, weights = result.tokens
+        if not result.split:
+            assert ids.tolist() == reference(text(row), add_special_tokens=False).input_ids
+        answers = [span.text for span in row if span.weight]
+        ends = [int(i) + 1 for i in np.flatnonzero((weights > 0) & (ids == found.stop_id))]
+        # An answer begins where training begins, or right behind the end of another.
+        begins = [int(i) for i in np.flatnonzero(weights > 0) if weights[i - 1] == 0 or i in ends]
+        fed = [
+            encode_prompt(found, tokenizer, messages[:i])
+            for i, message in enumerate(messages)
+            if message.role == "assistant"
+        ]
+        for answer, start, end in zip(answers, begins, ends, strict=True):
+            assert ids[:start].tolist() in fed
+            inside = ids[start:end].tolist()
+            behind_end = tokenizer.decode([found.stop_id, *inside])
+            if result.inexact:  # an old SentencePiece blank behind a control token, as in HF
+                assert behind_end.split() == (found.stop + answer).split()
+            else:
+                assert behind_end == found.stop + answer
+
+
+@pytest.mark.parametrize("name", [*OURS, TRIMMING_DATED])
+def test_bos_once_as_the_tokenizer_would_put_it(tokenizer: Tokenizer, name: str) -> None:
+    found = resolve(name, tokenizer)
+    (row,) = rows(found, SHAPES["one"])
+    ids = one(row, tokenizer).tokens.ids.tolist()
+    wanted = tokenizer.begins_with_bos or name == TRIMMING_DATED  # which writes it itself
+    assert ids.count(tokenizer.bos_id) == int(wanted)
+    assert (ids[0] == tokenizer.bos_id) == wanted
+    (document,) = render(found, Document("some text"))
+    ids = one(document, tokenizer).tokens.ids.tolist()
+    assert ids[-1] == tokenizer.eos_id
+    assert ids.count(tokenizer.bos_id) == int(tokenizer.begins_with_bos)
+    assert tokenizer.decode(ids[int(tokenizer.begins_with_bos) :]).strip() == "some text</s>"
+
+
+def test_pad_equal_to_eos_is_harmless(tmp_path: Path) -> None:
+    same = save(tmp_path, byte_level_backend(), **{**NAMES, "pad_token": "</s>"})
+    assert same.pad_id == same.eos_id
+    result = one(spans("Q", "yes</s>", "Q", "no</s>"), same)
+    ids, weights = result.tokens
+    assert (weights[ids == same.eos_id] == 1).all()
+    assert (ids == same.eos_id).sum() == 2
+
+
+def test_weights_are_those_of_the_spans(byte_level: Tokenizer) -> None:
+    row = (Span("Q", 0.0), Span("yes</s>", 0.5, True), Span("Q", 0.0), Span("no</s>", 2.0, True))
+    ids, weights = one(row, byte_level).tokens
+    ends = np.flatnonzero(ids == byte_level.eos_id)
+    assert weights[ends].tolist() == [0.5, 2.0]
+    assert weights.sum() == 0.5 * len(byte_level.encode("yes</s>")) + 2.0 * len(
+        byte_level.encode("no</s>")
+    )
+
+
+def test_first_token_is_no_target(byte_level: Tokenizer) -> None:
+    ids, weights = one((Span("some text</s>", 1.0, True),), byte_level).tokens
+    assert weights.tolist() == [0.0] + [1.0] * (len(ids) - 1)
+    (alone,) = encode([(Span("</s>", 1.0, True),)], byte_level)
+    assert alone == Dropped("nothing to train", "1 token")
+
+
+def test_answers_that_cannot_be_proven_are_dropped(byte_level: Tokenizer, tmp_path: Path) -> None:
+    (found,) = encode([spans("Q", "no end")], byte_level)
+    assert isinstance(found, Dropped)
+    assert found.reason == "not exactly one end of turn"
+    (found,) = encode([spans("Q", "a</s>b</s>")], byte_level)
+    assert isinstance(found, Dropped)
+    assert found.reason == "not exactly one end of turn"
+    ascii_only = save(tmp_path, character_backend([]), eos_token="</s>")
+    (found,) = encode([spans("Q:", "naïve</s>")], ascii_only)
+    assert isinstance(found, Dropped)
+    assert found.reason == "the tokenizer cannot write the answer"
+
+
+def test_shift_and_truncate() -> None:
+    tokens = Tokens(np.arange(5, dtype=np.int32), np.array([0, 0, 1, 1, 0.5], np.float32))
+    inputs, targets, weights = shift(tokens)
+    assert inputs.tolist() == [0, 1, 2, 3]
+    assert targets.tolist() == [1, 2, 3, 4]
+    assert weights.tolist() == [0, 1, 1, 0.5]
+    cut = truncate(tokens, 3)
+    assert (cut.ids.tolist(), cut.weights.tolist()) == ([0, 1, 2], [0, 0, 1])
+
+
+def test_runs_give_back_the_text(sentencepiece: Tokenizer) -> None:
+    found = resolve("alpaca", sentencepiece)
+    (row,) = rows(found, TWO)
+    tokens = one(row, sentencepiece).tokens
+    pieces = runs(tokens, sentencepiece)
+    assert "".join(piece for piece, _ in pieces) == sentencepiece.decode(tokens.ids.tolist())
+    assert [piece for piece, weight in pieces if weight] == ["Seven.</s>", "Eleven.</s>"]
+
+
+def test_character_tokenizer_of_a_public_suite(tmp_path: Path) -> None:
+    """litgpt tests/data/test_base.py: prompt "In: Foo Out:", answer "Bar", ids by character."""
+    tokenizer = save(tmp_path, character_backend([]), bos_token="<s>", eos_token="</s>")
+    found = resolve("{instruction}{output}", tokenizer)
+    conversation = Conversation((Message("user", "In: Foo Out:"), Message("assistant", "Bar")))
+    (row,) = render(found, conversation)
+    assert not isinstance(row, Dropped)
+    ids, weights = one(row, tokenizer).tokens
+    assert tokenizer.decode(ids.tolist()) == "In: Foo Out:Bar</s>"
+    assert weights.tolist() == [0.0] * 12 + [1.0] * 4
+    assert ids[-1] == tokenizer.eos_id

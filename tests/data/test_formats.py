@@ -1,0 +1,130 @@
+"""A record in, a noun out; what is no use is dropped with its reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from jaxtune.config import ConfigError, DataError
+from jaxtune.data.formats import detect, resolve, to_noun
+from jaxtune.data.schema import Conversation, Document, Dropped, Message
+
+U, A, S = "user", "assistant", "system"
+
+
+def read(name: str, record: dict[str, Any], columns: dict[str, str] | None = None) -> Any:
+    return to_noun(name, record, columns or {}, "f.jsonl:17")
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "messages"),
+    [
+        ("alpaca", {"instruction": "q", "input": "x", "output": "a"},
+         [Message(U, "q", "x"), Message(A, "a")]),
+        ("alpaca", {"instruction": "q", "input": None, "output": "a", "other": 3},
+         [Message(U, "q"), Message(A, "a")]),
+        ("alpaca", {"instruction": "q", "output": "a", "system": "s", "history": [["h", "i"]]},
+         [Message(S, "s"), Message(U, "h"), Message(A, "i"), Message(U, "q"), Message(A, "a")]),
+        ("prompt_completion", {"prompt": "q", "completion": "a"},
+         [Message(U, "q"), Message(A, "a")]),
+        ("prompt_completion",
+         {"prompt": [{"role": U, "content": "q"}, {"role": A, "content": "old"}],
+          "completion": [{"role": U, "content": "r"}, {"role": A, "content": "a"}]},
+         [Message(U, "q"), Message(A, "old", weight=0.0), Message(U, "r"), Message(A, "a")]),
+        ("messages", {"messages": [{"role": "human", "content": "q"},
+                                   {"from": "gpt", "value": "a"}]},
+         [Message(U, "q"), Message(A, "a")]),
+        ("sharegpt", {"conversations": [{"from": "Human", "value": "q"},
+                                        {"from": "model", "value": "a"}], "tools": "[]"},
+         [Message(U, "q"), Message(A, "a")]),
+        ("messages", {"messages": [{"role": U, "content": [{"type": "text", "text": "q"}]},
+                                   {"role": A, "content": "a"}], "system": "s"},
+         [Message(S, "s"), Message(U, "q"), Message(A, "a")]),
+    ],
+)  # fmt: skip
+def test_records(name: str, record: dict[str, Any], messages: list[Message]) -> None:
+    assert read(name, record) == Conversation(tuple(messages))
+    assert detect(record) == name
+
+
+def test_text_is_a_document() -> None:
+    assert read("text", {"text": "all of it"}) == Document("all of it")
+
+
+@pytest.mark.parametrize(
+    ("said", "weight"),
+    [
+        ({}, None), ({"weight": 0}, 0.0), ({"weight": 0.25}, 0.25), ({"train": True}, 1.0),
+        ({"train": False}, 0.0), ({"loss": False}, 0.0), ({"loss_weight": 2}, 2.0),
+        ({"masked": True}, 0.0), ({"masked": False}, 1.0), ({"weight": None}, None),
+    ],
+)  # fmt: skip
+def test_weight_under_every_name(said: dict[str, Any], weight: float | None) -> None:
+    record = {"messages": [{"role": U, "content": "q"}, {"role": A, "content": "a", **said}]}
+    assert read("messages", record).messages[1].weight == weight
+
+
+def turn(**fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": U, "content": "q"}, {"role": A, "content": "a", **fields}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "reason"),
+    [
+        ("alpaca", {"instruction": "q", "output": None}, "output is not text"),
+        ("alpaca", {"instruction": "q", "output": 42}, "output is not text"),
+        ("alpaca", {"instruction": " ", "output": "a"}, "empty instruction"),
+        ("alpaca", {"instruction": "q", "output": "a", "history": "x"}, "history is not a list"),
+        ("alpaca", {"instruction": "q", "output": "a", "history": [["x"]]}, "history is not"),
+        ("prompt_completion", {"prompt": "", "completion": "a"}, "empty prompt"),
+        ("prompt_completion", {"prompt": {"a": 1}, "completion": "a"}, "prompt is not text"),
+        ("messages", {"messages": None}, "messages is not a list of messages"),
+        ("messages", {"messages": []}, "messages is not a list of messages"),
+        ("messages", {"messages": ["hello"]}, "a message is not an object"),
+        ("messages", {"messages": [{"role": "narrator", "content": "x"}]}, "role 'narrator'"),
+        ("messages", {"messages": [{"content": "x"}]}, "role None is not known"),
+        ("messages", turn(content=None), "content is not text"),
+        ("messages", turn(content=[{"type": "image"}]), "content holds parts"),
+        ("messages", turn(tool_calls=[{"name": "f"}]), "tool calls are not rendered"),
+        ("messages", turn(weight="much"), "weight is not a number"),
+        ("messages", turn(weight=-1), "weight is not a number"),
+        ("messages", turn(weight=float("nan")), "weight is not a number"),
+        ("messages", turn(weight=1, train=True), "a message has two weights"),
+        ("sharegpt", {"conversations": [{"from": U, "value": "q"}], "tools": '[{"n": 1}]'},
+         "tools are not rendered"),
+        ("text", {"text": "\n"}, "empty text"),
+    ],
+)  # fmt: skip
+def test_values_that_are_no_use_drop_the_row(
+    name: str, record: dict[str, Any], reason: str
+) -> None:
+    found = read(name, record)
+    assert isinstance(found, Dropped)
+    assert found.reason.startswith(reason)
+
+
+def test_columns_are_renamed() -> None:
+    record = {"question": "q", "answer": "a", "output": "not this"}
+    found = read("alpaca", record, {"instruction": "question", "output": "answer"})
+    assert found.messages == (Message(U, "q"), Message(A, "a"))
+
+
+def test_absent_column_is_an_error_with_what_is_there() -> None:
+    with pytest.raises(DataError) as caught:
+        read("alpaca", {"instruction": "q", "input": "", "response": "a"})
+    assert str(caught.value) == (
+        "f.jsonl:17: format 'alpaca' needs 'output'; the record has: instruction, input, response."
+        " Set datasets[].columns, or rename the field."
+    )
+
+
+def test_columns_are_checked_both_ways() -> None:
+    first = {"instruction": "q", "answer": "a"}
+    assert resolve("auto", {"output": "answer"}, first, "f:1") == "alpaca"
+    with pytest.raises(ConfigError, match=r"'alpaca' has no 'ouput'. Did you mean 'output'"):
+        resolve("alpaca", {"ouput": "answer"}, first, "f:1")
+    with pytest.raises(DataError, match=r"f:1: columns maps output to 'reply'; the record has: in"):
+        resolve("alpaca", {"output": "reply"}, first, "f:1")
+    with pytest.raises(DataError, match=r"f:1: no known format has these columns: a, b\..*alpaca"):
+        resolve("auto", {}, {"a": 1, "b": 2}, "f:1")

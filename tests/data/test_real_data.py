@@ -1,0 +1,67 @@
+"""Real instructions, a real tokenizer: trained is the answer and its end, to the letter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxtune.config import DatasetConfig
+from jaxtune.data.doctor import report
+from jaxtune.data.encode import encode_prompt
+from jaxtune.data.pipeline import Batches, open_dataset
+from jaxtune.data.schema import Message
+from jaxtune.data.template import resolve
+from jaxtune.data.tokenizer import load_tokenizer
+
+TEMPLATES = [
+    "auto",
+    "alpaca_original",
+    "llama2",
+    "USER: {instruction}\n{input}\nASSISTANT: {output}",
+]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_trained_tokens_decode_to_answer_and_end(shared_data: Path, name: str) -> None:
+    from transformers import AutoTokenizer
+
+    file, folder = shared_data / "alpaca_en_demo.json", shared_data / "tokenizers" / "mistral-v3"
+    records = json.loads(file.read_text())
+    tokenizer, reference = load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
+    template = resolve(name, tokenizer)
+    data = open_dataset([DatasetConfig(path=str(file))], tokenizer=tokenizer, template=template)
+    assert len(data) == len(records) == 999
+    for i, record in enumerate(records):
+        ids, weights = data.tokens(i)
+        assert reference.decode(ids[weights > 0].tolist()) == record["output"] + "</s>"
+        assert reference.decode(ids[weights == 0].tolist()).endswith(
+            ("### Response:", "### Response:\n", "[/INST]", "ASSISTANT: ")
+        )
+        if i % 50 == 0:
+            asked = Message("user", record["instruction"], record["input"])
+            prompt = encode_prompt(template, tokenizer, [asked])
+            assert ids[: len(prompt)].tolist() == prompt
+            assert not weights[: len(prompt)].any()
+            assert weights[len(prompt) :].all()
+    found = report(data, Batches(data, batch_size=8, seed=0))
+    assert found["dropped"] == 0
+    assert found["answers_not_kept_exactly"] == 0
+    assert found["packing"]["fill"] > 0.98
+
+
+def test_rows_with_tools_are_counted_not_trained_without_them(shared_data: Path) -> None:
+    file, folder = (
+        shared_data / "glaive_toolcall_en_demo.json",
+        shared_data / "tokenizers/mistral-v3",
+    )
+    tokenizer = load_tokenizer(str(folder))
+    data = open_dataset(
+        [DatasetConfig(path=str(file))], tokenizer=tokenizer, template=resolve("llama2", tokenizer)
+    )
+    with_tools = sum(row["tools"] not in ("", "[]") for row in json.loads(file.read_text()))
+    found = report(data)
+    assert found["dropped_by_reason"]["tools are not rendered"]["count"] == with_tools
+    assert found["records"] == 300
+    assert found["examples"] + found["dropped"] == 300

@@ -1,0 +1,110 @@
+"""The tokenizer as the tokenizers library and transformers see it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from data.made import NAMES, adds_bos, byte_level_backend, save
+
+from jaxtune.config import ConfigError
+from jaxtune.data.tokenizer import Tokenizer, load_tokenizer
+
+TEXTS = ["Hello, world!", " leading", "a\n\nb </s> c <|im_end|>\n", "naïve 你好 🎉", "x  y\t z"]
+
+
+def test_ids_are_those_of_transformers(tokenizer: Tokenizer) -> None:
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(tokenizer.folder)
+    for text in TEXTS:
+        ids = reference(text, add_special_tokens=False).input_ids
+        assert tokenizer.encode(text) == ids
+        assert tokenizer.decode(ids) == reference.decode(ids)
+    assert tokenizer.begins_with_bos == (reference("a").input_ids[0] == reference.bos_token_id)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (
+        reference.bos_token_id, reference.eos_token_id, reference.pad_token_id,
+    )  # fmt: skip
+    assert dict(tokenizer.named) == {
+        name: token for name, token in reference.special_tokens_map.items() if name in NAMES
+    }
+
+
+def test_real_tokenizer_equals_transformers(shared_data: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = shared_data / "tokenizers" / "mistral-v3"
+    ours, reference = load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        assert ours.encode(text) == reference(text, add_special_tokens=False).input_ids
+    assert ours.size == len(reference) == 32768
+    assert ours.control["[INST]"] == 3
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_add_bos_token_overrules_the_post_processor(tmp_path: Path, wanted: bool) -> None:
+    backend = byte_level_backend() if wanted else adds_bos(byte_level_backend())
+    found = save(tmp_path, backend, **NAMES, add_bos_token=wanted)
+    assert found.begins_with_bos is wanted
+
+
+def test_token_as_object_and_special_tokens_map(tmp_path: Path) -> None:
+    save(tmp_path, byte_level_backend(), bos_token={"content": "<s>", "lstrip": False})
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
+    found = load_tokenizer(str(tmp_path))
+    assert (found.bos_token, found.eos_token) == ("<s>", "</s>")
+
+
+def test_chat_template_file_comes_before_the_config(tmp_path: Path) -> None:
+    several = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    assert save(tmp_path, byte_level_backend(), chat_template=several).chat_template == "D"
+    (tmp_path / "chat_template.jinja").write_text("F")
+    assert load_tokenizer(str(tmp_path)).chat_template == "F"
+
+
+def test_declared_tokens_are_added(tmp_path: Path) -> None:
+    backend = byte_level_backend()
+    number = backend.get_vocab_size()
+    declared = {str(number): {"content": "<|new|>", "special": True, "normalized": False}}
+    found = save(tmp_path, backend, added_tokens_decoder=declared, eos_token="<|new|>")
+    assert found.eos_id == number == found.encode("<|new|>")[0] == found.size - 1
+
+
+def test_size_is_the_largest_id_and_not_a_count(tmp_path: Path) -> None:
+    found = save(tmp_path, byte_level_backend())
+    assert found.size == max(found.backend.get_vocab().values()) + 1
+
+
+def test_fingerprint_follows_content_not_place(tmp_path: Path) -> None:
+    first = save(tmp_path / "a", byte_level_backend(), **NAMES)
+    moved = save(tmp_path / "b", byte_level_backend(), **NAMES)
+    other = save(tmp_path / "c", byte_level_backend(), **{**NAMES, "eos_token": "<|im_end|>"})
+    bos = save(tmp_path / "d", adds_bos(byte_level_backend()), **NAMES)
+    assert first.fingerprint == moved.fingerprint
+    assert len({first.fingerprint, other.fingerprint, bos.fingerprint}) == 3
+
+
+def test_a_run_directory_is_its_model(tmp_path: Path) -> None:
+    save(tmp_path / "hf", byte_level_backend(), **NAMES)
+    assert load_tokenizer(str(tmp_path)).folder == tmp_path / "hf"
+
+
+def test_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no tokenizer.json.*Set tokenizer_name"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(ConfigError, match="SentencePiece"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"tokenizer.json: not a tokenizer"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"./nowhere: no such folder, and not the form"):
+        load_tokenizer("./nowhere")
+    with pytest.raises(ConfigError, match=r"got a file"):
+        load_tokenizer(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"eos_token is '<gone>', which tokenizer.json does not"):
+        save(tmp_path / "e", byte_level_backend(), eos_token="<gone>")
+    (tmp_path / "e" / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="expected an object; got list"):
+        load_tokenizer(str(tmp_path / "e"))
