@@ -5,6 +5,7 @@ owns a kernel `[D H K]`. Its shape, its logical axes for sharding, its initialis
 on what it produces: all follow from the letters. Weights are stored in one dtype, cast where used.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -109,7 +110,7 @@ class Projection(nn.Module):
             compute=self.build.compute,
             initialiser=nn.initializers.normal(self.build.init_scale),
         )
-        y = jnp.einsum(self.equation, x, kernel)
+        y = _product(self.equation, x, kernel)
         if self.bias:
             added = [letter for letter in letters if letter in output]
             bias = weight(
@@ -123,6 +124,37 @@ class Projection(nn.Module):
             )
             y = y + jnp.broadcast_to(bias, y.shape)
         return mesh.constrain(y, *(ACTIVATION_AXES[letter] for letter in output))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`einsum(equation, x, kernel)`; the operands of its gradients are in the order given here.
+
+    The same numbers as the derivative JAX writes, but that one puts the cotangent first in the
+    kernel's gradient, and XLA then transposes `[B T F]` in memory: 1.6 times the time of a whole
+    MLP, forward and backward, on a CPU.
+    """
+    return jnp.einsum(equation, x, kernel)
+
+
+def _product_forward(
+    equation: str, x: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return jnp.einsum(equation, x, kernel), (x, kernel)
+
+
+def _product_backward(
+    equation: str, saved: tuple[jax.Array, jax.Array], d_y: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    operands, output = equation.split("->")
+    of_x, of_kernel = operands.split(",")
+    d_x = jnp.einsum(f"{output},{of_kernel}->{of_x}", d_y, kernel)
+    d_kernel = jnp.einsum(f"{of_x},{output}->{of_kernel}", x, d_y)
+    return d_x, d_kernel
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 class Matrix(nn.Module):

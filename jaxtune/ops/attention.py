@@ -87,31 +87,43 @@ def reference(
     sinks: jax.Array | None,
     scale: float,
 ) -> jax.Array:
-    """The definition: all scores at once, `[B H T S]` float32. J is query heads per kv head."""
+    """The definition: all scores at once, `[B H T S]` float32.
+
+    J is query heads per kv head, Q = J * T: all queries that read the same keys are rows of one
+    product. Batch dimensions first, and a mask that is added rather than selected: XLA knows this
+    form as a softmax on CPU and runs it five times as fast as the obvious one.
+    """
     B, T, H, K = q.shape
     G = k.shape[2]
-    q_BTGJK = q.reshape(B, T, G, H // G, K)
-    scores_BGJTS = jnp.einsum("BTGJK,BSGK->BGJTS", q_BTGJK, k, preferred_element_type=jnp.float32)
-    scores_BGJTS = scores_BGJTS * scale
+    q_BGJTK = jnp.moveaxis(q.reshape(B, T, G, H // G, K), 1, 3)
+    q_BGQK = q_BGJTK.reshape(B, G, -1, K) * scale
+    k_BGSK, v_BGSK = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
+
+    scores_BGQS = jnp.einsum("BGQK,BGSK->BGQS", q_BGQK, k_BGSK, preferred_element_type=jnp.float32)
     if softcap is not None:
-        scores_BGJTS = softcap * jnp.tanh(scores_BGJTS / softcap)
-    visible_B11TS = _visible(segments, positions, window)[:, None, None, :, :]
-    scores_BGJTS = jnp.where(visible_B11TS, scores_BGJTS, MASKED_SCORE)
+        scores_BGQS = softcap * jnp.tanh(scores_BGQS / softcap)
+    visible_BTS = _visible(segments, positions, window)
+    mask_B11TS = jnp.where(visible_BTS, 0.0, MASKED_SCORE)[:, None, None, :, :]
+    scores_BGJTS = scores_BGQS.reshape(B, G, H // G, T, -1) + mask_B11TS
 
     top_BGJT1 = jnp.max(scores_BGJTS, axis=-1, keepdims=True)
     if sinks is not None:
         sinks_1GJ11 = sinks.astype(jnp.float32).reshape(1, G, H // G, 1, 1)
         top_BGJT1 = jnp.maximum(top_BGJT1, sinks_1GJ11)
     top_BGJT1 = jax.lax.stop_gradient(top_BGJT1)
-    exps_BGJTS = jnp.where(visible_B11TS, jnp.exp(scores_BGJTS - top_BGJT1), 0.0)
-    total_BGJT = jnp.sum(exps_BGJTS, axis=-1)
+    exps_BGJTS = jnp.exp(scores_BGJTS - top_BGJT1)
+    total_BGJT1 = jnp.sum(exps_BGJTS, axis=-1, keepdims=True)
     if sinks is not None:
-        total_BGJT = total_BGJT + jnp.exp(sinks_1GJ11 - top_BGJT1)[..., 0]
-    mixed_BTGJK = jnp.einsum(
-        "BGJTS,BSGK->BTGJK", exps_BGJTS.astype(v.dtype), v, preferred_element_type=jnp.float32
+        total_BGJT1 = total_BGJT1 + jnp.exp(sinks_1GJ11 - top_BGJT1)
+
+    exps_BGQS = exps_BGJTS.reshape(B, G, -1, k.shape[1]).astype(v.dtype)
+    mixed_BGQK = jnp.einsum(
+        "BGQS,BGSK->BGQK", exps_BGQS, v_BGSK, preferred_element_type=jnp.float32
     )
-    total_BTGJ = jnp.moveaxis(jnp.where(total_BGJT > 0, total_BGJT, 1.0), 3, 1)
-    return (mixed_BTGJK / total_BTGJ[..., None]).reshape(B, T, H, K).astype(q.dtype)
+    out_BGJTK = mixed_BGQK.reshape(B, G, H // G, T, K) / total_BGJT1
+    sees_B11T1 = jnp.any(visible_BTS, axis=-1)[:, None, None, :, None]
+    out_BGJTK = jnp.where(sees_B11T1, out_BGJTK, 0.0)
+    return jnp.moveaxis(out_BGJTK, 3, 1).reshape(B, T, H, K).astype(q.dtype)
 
 
 def blocked(
