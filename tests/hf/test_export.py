@@ -17,6 +17,9 @@ from golden.make import stored
 
 from jaxtune import mesh as meshes
 from jaxtune.config import ConfigError
+from jaxtune.data.schema import Message
+from jaxtune.data.template import render_prompt, resolve
+from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.hf import export
 from jaxtune.hf.export import check_target, export_model
 from jaxtune.hf.load import load_params, open_model
@@ -222,6 +225,29 @@ def test_a_bare_tokenizer_gets_a_config(tmp_path, tokenizer_folder):
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (loaded.bos_token, loaded.eos_token) == ("<s>", "</s>")
     assert loaded.decode(loaded("a prime")["input_ids"]) == "a prime"
+
+
+@pytest.mark.parametrize("template", ["alpaca", "llama2"])
+def test_a_real_tokenizer_and_our_templates(template, tmp_path, shared_data):
+    """Mistral's tokenizer with templates of `data/`: AutoTokenizer alone gives our prompt ids."""
+    transformers = pytest.importorskip("transformers")
+    source = shared_data / "tokenizers" / "mistral-v3"
+    tokenizer = load_tokenizer(str(source))
+    resolved = resolve(template, tokenizer)
+    model = open_model(write_folder("mistral-window", tmp_path / "source"))
+    stop_ids = [resolved.stop_id]
+    out = tmp_path / "out"
+    _export(model, out, tokenizer=tokenizer, template=resolved, stop_ids=stop_ids)
+    loaded = transformers.AutoTokenizer.from_pretrained(out)
+    chat = [{"role": "user", "content": "Name a prime."}]
+    ids = loaded.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    prompt = render_prompt(resolved, [Message("user", "Name a prime.")])
+    assert ids == tokenizer.encode("".join(span.text for span in prompt))
+    for file in ("tokenizer.json", "tokenizer.model"):
+        assert (out / file).read_bytes() == (source / file).read_bytes()
+    assert loaded.eos_token_id == tokenizer.eos_id
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == tokenizer.eos_id == resolved.stop_id
 
 
 def test_without_a_tokenizer_the_sources_files_are_kept(tmp_path, tokenizer_folder):
