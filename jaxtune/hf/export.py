@@ -244,13 +244,11 @@ def _write_configs(
     stop_ids: Sequence[int],
 ) -> None:
     dtype = model.dtype if save_dtype == "source" else save_dtype
-    source = model.folder / "generation_config.json"
-    generation = json.loads(source.read_text()) if source.is_file() else {}
     ids = _special_ids(model.config, tokenizer, stop_ids) if tokenizer is not None else {}
     config = model.family.to_hf_config(model.config, model.spec, dtype=dtype)
     _write_json(folder / "config.json", {**config, **ids})
-    if generation or ids:
-        _write_json(folder / "generation_config.json", {**generation, **ids})
+    if model.generation or ids:
+        _write_json(folder / "generation_config.json", {**model.generation, **ids})
 
 
 def _special_ids(

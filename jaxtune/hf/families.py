@@ -84,7 +84,7 @@ class Family:
                 max_positions=_size(config, "max_position_embeddings"),
                 init_scale=_number(config, "initializer_range"),
             )
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ModelError(f"{where}: {error}.") from None
 
     def to_hf_config(self, config: Config, spec: ModelSpec, *, dtype: str) -> dict[str, Any]:
@@ -126,7 +126,8 @@ def _llama(config: Config) -> list[LayerSpec]:
 
 
 def _mistral(config: Config) -> list[LayerSpec]:
-    return [_layer(config, window=config["sliding_window"])] * _size(config, "num_hidden_layers")
+    window = None if config["sliding_window"] is None else _size(config, "sliding_window")
+    return [_layer(config, window=window)] * _size(config, "num_hidden_layers")
 
 
 def _qwen2(config: Config) -> list[LayerSpec]:
@@ -250,7 +251,7 @@ def _repeats(layers: Sequence[LayerSpec], start: int, period: int, times: int) -
     return layers[at : at + period] == layers[start : start + period]
 
 
-def _layer(config: Config, *, window: Any = None, **switches: bool) -> LayerSpec:
+def _layer(config: Config, *, window: int | None = None, **switches: bool) -> LayerSpec:
     heads = _size(config, "num_attention_heads")
     head_dim = config.get("head_dim")
     activation = str(config["hidden_act"])
@@ -267,7 +268,7 @@ def _layer(config: Config, *, window: Any = None, **switches: bool) -> LayerSpec
         else _size(config, "head_dim"),
         mlp_width=_size(config, "intermediate_size"),
         rope=_rope(config),
-        window=None if window is None else int(window),
+        window=window,
         activation=_ACTIVATIONS[activation],
         **switches,
     )
@@ -280,6 +281,8 @@ def _rope(config: Config) -> RopeSpec:
         raise ValueError(
             f"rope type '{kind}' is not supported yet; supported are default, linear, llama3"
         )
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise ValueError("rope settings that differ by layer type are not supported yet")
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise ValueError(f"partial_rotary_factor {partial} is not supported; expected 1")

@@ -40,6 +40,7 @@ class HfModel:
     name: str
     folder: Path
     config: Mapping[str, Any]
+    generation: Mapping[str, Any]  # generation_config.json, empty where there is none
     family: Family
     spec: ModelSpec
     dtype: str
@@ -64,13 +65,15 @@ def open_model(
     folder, file = _locate(str(path_or_id), revision, weights)
     config = _read_config(file)
     family = family_of(config, where=str(file))
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unnamed method")
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise ModelError(f"{file}: weights quantised by {method} are not supported.")
     spec = family.to_spec(config, where=str(file))
     tensors = open_tensors(folder) if weights else {}
     dtype = config_dtype(config) or _widest_use(tensors)
-    model = HfModel(str(path_or_id), folder, config, family, spec, dtype, tensors)
+    beside = file.with_name("generation_config.json")
+    generation = _read_config(beside) if beside.is_file() else {}
+    model = HfModel(str(path_or_id), folder, config, generation, family, spec, dtype, tensors)
     if weights:
         _account(model)
     return model

@@ -141,6 +141,11 @@ def test_windows_of_qwen():
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported yet"),
         ({"rope_scaling": {"rope_type": "linear"}}, "'factor' is None; expected a number"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "rope settings that differ by layer type are not supported yet",
+        ),
+        ({"rope_scaling": [1]}, "here.json: "),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
     ],
 )

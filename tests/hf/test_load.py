@@ -220,6 +220,10 @@ def test_bad_folders_are_refused(folder, tmp_path):
     config.write_text(json.dumps({**good, "model_type": "qwen"}))
     with pytest.raises(ModelError, match=r"model_type 'qwen' is unknown.*Did you mean 'qwen"):
         open_model(folder)
+    config.write_text(json.dumps(good))
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"generation_config.json: not readable as JSON"):
+        open_model(folder)  # now, not when an hour of training is to be written out
     config.write_text(json.dumps({**good, "quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ModelError, match="weights quantised by gptq are not supported"):
         open_model(folder)
