@@ -9,6 +9,7 @@ Exit codes: 0 done, 2 bad input, 3 diverged, 75 stopped after saving, 1 a bug (w
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import sys
 import typing
@@ -34,6 +35,7 @@ from jaxtune.config import (
 BAD_INPUT = 2
 DIVERGED = 3
 STOPPED = 75  # EX_TEMPFAIL: run the same command again
+DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Options(pydantic.BaseModel):
@@ -86,6 +88,11 @@ def execute(
         return STOPPED
     except BrokenPipeError:  # the reader of stdout left (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in DISK_REFUSES:
+            raise
+        note(f"jaxtune {door}: {error.filename or 'a file'}: cannot be written: {error.strerror}.")
+        return BAD_INPUT
     return 0
 
 

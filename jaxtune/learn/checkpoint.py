@@ -10,8 +10,10 @@ its position would mean other examples.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from jaxtune.learn.state import TrainState
 
 FOLDER = "checkpoints"
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates; errors are raised
 
 
 class Checkpoints:
@@ -45,15 +47,48 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, meta: Mapping[str, Any], *, step: int) -> None:
-        """Returns once the arrays are copied off the devices; writing goes on behind."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                opt=ocp.args.StandardSave(state.opt_state),
-                meta=ocp.args.JsonSave({**meta, "step": step}),
-            ),
+        """Returns once the arrays are copied off the devices; writing goes on behind.
+
+        Raises `ConfigError` when the disk cannot hold it, or could not hold the one before.
+        """
+        self.wait()
+        self._check_space(state, step)
+        with self._explained():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    opt=ocp.args.StandardSave(state.opt_state),
+                    meta=ocp.args.JsonSave({**meta, "step": step}),
+                ),
+            )
+
+    def _check_space(self, state: TrainState, step: int) -> None:
+        """Asked before writing: a disk that fills up half way fails in a hundred lines."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.is_fully_addressable)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise ConfigError(
+                f"{self.folder}: step {step} needs {needed / 1e6:,.1f} MB and the disk has "
+                f"{free / 1e6:,.1f} MB free. {self._advice()}"
+            )
+
+    def _advice(self) -> str:
+        kept = self.latest()
+        return "Free some space, then run the same command: it goes on " + (
+            f"from step {kept}, which is intact." if kept is not None else "from the beginning."
         )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What goes wrong while writing comes from Orbax's threads, as whatever they raise."""
+        try:
+            yield
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(
+                f"{self.folder}: a checkpoint could not be written: {reason}. {self._advice()}"
+            ) from error
 
     def restore(
         self, step: int, abstract: TrainState, shardings: TrainState
@@ -76,10 +111,13 @@ class Checkpoints:
         return dict(found["meta"])
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        """Until what is being written is there whole; raises what `save` raises."""
+        with self._explained():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with self._explained():
+            self._manager.close()
 
 
 def place(abstract: Any, shardings: Any) -> Any:

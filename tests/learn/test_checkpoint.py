@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -94,3 +95,33 @@ def test_what_a_killed_save_left_is_not_a_checkpoint(tmp_path: Path) -> None:
     again.save(state, META, step=2)
     again.close()
     assert Checkpoints(tmp_path).latest() == 2
+
+
+def test_a_full_disk_is_said_before_writing_and_the_last_step_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, shapes, shardings = state_on("fsdp", 1.0)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state, META, step=1)
+    checkpoints.wait()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(ConfigError) as error:
+        checkpoints.save(state, META, step=2)
+    assert "step 2 needs 0.0 MB and the disk has 0.0 MB free" in str(error.value)
+    assert "it goes on from step 1, which is intact" in str(error.value)
+    monkeypatch.undo()
+    restored, _ = checkpoints.restore(1, shapes, shardings)
+    assert_bytes(state, restored)
+    checkpoints.close()
+
+
+def test_a_write_that_fails_is_explained(tmp_path: Path) -> None:
+    state, _, _ = state_on("fsdp", 1.0)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state, META, step=1)
+    checkpoints.wait()
+    with pytest.raises(ConfigError, match="could not be written") as error:
+        checkpoints.save(state, {"total_steps": object()}, step=2)  # no JSON
+        checkpoints.wait()
+    assert "it goes on from step 1, which is intact" in str(error.value)
