@@ -18,7 +18,7 @@ import numpy as np
 from jaxtune.config import DataError
 from jaxtune.data import formats, sources
 from jaxtune.data.cache import Writer, code_version
-from jaxtune.data.encode import Encoded, encode, truncate
+from jaxtune.data.encode import encode, truncate
 from jaxtune.data.schema import Conversation, Document, Dropped, Span, Tokens
 from jaxtune.data.template import Template, TrainOn, render
 from jaxtune.data.tokenizer import Tokenizer
@@ -64,7 +64,8 @@ class Prepared(NamedTuple):
     dropped: Dropped | None
     split: bool = False
     inexact: bool = False
-    lost: int = 0  # trained tokens cut off by truncation; -1: cut, but none of them trained
+    cut: bool = False  # to max_length
+    lost: int = 0  # trained tokens cut off with it
     typed_control: bool = False  # the record's own text contains control tokens
 
 
@@ -124,12 +125,8 @@ def _prepare_chunk(
         if isinstance(result, Dropped):
             yield Prepared(row, line, text, None, result, typed_control=typed)
         else:
-            prepared = _fit(Prepared(row, line, text, *_flags(result)), entry, settings)
-            yield prepared._replace(typed_control=typed)
-
-
-def _flags(encoded: Encoded) -> tuple[Tokens, None, bool, bool]:
-    return encoded.tokens, None, encoded.split, encoded.inexact
+            prepared = Prepared(row, line, text, result.tokens, None, result.split, result.inexact)
+            yield _fit(prepared, entry, settings)._replace(typed_control=typed)
 
 
 def _fit(prepared: Prepared, entry: Entry, settings: Settings) -> Prepared:
@@ -150,7 +147,7 @@ def _fit(prepared: Prepared, entry: Entry, settings: Settings) -> Prepared:
         reason = "nothing left to train within max_length"
         return prepared._replace(dropped=Dropped(reason, detail))
     lost = int(np.count_nonzero(tokens.weights)) - int(np.count_nonzero(kept.weights))
-    return prepared._replace(tokens=kept, lost=lost or -1)
+    return prepared._replace(tokens=kept, cut=True, lost=lost)
 
 
 def _texts(noun: Conversation | Document) -> Iterator[str]:
@@ -209,16 +206,16 @@ def build(writer: Writer, entry: Entry, settings: Settings) -> dict[str, Any]:
             counts["typed_control_tokens"] += item.typed_control
             if item.dropped or item.tokens is None:
                 reason, detail = item.dropped or Dropped("nothing to train")
-                entry_of = reasons.setdefault(reason, {"count": 0, "first": []})
-                entry_of["count"] += 1
-                if len(entry_of["first"]) < _SHOWN:
-                    entry_of["first"].append({"line": item.line, "detail": detail})
+                found = reasons.setdefault(reason, {"count": 0, "first": []})
+                found["count"] += 1
+                if len(found["first"]) < _SHOWN:
+                    found["first"].append({"line": item.line, "detail": detail})
                 continue
             counts["split_at_boundary"] += item.split
             counts["answers_not_kept_exactly"] += item.inexact
-            counts["truncated"] += item.lost != 0
+            counts["truncated"] += item.cut
             counts["answers_cut"] += item.lost > 0
-            counts["trained_tokens_cut"] += max(item.lost, 0)
+            counts["trained_tokens_cut"] += item.lost
             kept.append(item.tokens)
             numbers.append(item.row)
         if kept:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxtune.config import ConfigError, DataError
-from jaxtune.data.formats import detect, resolve, to_noun
+from jaxtune.data.formats import FORMATS, detect, resolve, to_noun
 from jaxtune.data.schema import Conversation, Document, Dropped, Message
+from jaxtune.data.template import render
+from jaxtune.data.template import resolve as template_of
+from jaxtune.data.tokenizer import Tokenizer
 
 U, A, S = "user", "assistant", "system"
 
@@ -128,3 +133,33 @@ def test_columns_are_checked_both_ways() -> None:
         resolve("alpaca", {"output": "reply"}, first, "f:1")
     with pytest.raises(DataError, match=r"f:1: no known format has these columns: a, b\..*alpaca"):
         resolve("auto", {}, {"a": 1, "b": 2}, "f:1")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "from", "content", "value", "weight", "train", "text", "x"]),
+            inner | st.sampled_from(["user", "assistant"]),
+            max_size=4,
+        )
+    ),
+    max_leaves=8,
+)
+COLUMNS = sorted({c for f in FORMATS.values() for c in (*f.required, *f.optional)})
+
+
+@given(st.dictionaries(st.sampled_from(COLUMNS), VALUES, max_size=6))
+@settings(max_examples=400, deadline=None)
+def test_any_json_is_a_row_or_a_reason(byte_level: Tokenizer, record: dict[str, Any]) -> None:
+    template = template_of("alpaca", byte_level)
+    name = detect(record)
+    if name is None:
+        return
+    noun = read(name, record)
+    if isinstance(noun, Dropped):
+        assert noun.reason
+        return
+    for row in render(template, noun):
+        assert isinstance(row, Dropped) or any(span.weight > 0 for span in row)

@@ -237,6 +237,27 @@ def test_a_message_the_template_hides_is_named(byte_level: Tokenizer) -> None:
     assert "no place for a system message" in row.detail
 
 
+def test_templates_that_alter_or_add_are_dropped(byte_level: Tokenizer) -> None:
+    shortening = HEADERS.replace("message['content']", "message['content'][:16]")
+    long = [ONE[0]._replace(content="Short?"), Message("assistant", "seventeen letters")]
+    (row,) = rows(resolve(shortening, byte_level), long)
+    assert isinstance(row, Dropped)
+    assert row.reason == "the rendered answer is not the message"
+    (row,) = rows(resolve(shortening, byte_level), [Message("user", "seventeen letters"), ONE[1]])
+    assert isinstance(row, Dropped)
+    assert row.reason == "the template does not show the user message"
+    quoting = HEADERS.replace(
+        "+ message['content'] +",
+        "+ ('Re: ' + messages[loop.index0 - 1]['content'] + '\n' if message['role'] == "
+        "'assistant' else '') + message['content'] +",
+    )
+    (row,) = rows(resolve(quoting, byte_level), ONE)
+    assert row == Dropped("the rendered answer holds another message", "message 2")
+    hiding = THINKING.replace("in messages -%}", "in messages if message['role'] != 'system' -%}")
+    for row in rows(resolve(hiding, byte_level), SHAPES["system"]):
+        assert row == Dropped("the template does not show the system message", "message 1")
+
+
 def test_train_on_and_weights(byte_level: Tokenizer) -> None:
     found = resolve(HEADERS, byte_level)
     assert trained(only(found, TWO)) == ["Seven.<|im_end|>", "Eleven.<|im_end|>"]
