@@ -96,10 +96,11 @@ def reference(
     B, T, H, K = q.shape
     G = k.shape[2]
     q_BGJTK = jnp.moveaxis(q.reshape(B, T, G, H // G, K), 1, 3)
-    q_BGQK = q_BGJTK.reshape(B, G, -1, K) * scale
+    q_BGQK = q_BGJTK.reshape(B, G, -1, K)
     k_BGSK, v_BGSK = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
 
     scores_BGQS = jnp.einsum("BGQK,BGSK->BGQS", q_BGQK, k_BGSK, preferred_element_type=jnp.float32)
+    scores_BGQS = scores_BGQS * scale
     if softcap is not None:
         scores_BGQS = softcap * jnp.tanh(scores_BGQS / softcap)
     visible_BTS = _visible(segments, positions, window)

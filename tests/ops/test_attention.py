@@ -1,0 +1,196 @@
+"""One suite for every implementation, against attention written as loops over single numbers."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from jaxtune.ops import attention
+from jaxtune.ops.attention import IMPLEMENTATIONS, attend, choose
+
+B, T, H, G, K = 2, 11, 4, 2, 8
+SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0], [1] * T], np.int32)
+POSITIONS = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 0], list(range(T))], np.int32)
+SINKS = np.linspace(-1.0, 2.0, H).astype(np.float32)
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"window": 3},
+    "window of one": {"window": 1},
+    "softcap": {"softcap": 2.0},
+    "sinks": {"sinks": SINKS},
+    "scale": {"scale": 1.0},
+    "all": {"window": 2, "softcap": 1.5, "sinks": SINKS, "scale": 0.7},
+}
+
+
+@pytest.fixture(params=sorted(IMPLEMENTATIONS))
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 4)  # T = 11: three blocks, the last one ragged
+    return request.param
+
+
+def qkv(seed: int = 0, S: int = T) -> tuple[jax.Array, jax.Array, jax.Array]:
+    rng = np.random.default_rng(seed)
+    shapes = ((B, T, H, K), (B, S, G, K), (B, S, G, K))
+    q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    return q, k, v
+
+
+def both(of_queries: np.ndarray, of_keys: np.ndarray | None = None) -> tuple[jax.Array, jax.Array]:
+    return jnp.asarray(of_queries), jnp.asarray(of_queries if of_keys is None else of_keys)
+
+
+def by_loops(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    segments: tuple[np.ndarray, np.ndarray],
+    positions: tuple[np.ndarray, np.ndarray],
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: np.ndarray | None = None,
+    scale: float | None = None,
+) -> np.ndarray:
+    out = np.zeros(q.shape)
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        g = h // (q.shape[2] // k.shape[2])
+        weights = {}
+        for s in range(k.shape[1]):
+            distance = positions[0][b, t] - positions[1][b, s]
+            same = segments[0][b, t] == segments[1][b, s] != 0
+            if not same or distance < 0 or (window is not None and distance >= window):
+                continue
+            score = float(q[b, t, h] @ k[b, s, g]) * (scale or K**-0.5)
+            weights[s] = math.exp(softcap * math.tanh(score / softcap) if softcap else score)
+        total = sum(weights.values()) + (0.0 if sinks is None else math.exp(sinks[h]))
+        for s, weight in weights.items():
+            out[b, t, h] += weight / total * v[b, s, g]
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values(impl: str, case: str) -> None:
+    q, k, v = qkv()
+    places = {"segments": both(SEGMENTS), "positions": both(POSITIONS)}
+    ours = attend(q, k, v, **places, **CASES[case], impl=impl)
+    exact = by_loops(
+        *(np.asarray(x, np.float64) for x in (q, k, v)),
+        (SEGMENTS, SEGMENTS),
+        (POSITIONS, POSITIONS),
+        **CASES[case],
+    )
+    # f32 products of eight numbers of size one, a softmax: a few units in the last place.
+    np.testing.assert_allclose(ours, exact, atol=2e-6)
+
+
+def test_fewer_queries_than_keys(impl: str) -> None:
+    """Decoding: the query's place is in its numbers, not in its index."""
+    S = T + 5
+    q, k, v = qkv(S=S)
+    segments = np.ones((B, T), np.int32), np.ones((B, S), np.int32)
+    positions = np.full((B, T), 6, np.int32), np.tile(np.arange(S, dtype=np.int32), (B, 1))
+    ours = attend(q, k, v, segments=both(*segments), positions=both(*positions), impl=impl)
+    exact = by_loops(*(np.asarray(x, np.float64) for x in (q, k, v)), segments, positions)
+    np.testing.assert_allclose(ours, exact, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", ["plain", "all"])
+def test_gradients_are_the_slopes(impl: str, case: str) -> None:
+    options = {k: v for k, v in CASES[case].items() if k != "sinks"}
+    places = {"segments": both(SEGMENTS), "positions": both(POSITIONS)}
+
+    def f(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array) -> jax.Array:
+        return attend(q, k, v, **places, **options, sinks=sinks, impl=impl)
+
+    # Central differences in f32 with steps of about 1e-2: two digits.
+    check_grads(f, (*qkv(), jnp.asarray(SINKS)), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_the_reference(impl: str, case: str) -> None:
+    places = {"segments": both(SEGMENTS), "positions": both(POSITIONS)}
+
+    def gradients(name: str) -> tuple[jax.Array, ...]:
+        def f(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.sin(attend(q, k, v, **places, **CASES[case], impl=name)))
+
+        return jax.grad(f, (0, 1, 2))(*qkv())
+
+    for ours, theirs in zip(gradients(impl), gradients("reference"), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6)
+
+
+def test_who_sees_nothing_gives_zeros_and_finite_gradients(impl: str) -> None:
+    q, k, v = qkv()
+    places = {"segments": both(SEGMENTS), "positions": both(POSITIONS)}
+
+    def f(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend(q, k, v, **places, impl=impl)
+
+    out, pull = jax.vjp(f, q, k, v)
+    padding = SEGMENTS == 0
+    assert np.all(np.asarray(out)[padding] == 0)
+    d_q, d_k, d_v = pull(jnp.ones_like(out))
+    for gradient in (d_q, d_k, d_v):
+        assert np.all(np.isfinite(gradient))
+        assert np.all(np.asarray(gradient)[padding] == 0)
+
+
+def test_a_neighbour_in_the_row_changes_not_one_bit(impl: str) -> None:
+    places = {"segments": both(SEGMENTS), "positions": both(POSITIONS)}
+    q, k, v = qkv()
+    first = SEGMENTS[0] == 1
+    disturbed = [jnp.where(first[None, :, None, None], x, x * 3 + 1) for x in (q, k, v)]
+    before = attend(q, k, v, **places, impl=impl)
+    after = attend(*disturbed, **places, impl=impl)
+    assert np.array_equal(before[0, first], after[0, first])
+    assert not np.array_equal(before[0, ~first], after[0, ~first])
+
+
+def test_half_precision_in_and_out_softmax_in_f32(impl: str) -> None:
+    places = {"segments": both(SEGMENTS), "positions": both(POSITIONS)}
+    q, k, v = qkv()
+    exact = attend(q, k, v, **places, impl=impl)
+    ours = attend(*(x.astype(jnp.bfloat16) for x in (q, k, v)), **places, impl=impl)
+    assert ours.dtype == jnp.bfloat16
+    # Rounding q, k, v and the weights to eight bits, values of size one.
+    np.testing.assert_allclose(ours.astype(jnp.float32), exact, atol=5e-2)
+
+
+@pytest.mark.parametrize(("name", "holds"), [("reference", True), ("blocked", False)])
+def test_blocked_never_holds_all_scores(
+    name: str,
+    holds: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    largest_array: Callable[..., int],
+) -> None:
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 8)
+    rows = 128
+    q, k = jnp.ones((1, rows, H, 4)), jnp.ones((1, rows, G, 4))
+    places = jnp.ones((1, rows), jnp.int32), jnp.arange(rows, dtype=jnp.int32)[None]
+
+    def f(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        pairs = {"segments": (places[0],) * 2, "positions": (places[1],) * 2}
+        return jnp.sum(attend(q, k, v, **pairs, impl=name))
+
+    largest = largest_array(jax.grad(f, (0, 1, 2)), q, k, k)
+    assert (largest >= rows * rows) == holds
+
+
+def test_unknown_name_is_refused_not_replaced() -> None:
+    places = {"segments": both(SEGMENTS), "positions": both(POSITIONS)}
+    with pytest.raises(ValueError, match=r"'flash'; expected one of blocked, reference"):
+        attend(*qkv(), **places, impl="flash")
+
+
+def test_choice_by_length_with_its_reason() -> None:
+    short, why_short = choose("cpu", 1024)
+    long, why_long = choose("cpu", 1025)
+    assert (short, long) == ("reference", "blocked")
+    assert "1024 tokens on cpu" in why_short
+    assert "1025 tokens on cpu" in why_long

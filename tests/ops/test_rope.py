@@ -1,0 +1,109 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtune.ops import rope
+from jaxtune.spec import RopeSpec
+
+KINDS = {
+    "none": RopeSpec(10_000.0),
+    "linear": RopeSpec(10_000.0, "linear", factor=4.0),
+    # Llama 3.1's own numbers, but for a context small enough that all three branches are met.
+    "llama3": RopeSpec(500_000.0, "llama3", 8.0, 1.0, 4.0, original_max_positions=64),
+}
+
+
+def test_one_pair_turns_by_position_times_frequency() -> None:
+    """K = 2 has one pair of frequency 1: (1, 0) at position p becomes (cos p, sin p)."""
+    positions = jnp.array([[0, 1, 2, 1000]])
+    cos, sin = rope.angles(KINDS["none"], 2, positions)
+    x = jnp.broadcast_to(jnp.array([1.0, 0.0]), (1, 4, 1, 2))
+    turned = rope.rotate(x, cos, sin)[0, :, 0]
+    p = np.array([0, 1, 2, 1000], np.float64)
+    np.testing.assert_allclose(turned, np.stack([np.cos(p), np.sin(p)], -1), atol=1e-6)
+
+
+def test_scores_depend_on_distance_only() -> None:
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 16)), jnp.float32) for _ in range(2))
+
+    def score(q_position: int, k_position: int) -> float:
+        turned = [
+            rope.rotate(x, *rope.angles(KINDS["none"], 16, jnp.array([[position]])))
+            for x, position in ((q, q_position), (k, k_position))
+        ]
+        return float(jnp.sum(turned[0] * turned[1]))
+
+    assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
+    assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-2)
+
+
+def test_scaling_stretches_long_waves_and_keeps_short_ones() -> None:
+    plain = rope.frequencies(RopeSpec(500_000.0), 64)
+    linear = rope.frequencies(RopeSpec(500_000.0, "linear", factor=8.0), 64)
+    np.testing.assert_allclose(linear, plain / 8, rtol=1e-6)
+    ratio = rope.frequencies(KINDS["llama3"], 64) / plain
+    waves = 2 * np.pi / plain
+    np.testing.assert_allclose(ratio[waves < 64 / 4], 1, rtol=1e-6)
+    np.testing.assert_allclose(ratio[waves > 64 / 1], 1 / 8, rtol=1e-6)
+    between = ratio[(waves > 64 / 4) & (waves < 64)]
+    assert len(between) >= 2
+    assert np.all((between > 1 / 8) & (between < 1))
+    assert np.all(np.diff(between) < 0)
+
+
+def test_half_precision_is_turned_in_f32() -> None:
+    positions = jnp.array([[100_000]])
+    cos, sin = rope.angles(KINDS["none"], 8, positions)
+    assert cos.dtype == sin.dtype == jnp.float32
+    x = jnp.full((1, 1, 1, 8), 0.5, jnp.bfloat16)
+    exact = rope.rotate(x.astype(jnp.float32), cos, sin)
+    ours = rope.rotate(x, cos, sin)
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(ours, exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_transformers(kind: str) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig
+    from transformers.models.llama import modeling_llama
+
+    spec, head_dim, T = KINDS[kind], 32, 40
+    parameters = {
+        "rope_theta": spec.theta,
+        "rope_type": "default" if kind == "none" else kind,
+        "factor": spec.factor,
+        "low_freq_factor": spec.low_freq_factor,
+        "high_freq_factor": spec.high_freq_factor,
+        "original_max_position_embeddings": spec.original_max_positions,
+    }
+    config = LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=2,
+        max_position_embeddings=4096,
+        rope_parameters=parameters,
+    )
+    rng = np.random.default_rng(0)
+    q, k = (rng.normal(size=(2, T, heads, head_dim)).astype(np.float32) for heads in (4, 2))
+    positions = rng.integers(0, 4096, (2, T))
+
+    embedding = modeling_llama.LlamaRotaryEmbedding(config)
+    theirs = modeling_llama.apply_rotary_pos_emb(
+        torch.tensor(q).transpose(1, 2),
+        torch.tensor(k).transpose(1, 2),
+        *embedding(torch.tensor(q), torch.tensor(positions)),
+    )
+    cos, sin = rope.angles(spec, head_dim, jnp.asarray(positions))
+    for ours, their in zip((q, k), theirs, strict=True):
+        # One unit in the last place of a frequency, times a position of up to 4096.
+        np.testing.assert_allclose(
+            rope.rotate(jnp.asarray(ours), cos, sin), their.transpose(1, 2), atol=2e-3
+        )
+    # At small positions nothing is left of that.
+    early = torch.arange(16)[None]
+    cos, sin = rope.angles(spec, head_dim, jnp.arange(16)[None])
+    their_cos, their_sin = embedding(torch.tensor(q), early)
+    np.testing.assert_allclose(cos, their_cos[..., : head_dim // 2], atol=2e-6)
+    np.testing.assert_allclose(sin, their_sin[..., : head_dim // 2], atol=2e-6)
