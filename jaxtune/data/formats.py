@@ -6,6 +6,7 @@ configuration and raises; a value that is no use (null, wrong type, empty) drops
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "model", "bot"), "assistant"),
     "system": "system",
     **dict.fromkeys(("tool", "observation"), "tool"),
+    "function_call": "assistant",  # whose text is the call
 }
 
 
@@ -149,14 +151,13 @@ def _prompt_completion(fields: Fields) -> Conversation:
     context = tuple(
         m._replace(weight=0.0) if m.role == "assistant" and m.weight is None else m for m in before
     )
-    return Conversation((*_system(fields), *context, *after))
+    return Conversation((*_system(fields), *context, *after), _tools(fields))
 
 
 def _chat(column: str) -> Callable[[Fields], Conversation]:
     def read(fields: Fields) -> Conversation:
-        if fields.get("tools") not in (None, "", "[]", [], {}):
-            raise _Unusable("tools are not rendered", "the row declares tools")
-        return Conversation((*_system(fields), *_messages(fields[column], column)))
+        messages = (*_system(fields), *_messages(fields[column], column))
+        return Conversation(messages, _tools(fields))
 
     return read
 
@@ -173,7 +174,34 @@ def _system(fields: Fields) -> tuple[Message, ...]:
     return (Message("system", text),) if text else ()
 
 
+def _tools(fields: Fields) -> tuple[Any, ...] | None:
+    """The column `tools`: a list, or its JSON text, of what the model may call."""
+    tools = _listed(fields.get("tools"))
+    if tools in (None, "", [], {}):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise _Unusable("tools is not a list of objects", f"got {_short(tools)}")
+    return tuple(_declared(tool) for tool in tools)
+
+
+def _declared(tool: dict[str, Any]) -> dict[str, Any]:
+    """A bare function in the wrapping that chat templates and servers expect around it."""
+    bare = isinstance(tool.get("name"), str) and "function" not in tool and "type" not in tool
+    return {"type": "function", "function": tool} if bare else tool
+
+
+def _listed(value: Any) -> Any:
+    """A list that a table or an exporter has written as JSON text; anything else as it is."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
 def _messages(value: Any, column: str) -> tuple[Message, ...]:
+    value = _listed(value)
     if not isinstance(value, list) or not value:
         raise _Unusable(f"{column} is not a list of messages", f"got {_short(value)}")
     return tuple(_message(item) for item in value)
@@ -182,25 +210,62 @@ def _messages(value: Any, column: str) -> tuple[Message, ...]:
 def _message(item: Any) -> Message:
     if not isinstance(item, dict):
         raise _Unusable("a message is not an object", f"got {_short(item)}")
-    said = item.get("role", item.get("from"))
+    said = _first(item, _ROLE)
     if not isinstance(said, str) or said.strip().lower() not in ROLES:
         raise _Unusable(f"role {said!r:.40} is not known", f"known: {', '.join(ROLES)}")
-    if item.get("tool_calls"):
-        raise _Unusable("tool calls are not rendered")
-    content = item.get("content", item.get("value"))
-    if isinstance(content, list):  # content parts; text parts read one after the other
+    content, weight = _first(item, _CONTENT), _weight(item)
+    # A null key is an absent one, as for every column; what lies deeper is kept as it is.
+    extra = {key: value for key, value in item.items() if value is not None and key not in _READ}
+    if said.strip().lower() == "function_call":
+        extra["tool_calls"] = [_call(call) for call in _calls_in(content)]
+        return Message("assistant", "", weight=weight, extra=extra)
+    if not extra.get("tool_calls", True):
+        del extra["tool_calls"]
+    calls = extra.get("tool_calls")
+    if calls is not None and not (
+        isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
+    ):
+        raise _Unusable("tool_calls is not a list of objects", f"got {_short(calls)}")
+    if content is None and calls:
+        content = ""
+    return Message(ROLES[said.strip().lower()], _joined(content), weight=weight, extra=extra)
+
+
+def _joined(content: Any) -> str:
+    """Text, or content parts; text parts read one after the other."""
+    if isinstance(content, list):
         if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
             raise _Unusable("content holds parts that are not text", f"got {_short(content)}")
-        content = "".join(part["text"] for part in content)
+        return "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise _Unusable("content is not text", f"got {_short(content)}")
-    return Message(ROLES[said.strip().lower()], content, weight=_weight(item))
+    return content
+
+
+def _calls_in(content: Any) -> list[Any]:
+    """The calls of a `function_call` turn: one object or a list of them, or their JSON text."""
+    try:
+        calls = json.loads(content) if isinstance(content, str) else content
+    except (ValueError, RecursionError):
+        raise _Unusable("a function call is not JSON", f"got {_short(content)}") from None
+    return calls if isinstance(calls, list) and calls else [calls]
+
+
+def _call(call: Any) -> dict[str, Any]:
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise _Unusable("a function call has no name", f"got {_short(call)}")
+    function = {"name": call["name"], "arguments": call.get("arguments", {})}
+    return {"type": "function", "function": function}
+
+
+def _first(item: Fields, names: tuple[str, ...]) -> Any:
+    """The value of the first of `names` that is there and not null."""
+    return next((item[name] for name in names if item.get(name) is not None), None)
 
 
 def _weight(item: Fields) -> float | None:
     """`weight`, under any of the names in use; `masked` says the opposite."""
-    names = ("weight", "loss_weight", "loss", "train", "masked")
-    given = [(name, item[name]) for name in names if item.get(name) is not None]
+    given = [(name, item[name]) for name in _WEIGHT if item.get(name) is not None]
     if len(given) > 1:
         raise _Unusable("a message has two weights", " and ".join(name for name, _ in given))
     if not given:
@@ -211,10 +276,17 @@ def _weight(item: Fields) -> float | None:
     return float(not value) if name == "masked" else float(value)
 
 
+_ROLE = ("role", "from")
+_CONTENT = ("content", "value")
+_WEIGHT = ("weight", "loss_weight", "loss", "train", "masked")
+# Keys of a message that are read here. `input` is Alpaca's: our own templates give it a place that
+# no message of a chat has.
+_READ = frozenset((*_ROLE, *_CONTENT, *_WEIGHT, "input"))
+
 FORMATS: dict[str, Format] = {
     "messages": Format(("messages",), ("system", "tools"), _chat("messages")),
     "sharegpt": Format(("conversations",), ("system", "tools"), _chat("conversations")),
     "alpaca": Format(("instruction", "output"), ("input", "system", "history"), _alpaca),
-    "prompt_completion": Format(("prompt", "completion"), ("system",), _prompt_completion),
+    "prompt_completion": Format(("prompt", "completion"), ("system", "tools"), _prompt_completion),
     "text": Format(("text",), (), _document),
 }

@@ -8,7 +8,8 @@ At every arrow a row may become `Dropped` instead, with its reason. What carries
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,16 +22,22 @@ class Message(NamedTuple):
     """One turn. `input` is Alpaca's second field, kept apart so that a template can place it.
 
     `weight` None = what `train_on` says; 0 = context only; otherwise the loss is scaled by it.
+    `extra` holds what else a chat template may read (tool_calls, tool_call_id, name, thinking, ...)
+    exactly as the record has it: arguments stay a dict or a string, nested nulls stay nulls.
     """
 
     role: str
     content: str
     input: str = ""
     weight: float | None = None
+    extra: Mapping[str, Any] = {}
 
 
 class Conversation(NamedTuple):
+    """`tools` are declarations for the template's variable of that name; None = it is not set."""
+
     messages: tuple[Message, ...]
+    tools: tuple[Any, ...] | None = None
 
 
 class Document(NamedTuple):

@@ -136,6 +136,8 @@ def render(
         text = template.opening + noun.text + template.closing
         return ((Span(text, 1.0, answer=True),),)
     messages = noun.messages
+    if noun.tools or any("tool_calls" in message.extra for message in messages):
+        return (Dropped("tools are not rendered", "the row declares or calls tools"),)
     weights = _weights(messages, train_on)
     if isinstance(weights, Dropped):
         return (weights,)

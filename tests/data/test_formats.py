@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -53,6 +54,59 @@ def test_records(name: str, record: dict[str, Any], messages: list[Message]) -> 
     assert detect(record) == name
 
 
+def test_tools_and_calls_pass_through_as_they_are() -> None:
+    """Arguments as dict or as text, nulls inside them, other keys: nothing changed, none invented
+    (P19)."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"x": None}}}
+    calls = [{"id": "1", "function": {"name": "f", "arguments": '{"x": null}'}},
+             {"id": "2", "function": {"name": "f", "arguments": {"x": None}}}]  # fmt: skip
+    record = {
+        "messages": [
+            {"role": U, "content": "q", "name": None},
+            {"role": A, "content": None, "tool_calls": calls, "reasoning_content": "hm"},
+            {"role": "tool", "content": "42", "tool_call_id": "1", "name": "f", "weight": 0},
+            {"role": A, "content": "a", "tool_calls": []},
+        ],
+        "tools": [tool],
+    }
+    assert read("messages", record) == Conversation(
+        (
+            Message(U, "q"),
+            Message(A, "", extra={"tool_calls": calls, "reasoning_content": "hm"}),
+            Message("tool", "42", weight=0.0, extra={"tool_call_id": "1", "name": "f"}),
+            Message(A, "a"),
+        ),
+        (tool,),
+    )
+    as_text = {"messages": json.dumps(record["messages"]), "tools": json.dumps([tool])}
+    assert read("messages", as_text) == read("messages", record)
+
+
+def test_sharegpt_calls_and_bare_functions() -> None:
+    bare = {"name": "f", "parameters": {}}
+    call = {"name": "f", "arguments": {"x": 1}}
+    record = {
+        "conversations": [
+            {"from": "human", "value": "q"},
+            {"from": "function_call", "value": json.dumps(call)},
+            {"from": "observation", "value": "42"},
+            {"from": "function_call", "value": json.dumps([call, {"name": "g"}])},
+        ],
+        "tools": json.dumps([bare]),
+    }
+    wrapped = {"type": "function", "function": call}
+    other = {"type": "function", "function": {"name": "g", "arguments": {}}}
+    assert read("sharegpt", record) == Conversation(
+        (
+            Message(U, "q"),
+            Message(A, "", extra={"tool_calls": [wrapped]}),
+            Message("tool", "42"),
+            Message(A, "", extra={"tool_calls": [wrapped, other]}),
+        ),
+        ({"type": "function", "function": bare},),
+    )
+
+
 def test_text_is_a_document() -> None:
     assert read("text", {"text": "all of it"}) == Document("all of it")
 
@@ -91,13 +145,15 @@ def turn(**fields: Any) -> dict[str, Any]:
         ("messages", {"messages": [{"content": "x"}]}, "role None is not known"),
         ("messages", turn(content=None), "content is not text"),
         ("messages", turn(content=[{"type": "image"}]), "content holds parts"),
-        ("messages", turn(tool_calls=[{"name": "f"}]), "tool calls are not rendered"),
+        ("messages", turn(tool_calls="f()"), "tool_calls is not a list of objects"),
+        ("messages", turn(role="function_call", content="f()"), "a function call is not JSON"),
+        ("messages", turn(role="function_call", content="[]"), "a function call has no name"),
         ("messages", turn(weight="much"), "weight is not a number"),
         ("messages", turn(weight=-1), "weight is not a number"),
         ("messages", turn(weight=float("nan")), "weight is not a number"),
         ("messages", turn(weight=1, train=True), "a message has two weights"),
-        ("sharegpt", {"conversations": [{"from": U, "value": "q"}], "tools": '[{"n": 1}]'},
-         "tools are not rendered"),
+        ("sharegpt", {"conversations": [{"from": U, "value": "q"}], "tools": '["f"]'},
+         "tools is not a list of objects"),
         ("text", {"text": "\n"}, "empty text"),
     ],
 )  # fmt: skip
@@ -140,8 +196,20 @@ VALUES = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["role", "from", "content", "value", "weight", "train", "text", "x"]),
-            inner | st.sampled_from(["user", "assistant"]),
+            st.sampled_from(
+                [
+                    "role",
+                    "from",
+                    "content",
+                    "value",
+                    "weight",
+                    "train",
+                    "text",
+                    "tool_calls",
+                    "name",
+                ]
+            ),
+            inner | st.sampled_from(["user", "assistant", "function_call", '{"name": "f"}']),
             max_size=4,
         )
     ),
