@@ -8,6 +8,9 @@ the tokens before it change), the row is split there, so that the prompt ids tha
 
     "A:" + "yes"       "A:" alone [A :]    jointly [A:yes]    ->  [A :] [yes]     split
 
+A control token that a message holds as text is cut in two the same way (`Span.breaks`), so that no
+tokenizer sees it whole: it stays text, and decodes to what was typed.
+
 Token ids are compared rather than character offsets: tokenizers report offsets that leave out
 blanks (`trim_offsets`) or cover several byte tokens at once; ids cannot mislead. Every answer is
 decoded again and compared with its text; an answer that does not come back is dropped.
@@ -15,10 +18,10 @@ decoded again and compared with its text; an answer that does not come back is d
 
 from __future__ import annotations
 
-import operator
+import itertools
 import unicodedata
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,21 +49,24 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Encoded | Dropped]
     Every answer span with weight ends with exactly one end-of-turn token and decodes to its text
     (blanks and Unicode form aside, which is counted); else the row is dropped with its reason.
     """
-    pieces, split = _pieces([tuple(span.text for span in row) for row in rows], tokenizer)
+    pieces, split = _pieces(rows, tokenizer)
     decoded = _decode_answers(rows, pieces, tokenizer)
-    control = set(tokenizer.control.values())
     results: list[Encoded | Dropped] = []
     for number, row in enumerate(rows):
-        results.append(_checked(row, pieces[number], decoded, number, control, split[number]))
+        results.append(_checked(row, pieces[number], decoded, number, tokenizer, split[number]))
     return results
 
 
 def encode_prompt(
-    template: Template, tokenizer: Tokenizer, messages: Sequence[Message]
+    template: Template,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    tools: tuple[Any, ...] | None = None,
 ) -> list[int]:
     """The ids that inference feeds for `messages`: a prefix of every row trained on them."""
-    row = render_prompt(template, messages)
-    pieces, _ = _pieces([tuple(span.text for span in row)], tokenizer)
+    row = render_prompt(template, messages, tools=tools)
+    pieces, _ = _pieces([row], tokenizer)
     found = pieces[0]
     if found is None:
         raise DataError(
@@ -92,60 +98,112 @@ def runs(tokens: Tokens, tokenizer: Tokenizer) -> list[tuple[str, float]]:
     return found
 
 
+class _Part(NamedTuple):
+    """What is encoded at once: a span, or what lies between its breaks."""
+
+    text: str
+    apart: bool  # with what stands before it, it would be a control token
+
+    @classmethod
+    def of(cls, span: Span) -> list[_Part]:
+        edges = [0, *span.breaks, len(span.text)]
+        texts = (span.text[a:b] for a, b in itertools.pairwise(edges))
+        return [cls(text, apart=i > 0) for i, text in enumerate(texts)]
+
+
 def _pieces(
-    rows: Sequence[tuple[str, ...]], tokenizer: Tokenizer
+    rows: Sequence[Row], tokenizer: Tokenizer
 ) -> tuple[list[list[list[int]] | None], list[bool]]:
-    """Token ids of each text of each row (None: no way to cut), and whether a row was split."""
-    contexts = [_contexts(row, tokenizer) for row in rows]
+    """Token ids of each span of each row (None: no way to cut), and whether a row was split."""
+    parts = [[part for span in row for part in _Part.of(span)] for row in rows]
+    contexts = [_contexts(row, tokenizer) for row in parts]
     wanted: set[str] = set()
-    for row, before in zip(rows, contexts, strict=True):
-        wanted.update(before, map(operator.add, before, row))
+    for row, before in zip(parts, contexts, strict=True):
+        for part, context in zip(row, before, strict=True):
+            wanted.update(() if part.apart else (context, context + part.text))
     ordered = sorted(wanted)
     joint = dict(zip(ordered, tokenizer.encode_batch(ordered), strict=True))
-    found: list[list[list[int]]] = []  # an empty part is one to be cut
+    found: list[list[list[int]]] = []  # an empty entry is one to be cut
     to_cut: set[str] = set()
-    for row, before in zip(rows, contexts, strict=True):
-        parts: list[list[int]] = []
-        for text, context in zip(row, before, strict=True):
-            prefix, whole = joint[context], joint[context + text]
-            fits = whole[: len(prefix)] == prefix and len(whole) > len(prefix)
-            parts.append(whole[len(prefix) :] if fits else [])
-            if not fits:
-                to_cut.add(text)
-        found.append(parts)
+    for row, before in zip(parts, contexts, strict=True):
+        found.append([])
+        for part, context in zip(row, before, strict=True):
+            ids: list[int] = []
+            if not part.apart:
+                prefix, whole = joint[context], joint[context + part.text]
+                ids = whole[len(prefix) :] if whole[: len(prefix)] == prefix else []
+            found[-1].append(ids)
+            if not ids:
+                to_cut.add(part.text)
     cut = _continuations(to_cut, tokenizer)
-    split = [not all(parts) for parts in found]
-    return [_completed(row, parts, cut) for row, parts in zip(rows, found, strict=True)], split
+    split = [
+        any(not ids and not part.apart for part, ids in zip(row, of_row, strict=True))
+        for row, of_row in zip(parts, found, strict=True)
+    ]
+    return [
+        _joined(row, _completed(texts, of_row, cut))
+        for row, texts, of_row in zip(rows, parts, found, strict=True)
+    ], split
 
 
 def _completed(
-    row: tuple[str, ...], parts: list[list[int]], cut: dict[str, list[int] | None]
+    row: Sequence[_Part], found: list[list[int]], cut: dict[str, list[int] | None]
 ) -> list[list[int]] | None:
-    """`parts` with what was left empty taken from `cut`; None where that has nothing either."""
+    """`found` with what was left empty taken from `cut`; None where that has nothing either."""
     complete: list[list[int]] = []
-    for text, part in zip(row, parts, strict=True):
-        ids = part or cut[text]
+    for part, known in zip(row, found, strict=True):
+        ids = known or cut[part.text]
         if ids is None:
             return None
         complete.append(ids)
     return complete
 
 
-def _contexts(row: tuple[str, ...], tokenizer: Tokenizer) -> list[str]:
-    """For each text what must stand before it: nothing, a control token, or the text before.
+def _joined(row: Row, parts: list[list[int]] | None) -> list[list[int]] | None:
+    """Ids per part -> ids per span."""
+    if parts is None:
+        return None
+    rest = iter(parts)
+    return [
+        [token for ids in itertools.islice(rest, len(span.breaks) + 1) for token in ids]
+        for span in row
+    ]
+
+
+def _contexts(row: Sequence[_Part], tokenizer: Tokenizer) -> list[str]:
+    """For each part what must stand before it: nothing, a control token, or the text before.
 
     Control tokens separate: what follows one is encoded the same whatever came before it.
     """
     contexts: list[str] = []
     before = ""
-    for text in row:
+    for text, apart in row:
         contexts.append(before)
-        before = tokenizer.control_at_end(text) or before + text
+        before = tokenizer.control_at_end(text) or ("" if apart else before) + text
     return contexts
 
 
 def _continuations(texts: set[str], tokenizer: Tokenizer) -> dict[str, list[int] | None]:
-    """Ids of each text as it is encoded behind other text, or None where no anchor comes off."""
+    """Ids of each text as it is encoded behind other text, or None where no anchor comes off.
+
+    Only what stands before the first control token needs an anchor.
+    """
+    heads: dict[str, tuple[str, str]] = {}
+    for text in sorted(texts):
+        control = tokenizer.control_pattern.search(text)
+        at = control.start() if control else len(text)
+        heads[text] = text[:at], text[at:]
+    anchored = _anchored({head for head, _ in heads.values() if head}, tokenizer)
+    rests = tokenizer.encode_batch([rest for _, rest in heads.values()])
+    done: dict[str, list[int] | None] = {}
+    for (text, (head, _)), rest in zip(heads.items(), rests, strict=True):
+        ids = anchored[head] if head else []
+        done[text] = None if ids is None else ids + rest
+    return done
+
+
+def _anchored(texts: set[str], tokenizer: Tokenizer) -> dict[str, list[int] | None]:
+    """Ids of texts without control tokens, encoded behind an anchor that comes off whole."""
     done: dict[str, list[int] | None] = dict.fromkeys(texts)
     # A control token is the cleanest anchor, where the tokenizer puts no blank behind it.
     anchors = (*([tokenizer.eos_token] if tokenizer.eos_token else []), *ANCHORS)
@@ -168,12 +226,12 @@ def _continuations(texts: set[str], tokenizer: Tokenizer) -> dict[str, list[int]
 def _decode_answers(
     rows: Sequence[Row], pieces: Sequence[list[list[int]] | None], tokenizer: Tokenizer
 ) -> dict[tuple[int, int], str]:
-    """(row, span) -> what the tokens of each trained answer decode to, in place."""
+    """(row, span) -> what the tokens of trained answers, and of what was cut, decode to there."""
     asked = {
         (number, index): found[index]
         for number, (row, found) in enumerate(zip(rows, pieces, strict=True))
         for index, span in enumerate(row)
-        if span.answer and span.weight > 0 and found is not None
+        if found is not None and (span.breaks or (span.answer and span.weight > 0))
     }
     # Decoders drop a blank where a text begins, so each answer stands behind its own last token.
     texts = tokenizer.decode_batch([[ids[-1], *ids] for ids in asked.values()])
@@ -189,7 +247,7 @@ def _checked(
     parts: list[list[int]] | None,
     decoded: dict[tuple[int, int], str],
     number: int,
-    control: set[int],
+    tokenizer: Tokenizer,
     split: bool,
 ) -> Encoded | Dropped:
     if parts is None:
@@ -198,20 +256,24 @@ def _checked(
         )
     inexact = False
     for index, span in enumerate(row):
-        if not (span.answer and span.weight > 0):
-            continue
+        trained = span.answer and span.weight > 0
         end = parts[index][-1]
-        if end not in control or parts[index].count(end) != 1:
+        if trained and (end not in tokenizer.control_ids or parts[index].count(end) != 1):
             return Dropped(
                 "not exactly one end of turn", f"{parts[index].count(end)} in {span.text[-40:]!r}"
             )
-        back = decoded[number, index]
+        if span.breaks and not _typed_as_text(span, parts[index], tokenizer):
+            return Dropped("a typed control token would steer", f"{span.text[:60]!r}")
+        back = decoded.get((number, index), span.text)
         if back != span.text:
             if _essence(back) != _essence(span.text):
                 return Dropped(
-                    "the tokenizer cannot write the answer", f"{back[:40]!r} for {span.text[:40]!r}"
+                    "the tokenizer cannot write the answer"
+                    if trained
+                    else "the tokenizer cannot write a typed control token as text",
+                    f"{back[:40]!r} for {span.text[:40]!r}",
                 )
-            inexact = True
+            inexact = inexact or trained
     ids = np.array([token for part in parts for token in part], np.int32)
     lengths = [len(part) for part in parts]
     weights = np.repeat(np.array([span.weight for span in row], np.float32), lengths)
@@ -219,6 +281,15 @@ def _checked(
     if not weights.any():
         return Dropped("nothing to train", f"{len(ids)} token{'s' if len(ids) != 1 else ''}")
     return Encoded(Tokens(ids, weights), split, inexact)
+
+
+def _typed_as_text(span: Span, ids: list[int], tokenizer: Tokenizer) -> bool:
+    """Whether the control tokens among `ids` are those that the template wrote, and no more."""
+    texts = [text for text, _ in _Part.of(span)]
+    written = [
+        tokenizer.control[t] for text in texts for t in tokenizer.control_pattern.findall(text)
+    ]
+    return written == [i for i in ids if i in tokenizer.control_ids and i != tokenizer.unk_id]
 
 
 def _essence(text: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,22 +20,51 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+# Stand around what `{% generation %}` holds when it is rendered with marks.
+_OPEN, _CLOSE = "\U0010fff0", "\U0010fff1"
+
 
 class TemplateFailed(Exception):
     """The template refused the conversation (`raise_exception`), or is broken."""
 
+    reason = "the template refuses the conversation"
+
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` renders as what it holds.
-
-    What is trained is derived from the rendered text, so the marks themselves are not needed.
-    """
+    """`{% generation %}...{% endgeneration %}` renders as what it holds, between marks if asked."""
 
     tags = {"generation"}  # noqa: RUF012 - declared so by jinja
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        if not self.environment.globals.get("generation_marks"):
+            return body
+        opening, closing = (
+            jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)]) for mark in (_OPEN, _CLOSE)
+        )
+        return [opening, *body, closing]
+
+
+def has_marks(source: str) -> bool:
+    return re.search(r"\{%[-+]?\s*generation\b", source) is not None
+
+
+def take_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """Text rendered with marks -> the text without them, and what they enclose as (start, end).
+
+    >>> take_marks("Q A: " + _OPEN + "yes" + _CLOSE)
+    ('Q A: yes', [(5, 8)])
+    """
+    plain, marks, start = "", [], 0
+    for part in re.split(f"([{_OPEN}{_CLOSE}])", text):
+        if part == _OPEN:
+            start = len(plain)
+        elif part == _CLOSE:
+            marks.append((start, len(plain)))
+        else:
+            plain += part
+    return plain, marks
 
 
 def _raise_exception(message: str) -> None:
@@ -55,29 +85,32 @@ def _tojson(
 
 
 @functools.lru_cache(maxsize=32)
-def _compile(source: str, date: datetime.date) -> jinja2.Template:
+def _compile(source: str, date: datetime.date, marked: bool) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
+    environment.globals["generation_marks"] = marked
     environment.globals["strftime_now"] = lambda form: date.strftime(form)
     return environment.from_string(source)
 
 
 def render(
     source: str,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
+    tools: Sequence[Any] | None = None,
     add_generation_prompt: bool,
     date: datetime.date,
     named: Mapping[str, str],
+    marked: bool = False,
 ) -> str:
     """The text of a conversation; `named` are bos_token, eos_token, ... Raises `TemplateFailed`."""
     try:
-        return _compile(source, date).render(
+        return _compile(source, date, marked).render(
             messages=[dict(message) for message in messages],
-            tools=None,
+            tools=None if tools is None else list(tools),
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **named,

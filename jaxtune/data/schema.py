@@ -49,12 +49,14 @@ class Document(NamedTuple):
 class Span(NamedTuple):
     """A piece of the rendered text. Tokens never reach over the edge of a span.
 
-    `answer` marks what the model must produce: it ends with exactly one end of turn.
+    `answer` marks what the model must produce: it ends with exactly one end of turn. `breaks` are
+    places inside control tokens that a message holds as text: cut there, they stay text.
     """
 
     text: str
     weight: float
     answer: bool = False
+    breaks: tuple[int, ...] = ()
 
 
 class Tokens(NamedTuple):

@@ -9,10 +9,22 @@ what the model will see: for the assistant's message i
     answer = whole[len(prompt):], up to and including the first end of turn
 
 so the answer holds whatever the template itself puts behind the generation prompt. It is checked:
-it ends with the message's content and one end of turn, and holds no other message's content. Where
-each `prompt + answer` is a prefix of the full conversation, the conversation is one row. Where it
-is not (the template rewrites earlier turns, or ends only the last one), it becomes one row per
-trained answer, each as inference will show it. What cannot be shown is `Dropped`.
+it holds the message's content, thinking and tool calls, ends with one end of turn, and holds no
+other message's content. Where each `prompt + answer` is a prefix of the full conversation, the
+conversation is one row. Where it is not (the template rewrites earlier turns, or ends only the last
+one), it becomes one row per trained answer, each as inference will show it. What cannot be shown is
+`Dropped`.
+
+`{% generation %}` in a template is its author's word on the same question. The derived answer is
+trained either way (marks often leave out the end of turn, or take in the header that inference
+feeds); an answer that the marks leave out, or whose marks take in more than header, answer and
+blanks, is dropped.
+
+Control tokens that a message holds as text stay text. While a conversation is rendered each is
+replaced by one private character, so that no template, split or trim can move it unseen; with the
+tokens put back, the text must be what the template makes of the conversation as it is. Spans then
+say where to take the typed token apart (`Span.breaks`). Documents of format `text` are the
+exception: they bring their own template, and their control tokens are meant.
 """
 
 from __future__ import annotations
@@ -20,11 +32,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxtune.config import ConfigError, nearest
 from jaxtune.data import jinja, wording
@@ -52,6 +65,7 @@ class Template:
     opening: str  # before a `Document`: bos where the tokenizer puts one before plain text
     closing: str  # after a `Document`: eos
     named: Mapping[str, str]  # bos_token, eos_token, ... as the template's variables
+    control: re.Pattern[str]  # what is a control token where the template writes it
     date: datetime.date = DATE
 
     @property
@@ -120,6 +134,7 @@ def resolve(
         opening=bos or "",
         closing=tokenizer.eos_token or end,
         named=tokenizer.named,
+        control=tokenizer.control_pattern,
         date=date,
     )
     return resolved if ours else _probed(resolved, tokenizer, stop)
@@ -133,43 +148,177 @@ def render(
     Joined, the spans of a row are the text as `apply_chat_template` renders it.
     """
     if isinstance(noun, Document):
-        text = template.opening + noun.text + template.closing
-        return ((Span(text, 1.0, answer=True),),)
-    messages = noun.messages
-    if noun.tools or any("tool_calls" in message.extra for message in messages):
-        return (Dropped("tools are not rendered", "the row declares or calls tools"),)
-    weights = _weights(messages, train_on)
+        return ((Span(_document(template, noun.text), 1.0, answer=True),),)
+    weights = _weights(noun.messages, train_on)
     if isinstance(weights, Dropped):
         return (weights,)
+    said = _said(template, noun)
     try:
-        full = _text(template, messages)
+        full = _text(template, said)
     except jinja.TemplateFailed as error:
-        return (Dropped("the template refuses the conversation", str(error)),)
-    turns = {i: _turn(template, messages, i, full) for i in weights}
+        return (Dropped(error.reason, str(error)),)
+    turns = {i: _turn(template, said, i, full) for i in weights}
     background = 1.0 if train_on == "all" else 0.0
     whole = _cut(full, turns, weights, background)
     if whole is not None:
-        return (_shown(messages, full) or whole,)
+        return (_hidden(said, full) or _typed_out(whole, said.typed, template.control),)
     trained = [max(weights)] if train_on == "all" else [i for i in weights if weights[i] > 0]
-    return tuple(_alone(template, messages, i, turns[i], weights[i], background) for i in trained)
+    return tuple(_alone(template, said, i, turns[i], weights[i], background) for i in trained)
 
 
-def render_prompt(template: Template, messages: Sequence[Message]) -> Row:
+def render_prompt(
+    template: Template, messages: Sequence[Message], *, tools: tuple[Any, ...] | None = None
+) -> Row:
     """What inference feeds for `messages`, the generation prompt included; all weights 0.
 
     Its spans are cut exactly where those of a trained row are. Raises `ConfigError` when the
     template refuses the messages.
     """
+    said = _said(template, Conversation(tuple(messages), tools))
     try:
-        return _prompt_spans(template, messages, 0.0)
+        masked = _prompt_spans(template, said, 0.0)
     except jinja.TemplateFailed as error:
-        raise ConfigError(f"template '{template.name}' refuses the conversation: {error}") from None
+        raise ConfigError(f"template '{template.name}': {error.reason}: {error}") from None
+    row = _typed_out(masked, said.typed, template.control)
+    if isinstance(row, Dropped):
+        raise ConfigError(f"template '{template.name}': {row.reason}: {row.detail}")
+    return row
+
+
+class _Said(NamedTuple):
+    """A conversation as it is rendered: `typed` names the control token each private character of
+    `messages` and `tools` stands for; `plain` and `plain_tools` still have the tokens themselves.
+    """
+
+    messages: tuple[Message, ...]
+    tools: Any
+    typed: Mapping[str, str]
+    plain: tuple[Message, ...]
+    plain_tools: Any
 
 
 class _Turn(NamedTuple):
     prompt: str
     answer: str
     tail: str  # what `whole` holds behind the end of turn
+
+
+class _Unlocated(jinja.TemplateFailed):
+    reason = "control tokens typed in a message cannot be found in the rendered text"
+
+
+def _document(template: Template, text: str) -> str:
+    """What stands before and behind plain text, unless the text has brought it."""
+    opening = "" if text.startswith(template.opening) else template.opening
+    closing = "" if text.endswith(template.closing) else template.closing
+    return opening + text + closing
+
+
+def _said(template: Template, noun: Conversation) -> _Said:
+    """The conversation in the form that shows its tool calls, with typed control tokens masked.
+
+    Arguments are given as they came; where the template cannot show them so (it joins strings, or
+    would quote a string twice), as objects or as JSON text.
+    """
+    said = _masked(template, noun.messages, noun.tools)
+    if not any(message.extra.get("tool_calls") for message in noun.messages):
+        return said
+    for convert in (_as_object, _as_text):
+        try:
+            text = _squeeze(_text(template, said))
+            if all(_shows_calls(message, text) for message in said.messages):
+                return said
+        except jinja.TemplateFailed:
+            pass
+        said = _masked(template, [_with_calls(m, convert) for m in noun.messages], noun.tools)
+    return said
+
+
+def _with_calls(message: Message, convert: Callable[[Any], Any]) -> Message:
+    calls = message.extra.get("tool_calls")
+    if not isinstance(calls, Sequence):
+        return message
+    return message._replace(
+        extra={**message.extra, "tool_calls": [_call(c, convert) for c in calls]}
+    )
+
+
+def _call(call: Any, convert: Callable[[Any], Any]) -> Any:
+    if not isinstance(call, Mapping):
+        return call
+    inner = {k: _call(v, convert) if k == "function" else v for k, v in call.items()}
+    return {**inner, **({"arguments": convert(call["arguments"])} if "arguments" in call else {})}
+
+
+def _as_object(arguments: Any) -> Any:
+    try:
+        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        return arguments
+    return parsed if isinstance(parsed, Mapping) else arguments
+
+
+def _as_text(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _masked(template: Template, messages: Sequence[Message], tools: Any) -> _Said:
+    plain = tuple(messages)
+    values = [(m.content, m.input, m.extra) for m in plain]
+    texts = "\0".join(_strings([values, tools]))
+    found = dict.fromkeys(match[0] for match in template.control.finditer(texts))
+    if not found:
+        return _Said(plain, tools, {}, plain, tools)
+    free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in texts)
+    stand_in = dict(zip(found, free, strict=False))
+
+    def mask(value: Any) -> Any:
+        if isinstance(value, str):
+            return template.control.sub(lambda match: stand_in[match[0]], value)
+        if isinstance(value, Mapping):
+            return {mask(key): mask(inner) for key, inner in value.items()}
+        return [mask(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    masked = [
+        message._replace(content=mask(content), input=mask(given), extra=mask(extra))
+        for message, (content, given, extra) in zip(plain, values, strict=True)
+    ]
+    typed = {character: token for token, character in stand_in.items()}
+    return _Said(tuple(masked), mask(tools), typed, plain, tools)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _strings(key)
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _typed_out(row: Row, typed: Mapping[str, str], control: re.Pattern[str]) -> Row | Dropped:
+    """Puts typed control tokens back as text, and says where each is to be taken apart."""
+    if not typed:
+        return row
+    spans = []
+    for span in row:
+        text, breaks = "", []
+        for part in re.split("([" + "".join(typed) + "])", span.text):
+            token = typed.get(part, "")
+            if len(token) == 1:
+                return Dropped(_Unlocated.reason, f"{token!r} cannot be taken apart")
+            start = len(text)
+            text += token or part
+            # Behind its first character; again, should another control token begin in the rest.
+            while found := control.search(token):
+                breaks.append(start + found.start() + 1)
+                start, token = start + found.start() + 1, token[found.start() + 1 :]
+        spans.append(span._replace(text=text, breaks=tuple(breaks)))
+    return tuple(spans)
 
 
 def _weights(messages: Sequence[Message], train_on: TrainOn) -> dict[int, float] | Dropped:
@@ -181,7 +330,8 @@ def _weights(messages: Sequence[Message], train_on: TrainOn) -> dict[int, float]
     weights = {i: default[i] if (w := messages[i].weight) is None else w for i in answers}
     for i, message in enumerate(messages):
         if i in weights:
-            if weights[i] > 0 and not message.content.strip():
+            empty = not message.content.strip() and not message.extra.get("tool_calls")
+            if weights[i] > 0 and empty:
                 return Dropped("empty answer", f"message {i + 1}")
         elif message.weight and train_on != "all":
             return Dropped("weight on a message that is no answer", f"message {i + 1}")
@@ -190,56 +340,155 @@ def _weights(messages: Sequence[Message], train_on: TrainOn) -> dict[int, float]
     return weights
 
 
-def _text(template: Template, messages: Sequence[Message], *, prompt: bool = False) -> str:
-    """The rendered text; raises `jinja.TemplateFailed`."""
-    plain: list[dict[str, str]] = []
+def _text(template: Template, said: _Said, upto: int | None = None, *, prompt: bool = False) -> str:
+    """The rendered text of the first `upto` messages; raises `jinja.TemplateFailed`."""
+    text = _rendered(template, said.messages[:upto], said.tools, prompt=prompt)
+    if said.typed:
+        plain = _rendered(template, said.plain[:upto], said.plain_tools, prompt=prompt)
+        if _unmasked(text, said.typed) != plain:
+            raise _Unlocated(", ".join(said.typed.values()))
+    return text
+
+
+def _unmasked(text: str, typed: Mapping[str, str]) -> str:
+    for character, token in typed.items():
+        text = text.replace(character, token)
+    return text
+
+
+def _rendered(
+    template: Template,
+    messages: Sequence[Message],
+    tools: Any = None,
+    *,
+    prompt: bool = False,
+    marked: bool = False,
+) -> str:
+    plain: list[dict[str, Any]] = []
     brings_none = bool(messages) and messages[0].role != "system"
     if not template.ours and template.system_prompt and brings_none:
         plain.append({"role": "system", "content": template.system_prompt})
     for message in messages:
-        if template.ours:
-            extra = {"input": message.input} if message.input else {}
-            plain.append({"role": message.role, "content": message.content, **extra})
-        else:
-            content = "\n".join(filter(None, (message.content, message.input)))
-            plain.append({"role": message.role, "content": content})
+        content, given = message.content, message.input
+        if given and not template.ours:
+            content, given = "\n".join(filter(None, (content, given))), ""
+        beside = {"input": given} if given else {}
+        plain.append({"role": message.role, "content": content, **beside, **message.extra})
     return jinja.render(
         template.jinja,
         plain,
+        tools=tools,
         add_generation_prompt=prompt,
         date=template.date,
         named=template.named,
+        marked=marked,
     )
 
 
-def _turn(
-    template: Template, messages: Sequence[Message], i: int, full: str | None = None
-) -> _Turn | Dropped:
+def _turn(template: Template, said: _Said, i: int, full: str | None = None) -> _Turn | Dropped:
     """Message i as inference meets it: its prompt and its answer, or why that cannot be shown."""
-    content = messages[i].content
     where = f"message {i + 1}"
-    if template.stop in content:
-        return Dropped("the answer contains the end of turn", f"{where}: {template.stop}")
     try:
-        prompt = _text(template, messages[:i], prompt=True)
-        is_last = full is not None and i == len(messages) - 1
-        whole = full if full is not None and is_last else _text(template, messages[: i + 1])
+        prompt = _text(template, said, i, prompt=True)
+        is_last = full is not None and i == len(said.messages) - 1
+        whole = full if full is not None and is_last else _text(template, said, i + 1)
     except jinja.TemplateFailed as error:
-        return Dropped("the template refuses the conversation", f"up to {where}: {error}")
+        return Dropped(error.reason, f"up to {where}: {error}")
     if not whole.startswith(prompt):
         return Dropped("the generation prompt does not begin the answer", where)
     end = whole.find(template.stop, len(prompt))
     if end < 0:
         return Dropped("no end of turn follows the answer", f"{where}: expected {template.stop}")
-    said = _squeeze(whole[len(prompt) : end])
-    if not said.endswith(_squeeze(content)):
-        return Dropped("the rendered answer is not the message", f"{where}: {said[:60]!r}")
-    head = said[: len(said) - len(_squeeze(content))]
-    others = (_squeeze(m.content) for j, m in enumerate(messages[:i]) if j != i)
-    if head and any(other and other in head for other in others):
-        return Dropped("the rendered answer holds another message", where)
+    wrong = _wrong(template, said, i, whole[len(prompt) : end])
     end += len(template.stop)
-    return _Turn(prompt, whole[len(prompt) : end], whole[end:])
+    wrong = wrong or _marked_otherwise(template, said, i, whole, len(prompt), end)
+    return wrong or _Turn(prompt, whole[len(prompt) : end], whole[end:])
+
+
+_THINKING = ("reasoning_content", "reasoning", "thinking")
+
+
+def _wrong(template: Template, said: _Said, i: int, text: str) -> Dropped | None:
+    """Why `text` is not what message i says."""
+    message, where = said.messages[i], f"message {i + 1}"
+    words, content = _squeeze(text), _squeeze(message.content)
+    calls = message.extra.get("tool_calls")
+    if not (content in words if calls else words.endswith(content)):
+        return Dropped("the rendered answer is not the message", f"{where}: {words[:60]!r}")
+    thoughts = [message.extra.get(key) for key in _THINKING]
+    if any(isinstance(t, str) and _squeeze(t) not in words for t in thoughts):
+        return Dropped("the template does not show the thinking of the answer", where)
+    if not _shows_calls(message, words):
+        return Dropped("the template does not show the tool calls of the answer", where)
+    before, _, behind = words.rpartition(content) if content else (words, "", "")
+    others = (_squeeze(other.content) for other in said.messages[:i])
+    if any(other and (other in before or other in behind) for other in others) and _holds_another(
+        template, said, i
+    ):
+        return Dropped("the rendered answer holds another message", where)
+    return None
+
+
+def _holds_another(template: Template, said: _Said, i: int) -> bool:
+    """Whether the answer changes with the messages before it: each is replaced by a sign."""
+    signs = [chr(0x100000 + j) for j in range(i)]
+    messages = [
+        message._replace(content=sign)
+        for message, sign in zip(said.messages[:i], signs, strict=True)
+    ]
+    try:
+        prompt = _rendered(template, messages, said.tools, prompt=True)
+        whole = _rendered(template, [*messages, said.messages[i]], said.tools)
+    except jinja.TemplateFailed:
+        return True
+    if not whole.startswith(prompt):
+        return True
+    answer = whole[len(prompt) : whole.find(template.stop, len(prompt))]
+    return any(sign in answer for sign in signs)
+
+
+def _shows_calls(message: Message, words: str) -> bool:
+    """Whether squeezed text has the names and arguments of the message's tool calls."""
+    calls = message.extra.get("tool_calls")
+    if not calls:
+        return True
+    for call in calls if isinstance(calls, list | tuple) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else call
+        wanted = function
+        if isinstance(function, Mapping):
+            wanted = [function.get("name"), function.get("arguments")]
+        if not all(_appears(text, words) for text in _strings(wanted)):
+            return False
+    return True
+
+
+def _appears(text: str, words: str) -> bool:
+    """Whether squeezed `words` have `text`, as it is or as JSON writes it."""
+    forms = (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])
+    return any(_squeeze(form) in words for form in forms)
+
+
+def _marked_otherwise(
+    template: Template, said: _Said, i: int, whole: str, start: int, end: int
+) -> Dropped | None:
+    """Why the template's own `{% generation %}` contradicts whole[start:end]; None without any."""
+    if not jinja.has_marks(template.jinja):
+        return None
+    where = f"message {i + 1}"
+    try:
+        text = _rendered(template, said.messages[: i + 1], said.tools, marked=True)
+        header = len(_text(template, said, i)) if i else 0
+    except jinja.TemplateFailed:
+        header = start
+    plain, marks = jinja.take_marks(text)
+    if plain != whole:
+        return Dropped("the template's generation marks cannot be read", where)
+    mine = [(a, b) for a, b in marks if whole[max(a, start) : min(b, end)].strip()]
+    if not mine:
+        return Dropped("the template's generation marks leave the answer out", where)
+    if any(whole[end:b].strip() or a < min(header, start) for a, b in mine):
+        return Dropped("the template's generation marks take in more than the answer", where)
+    return None
 
 
 def _cut(
@@ -264,11 +513,14 @@ def _cut(
     return tuple(span for span in spans if span.text)
 
 
-def _prompt_spans(template: Template, messages: Sequence[Message], background: float) -> Row:
-    prompt = _text(template, messages, prompt=True)
+def _prompt_spans(
+    template: Template, said: _Said, background: float, upto: int | None = None
+) -> Row:
+    """What inference feeds for the first `upto` messages, cut at the answers in it."""
+    prompt = _text(template, said, upto, prompt=True)
     turns = {
-        i: _turn(template, messages, i)
-        for i, message in enumerate(messages)
+        i: _turn(template, said, i)
+        for i, message in enumerate(said.messages[:upto])
         if message.role == "assistant"
     }
     whole = _cut(prompt, turns, dict.fromkeys(turns, background), background)
@@ -279,7 +531,7 @@ def _prompt_spans(template: Template, messages: Sequence[Message], background: f
 
 def _alone(
     template: Template,
-    messages: Sequence[Message],
+    said: _Said,
     i: int,
     turn: _Turn | Dropped,
     weight: float,
@@ -288,22 +540,31 @@ def _alone(
     """One row for answer i: the prompt as inference feeds it, then the answer."""
     if isinstance(turn, Dropped):
         return turn
-    hidden = _shown(messages[:i], turn.prompt)
+    hidden = _hidden(said, turn.prompt, i)
     if hidden:
         return hidden
-    answer = (Span(turn.answer, weight, answer=True), Span(turn.tail, background))
-    return _prompt_spans(template, messages[:i], background) + answer[: 2 if turn.tail else 1]
+    row = [
+        *_prompt_spans(template, said, background, i),
+        Span(turn.answer, weight, answer=True),
+        *([Span(turn.tail, background)] if turn.tail else []),
+    ]
+    return _typed_out(tuple(row), said.typed, template.control)
 
 
-def _shown(messages: Sequence[Message], text: str) -> Dropped | None:
-    """Every message that is not the assistant's must appear in the text."""
-    seen = _squeeze(text)
-    for i, message in enumerate(messages):
+def _hidden(said: _Said, text: str, upto: int | None = None) -> Dropped | None:
+    """Every message that is not the assistant's must appear in the text, and every tool."""
+    words = _squeeze(text)
+    for i, message in enumerate(said.messages[:upto]):
         parts = (message.content, message.input)
-        if message.role != "assistant" and not all(_squeeze(part) in seen for part in parts):
+        if message.role != "assistant" and not all(_appears(part, words) for part in parts):
             return Dropped(
                 f"the template does not show the {message.role} message", f"message {i + 1}"
             )
+    for tool in said.tools or ():
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else tool
+        name = function.get("name") if isinstance(function, Mapping) else function
+        if isinstance(name, str) and not _appears(name, words):
+            return Dropped("the template does not show the tools", name)
     return None
 
 
@@ -372,7 +633,7 @@ def _probed(template: Template, tokenizer: Tokenizer, stop: str | None) -> Templ
     """Learns how a foreign template ends an answer, by rendering one."""
     asked, said = Message("user", "jaxtuneasks"), Message("assistant", "jaxtunesays")
     try:
-        text = _text(dataclasses.replace(template, system_prompt=""), (asked, said))
+        text = _rendered(dataclasses.replace(template, system_prompt=""), (asked, said))
     except jinja.TemplateFailed as error:
         raise ConfigError(f"template '{template.name}' cannot be rendered: {error}") from None
     head, found, tail = text.rpartition(said.content)
@@ -392,7 +653,7 @@ def _probed(template: Template, tokenizer: Tokenizer, stop: str | None) -> Templ
         )
     if template.system_prompt:
         try:
-            shown = _text(template, (asked,), prompt=True)
+            shown = _rendered(template, (asked,), prompt=True)
         except jinja.TemplateFailed as error:
             raise ConfigError(
                 f"system_prompt: template '{template.name}' refuses it: {error}"

@@ -84,9 +84,17 @@ class Tokenizer:
     def pad_id(self) -> int | None:
         return self._id("pad_token")
 
+    @property
+    def unk_id(self) -> int | None:
+        return self._id("unk_token")
+
     def _id(self, name: str) -> int | None:
         token = self.named.get(name)
         return None if token is None else self.backend.token_to_id(token)
+
+    @functools.cached_property
+    def control_ids(self) -> frozenset[int]:
+        return frozenset(self.control.values())
 
     @functools.cached_property
     def control_pattern(self) -> re.Pattern[str]:

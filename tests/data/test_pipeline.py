@@ -79,14 +79,15 @@ DEFECTS: list[tuple[dict[str, Any], str | None]] = [
      "the text is not valid Unicode"),
     ({"messages": [{"role": "user", "content": "q"},
                    {"role": "assistant", "content": "a<|im_end|>"}]},
-     "the answer contains the end of turn"),
+     None),  # typed, so it is text; `typed_control_tokens` counts it
 ]  # fmt: skip
 
 
 def test_one_of_each_defect_is_counted_by_reason(tmp_path: Path, byte_level: Tokenizer) -> None:
     entry = write(tmp_path / "bad.jsonl", [row for row, _ in DEFECTS])
     found = report(opened([entry], byte_level, template=HEADERS, max_length=64))
-    assert (found["records"], found["examples"], found["dropped"]) == (8, 1, 7)
+    assert (found["records"], found["examples"], found["dropped"]) == (8, 2, 6)
+    assert found["typed_control_tokens"] == 1
     expected = {why: (1, line) for line, (_, why) in enumerate(DEFECTS, 1) if why}
     assert {
         why: (entry["count"], int(entry["first"][0]["where"].rsplit(":", 1)[1]))
