@@ -85,26 +85,33 @@ def resolve(
     *,
     system_prompt: str | None = None,
     stop: str | None = None,
+    no_input: str | None = None,
     date: datetime.date = DATE,
 ) -> Template:
     """`auto`, `chat`, a name, a string with placeholders, a .jinja file or jinja itself.
 
-    Raises `ConfigError` when the template is unknown, the tokenizer lacks a token it needs, or an
-    answer would not end with exactly one token of the tokenizer.
+    `no_input` is what a string with {input} becomes where a record has none. Raises `ConfigError`
+    when the template is unknown, the tokenizer lacks a token it needs, or an answer would not end
+    with exactly one token of the tokenizer.
     """
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "alpaca"
+    if no_input is not None and (template in wording.NAMED or "{input}" not in template):
+        raise ConfigError("template_no_input: the template is no string with {input}. Unset it.")
     bos = tokenizer.bos_token if tokenizer.begins_with_bos else None
     system = system_prompt or ""
     ours = True
     if template in wording.NAMED:
         name, choice = template, wording.NAMED[template]
-        missing = [token for token in choice.needs if token not in tokenizer.control]
+        missing = [
+            token for token in needed_tokens(name, stop=stop) if token not in tokenizer.control
+        ]
         if missing:
             raise ConfigError(
                 f"template '{name}' needs control tokens that this tokenizer lacks: "
-                f"{', '.join(missing)}. Choose one written in plain text, such as alpaca or "
-                "llama2, or a tokenizer that has them."
+                f"{', '.join(missing)}. Set add_tokens: true to add them (the embedding grows "
+                "where it has no rows left for them), or choose a template written in plain text, "
+                "such as alpaca or llama2."
             )
         end = _stop_token(stop or choice.stop or tokenizer.eos_token, tokenizer)
         source = choice.source(wording.Setting(bos or "", end, system))
@@ -117,7 +124,13 @@ def resolve(
             raise ConfigError("system_prompt: the template has no {system}. Add it, or unset.")
         lead_out, end, rest = _end_of_answer(parts.after, stop, tokenizer)
         setting = wording.Setting(bos or "", end, system)
-        source = wording.from_placeholders(parts, setting, lead_out=lead_out, rest=rest)
+        source = wording.from_placeholders(
+            parts,
+            setting,
+            lead_out=lead_out,
+            rest=rest,
+            without_input=_without_input(parts, no_input),
+        )
     else:
         names = ["auto", "chat", *wording.NAMED]
         raise ConfigError(
@@ -138,6 +151,31 @@ def resolve(
         date=date,
     )
     return resolved if ours else _probed(resolved, tokenizer, stop)
+
+
+def needed_tokens(template: str, *, stop: str | None = None) -> tuple[str, ...]:
+    """The control tokens that a named template writes; none where it is another kind."""
+    if template not in wording.NAMED:
+        return ()
+    choice = wording.NAMED[template]
+    end = choice.stop if choice.stop and not stop else None
+    return tuple(dict.fromkeys((*choice.needs, *([end] if end else []))))
+
+
+def _without_input(
+    parts: wording.Placeholders, no_input: str | None
+) -> wording.Placeholders | None:
+    if no_input is None:
+        return None
+    other = wording.parse(no_input)
+    if "input" in other.names:
+        raise ConfigError("template_no_input: holds {input}, but is for records without one.")
+    if other.after != parts.after:
+        raise ConfigError(
+            f"template_no_input: ends with {other.after!r} behind {{output}}, the template with "
+            f"{parts.after!r}; answers must end the same way."
+        )
+    return other
 
 
 def render(
@@ -419,7 +457,7 @@ def _wrong(template: Template, said: _Said, i: int, text: str) -> Dropped | None
     if any(isinstance(t, str) and _squeeze(t) not in words for t in thoughts):
         return Dropped("the template does not show the thinking of the answer", where)
     if not _shows_calls(message, words):
-        return Dropped("the template does not show the tool calls of the answer", where)
+        return Dropped("the template does not show the tool calls", where)
     before, _, behind = words.rpartition(content) if content else (words, "", "")
     others = (_squeeze(other.content) for other in said.messages[:i])
     if any(other and (other in before or other in behind) for other in others) and _holds_another(
@@ -552,7 +590,10 @@ def _alone(
 
 
 def _hidden(said: _Said, text: str, upto: int | None = None) -> Dropped | None:
-    """Every message that is not the assistant's must appear in the text, and every tool."""
+    """Every message that is not the assistant's must appear in the text, every tool and call.
+
+    What an assistant said or thought earlier may be left out: that is rewriting history.
+    """
     words = _squeeze(text)
     for i, message in enumerate(said.messages[:upto]):
         parts = (message.content, message.input)
@@ -560,6 +601,8 @@ def _hidden(said: _Said, text: str, upto: int | None = None) -> Dropped | None:
             return Dropped(
                 f"the template does not show the {message.role} message", f"message {i + 1}"
             )
+        if not _shows_calls(message, words):
+            return Dropped("the template does not show the tool calls", f"message {i + 1}")
     for tool in said.tools or ():
         function = tool.get("function", tool) if isinstance(tool, Mapping) else tool
         name = function.get("name") if isinstance(function, Mapping) else function

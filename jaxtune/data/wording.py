@@ -24,7 +24,10 @@ class Setting(NamedTuple):
 
 
 class Named(NamedTuple):
-    """A named template. `stop` None = the tokenizer's eos. `needs`: control tokens in its text."""
+    """A named template. `stop` None = the tokenizer's eos. `needs`: control tokens in its text.
+
+    Where the tokenizer lacks one of them, `add_tokens` can bring it.
+    """
 
     source: Callable[[Setting], str]
     stop: str | None = None
@@ -98,7 +101,7 @@ def _alternating(
 
 
 def _headed(
-    setting: Setting, *, before: str, after: str, end: str, gap: str = "", trim: bool = False
+    setting: Setting, *, before: str, after: str, end: str = "", gap: str = "", trim: bool = False
 ) -> str:
     """Every message under its role: `before` role `after` content `end` `gap`, in any order."""
     trimmed, system = (" | trim" if trim else ""), setting.system
@@ -134,29 +137,48 @@ _PAIRED = ", paired with an input that provides further context"
 _ASK = ". Write a response that appropriately completes the request.\n\n"
 
 
-def _alpaca(response: str) -> Callable[[Setting], str]:
-    """Stanford's prompt, with and without input; a system message takes the preamble's place."""
-    first = "\n".join(
+def _preamble(text: str, with_input: str | None = None) -> str:
+    """Jinja for what stands before the first turn; a system message takes its place."""
+    return "\n".join(
         (
             "{%- if turn.system -%}",
             '{{- turn.system + "\\n\\n" -}}',
-            "{%- elif message.input -%}",
-            _say(_TASK + _PAIRED + _ASK),
+            *(("{%- elif message.input -%}", _say(with_input)) if with_input else ()),
             "{%- else -%}",
-            _say(_TASK + _ASK),
+            _say(text),
             "{%- endif -%}",
         )
     )
-    turn = "\n".join(
+
+
+def _instruction(before_input: str, response: str) -> str:
+    """Jinja for a turn in the manner of Alpaca."""
+    return "\n".join(
         (
             '{{- "### Instruction:\\n" + ' + _CONTENT + " -}}",
             "{%- if message.input -%}",
-            '{{- "\\n\\n### Input:\\n" + message.input -}}',
+            "{{- " + _quoted("\n\n" + before_input) + " + message.input -}}",
             "{%- endif -%}",
             _say("\n\n" + response),
         )
     )
+
+
+def _alpaca(response: str) -> Callable[[Setting], str]:
+    """Stanford's prompt, with and without input; a system message takes the preamble's place."""
+    first = _preamble(_TASK + _ASK, _TASK + _PAIRED + _ASK)
+    turn = _instruction("### Input:\n", response)
     return lambda setting: _alternating(setting, first=first, later=_say("\n\n"), turn=turn)
+
+
+def _dolly(setting: Setting) -> str:
+    """Databricks' prompt, whose answers end with a control token of its own, after a blank line."""
+    return _alternating(
+        setting._replace(stop="\n\n" + setting.stop),
+        first=_preamble(_TASK + _ASK),
+        later=_say("\n\n"),
+        turn=_instruction("Input:\n", "### Response:\n"),
+    )
 
 
 def _llama2(setting: Setting) -> str:
@@ -174,14 +196,164 @@ def _llama2(setting: Setting) -> str:
     )
 
 
+_MERGED_SYSTEM = '{%- if turn.system -%}{{- turn.system + "\\n\\n" -}}{%- endif -%}'
+
+
+def _gemma(setting: Setting) -> str:
+    """The answers' role is called model; a system message begins the first turn (Gemma 3)."""
+    opening = _say("<start_of_turn>user\n")
+    return _alternating(
+        setting,
+        first=opening + "\n" + _MERGED_SYSTEM.replace("turn.system +", "turn.system | trim +"),
+        later=opening,
+        turn="{{- (" + _WITH_INPUT + ") | trim -}}\n"
+        + _say("<end_of_turn>\n<start_of_turn>model\n"),
+        after="\n",
+    )  # fmt: skip
+
+
+def _vicuna(setting: Setting) -> str:
+    preamble = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions. "
+    )
+    return _alternating(
+        setting,
+        first=_preamble(preamble).replace('"\\n\\n"', '" "'),
+        later="",
+        turn='{{- "USER: " + ' + _WITH_INPUT + ' + " ASSISTANT:" -}}',
+        lead=" ",
+    )
+
+
+def _plain(setting: Setting) -> str:
+    """Question and answer one behind the other, nothing added but the end of turn."""
+    return _alternating(setting, first=_MERGED_SYSTEM, later="", turn="{{- " + _WITH_INPUT + " -}}")
+
+
+def _mistral(setting: Setting) -> str:
+    """Mistral 7B v0.3. Its own template puts system message and tools before the last question,
+    and so rewrites history with every turn; here they stand before the first.
+    """
+    return "\n".join(
+        (
+            _say(setting.bos),
+            "{%- set turn = namespace(system=" + _quoted(setting.system) + ", open=false) -%}",
+            '{%- if tools -%}{{- "[AVAILABLE_TOOLS] " + (tools | tojson) + "[/AVAILABLE_TOOLS]" -}}'
+            "{%- endif -%}",
+            "{%- for message in messages -%}",
+            "{%- if message['role'] == 'system' and loop.first -%}",
+            "{%- set turn.system = " + _CONTENT + " -%}",
+            "{%- elif message['role'] == 'user' and not turn.open -%}",
+            '{{- "[INST] " -}}',
+            _MERGED_SYSTEM,
+            "{{- " + _WITH_INPUT + ' + "[/INST]" -}}',
+            '{%- set turn.system = "" -%}',
+            "{%- set turn.open = true -%}",
+            "{%- elif message['role'] == 'tool' -%}",
+            '{{- "[TOOL_RESULTS] " + ({"content": ' + _CONTENT + "} | tojson)",
+            ' + "[/TOOL_RESULTS]" -}}',
+            "{%- set turn.open = true -%}",
+            "{%- elif message['role'] == 'assistant' and turn.open -%}",
+            "{%- if message.tool_calls -%}",
+            "{%- set calls = namespace(all=[]) -%}",
+            "{%- for call in message.tool_calls -%}",
+            "{%- set calls.all = calls.all + [call.function or call] -%}",
+            "{%- endfor -%}",
+            "{%- if " + _CONTENT + " -%}{{- " + '" " + ' + _CONTENT + " -}}{%- endif -%}",
+            '{{- "[TOOL_CALLS] [" -}}',
+            "{%- for call in calls.all -%}",
+            "{{- '{\"name\": ' + (call.name | tojson) + ', \"arguments\": ' -}}",
+            _ARGUMENTS,
+            '{{- "}" + ("" if loop.last else ", ") -}}',
+            "{%- endfor -%}",
+            "{{- " + _quoted("]" + setting.stop) + " -}}",
+            "{%- else -%}",
+            '{{- " " + ' + _CONTENT + " + " + _quoted(setting.stop) + " -}}",
+            "{%- endif -%}",
+            "{%- set turn.open = false -%}",
+            "{%- else -%}",
+            '{{- raise_exception("roles must go (system,) user, assistant (, tool, assistant), '
+            "user, ...; got \" + message['role']) -}}",
+            "{%- endif -%}",
+            "{%- endfor -%}",
+        )
+    )
+
+
+_ARGUMENTS = "{{- call.arguments if call.arguments is string else (call.arguments | tojson) -}}"
+_QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+_QWEN_TOOLS = (
+    "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+_QWEN_CALLS = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments "
+    "within <tool_call></tool_call> XML tags:\n<tool_call>\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
+
+
+def _qwen(setting: Setting) -> str:
+    """Qwen 2.5: ChatML with a system message of its own and Hermes' way of calling tools."""
+    return "\n".join(
+        (
+            _say(setting.bos),
+            "{%- set given = messages and messages[0]['role'] == 'system' -%}",
+            '{{- "<|im_start|>system\\n" -}}',
+            "{{- messages[0]['content'] if given else "
+            + _quoted(setting.system or _QWEN_SYSTEM) + " -}}",
+            "{%- if tools -%}",
+            _say(_QWEN_TOOLS),
+            '{%- for tool in tools -%}{{- "\\n" + (tool | tojson) -}}{%- endfor -%}',
+            _say(_QWEN_CALLS),
+            "{%- endif -%}",
+            '{{- "<|im_end|>\\n" -}}',
+            "{%- for message in messages -%}",
+            "{%- if message['role'] == 'tool' -%}",
+            "{%- if loop.index0 == 0 or messages[loop.index0 - 1]['role'] != 'tool' -%}",
+            '{{- "<|im_start|>user" -}}',
+            "{%- endif -%}",
+            '{{- "\\n<tool_response>\\n" + ' + _CONTENT + ' + "\\n</tool_response>" -}}',
+            "{%- if loop.last or messages[loop.index0 + 1]['role'] != 'tool' -%}",
+            '{{- "<|im_end|>\\n" -}}',
+            "{%- endif -%}",
+            "{%- elif not (given and loop.first) -%}",
+            '{{- "<|im_start|>" + message[\'role\'] -}}',
+            "{%- if message.tool_calls -%}",
+            "{%- if " + _CONTENT + " -%}{{- " + '"\\n" + ' + _CONTENT + " -}}{%- endif -%}",
+            "{%- for each in message.tool_calls -%}",
+            "{%- set call = each.function or each -%}",
+            '{{- \'\\n<tool_call>\\n{"name": \' + (call.name | tojson) + \', "arguments": \' -}}',
+            _ARGUMENTS,
+            '{{- "}\\n</tool_call>" -}}',
+            "{%- endfor -%}",
+            "{%- else -%}",
+            '{{- "\\n" + ' + _WITH_INPUT + " -}}",
+            "{%- endif -%}",
+            "{%- if message['role'] == 'assistant' -%}",
+            _say(setting.stop + "\n"),
+            "{%- else -%}",
+            '{{- "<|im_end|>\\n" -}}',
+            "{%- endif -%}",
+            "{%- endif -%}",
+            "{%- endfor -%}",
+            '{%- if add_generation_prompt -%}{{- "<|im_start|>assistant\\n" -}}{%- endif -%}',
+        )
+    )  # fmt: skip
+
+
+_CHATML = ("<|im_start|>", "<|im_end|>")
 NAMED: dict[str, Named] = {
     "alpaca": Named(_alpaca("### Response:\n")),
     "alpaca_original": Named(_alpaca("### Response:")),
+    "dolly": Named(_dolly, stop="### End"),
     "chatml": Named(
         lambda s: _headed(s, before="<|im_start|>", after="\n", end="<|im_end|>", gap="\n"),
         stop="<|im_end|>",
-        needs=("<|im_start|>", "<|im_end|>"),
+        needs=_CHATML,
     ),
+    "gemma": Named(_gemma, stop="<end_of_turn>", needs=("<start_of_turn>", "<end_of_turn>")),
     "llama2": Named(_llama2),
     "llama3": Named(
         lambda s: _headed(
@@ -193,6 +365,18 @@ NAMED: dict[str, Named] = {
         ),
         stop="<|eot_id|>",
         needs=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    "mistral": Named(_mistral),
+    "phi3": Named(
+        lambda s: _headed(s, before="<|", after="|>\n", end="<|end|>", gap="\n"),
+        stop="<|end|>",
+        needs=("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
+    ),
+    "plain": Named(_plain),
+    "qwen": Named(_qwen, stop="<|im_end|>", needs=_CHATML),
+    "vicuna": Named(_vicuna),
+    "zephyr": Named(
+        lambda s: _headed(s, before="<|", after="|>\n", end=s.stop, gap="\n"),
     ),
 }
 
@@ -238,22 +422,39 @@ def parse(text: str) -> Placeholders:
     return Placeholders(tuple(parts[:at]), parts[at + 1], frozenset(names))
 
 
-def from_placeholders(parts: Placeholders, setting: Setting, *, lead_out: str, rest: str) -> str:
+def from_placeholders(
+    parts: Placeholders,
+    setting: Setting,
+    *,
+    lead_out: str,
+    rest: str,
+    without_input: Placeholders | None = None,
+) -> str:
     """Jinja for a template string; `lead_out` + stop end the answer, `rest` follows untrained.
 
     An empty {input} or {system} takes its whole line with it ({system} also the empty lines below),
-    or, where the line holds another placeholder, the blanks before it. What stands before the last
-    blank line (or {system}) ahead of {instruction} is said once, the rest with every turn.
+    or, where the line holds another placeholder, the blanks before it; `without_input` is said
+    instead where there is one. What stands before the last blank line (or {system}) ahead of
+    {instruction} is said once, the rest with every turn.
     """
-    start, turn = _split_preamble(parts.before)
     bos = "" if setting.bos and "".join(parts.before[:1]).startswith(setting.bos) else setting.bos
+    start, turn = (_lines(part, parts.names) for part in _split_preamble(parts.before))
+    names = parts.names
+    if without_input is not None:
+        other = _split_preamble(without_input.before)
+        start, turn = (
+            "{%- if message.input -%}\n" + one + "\n{%- else -%}\n"
+            + _lines(two, names | without_input.names) + "\n{%- endif -%}"
+            for one, two in zip((start, turn), other, strict=True)
+        )  # fmt: skip
+        names |= without_input.names
     return _alternating(
         setting._replace(bos=bos, stop=lead_out + setting.stop),
-        first=_lines(start, parts.names),
+        first=start,
         later="",
-        turn=_lines(turn, parts.names),
+        turn=turn,
         after=rest,
-        system="system" in parts.names,
+        system="system" in names,
     )
 
 

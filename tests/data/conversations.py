@@ -8,7 +8,10 @@ from jaxtune.data.schema import Conversation, Dropped, Message, Span
 from jaxtune.data.template import Template, render
 
 VICUNA = "USER: {instruction}\n{input}\nASSISTANT: {output}"
-OURS = ["alpaca", "alpaca_original", "chatml", "llama2", "llama3", VICUNA]
+OURS = [
+    "alpaca", "alpaca_original", "chatml", "llama2", "llama3", "mistral", "plain", "qwen", "vicuna",
+    "zephyr", VICUNA,
+]  # fmt: skip
 
 ONE = [Message("user", "Name a prime."), Message("assistant", "Seven.")]
 TWO = [*ONE, Message("user", "Another?"), Message("assistant", "Eleven.")]
