@@ -24,8 +24,13 @@ ARRAYS: dict[str, np.dtype[Any]] = {
     "ids": np.dtype(np.int32),  # every example's tokens, one after the other
     "weights": np.dtype(np.float32),  # and their weights as targets
     "offsets": np.dtype(np.int64),  # example i is ids[offsets[i]:offsets[i + 1]]
+    "trained": np.dtype(np.int32),  # how many of example i's tokens carry weight
     "rows": np.dtype(np.int64),  # the record, from 0, that example i came from
+    "values": np.dtype(np.int32),  # example i's value in the column of `proportions`, by number
+    "flags": np.dtype(np.uint8),  # bits, by `prepare.FLAGS`
+    "lost": np.dtype(np.int32),  # trained tokens of example i cut off by truncation
     "digests": np.dtype(np.uint64),  # of example i's ids, to find duplicates
+    "signatures": np.dtype(np.uint32),  # PLACES numbers each, by `likeness.signatures`
 }
 _SUMMARY = "summary.json"
 

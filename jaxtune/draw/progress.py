@@ -1,13 +1,59 @@
-"""Training as seen from a terminal: a bar where there is one, plain lines where there is not."""
+"""Work as seen from a terminal: a bar where there is one, plain lines where there is not."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+
+from jaxtune.draw.terminal import printable
+
+
+class Tokenising:
+    """A context manager, called with (path, records so far); silent where all is done in seconds.
+
+    Everything goes to stderr: on a terminal a moving bar, elsewhere a line now and then.
+    """
+
+    def __init__(self, *, after_seconds: float = 2.0, every_seconds: float = 30.0) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._bar = Bar(
+            TextColumn("[bold]tokenising"),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[done]}"),
+            console=self._console,
+            transient=True,
+        )
+        self._after, self._every = after_seconds, every_seconds
+        self._path, self._began, self._said = "", time.monotonic(), 0.0
+
+    def __enter__(self) -> Tokenising:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, path: str, records: int) -> None:
+        now = time.monotonic()
+        if path != self._path:
+            self._path, self._began, self._said = path, now, now
+        seconds = now - self._began
+        if seconds < self._after:
+            return
+        name = printable(path.rsplit("/", 1)[-1])
+        done = f"{records:,} records, {records / seconds:,.0f}/s"
+        if self._console.is_terminal:
+            self._bar.start()
+            task = self._bar.task_ids[0] if self._bar.task_ids else self._bar.add_task("", done="")
+            self._bar.update(task, total=None, description=name, done=done)
+        elif now - self._said >= self._every:
+            self._said = now
+            self._console.print(f"tokenising {name}: {done}", markup=False, soft_wrap=True)
 
 
 class Progress:

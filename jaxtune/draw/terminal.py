@@ -11,10 +11,17 @@ from typing import IO, Any
 
 _GREEN, _DIM, _PLAIN = "\033[32m", "\033[2m", "\033[0m"
 # C0 controls but newline and tab, DEL, and C1: as their pictures, so no escape sequence gets out.
-_VISIBLE = {
+_VISIBLE: dict[int, str] = {
     **{code: chr(0x2400 + code) for code in range(0x20) if code not in (0x09, 0x0A)},
     0x7F: "\u2421",
     **dict.fromkeys(range(0x80, 0xA0), "\ufffd"),
+    # What turns the direction of the text around it; letters of any script keep their own.
+    **{
+        code: f"<U+{code:04X}>"
+        for code in (0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+    },
+    # Half a pair is no letter and cannot be written.
+    **dict.fromkeys(range(0xD800, 0xE000), "\ufffd"),
 }
 
 
@@ -41,15 +48,18 @@ def printable(text: str) -> str:
     return text.translate(_VISIBLE)
 
 
-def show_report(report: Mapping[str, Any], *, file: IO[str] | None = None) -> None:
+def show_report(
+    report: Mapping[str, Any], *, short: bool = False, file: IO[str] | None = None
+) -> None:
     """Prints `report_text`, by default to stderr: stdout is for results."""
-    print(report_text(report), file=file or sys.stderr, flush=True)
+    print(report_text(report, short=short), file=file or sys.stderr, flush=True)
 
 
-def report_text(report: Mapping[str, Any]) -> str:
+def report_text(report: Mapping[str, Any], *, short: bool = False) -> str:
     """The data report of `data.doctor` as aligned lines; what is zero and unremarkable is left out.
 
-    `report["flags"]` explains the counts that are shown only when they are not zero.
+    `report["flags"]` explains the counts that are shown only when they are not zero. `short` shows
+    one dropped row of each reason instead of three.
     """
     lines = [
         *(f"  {printable(text)}" for text in report["notes"]),
@@ -67,18 +77,35 @@ def report_text(report: Mapping[str, Any]) -> str:
             f"{part['tokens_trained']:,} of {part['tokens_total']:,} tokens trained"
             for name, part in report["by_dataset"].items()
         ]
+    for column, values in report.get("columns", {}).items():
+        lines.append(f"  {printable(column)}:")
+        lines += [
+            f"    {printable(value)}: {part['examples']:,} examples "
+            f"({part['examples'] / max(1, report['examples']):.1%})"
+            for value, part in values.items()
+        ]
     packing = report.get("packing")
     if packing:
         lines.append(
             f"  {packing['rows']:,} rows of {packing['row_length']:,} tokens, "
-            f"{packing['fill']:.1%} full"
+            f"{packing['fill']:.1%} full: {packing['steps_per_epoch']:,} steps an epoch with "
+            f"{packing['batch_size']:,} rows a step"
+            + (f", {packing['total_steps']:,} in all" if "total_steps" in packing else "")
         )
+    evaluation = report.get("evaluation")
+    if evaluation:
+        lines.append(
+            f"  evaluation: {evaluation['examples']:,} examples, {evaluation['also_trained']:,} "
+            f"also trained, {evaluation['nearly_trained']:,} records nearly so"
+        )
+    if report["stop_trained_share"] < 1:
+        lines.append(f"  {report['stop_trained_share']:.1%} of the rows teach where to stop")
     lines += [
         f"  {report[flag]:,} {meaning}" for flag, meaning in report["flags"].items() if report[flag]
     ]
     for reason, found in report["dropped_by_reason"].items():
         lines.append(f"  dropped {found['count']:,}: {printable(reason)}")
-        for first in found["first"][:3]:
+        for first in found["first"][: 1 if short else 3]:
             detail = f": {first['detail']}" if first["detail"] else ""
             lines.append(f"    {printable(first['where'] + detail)}")
     return "\n".join(["data", *lines])
