@@ -10,6 +10,7 @@ import json
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxtune.data.pipeline import Batches, Dataset
 
@@ -28,6 +29,10 @@ class Counts(NamedTuple):
 def counts_of(batches: Batches, step: int) -> Counts:
     """What the batch of one step holds."""
     numbers = np.array([n for row in batches.examples(step) for n in row], np.int64)
+    return _counted(batches, numbers)
+
+
+def _counted(batches: Batches, numbers: NDArray[np.int64]) -> Counts:
     data = batches.dataset
     return Counts(
         tokens=int((data.token_counts[numbers] - 1).sum()),
@@ -39,12 +44,9 @@ def counts_of(batches: Batches, step: int) -> Counts:
 def counts_before(batches: Batches, step: int) -> Counts:
     """What all steps before `step` held together."""
     epoch, index = batches.locate(step)
-    data = batches.dataset
-    seen = Counts(
-        tokens=epoch * int((data.token_counts - 1).sum()),
-        trained=epoch * int(data.trained_counts.sum()),
-        examples=epoch * len(data),
-    )
+    seen = Counts()
+    for earlier in range(epoch):
+        seen = seen.plus(_counted(batches, batches.drawn(earlier)))
     for earlier in range(step - index, step):
         seen = seen.plus(counts_of(batches, earlier))
     return seen
@@ -52,7 +54,8 @@ def counts_before(batches: Batches, step: int) -> Counts:
 
 def epoch_at(batches: Batches, step: int) -> float:
     """Epochs finished before `step`, with the fraction of the current one."""
-    return step / batches.steps_per_epoch
+    epoch, index = batches.locate(step)
+    return epoch + index / (batches.end_of_epoch(epoch) - (step - index))
 
 
 def fingerprint(batches: Batches) -> str:

@@ -1,152 +1,186 @@
-"""Files -> records. Knows bytes, lines and JSON; knows nothing of what a record means.
+"""What a dataset's `path` names -> files -> records. Knows folders and the hub; no record's sense.
 
-JSON is read as Python objects, never through Arrow, so no missing key turns into a null. Every
-record comes with the line it starts on, and a file that cannot be read says on which line.
+A path is a file, a glob, a folder, a folder that the `datasets` library has saved, or the id of a
+dataset on the Hugging Face hub. Of the hub's datasets, that library only says which files hold a
+split; they are read here like any other file, so JSON stays JSON.
 """
 
 from __future__ import annotations
 
-import gzip
+import glob
 import hashlib
 import json
-import zlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any
 
-from jaxtune.config import ConfigError, DataError
+from jaxtune.config import ConfigError, DataError, nearest
+from jaxtune.data import readers
+from jaxtune.data.readers import READERS, File, Record
 
-SUFFIXES = (".json", ".jsonl")
+KINDS = ", ".join(READERS)
+_NO_DATA = ("dataset_info.json", "dataset_infos.json")  # the hub's descriptions of a dataset
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-class Record(NamedTuple):
-    line: int  # of the file, from 1; where the object starts
-    fields: dict[str, Any]
+def find(
+    path: str, *, split: str | None = None, revision: str | None = None, config: str | None = None
+) -> tuple[File, ...]:
+    """The files that `path` names, in sorted order; at least one.
 
-
-def check(path: str) -> Path:
-    """The file at `path`, or the error that says why it cannot be a source."""
-    file = Path(path).expanduser()
-    suffixes = file.suffixes[-2:]
-    kind = suffixes[0] if suffixes[-1:] == [".gz"] and len(suffixes) == 2 else file.suffix
-    if file.is_dir() or any(letter in path for letter in "*?"):
-        raise ConfigError(f"{path}: a data source is one file. List its files under datasets.")
-    if kind not in SUFFIXES:
-        raise ConfigError(
-            f"{path}: cannot read {kind or 'a name without suffix'!r}. "
-            "Data files are .json (a list of objects) or .jsonl (one object per line), or .gz."
-        )
-    if not file.exists():
+    `split`, `revision` and `config` (which of a dataset's configurations, where there are several)
+    choose within a dataset of the hub, `split` also within a folder. Raises `ConfigError` and
+    `DataError` when nothing is there, or nothing that can be read.
+    """
+    place = Path(path).expanduser()
+    on_hub = not place.exists() and _is_hub_id(path)
+    if revision is not None and not on_hub:
+        raise ConfigError(f"datasets[].revision: {path} is not on the hub. Unset it.")
+    if on_hub or (place.is_dir() and split is not None and not _saved(place)):
+        return _of_library(path, split, revision, config)
+    if place.is_dir():
+        return _of_saved(place, split) if _saved(place) else _in_folder(place)
+    if split is not None:
+        raise ConfigError(f"datasets[].split: {path} has no splits; a folder has. Unset it.")
+    if not place.exists() and glob.has_magic(path):
+        found = sorted(Path(name) for name in glob.glob(str(place), recursive=True))
+        files = tuple(_file(file) for file in found if file.is_file())
+        if not files:
+            raise DataError(f"{path}: no file matches (looked in {Path.cwd()}).")
+        return files
+    if not place.exists():
         raise DataError(f"{path}: no such file (looked in {Path.cwd()}).")
+    return (_file(place, path),)
+
+
+def read(files: Iterable[File]) -> Iterator[Record]:
+    """The records of all files, one file after the other. Raises `DataError`."""
+    for file in files:
+        yield from readers.read(file)
+
+
+def digest(files: Iterable[File]) -> str:
+    """SHA-256 over what the files hold and of which kind they are; not what they are called."""
+    parts = []
+    for file in files:
+        try:
+            with file.path.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{file.name}: cannot be read: {error.strerror}.") from None
+        parts.append([file.kind, file.zipped, content])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _file(place: Path, name: str | None = None) -> File:
+    file = File(place, name or str(place))
+    if file.kind not in READERS:
+        raise ConfigError(
+            f"{file.name}: cannot read {file.kind or 'a name without suffix'!r}. "
+            f"Data files are {KINDS}, each also .gz."
+        )
     return file
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of the file's bytes."""
+def _in_folder(folder: Path) -> tuple[File, ...]:
+    """The data files that lie directly in it; what else lies there is no data."""
+    named = (File(place, str(place)) for place in sorted(folder.iterdir()) if place.is_file())
+    files = tuple(
+        file
+        for file in named
+        if file.kind in READERS and file.path.name not in _NO_DATA and file.path.name[0] != "."
+    )
+    if not files:
+        raise DataError(
+            f"{folder}: no data file ({KINDS}) lies in this folder. Name files further down with a "
+            f"glob such as '{folder}/**/*.jsonl', or set datasets[].split."
+        )
+    return files
+
+
+# -- the datasets library -------------------------------------------------------------------------
+
+
+def _saved(folder: Path) -> bool:
+    """Whether `save_to_disk` has made the folder."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _of_saved(folder: Path, split: str | None) -> tuple[File, ...]:
+    described = folder / "dataset_dict.json"
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
+        if described.is_file():
+            splits = list(json.loads(described.read_text(encoding="utf-8"))["splits"])
+            folder /= _choose(split, splits, str(folder))
+        elif split is not None:
+            raise ConfigError(f"datasets[].split: {folder} was saved as one split. Unset it.")
+        described = folder / "state.json"
+        state = json.loads(described.read_text(encoding="utf-8"))
+        places = [folder / str(file["filename"]) for file in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{described}: not as the datasets library saves it: {type(error).__name__} {error}."
+        ) from None
+    return tuple(_file(place) for place in places)
 
 
-def read(path: Path) -> Iterator[Record]:
-    """Yields the records in file order: of a JSON list, or of one object per line.
+def _choose(split: str | None, splits: list[str], path: str) -> str:
+    """The split asked for; `train`, or the only one, where none is."""
+    if split is None:
+        split = splits[0] if len(splits) == 1 else "train"
+    if split not in splits:
+        raise ConfigError(
+            f"datasets[].split: {path} has no '{split}'.{nearest(split, splits)} "
+            f"There are: {', '.join(splits) or 'none'}."
+        )
+    return split
 
-    Which of the two is decided by the first character, not by the suffix. Raises `DataError` at
-    the first thing that is not an object, with file and line.
-    """
+
+def _is_hub_id(path: str) -> bool:
+    """NAME or OWNER/NAME, unless it ends like a data file."""
+    return bool(_HUB_ID.fullmatch(path)) and File(Path(path), path).kind not in READERS
+
+
+def _of_library(
+    path: str, split: str | None, revision: str | None, config: str | None
+) -> tuple[File, ...]:
+    library = readers.needed(
+        "datasets",
+        "hub",
+        f"{path}: no such file or folder here (looked in {Path.cwd()}). As a dataset of the hub it"
+        if not Path(path).expanduser().is_dir()
+        else f"{path}: a split of a folder",
+    )
     try:
-        with _open(path) as file:
-            first = _first_character(file)
-            file.seek(0)
-            if first == b"":
-                raise DataError(f"{path}: the file is empty. Expected JSON objects.")
-            yield from _read_list(path, file) if first == b"[" else _read_lines(path, file)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read: {error}.") from None
+        builder = _builder(library, path, revision, config)
+        by_split = {str(name): list(found) for name, found in builder.config.data_files.items()}
+        chosen = by_split[_choose(split, list(by_split), path)]
+        local = library.DownloadManager().download(chosen)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever the library, its network or its files bring
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else ""
+        raise DataError(
+            f"{path}: the datasets library cannot open it (looked in {Path.cwd()} and on the hub): "
+            f"{type(error).__name__}: {reason}."
+        ) from None
+    return tuple(
+        _file(Path(place), name.removeprefix("hf://datasets/"))
+        for place, name in zip(local, chosen, strict=True)
+    )
 
 
-def _open(path: Path) -> IO[bytes]:
-    open_file: Any = gzip.open if path.suffix == ".gz" else open
-    return cast(IO[bytes], open_file(path, "rb"))
-
-
-BOM = b"\xef\xbb\xbf"  # what Windows editors put before UTF-8
-
-
-def _first_character(file: IO[bytes]) -> bytes:
-    for line in file:
-        stripped = line.removeprefix(BOM).strip()
-        if stripped:
-            return stripped[:1]
-    return b""
-
-
-def _read_lines(path: Path, file: IO[bytes]) -> Iterator[Record]:
-    for number, line in enumerate(file, 1):
-        text = _text(path, line.removeprefix(BOM) if number == 1 else line, number)
-        if not text.strip():
-            continue
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise _broken(path, number, error, "Expected one object per line.") from None
-        yield _record(path, number, value)
-
-
-def _read_list(path: Path, file: IO[bytes]) -> Iterator[Record]:
-    text = _text(path, file.read().removeprefix(BOM), 1)
-    decoder = json.JSONDecoder()
-    position = _skip(text, text.index("[") + 1)
-    line, counted = 1, 0
-    if text[position : position + 1] == "]":
-        raise DataError(f"{path}: the list is empty. Expected JSON objects.")
-    while True:
-        try:
-            line, counted = line + text.count("\n", counted, position), position
-            value, position = decoder.raw_decode(text, position)
-            yield _record(path, line, value)
-            position = _skip(text, position)
-            if text[position : position + 1] == "]":
-                break
-            if text[position : position + 1] != ",":
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-            position = _skip(text, position + 1)
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, json.JSONDecodeError):
-                line = error.lineno
-            raise _broken(path, line, error, "Expected a list of objects.") from None
-    end = _skip(text, position + 1)
-    if end < len(text):
-        number = text.count("\n", 0, end) + 1
-        raise DataError(f"{path}:{number}: text after the end of the list. Remove it.")
-
-
-def _skip(text: str, position: int) -> int:
-    """The next position that is not JSON's white space."""
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
-
-
-def _text(path: Path, data: bytes, line: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        number = line + data.count(b"\n", 0, error.start)
-        raise DataError(f"{path}:{number}: not UTF-8 text: {error.reason}.") from None
-
-
-def _record(path: Path, line: int, value: Any) -> Record:
-    if not isinstance(value, dict):
-        kind = type(value).__name__
-        raise DataError(f"{path}:{line}: expected a JSON object {{...}}; got a {kind}.")
-    return Record(line, value)
-
-
-def _broken(path: Path, line: int, error: Exception, expected: str) -> DataError:
-    reason = str(error) or "nested too deeply"
-    if isinstance(error, json.JSONDecodeError):
-        reason = f"{error.msg} (column {error.colno})"
-    return DataError(f"{path}:{line}: not valid JSON: {reason}. {expected}")
+def _builder(library: Any, path: str, revision: str | None, config: str | None) -> Any:
+    """`config` chooses among several configurations; where there is one, it is only a label."""
+    known = library.get_dataset_config_names(path, revision=revision)
+    name = config if config in known else None
+    if name is None and len(known) > 1 and "default" not in known:
+        raise ConfigError(
+            f"datasets[].name: {path} has several configurations; set it to one of: "
+            f"{', '.join(known)}."
+        )
+    builder = library.load_dataset_builder(path, name=name, revision=revision)
+    if not builder.config.data_files:
+        raise ConfigError(f"{path}: this dataset has no data files that could be read.")
+    return builder

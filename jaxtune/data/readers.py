@@ -1,0 +1,340 @@
+"""One file -> records. Knows bytes, lines and tables; knows nothing of what a record means.
+
+JSON is read as Python objects, never through Arrow, so no missing key turns into a null. Files are
+read as a stream: memory holds a record or a block, never the file. Every record comes with the line
+it starts on (in a table: its row), and a file that cannot be read says where.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import gzip
+import importlib
+import json
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+from jaxtune.config import ConfigError, DataError
+
+
+class File(NamedTuple):
+    """`name` is what errors call it; it also says the kind, which the path of a download may not.
+
+    >>> File(Path("blobs/3f2a"), "hub/data/train.jsonl.gz").kind
+    '.jsonl'
+    """
+
+    path: Path
+    name: str
+
+    @property
+    def zipped(self) -> bool:
+        return self.name.lower().endswith(".gz")
+
+    @property
+    def kind(self) -> str:
+        """The suffix before `.gz`, in lower case."""
+        return Path(self.name.lower().removesuffix(".gz")).suffix
+
+
+class Record(NamedTuple):
+    file: str
+    line: int  # where it starts in the file, from 1; in a table its row
+    fields: dict[str, Any]
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+def read(file: File) -> Iterator[Record]:
+    """The records of a file in order. Raises `DataError` at the first thing that is none."""
+    empty = True
+    try:
+        with contextlib.closing(READERS[file.kind](file)) as found:
+            for line, fields in found:
+                empty = False
+                yield Record(file.name, line, fields)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{file.name}: cannot be read: {error}.") from None
+    if empty:
+        raise DataError(f"{file.name}: the file is empty: there is nothing to train in it.")
+
+
+Found = Iterator[tuple[int, dict[str, Any]]]
+
+
+def _open(file: File) -> IO[bytes]:
+    open_file: Any = gzip.open if file.zipped else open
+    return cast(IO[bytes], open_file(file.path, "rb"))
+
+
+# -- lines ----------------------------------------------------------------------------------------
+
+BOM = b"\xef\xbb\xbf"  # what Windows editors put before UTF-8
+
+
+def _lines(file: File, stream: IO[bytes]) -> Iterator[str]:
+    """The lines with their ends, cut at line feeds alone: U+2028 is text."""
+    for number, line in enumerate(stream, 1):
+        try:
+            yield (line.removeprefix(BOM) if number == 1 else line).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file.name}:{number}: not UTF-8 text: {error.reason}.") from None
+
+
+def _text(file: File) -> Found:
+    """A document is what stands between blank lines.
+
+    So a file of any size is a stream of pieces, and one line break within a piece is text. A longer
+    text, with blank lines in it, is a row of a .jsonl file.
+    """
+    start, held = 1, ""
+    with _open(file) as stream:
+        for number, line in enumerate(_lines(file, stream), 1):
+            if line.strip():
+                start = start if held else number
+                held += line
+            elif held:
+                yield start, {"text": held.rstrip("\r\n")}
+                held = ""
+    if held:
+        yield start, {"text": held.rstrip("\r\n")}
+
+
+def _csv(file: File) -> Found:
+    """Every cell is text, as it stands; the first line names the columns."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses a cell of 128 KiB
+    with _open(file) as stream:
+        rows = csv.reader(_lines(file, stream), strict=True)
+        header: list[str] = []
+        line = 1
+        while True:
+            try:
+                cells = next(rows, None)
+            except csv.Error as error:
+                raise DataError(f"{file.name}:{line}: not valid CSV: {error}.") from None
+            if cells is None:
+                break
+            if cells and not header:
+                header = cells
+                twice = next((name for name in header if header.count(name) > 1), None)
+                if twice is not None:
+                    raise DataError(f"{file.name}:{line}: two columns are called {twice!r}.")
+            elif cells:
+                if len(cells) != len(header):
+                    raise DataError(
+                        f"{file.name}:{line}: {len(cells)} cells, but the header names "
+                        f'{len(header)}. Put "..." around a cell that holds a comma.'
+                    )
+                yield line, dict(zip(header, cells, strict=True))
+            line = rows.line_num + 1
+
+
+# -- JSON -----------------------------------------------------------------------------------------
+
+
+def _json(file: File) -> Found:
+    """A list of objects, or one object per line; the first character decides, not the suffix."""
+    with _open(file) as stream:
+        first = b""
+        while not first and (block := stream.read(_BLOCK)):
+            first = block.removeprefix(BOM).lstrip()[:1]
+        stream.seek(0)
+        yield from _json_list(file, stream) if first == b"[" else _json_lines(file, stream)
+
+
+def _json_lines(file: File, stream: IO[bytes]) -> Found:
+    for number, line in enumerate(_lines(file, stream), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise _broken(file, number, error, "Expected one object per line.") from None
+        yield number, _object(file, number, value)
+
+
+def _json_list(file: File, stream: IO[bytes]) -> Found:
+    window = _Window(file, stream)
+    line = 1
+    try:
+        window.skip("[")
+        if window.peek() == "]":
+            raise DataError(f"{file.name}: the list is empty. Expected JSON objects.")
+        while True:
+            window.peek()
+            line = window.line()
+            yield line, _object(file, line, window.value())
+            if window.peek() == "]":
+                break
+            window.skip(",")
+        window.skip("]")
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError):
+            line, error.colno = window.place(error.pos)
+        raise _broken(file, line, error, "Expected a list of objects.") from None
+    if window.peek():
+        raise DataError(f"{file.name}:{window.line()}: text after the end of the list. Remove it.")
+
+
+_BLOCK = 1 << 18  # bytes read at once
+_BLANKS = re.compile(r"[ \t\r\n]*")
+_UNSURE = 16  # characters: the longest thing that, cut by the end of a block, reads as a mistake
+
+
+class _Window:
+    """The text of a JSON file from `position` on, as far as it was needed; the rest is let go."""
+
+    def __init__(self, file: File, stream: IO[bytes]) -> None:
+        self._name = file.name
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._json = json.JSONDecoder()
+        self._text = ""
+        self._position = 0
+        self._line, self._counted = 1, 0  # the line of the character `_counted`
+        self._before = 0  # characters of the first line that are let go already
+
+    def line(self) -> int:
+        """The line of `position`, from 1; counts on from the last call."""
+        self._line += self._text.count("\n", self._counted, self._position)
+        self._counted = self._position
+        return self._line
+
+    def place(self, position: int) -> tuple[int, int]:
+        """(line, column) of a position that is not before the last counted one, from 1."""
+        line_start = self._text.rfind("\n", 0, position) + 1
+        column = position - line_start + 1 + (0 if line_start else self._before)
+        return self._line + self._text.count("\n", self._counted, position), column
+
+    def peek(self) -> str:
+        """The next character that is not a blank; "" at the end of the file."""
+        while True:
+            blanks = _BLANKS.match(self._text, self._position)
+            self._position = blanks.end() if blanks else self._position
+            if self._position < len(self._text):
+                return self._text[self._position]
+            if not self._more():
+                return ""
+
+    def skip(self, expected: str) -> None:
+        if self.peek() != expected:
+            either = "',' or ']'" if expected == "," else f"'{expected}'"
+            raise json.JSONDecodeError(f"Expecting {either}", self._text, self._position)
+        self._position += 1
+
+    def value(self) -> Any:
+        """The value that starts at `position`, read on until it is whole."""
+        while True:
+            try:
+                value, self._position = self._json.raw_decode(self._text, self._position)
+                return value
+            except json.JSONDecodeError as error:
+                cut = error.pos > len(self._text) - _UNSURE or error.msg.startswith("Unterminated")
+                if not cut or not self._more():
+                    raise
+
+    def _more(self) -> bool:
+        """Lets go of what is done and reads at least as much as is left; False at the end."""
+        self.line()
+        _, column = self.place(self._position)
+        self._text, self._before = self._text[self._position :], column - 1
+        self._position = self._counted = 0
+        data = self._stream.read(max(_BLOCK, len(self._text)))
+        try:
+            self._text += self._decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            line, _ = self.place(len(self._text))
+            line += error.object.count(b"\n", 0, error.start)
+            raise DataError(f"{self._name}:{line}: not UTF-8 text: {error.reason}.") from None
+        return bool(data)
+
+
+def _object(file: File, line: int, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise DataError(f"{file.name}:{line}: expected a JSON object {{...}}; got a {kind}.")
+    return value
+
+
+def _broken(file: File, line: int, error: Exception, expected: str) -> DataError:
+    reason = str(error) or "nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        reason = f"{error.msg} (column {error.colno})"
+    return DataError(f"{file.name}:{line}: not valid JSON: {reason}. {expected}")
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+_ROWS = 1000  # turned into Python objects at once
+
+
+def needed(module: str, extra: str, what: str) -> Any:
+    """An optional library, or the line that brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise ConfigError(f"{what} needs {package}. Run: pip install 'jaxtune[{extra}]'") from None
+
+
+def _parquet(file: File) -> Found:
+    parquet = needed("pyarrow.parquet", "parquet", f"{file.name}: a parquet file")
+    with _seekable(file) as stream, _arrow_errors(file, "parquet"):
+        yield from _rows(parquet.ParquetFile(stream).iter_batches(_ROWS))
+
+
+def _arrow(file: File) -> Found:
+    ipc = needed("pyarrow.ipc", "parquet", f"{file.name}: an arrow file")
+    with _seekable(file) as stream, _arrow_errors(file, "arrow"):
+        yield from _rows(ipc.open_stream(stream))
+
+
+def _rows(batches: Any) -> Found:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, _ROWS):
+            for fields in batch.slice(start, _ROWS).to_pylist():
+                number += 1
+                yield number, fields
+
+
+@contextlib.contextmanager
+def _seekable(file: File) -> Iterator[IO[bytes]]:
+    """The bytes for who reads here and there: a .gz is unpacked into a file without a name."""
+    with _open(file) as stream:
+        if not file.zipped:
+            yield stream
+            return
+        with tempfile.TemporaryFile() as unpacked:
+            shutil.copyfileobj(stream, unpacked)
+            unpacked.seek(0)
+            yield unpacked
+
+
+@contextlib.contextmanager
+def _arrow_errors(file: File, kind: str) -> Iterator[None]:
+    arrow = importlib.import_module("pyarrow")
+    try:
+        yield
+    except arrow.ArrowException as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise DataError(f"{file.name}: not a readable {kind} file: {reason}.") from None
+
+
+READERS: dict[str, Callable[[File], Any]] = {
+    ".json": _json,
+    ".jsonl": _json,
+    ".csv": _csv,
+    ".txt": _text,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}
