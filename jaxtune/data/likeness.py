@@ -26,15 +26,24 @@ _RUN = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np
 _FACTORS = np.random.Philox(1997).random_raw(2 * PLACES).reshape(2, PLACES)
 
 
+class _Hashes(dict[str, int]):
+    """word -> number; most words of a text have been seen before."""
+
+    def __missing__(self, word: str) -> int:
+        self[word] = found = zlib.crc32(word.encode("utf-8", "replace"))
+        return found
+
+
 def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
     """[n] texts -> [n PLACES]. Case and punctuation do not count."""
     if not texts:
         return np.zeros((0, PLACES), np.uint32)
+    known = _Hashes()
     hashes: list[int] = []
     ends: list[int] = []
     for text in texts:
         words = _WORD.findall(text.lower())
-        hashes += [zlib.crc32(word.encode("utf-8", "replace")) for word in words]
+        hashes += map(known.__getitem__, words)
         hashes += [0] * (len(_RUN) - len(words))  # every text has at least one run
         ends.append(len(hashes))
     words_of = np.array(hashes, np.uint64)

@@ -26,7 +26,7 @@ from jaxtune.config import DataError
 T = TypeVar("T")
 R = TypeVar("R")
 
-_ALONE = 8  # items done here before it is worth starting anyone
+_ALONE = 4  # items done here before it is worth starting anyone
 _MOST = 16  # processes by default: beyond that, reading the file is the slower part
 _START = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "

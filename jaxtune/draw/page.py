@@ -125,7 +125,7 @@ def _tables(report: Mapping[str, Any]) -> str:
         _table(
             "Found",
             ("", "count"),
-            [(meaning, report[flag]) for flag, meaning in report["flags"].items()],
+            [(meaning, report[flag]) for flag, meaning in report["flags"].items() if report[flag]],
         ),
     ]  # fmt: skip
     tables += [
@@ -152,8 +152,14 @@ def _tables(report: Mapping[str, Any]) -> str:
     return "\n".join(tables) + (f"<ul>{notes}</ul>" if notes else "")
 
 
-def _table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    head = "".join(f"<th>{_text(name)}</th>" for name in header)
+def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Nothing where there are no rows. Headings stand over their numbers."""
+    if not rows:
+        return ""
+    head = "".join(
+        f'<th class="n">{_text(name)}</th>' if isinstance(value, int) else f"<th>{_text(name)}</th>"
+        for name, value in zip(header, rows[0], strict=True)
+    )
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return (
         f'<div class="scroll"><table><caption>{_text(caption)}</caption>'
@@ -185,7 +191,7 @@ table { border-collapse: collapse; min-width: min(100%, 24rem); }
 caption { text-align: start; font-weight: 600; padding: .3rem 0; }
 th, td { text-align: start; vertical-align: top; padding: .2rem .8rem .2rem 0;
   border-top: 1px solid var(--line); white-space: pre-wrap; overflow-wrap: anywhere; }
-th { color: var(--soft); font-weight: 400; }
+th { color: var(--soft); font-weight: 400; white-space: nowrap; }
 .n { text-align: end; font-variant-numeric: tabular-nums; white-space: nowrap; }
 ul { padding-inline-start: 1.2rem; color: var(--soft); overflow-wrap: anywhere; }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
