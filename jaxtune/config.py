@@ -8,6 +8,7 @@ take what they need. This room knows no JAX.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -119,9 +120,22 @@ class Config(_Strict):
     )
     template: str = Field(
         "auto",
-        description="auto | chat | alpaca | alpaca_original | chatml | llama2 | llama3 | "
-        "'USER: {instruction}\\n{input}\\nASSISTANT: {output}'; auto = the tokenizer's own chat "
-        "template if it has one, else alpaca",
+        description="auto | chat | alpaca | alpaca_original | dolly | chatml | llama2 | llama3 | "
+        "mistral | gemma | phi3 | qwen | zephyr | vicuna | plain | "
+        "'USER: {instruction}\\n{input}\\nASSISTANT: {output}' | FILE.jinja; auto = the "
+        "tokenizer's own chat template if it has one, else alpaca",
+    )
+    template_no_input: str | None = Field(
+        None, description="what a template string with {input} becomes for rows without one"
+    )
+    template_date: datetime.date = Field(
+        datetime.date(2024, 7, 26),
+        description="what templates that write the date of today are told; keeps tokens the same",
+    )
+    add_tokens: bool | tuple[str, ...] = Field(
+        False,
+        description="control tokens for the tokenizer: true = those the template needs, or a list; "
+        "new rows of embedding and head begin as the mean of the others",
     )
     system_prompt: str | None = Field(None, description="for rows that bring none")
     stop: str | None = Field(
@@ -213,6 +227,11 @@ def _train_on(value: Any) -> Any:
     return {"true": "all", "false": "assistant"}.get(str(value).lower(), value)
 
 
+def _add_tokens(value: Any) -> Any:
+    word = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return {"true": True, "false": False}.get(str(word).lower(), value)
+
+
 def _resume(value: Any) -> Any:
     return {"true": "must", "false": "never"}.get(str(value).lower(), value)
 
@@ -240,6 +259,7 @@ ALIASES: Mapping[str, _Alias] = {
     **dict.fromkeys(
         ("max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"), _Alias("max_length")
     ),
+    "add_tokens": _Alias("add_tokens", _add_tokens),
     "sample_packing": _Alias("packing"),
     **dict.fromkeys(("train_on_inputs", "train_on_prompt"), _Alias("train_on", _train_on)),
     "lr": _Alias("learning_rate"),

@@ -76,11 +76,9 @@ def _checkpoint(source: Path, step: int | None) -> tuple[Path, int | None]:
 
 
 def _export_run(run_dir: Path, step: int | None, out: Path, flags: Config) -> tuple[Exported, int]:
-    from jaxtune.data.template import resolve
-    from jaxtune.data.tokenizer import load_tokenizer
     from jaxtune.draw.card import model_card
     from jaxtune.hf.export import check_target, export_model
-    from jaxtune.hf.load import open_model
+    from jaxtune.hf.load import open_model, with_tokens
 
     config = _overruled(load(run_dir / "config.yaml"), flags)
     name = config.model_name_or_path
@@ -88,10 +86,10 @@ def _export_run(run_dir: Path, step: int | None, out: Path, flags: Config) -> tu
         raise ConfigError(f"{run_dir / 'config.yaml'}: has no model_name_or_path.")
     model = open_model(name, revision=config.revision, weights=config.init == "pretrained")
     check_target(out, model)
-    tokenizer = load_tokenizer(config.tokenizer_name or name, revision=config.revision)
-    template = resolve(
-        config.template, tokenizer, system_prompt=config.system_prompt, stop=config.stop
-    )
+    tokenizer = command.open_tokenizer(config, config.tokenizer_name or name)
+    template = command.open_template(config, tokenizer)
+    added = tokenizer.added.values()
+    model = with_tokens(model, added, trained=tokenizer.size - len(added))
     params, step = _restore(run_dir, step, model, config.param_dtype)
     exported = export_model(
         out,

@@ -44,9 +44,6 @@ class Result(NamedTuple):
 
 def run(config: Config, options: PreviewOptions | None = None) -> Result:
     """Prints to stdout. Raises `ConfigError` and `DataError`."""
-    from jaxtune.data.template import resolve
-    from jaxtune.data.tokenizer import load_tokenizer
-
     options = options or PreviewOptions()
     name = config.tokenizer_name or config.model_name_or_path
     if name is None:
@@ -55,10 +52,8 @@ def run(config: Config, options: PreviewOptions | None = None) -> Result:
         raise ConfigError("dataset is not set. Give --dataset FILE, or datasets in the config.")
     from jaxtune.data.prepare import Settings
 
-    tokenizer = load_tokenizer(name, revision=config.revision)
-    template = resolve(
-        config.template, tokenizer, system_prompt=config.system_prompt, stop=config.stop
-    )
+    tokenizer = command.open_tokenizer(config, name)
+    template = command.open_template(config, tokenizer)
     settings = Settings(tokenizer, template, config.train_on, config.max_length, config.truncation)
     if options.as_json and not options.stats:
         for entry_name, prepared in _rows(config, settings, options.examples):

@@ -70,9 +70,11 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
 
     # 2. The model and the program for these devices.
     from jaxtune.hf.export import check_target
-    from jaxtune.hf.load import open_model
+    from jaxtune.hf.load import open_model, with_tokens
 
     model = open_model(model_name, revision=config.revision, weights=config.init == "pretrained")
+    added = material.tokenizer.added.values()
+    model = with_tokens(model, added, trained=material.tokenizer.size - len(added))
     _check_ids(material, model)
     if config.export:
         check_target(run_dir / "hf", model)
@@ -147,13 +149,9 @@ def _claim(run_dir: Path) -> None:
 
 def _open_data(config: Config, model_name: str) -> Material:
     from jaxtune.data.pipeline import open_dataset, split
-    from jaxtune.data.template import resolve
-    from jaxtune.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(config.tokenizer_name or model_name, revision=config.revision)
-    template = resolve(
-        config.template, tokenizer, system_prompt=config.system_prompt, stop=config.stop
-    )
+    tokenizer = command.open_tokenizer(config, config.tokenizer_name or model_name)
+    template = command.open_template(config, tokenizer)
 
     def opened(entries: Sequence[DatasetConfig]) -> Dataset:
         return open_dataset(

@@ -34,7 +34,7 @@ import datetime
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -52,6 +52,15 @@ Row = tuple[Span, ...]
 DATE = datetime.date(2024, 7, 26)
 
 
+class Asked(NamedTuple):
+    """What a template was resolved from."""
+
+    template: str
+    system_prompt: str | None
+    stop: str | None
+    no_input: str | None
+
+
 @dataclass(frozen=True)
 class Template:
     """A chat template and how its answers end. `jinja` is what export writes."""
@@ -66,6 +75,7 @@ class Template:
     closing: str  # after a `Document`: eos
     named: Mapping[str, str]  # bos_token, eos_token, ... as the template's variables
     control: re.Pattern[str]  # what is a control token where the template writes it
+    asked: Asked
     date: datetime.date = DATE
 
     @property
@@ -94,6 +104,7 @@ def resolve(
     when the template is unknown, the tokenizer lacks a token it needs, or an answer would not end
     with exactly one token of the tokenizer.
     """
+    asked = Asked(template, system_prompt, stop, no_input)
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "alpaca"
     if no_input is not None and (template in wording.NAMED or "{input}" not in template):
@@ -148,9 +159,27 @@ def resolve(
         closing=tokenizer.eos_token or end,
         named=tokenizer.named,
         control=tokenizer.control_pattern,
+        asked=asked,
         date=date,
     )
     return resolved if ours else _probed(resolved, tokenizer, stop)
+
+
+def variant(
+    base: Template, tokenizer: Tokenizer, *, template: str | None, system_prompt: str | None
+) -> Template:
+    """`base` with what one dataset has instead: another template, another system prompt."""
+    if template is None and system_prompt is None:
+        return base
+    asked = base.asked
+    return resolve(
+        asked.template if template is None else template,
+        tokenizer,
+        system_prompt=asked.system_prompt if system_prompt is None else system_prompt,
+        stop=asked.stop,
+        no_input=asked.no_input if template is None else None,
+        date=base.date,
+    )
 
 
 def needed_tokens(template: str, *, stop: str | None = None) -> tuple[str, ...]:
@@ -160,6 +189,16 @@ def needed_tokens(template: str, *, stop: str | None = None) -> tuple[str, ...]:
     choice = wording.NAMED[template]
     end = choice.stop if choice.stop and not stop else None
     return tuple(dict.fromkeys((*choice.needs, *([end] if end else []))))
+
+
+def tokens_to_add(
+    wanted: bool | Sequence[str], templates: Iterable[str], *, stop: str | None = None
+) -> tuple[str, ...]:
+    """The control tokens that `add_tokens` asks for: those of the named templates, or a list."""
+    if not isinstance(wanted, bool):
+        return tuple(wanted)
+    needed = [token for name in templates for token in needed_tokens(name, stop=stop)]
+    return tuple(dict.fromkeys(needed)) if wanted else ()
 
 
 def _without_input(

@@ -50,6 +50,8 @@ class Tokenizer:
     begins_with_bos: bool
     size: int  # largest id + 1
     fingerprint: str
+    added: Mapping[str, int]  # tokens that the folder's own tokenizer does not have, and their ids
+    changed_files: Mapping[str, bytes]  # what an export writes in place of the folder's files
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -112,8 +114,13 @@ class Tokenizer:
         return next((end for end in ends if end in self.control), None)
 
 
-def load_tokenizer(path_or_name: str, *, revision: str | None = None) -> Tokenizer:
-    """Opens a folder (also a run directory), or downloads the tokenizer files of a hub id."""
+def load_tokenizer(
+    path_or_name: str, *, revision: str | None = None, add: Sequence[str] = ()
+) -> Tokenizer:
+    """Opens a folder (also a run directory), or downloads the tokenizer files of a hub id.
+
+    `add` are control tokens it shall have; those it lacks get the ids behind all others.
+    """
     folder = _folder(path_or_name, revision)
     if not (folder / "tokenizer.json").exists() and (folder / "hf" / "tokenizer.json").exists():
         folder = folder / "hf"
@@ -136,12 +143,13 @@ def load_tokenizer(path_or_name: str, *, revision: str | None = None) -> Tokeniz
     _add_tokens(backend, settings)
     named = _named(backend, settings, folder)
     _set_plain_text_processor(backend, settings, named)
-
-    added = backend.get_added_tokens_decoder()
-    control = {token.content: number for number, token in added.items() if token.special}
+    lacking = [token for token in dict.fromkeys(add) if token not in _control(backend)]
+    new = _add_control(backend, lacking)
+    control = _control(backend)
     bos = named.get("bos_token")
     begins_with_bos = bos is not None and backend.encode("a").tokens[:1] == [bos]
     identity = json.dumps([named, begins_with_bos, sorted(control.items())]).encode()
+    changed = _with_control(folder, backend, control, lacking) if lacking else {}
     return Tokenizer(
         backend=backend,
         folder=folder,
@@ -151,6 +159,8 @@ def load_tokenizer(path_or_name: str, *, revision: str | None = None) -> Tokeniz
         begins_with_bos=begins_with_bos,
         size=max(backend.get_vocab().values(), default=-1) + 1,
         fingerprint=hashlib.sha256(definition + identity).hexdigest(),
+        added=new,
+        changed_files=changed,
     )
 
 
@@ -207,6 +217,44 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> N
             keys = ("single_word", "lstrip", "rstrip", "normalized", "special")
             flags = {key: token[key] for key in keys if key in token}
             backend.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
+
+
+def _control(backend: tokenizers.Tokenizer) -> dict[str, int]:
+    added = backend.get_added_tokens_decoder()
+    return {token.content: number for number, token in added.items() if token.special}
+
+
+def _add_control(backend: tokenizers.Tokenizer, tokens: Sequence[str]) -> dict[str, int]:
+    """Makes `tokens` control tokens; returns the ids of those that were not there at all."""
+    lacking = [token for token in tokens if backend.token_to_id(token) is None]
+    backend.add_special_tokens(
+        [tokenizers.AddedToken(token, special=True, normalized=False) for token in tokens]
+    )
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    return {token: vocabulary[token] for token in lacking}
+
+
+def _with_control(
+    folder: Path, backend: tokenizers.Tokenizer, control: Mapping[str, int], add: Sequence[str]
+) -> dict[str, bytes]:
+    """tokenizer.json and tokenizer_config.json in which `add` are special tokens."""
+    settings = _settings(folder)
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        listed = settings.get(name)
+        if isinstance(listed, list) or (listed is None and name == "additional_special_tokens"):
+            contents = [t.get("content") if isinstance(t, dict) else t for t in listed or ()]
+            settings[name] = [*(listed or ()), *(t for t in add if t not in contents)]
+            break
+    if isinstance(declared := settings.get("added_tokens_decoder"), dict):
+        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+        new = {str(control[t]): {"content": t, **flags, "special": True} for t in add}
+        settings["added_tokens_decoder"] = {**declared, **new}
+    settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    return {
+        "tokenizer.json": backend.to_str(pretty=True).encode(),
+        "tokenizer_config.json": text.encode(),
+    }
 
 
 def _named(

@@ -54,6 +54,8 @@ class Tokenizer(Protocol):
     def bos_token(self) -> str | None: ...
     @property
     def eos_token(self) -> str | None: ...
+    @property
+    def changed_files(self) -> Mapping[str, bytes]: ...
 
 
 class Template(Protocol):
@@ -273,10 +275,15 @@ def _special_ids(
 def _write_tokenizer(
     folder: Path, model: HfModel, tokenizer: Tokenizer | None, template: Template | None
 ) -> None:
-    """The tokenizer's files byte for byte; its chat template replaced by the one trained with."""
+    """The tokenizer's files, byte for byte unless tokens were added to it; its chat template
+    replaced by the one trained with.
+    """
     source = model.folder if tokenizer is None else tokenizer.folder
+    changed = {} if tokenizer is None else tokenizer.changed_files
     for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
+        if name in changed:
+            _write(folder / name, changed[name])
+        elif (source / name).is_file():
             _write(folder / name, (source / name).read_bytes())
     text = None if template is None else template.chat_template
     if text is not None:

@@ -6,11 +6,11 @@ step: the safetensors on disk are the source of every slice.
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,11 +30,19 @@ _HUB_WEIGHTS = ("model*.safetensors",)
 _DERIVED = ("rotary_emb.inv_freq",)
 
 
+class NewTokens(NamedTuple):
+    """Ids that the model was never trained on, and how many rows from 0 on it was."""
+
+    ids: frozenset[int]
+    trained: int
+
+
 @dataclass(frozen=True)
 class HfModel:
     """A folder understood. `name` is what the user called it; `dtype` what it is stored in.
 
-    `tensors` is empty when it was opened without weights (`init: random`).
+    `tensors` is empty when it was opened without weights (`init: random`). `new` are tokens that
+    `with_tokens` gave it; `spec.vocab` may then be more rows than the tensors have.
     """
 
     name: str
@@ -45,6 +53,18 @@ class HfModel:
     spec: ModelSpec
     dtype: str
     tensors: Mapping[str, Tensor]
+    new: NewTokens | None = None
+
+    @cached_property
+    def mean_rows(self) -> dict[str, np.ndarray]:
+        """Tensor name -> the mean over the trained rows, f32 [D], of those with a row per token."""
+        assert self.new is not None
+        return {
+            piece.name: _mean_row(self.tensors[piece.name], self.new.trained)
+            for placed in self.placed.values()
+            for piece in placed.pieces()
+            if placed.row.groups[0] == ("V",)
+        }
 
     @cached_property
     def placed(self) -> dict[str, Placed]:
@@ -79,6 +99,21 @@ def open_model(
     return model
 
 
+def with_tokens(model: HfModel, ids: Iterable[int], *, trained: int) -> HfModel:
+    """The model with new tokens. Its tables grow only when an id has no row, and never shrink.
+
+    `trained` is the number of tokens it has been trained on: what its tables hold beyond that is
+    padding. Rows of new ids, also those that lie in the padding, are loaded as the mean of the
+    trained rows, in the embedding and the head alike.
+    """
+    new = frozenset(ids)
+    if not new:
+        return model
+    rows = max(model.spec.vocab, max(new) + 1)
+    known = NewTokens(new, min(trained, model.spec.vocab))
+    return replace(model, spec=replace(model.spec, vocab=rows), new=known)
+
+
 def load_params(model: HfModel, shardings: Any | None, dtype: Any) -> Any:
     """The parameter tree in `dtype`, every leaf read by slices straight into its sharding.
 
@@ -93,6 +128,8 @@ def load_params(model: HfModel, shardings: Any | None, dtype: Any) -> Any:
     where = named(shardings) if shardings is not None else {}
 
     def read(name: str, index: Index) -> np.ndarray:
+        if model.new is not None and name in model.mean_rows:
+            return _read_rows(model, name, index)
         return fetch(model.tensors[name], index)
 
     def load(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -101,6 +138,31 @@ def load_params(model: HfModel, shardings: Any | None, dtype: Any) -> Any:
         return _assemble(leaf.shape, where[name], lambda at: placed[name].read(read, at, target))
 
     return map_named(load, _abstract(model.spec))
+
+
+def _read_rows(model: HfModel, name: str, index: Index) -> np.ndarray:
+    """Rows of a tensor [V D] as they begin: from the file, or the mean where they are new."""
+    assert model.new is not None
+    tensor = model.tensors[name]
+    have = tensor.shape[0]
+    wanted = range(*index[0].indices(model.spec.vocab))
+    inside = slice(min(wanted.start, have), min(wanted.stop, have))
+    found = fetch(tensor, (inside, *index[1:]))
+    values = np.empty((len(wanted), *found.shape[1:]), found.dtype)
+    values[: len(found)] = found
+    mean = model.mean_rows[name][index[1:]]
+    for row in {*range(max(wanted.start, have), wanted.stop), *model.new.ids}:
+        if row in wanted:
+            values[row - wanted.start] = mean
+    return values
+
+
+def _mean_row(tensor: Tensor, rows: int, block: int = 8192) -> np.ndarray:
+    total = np.zeros(tensor.shape[1:], np.float64)
+    for start in range(0, rows, block):
+        cut = (slice(start, min(start + block, rows)), slice(None))
+        total += fetch(tensor, cut).astype(np.float64).sum(axis=0)
+    return (total / max(1, rows)).astype(np.float32)
 
 
 def layer_numbers(spec: ModelSpec) -> dict[tuple[int, int], tuple[int, ...]]:

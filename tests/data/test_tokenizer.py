@@ -90,6 +90,28 @@ def test_a_run_directory_is_its_model(tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path)).folder == tmp_path / "hf"
 
 
+def test_tokens_are_added_behind_all_others(tmp_path: Path, byte_level: Tokenizer) -> None:
+    from transformers import AutoTokenizer
+
+    folder = str(byte_level.folder)
+    found = load_tokenizer(folder, add=["<|im_end|>", "### End", "<|new|>"])
+    assert found.added == {"### End": byte_level.size, "<|new|>": byte_level.size + 1}
+    assert found.size == byte_level.size + 2
+    assert found.encode("a### End") == [*byte_level.encode("a"), byte_level.size]
+    assert found.fingerprint != byte_level.fingerprint
+    for name, content in found.changed_files.items():
+        (tmp_path / name).write_bytes(content)
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    assert reference("a### End<|new|>", add_special_tokens=False).input_ids == (
+        found.encode("a### End<|new|>")
+    )
+    assert {"### End", "<|new|>"} <= set(reference.all_special_tokens)
+    assert reference.decode(found.encode("a<|new|>"), skip_special_tokens=True) == "a"
+    again = load_tokenizer(str(tmp_path), add=["### End"])
+    assert (again.added, again.changed_files) == ({}, {})
+    assert load_tokenizer(folder, add=["<|im_end|>"]).changed_files == {}
+
+
 def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tokenizer.json.*Set tokenizer_name"):
         load_tokenizer(str(tmp_path))

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -41,6 +42,7 @@ class Tokenizer(NamedTuple):
     pad_id: int | None = 0
     bos_token: str | None = "<s>"
     eos_token: str | None = "</s>"
+    changed_files: Mapping[str, bytes] = {}
 
 
 class Template(NamedTuple):
