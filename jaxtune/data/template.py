@@ -232,6 +232,9 @@ def render(
     said = _said(template, noun)
     try:
         full = _text(template, said)
+        # A tool's name may stand in a message too: that the template shows tools is seen without.
+        if said.tools and full == _rendered(template, said.messages):
+            return (Dropped("the template does not show the tools", "it reads none"),)
     except jinja.TemplateFailed as error:
         return (Dropped(error.reason, str(error)),)
     turns = {i: _turn(template, said, i, full) for i in weights}
