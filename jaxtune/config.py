@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -45,22 +46,66 @@ class _Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+def label(value: Any) -> str:
+    """A value of a column, as data and configuration name it alike: text, else JSON.
+
+    >>> [label("a"), label(7), label(True), label(None)]
+    ['a', '7', 'true', 'null']
+    """
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+
+
+class ProportionsConfig(_Strict):
+    """What share of a dataset's examples each value of a column makes up, by drawing anew."""
+
+    column: str = Field(description="of the data, by its own name")
+    target: dict[str, PositiveFloat] = Field(
+        description="value -> share; other values are left out"
+    )
+
+    @pydantic.field_validator("target", mode="before")
+    @classmethod
+    def _named(cls, target: Any) -> Any:
+        return {label(k): v for k, v in target.items()} if isinstance(target, dict) else target
+
+    @pydantic.model_validator(mode="after")
+    def _whole(self) -> ProportionsConfig:
+        if abs(sum(self.target.values()) - 1) > 1e-6:
+            raise ValueError(f"target: shares add up to 1; these to {sum(self.target.values()):g}")
+        return self
+
+
 class DatasetConfig(_Strict):
     """One source of examples."""
 
-    path: str = Field(description=".json or .jsonl file (also .gz)")
-    name: str | None = Field(None, description="label in reports; default: the file's name")
-    split: str | None = Field(None, description="split of a hub dataset")
+    path: str = Field(
+        description="file (.json .jsonl .csv .txt .parquet, also .gz), glob, folder or hub id"
+    )
+    name: str | None = Field(
+        None,
+        description="label in reports, default: the file's name; of a hub dataset with several "
+        "configurations the one to read",
+    )
+    split: str | None = Field(
+        None, description="split of a folder or hub dataset; default: train, or the only one"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub dataset")
     format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text"] = Field(
         "auto", description="auto decides by the columns found and says what it decided"
     )
     columns: dict[str, str] = Field(
         {}, description="standard name -> your column, e.g. {output: answer}"
     )
-    weight: PositiveFloat = Field(1.0, description="sampling weight in a mixture")
+    template: str | None = Field(None, description="for this dataset alone; default: the run's")
+    system_prompt: str | None = Field(
+        None, description="for rows of this dataset that bring none; default: the run's"
+    )
+    weight: PositiveFloat = Field(
+        1.0, description="how often its examples are drawn, against those of weight 1"
+    )
     limit: PositiveInt | None = Field(None, description="use the first N rows only")
-    proportions: dict[str, Any] | None = Field(
-        None, description="target distribution over a column"
+    proportions: ProportionsConfig | None = Field(
+        None, description="{column: category, target: {shipping: 0.8, returns: 0.2}}"
     )
 
 
@@ -149,6 +194,9 @@ class Config(_Strict):
         "drop", description="rows longer than max_length; drop counts and shows them"
     )
     packing: bool = Field(True, description="several examples in a row, isolated; less padding")
+    dataset_num_proc: PositiveInt | None = Field(
+        None, description="processes that tokenise; default: one a core; never changes results"
+    )
 
     learning_rate: NonNegativeFloat = Field(
         2e-5, description="peak; the default is 2e-4 when lora.r > 0"
@@ -211,6 +259,10 @@ class Config(_Strict):
             raise ValueError("max_steps is positive, or -1 for num_train_epochs")
         if self.eval_split and self.eval_datasets:
             raise ValueError("eval_split and eval_datasets exclude each other; set one")
+        if any(entry.weight != 1 or entry.proportions for entry in self.eval_datasets):
+            raise ValueError(
+                "eval_datasets have no weight and no proportions: each example counts once"
+            )
         return self
 
 
@@ -261,6 +313,7 @@ ALIASES: Mapping[str, _Alias] = {
     ),
     "add_tokens": _Alias("add_tokens", _add_tokens),
     "sample_packing": _Alias("packing"),
+    **dict.fromkeys(("preprocessing_num_workers", "dataset_processes"), _Alias("dataset_num_proc")),
     **dict.fromkeys(("train_on_inputs", "train_on_prompt"), _Alias("train_on", _train_on)),
     "lr": _Alias("learning_rate"),
     **dict.fromkeys(("epochs", "num_epochs"), _Alias("num_train_epochs")),
@@ -366,6 +419,7 @@ def _nearest_in(model: type[pydantic.BaseModel], loc: tuple[int | str, ...]) -> 
     """The nearest known sibling of an unknown key inside a list entry or a group."""
     groups = {"datasets": DatasetConfig, "eval_datasets": DatasetConfig}
     owner = groups.get(str(loc[0]), model) if len(loc) > 1 else model
+    owner = ProportionsConfig if "proportions" in loc[:-1] else owner
     return nearest(str(loc[-1]), list(owner.model_fields))
 
 
@@ -441,7 +495,6 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_what_is_not_built(config: Config) -> None:
     """A knob that would be silently ignored is an error instead."""
-    entries = (*config.datasets, *config.eval_datasets)
     wanted = {
         "lora.r": config.lora.r > 0,
         f"optim={config.optim}": config.optim != "adamw",
@@ -449,9 +502,6 @@ def _refuse_what_is_not_built(config: Config) -> None:
         "mesh.context": config.mesh.context != 1,
         "report_to=wandb": "wandb" in config.report_to,
         "sample_prompts": bool(config.sample_prompts),
-        "datasets[].weight": any(entry.weight != 1.0 for entry in entries),
-        "datasets[].proportions": any(entry.proportions is not None for entry in entries),
-        "datasets[].split": any(entry.split is not None for entry in entries),
     }
     refused = [name for name, set_ in wanted.items() if set_]
     if refused:

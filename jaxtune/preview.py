@@ -3,7 +3,7 @@
     python -m jaxtune.preview --dataset FILE --tokenizer_name FOLDER
 
 Needs no model and no device. `--json` prints one object per example, dropped rows included;
-`--stats` the report alone, with `--json` as one object.
+`--stats` the report alone, with `--json` as one object; `--html FILE` writes both as a page.
 """
 
 from __future__ import annotations
@@ -12,25 +12,33 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
 from jaxtune import command
-from jaxtune.config import Config, ConfigError
+from jaxtune.config import Config, ConfigError, DatasetConfig
 
 if TYPE_CHECKING:
+    from jaxtune.data.pipeline import Dataset
     from jaxtune.data.prepare import Prepared, Settings
 
-_SHOWN = 3
+_SHOWN, _ON_PAGE = 3, 50  # examples by default
 
 
 class PreviewOptions(command.Options):
     examples: int | None = Field(
-        None, ge=0, description="how many to show; default 3, with --json all"
+        None, ge=0, description="how many to show; default 3, with --html 50, with --json all"
+    )
+    html: str | None = Field(
+        None, description="FILE for a page of examples, token by token, and the report"
     )
     stats: bool = Field(False, description="the data report only")
+    columns: tuple[str, ...] = Field(
+        (), description="columns of the data whose values the report counts, e.g. category"
+    )
     as_json: bool = Field(
         False, alias="json", description="one object per example; with --stats the report"
     )
@@ -59,11 +67,14 @@ def run(config: Config, options: PreviewOptions | None = None) -> Result:
         for entry_name, prepared in _rows(config, settings, options.examples):
             print(json.dumps(_as_object(entry_name, prepared), ensure_ascii=False))
         return Result(None)
-    report = _report(config, settings)
+    report = _report(config, settings, options.columns)
+    if options.html is not None:
+        count = _ON_PAGE if options.examples is None else options.examples
+        _write_page(Path(options.html), config, settings, report, count)
     if options.as_json:
         print(json.dumps(report, ensure_ascii=False))
         return Result(report)
-    if not options.stats:
+    if not options.stats and options.html is None:
         _show(config, settings, _SHOWN if options.examples is None else options.examples)
     from jaxtune.draw.terminal import show_report
 
@@ -101,27 +112,44 @@ def _as_object(name: str, prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _report(config: Config, settings: Settings) -> dict[str, Any]:
-    from jaxtune.data.doctor import report
+def _report(config: Config, settings: Settings, columns: Sequence[str]) -> dict[str, Any]:
+    from jaxtune.data.doctor import distribution, near_overlap, overlap, report
     from jaxtune.data.pipeline import Batches, open_dataset, split
+    from jaxtune.draw.progress import Tokenising
 
-    dataset = open_dataset(
-        config.datasets,
-        tokenizer=settings.tokenizer,
-        template=settings.template,
-        train_on=config.train_on,
-        max_length=config.max_length,
-        truncation=config.truncation,
+    def opened(entries: Sequence[DatasetConfig]) -> Dataset:
+        return open_dataset(
+            entries,
+            tokenizer=settings.tokenizer,
+            template=settings.template,
+            train_on=config.train_on,
+            max_length=config.max_length,
+            truncation=config.truncation,
+            processes=config.dataset_num_proc,
+            progress=progress,
+        )
+
+    with Tokenising() as progress:
+        dataset, held_out = opened(config.datasets), None
+        if config.eval_datasets:
+            held_out = opened(config.eval_datasets)
+        elif config.eval_split:
+            dataset, held_out = split(dataset, config.eval_split, seed=config.seed)
+    rows = config.global_batch_size or (
+        config.per_device_train_batch_size * config.gradient_accumulation_steps
     )
-    if config.eval_split:
-        dataset, _ = split(dataset, config.eval_split, seed=config.seed)
-    batches = Batches(
-        dataset,
-        batch_size=config.per_device_train_batch_size,
-        seed=config.seed,
-        packing=config.packing,
-    )
-    return report(dataset, batches)
+    batches = Batches(dataset, batch_size=rows, seed=config.seed, packing=config.packing)
+    steps = batches.total_steps(config.num_train_epochs, config.max_steps)
+    found = report(dataset, batches, total_steps=steps)
+    if columns:
+        found["columns"] = {c: distribution(dataset, config.datasets, c) for c in columns}
+    if held_out is not None:
+        found["evaluation"] = {
+            "examples": len(held_out),
+            "also_trained": overlap(dataset, held_out),
+            "nearly_trained": near_overlap(dataset, held_out),
+        }
+    return found
 
 
 def _show(config: Config, settings: Settings, count: int) -> None:
@@ -131,7 +159,7 @@ def _show(config: Config, settings: Settings, count: int) -> None:
 
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for name, prepared in _rows(config, settings, count):
-        print(f"--- {printable(name)} row {prepared.row}, line {prepared.line}")
+        print(f"--- {printable(name)} row {prepared.row}, {printable(prepared.where)}")
         if prepared.dropped is not None:
             reason = ": ".join(filter(None, prepared.dropped))
             print(f"dropped: {printable(reason)}")
@@ -140,6 +168,34 @@ def _show(config: Config, settings: Settings, count: int) -> None:
         elif prepared.text:
             print(printable(prepared.text))
         print()
+
+
+def _write_page(
+    file: Path, config: Config, settings: Settings, report: Mapping[str, Any], count: int
+) -> None:
+    from jaxtune.data.encode import token_texts
+    from jaxtune.draw.page import Piece, Shown, page
+
+    def shown(name: str, prepared: Prepared) -> Shown:
+        tokens, dropped = prepared.tokens, prepared.dropped
+        if tokens is None:
+            pieces = [Piece(prepared.text, [], 0.0)] if prepared.text else []
+        else:
+            pieces = [Piece(*found) for found in token_texts(tokens, settings.tokenizer)]
+        return Shown(
+            f"{name} row {prepared.row}, line {prepared.line}",
+            pieces,
+            None if dropped is None else f"dropped: {': '.join(filter(None, dropped))}",
+        )
+
+    examples = (shown(*row) for row in _rows(config, settings, count))
+    names = ", ".join(report["by_dataset"])
+    title = f"{names} as trained with template {settings.template.name}"
+    try:
+        file.write_text(page(title, examples, report), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"html {file}: cannot be written: {error.strerror}.") from None
+    command.note(f"written: {file}")
 
 
 if __name__ == "__main__":

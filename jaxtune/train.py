@@ -148,7 +148,9 @@ def _claim(run_dir: Path) -> None:
 
 
 def _open_data(config: Config, model_name: str) -> Material:
+    from jaxtune.data.doctor import refuse
     from jaxtune.data.pipeline import open_dataset, split
+    from jaxtune.draw.progress import Tokenising
 
     tokenizer = command.open_tokenizer(config, config.tokenizer_name or model_name)
     template = command.open_template(config, tokenizer)
@@ -161,13 +163,17 @@ def _open_data(config: Config, model_name: str) -> Material:
             train_on=config.train_on,
             max_length=config.max_length,
             truncation=config.truncation,
+            processes=config.dataset_num_proc,
+            progress=progress,
         )
 
-    train, held_out = opened(config.datasets), None
-    if config.eval_datasets:
-        held_out = opened(config.eval_datasets)
-    elif config.eval_split:
-        train, held_out = split(train, config.eval_split, seed=config.seed)
+    with Tokenising() as progress:
+        train, held_out = opened(config.datasets), None
+        if config.eval_datasets:
+            held_out = opened(config.eval_datasets)
+        elif config.eval_split:
+            train, held_out = split(train, config.eval_split, seed=config.seed)
+    refuse(train)
     return Material(tokenizer, template, train, held_out)
 
 
@@ -185,16 +191,18 @@ def _announce(
     config: Config, material: Material, batches: Batches, mesh: Mesh, total_steps: int
 ) -> dict[str, Any]:
     """Says what is about to be trained, and returns the data report for the model card."""
-    from jaxtune.data.doctor import overlap, report
+    from jaxtune.data.doctor import near_overlap, overlap, report
     from jaxtune.draw.terminal import show_report
 
-    found = report(material.train, batches)
-    show_report(found)
+    found = report(material.train, batches, total_steps=total_steps)
+    show_report(found, short=True)
     if material.held_out is not None:
         common = overlap(material.train, material.held_out)
+        alike = near_overlap(material.train, material.held_out)
         note(
             f"evaluation: {len(material.held_out)} examples"
             + (f"; {common} of them are in the training data" if common else "")
+            + (f"; {alike} records say nearly the same as a trained one" if alike else "")
         )
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     note(
@@ -455,8 +463,11 @@ class Loop:
     def _evaluates_after(self, done: int) -> bool:
         if self.plan.held_out is None:
             return False
-        every = self.config.eval_steps or self.plan.batches.steps_per_epoch
-        return done % every == 0 or done == self.plan.total_steps
+        if self.config.eval_steps:
+            due = done % self.config.eval_steps == 0
+        else:
+            due = self.plan.batches.locate(done)[1] == 0
+        return due or done == self.plan.total_steps
 
     def _evaluate(self, params: Any, done: int) -> None:
         from jaxtune.data.pipeline import eval_batches

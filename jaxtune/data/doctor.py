@@ -2,50 +2,59 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxtune.config import DataError
+from jaxtune.data import likeness, mixture, prepare
 from jaxtune.data.pipeline import Batches, Dataset
 
-# What is counted while a source is prepared -> what it means.
+# What is counted of examples and records -> what it means.
 FLAGS = {
     "split_at_boundary": "rows split where a token would reach over an answer's edge",
     "answers_not_kept_exactly": "rows whose blanks or Unicode form the tokenizer does not keep",
     "truncated": "rows cut to max_length",
     "answers_cut": "rows whose answer lost its end to that cut; they teach no stop there",
     "trained_tokens_cut": "trained tokens lost to that cut",
+    "trained_tokens_dropped": "trained tokens in rows that were dropped, mostly for their length",
     "typed_control_tokens": "rows whose own text contains control tokens",
+    "short_answers": "rows with an answer of one word",
+    "duplicates": "rows that are the same as an earlier one, token for token",
+    "near_duplicates": "records that say nearly the same as an earlier one",
 }
+_LONGEST = 60  # letters of a column's value
+_VALUES = 20  # of a column that are named; the others are counted together
 
 
-def report(dataset: Dataset, batches: Batches | None = None) -> dict[str, Any]:
+def report(
+    dataset: Dataset, batches: Batches | None = None, *, total_steps: int | None = None
+) -> dict[str, Any]:
     """What `preview --stats --json` prints; with `batches` also how a run will batch it.
 
-    `lengths` are tokens per example. What is counted of records, dropped rows and flags is counted
-    over whole sources, also where `dataset` is one side of a split.
+    `lengths` are tokens per example. Everything is counted over this side of a split, but for the
+    rows that were dropped: they are on neither side, and are counted over whole sources.
     """
     lengths, trained = dataset.token_counts, dataset.trained_counts
-    counts: dict[str, int] = dict.fromkeys(FLAGS, 0)
-    records, examples = 0, 0
-    dropped: dict[str, dict[str, Any]] = {}
-    for source in dataset.sources:
-        summary = source.stored.summary
-        records += summary["counts"].get("records", 0)
-        examples += len(source.stored.arrays["rows"])
-        for flag in FLAGS:
-            counts[flag] += summary["counts"].get(flag, 0)
-        for reason, found in summary["dropped"].items():
-            entry = dropped.setdefault(reason, {"count": 0, "first": []})
-            entry["count"] += found["count"]
-            entry["first"] += [
-                {"where": f"{source.path}:{first['line']}", "detail": first["detail"]}
-                for first in found["first"]
-            ]
-    digests = dataset.gather("digests")
+    marks = dataset.gather("flags")
+    counts = {
+        name: int(np.count_nonzero(marks & (1 << bit))) for bit, name in enumerate(prepare.FLAGS)
+    }
+    dropped = _dropped(dataset)
+    distinct = np.unique(dataset.chosen, return_index=True)[1]
+    digests = dataset.gather("digests")[distinct]
+    counts |= {
+        "trained_tokens_cut": int(dataset.gather("lost").sum(dtype=np.int64)),
+        "trained_tokens_dropped": _counted(dataset, "trained_tokens_dropped"),
+        "duplicates": len(digests) - len(np.unique(digests)),
+        "near_duplicates": near_duplicates(dataset),
+    }
     result: dict[str, Any] = {
-        "records": records,
+        "records": _records(dataset),
         "examples": len(dataset),
         "dropped": sum(found["count"] for found in dropped.values()),
         "dropped_by_reason": dropped,
@@ -54,13 +63,13 @@ def report(dataset: Dataset, batches: Batches | None = None) -> dict[str, Any]:
         "trained_share": float(trained.sum() / max(1, lengths.sum())),
         "lengths": _quantiles(lengths),
         "trained_lengths": _quantiles(trained),
-        "duplicates": len(digests) - len(np.unique(digests)),
-        "stop_trained_share": 1.0 - counts["answers_cut"] / max(1, examples),
-        **counts,
+        "stop_trained_share": 1.0 - counts["answers_cut"] / max(1, len(dataset)),
+        **{name: counts[name] for name in FLAGS},
         "flags": FLAGS,
         "by_dataset": {
             name: _part(dataset.only(name), dataset, name) for name in dict.fromkeys(dataset.names)
         },
+        "mixture": mixture.table(dataset.strata) if dataset.mixed else [],
         "fingerprint": dataset.fingerprint,
         "notes": list(dataset.notes),
     }
@@ -72,7 +81,115 @@ def report(dataset: Dataset, batches: Batches | None = None) -> dict[str, Any]:
             "batch_size": batches.batch_size,
             "steps_per_epoch": batches.steps_per_epoch,
         }
+        if total_steps is not None:
+            result["packing"]["total_steps"] = total_steps
     return result
+
+
+def refuse(dataset: Dataset) -> None:
+    """Raises `DataError` where training could only do harm, before a device is touched."""
+    cut = dataset.gather("flags") & (1 << prepare.FLAGS.index("answers_cut"))
+    if cut.all():
+        raise DataError(
+            f"{dataset.sources[0].path}: all {len(dataset)} rows lose the end of their answer to "
+            f"max_length ({dataset.max_length}), so no row teaches where to stop. Raise "
+            "max_length, or set truncation to drop."
+        )
+
+
+def distribution(
+    dataset: Dataset, entries: Sequence[prepare.Entry], column: str
+) -> dict[str, dict[str, int]]:
+    """{value: {"records", "examples"}} of a column, the commonest first.
+
+    `entries` are those `dataset` was opened from; they are read again. Records without the column
+    count under "(absent)". Raises `DataError` when no record has it.
+    """
+    records: Counter[str] = Counter()
+    examples: Counter[str] = Counter()
+    present = False
+    for number, entry in enumerate(entries):
+        rows = dataset.gather("rows")[dataset.source_of == number]
+        count = np.bincount(rows, minlength=1)
+        for row, (_, _, fields) in prepare.read(entry):
+            if row >= len(count):
+                break
+            if count[row]:
+                present |= column in fields
+                value = _shown(fields[column]) if column in fields else "(absent)"
+                records[value] += 1
+                examples[value] += int(count[row])
+    if not present:
+        raise DataError(f"columns: no record that is trained has a column '{column}'.")
+    named = [value for value, _ in examples.most_common(_VALUES)]
+    found = {v: {"records": records[v], "examples": examples[v]} for v in named}
+    if len(examples) > _VALUES:
+        found[f"({len(examples) - _VALUES} others)"] = {
+            "records": records.total() - sum(part["records"] for part in found.values()),
+            "examples": examples.total() - sum(part["examples"] for part in found.values()),
+        }
+    return found
+
+
+def overlap(train: Dataset, held_out: Dataset) -> int:
+    """How many held-out examples are also trained, token for token."""
+    return int(np.isin(held_out.gather("digests"), train.gather("digests")).sum())
+
+
+def near_overlap(train: Dataset, held_out: Dataset) -> int:
+    """How many held-out records say nearly the same as a trained one, or just the same."""
+    _, trained = _sayings(train)
+    _, asked = _sayings(held_out)
+    alike = likeness.first_alike(np.concatenate([trained, asked]))[len(trained) :]
+    return int((alike < len(trained)).sum())
+
+
+def near_duplicates(dataset: Dataset) -> int:
+    """How many records say nearly the same as an earlier one, those with the same tokens aside."""
+    examples, sayings = _sayings(dataset)
+    earlier = likeness.first_alike(sayings)
+    later = np.flatnonzero(earlier < len(earlier))
+    digests = dataset.gather("digests")[examples]
+    _, first = np.unique(digests, return_index=True)
+    return int(np.isin(later, first).sum())
+
+
+def _sayings(dataset: Dataset) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+    """The first example of each record, and what that record says, as a signature."""
+    _, first = np.unique(dataset.record_of, return_index=True)
+    examples = np.sort(first)
+    parts = []
+    for number, source in enumerate(dataset.sources):
+        here = examples[dataset.source_of[examples] == number]
+        every = source.stored.arrays["signatures"].reshape(-1, likeness.PLACES)
+        parts.append(every[dataset.chosen[here] - dataset.starts[number]])
+    return examples, np.concatenate(parts)
+
+
+def _records(dataset: Dataset) -> int:
+    """Those of this side, and those that are on neither because nothing of them is trained."""
+    total = _counted(dataset, "records")
+    for number, source in enumerate(dataset.sources):
+        rows = dataset.gather("rows")[dataset.source_of == number]
+        total += len(np.unique(rows)) - len(np.unique(source.stored.arrays["rows"]))
+    return total
+
+
+def _counted(dataset: Dataset, name: str) -> int:
+    return sum(source.stored.summary["counts"].get(name, 0) for source in dataset.sources)
+
+
+def _dropped(dataset: Dataset) -> dict[str, dict[str, Any]]:
+    dropped: dict[str, dict[str, Any]] = {}
+    for source in dataset.sources:
+        for reason, found in source.stored.summary["dropped"].items():
+            entry = dropped.setdefault(reason, {"count": 0, "first": []})
+            entry["count"] += found["count"]
+            entry["first"] += [
+                {"where": source.where(first), "detail": first["detail"]}
+                for first in found["first"]
+            ]
+    return dropped
 
 
 def _part(part: Dataset, whole: Dataset, name: str) -> dict[str, Any]:
@@ -85,14 +202,16 @@ def _part(part: Dataset, whole: Dataset, name: str) -> dict[str, Any]:
     }
 
 
+def _shown(value: Any) -> str:
+    """A value as one short line, so that counting a column of long texts costs little."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    line = " ".join(text[: 2 * _LONGEST].split())
+    return line[:_LONGEST] + "..." if len(line) > _LONGEST else line or "(empty)"
+
+
 def _quantiles(values: NDArray[np.int64]) -> dict[str, int]:
     if not len(values):
         return {}
     named = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
     found = np.percentile(values, list(named.values()), method="inverted_cdf")
     return {name: int(value) for name, value in zip(named, found, strict=True)}
-
-
-def overlap(train: Dataset, held_out: Dataset) -> int:
-    """How many held-out examples are also trained, token for token."""
-    return int(np.isin(held_out.gather("digests"), train.gather("digests")).sum())

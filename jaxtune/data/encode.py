@@ -34,6 +34,8 @@ from jaxtune.data.tokenizer import Tokenizer
 # (SentencePiece puts a blank there). Tried in order until one comes off whole.
 ANCHORS = ("\n", ":", ".", "a", "1", ">", "]")
 
+_LETTER = 8  # tokens that one letter may be spread over; bytes that are none stand for themselves
+
 Row = tuple[Span, ...]
 
 
@@ -95,6 +97,26 @@ def runs(tokens: Tokens, tokenizer: Tokenizer) -> list[tuple[str, float]]:
         text = tokenizer.decode(tokens.ids[:edge].tolist())
         found.append((text[len(before) :], float(tokens.weights[edge - 1])))
         before = text
+    return found
+
+
+def token_texts(tokens: Tokens, tokenizer: Tokenizer) -> list[tuple[str, list[int], float]]:
+    """The example token by token: [(text, ids, weight), ...].
+
+    Several ids stand together where a letter is spread over them. Each is decoded behind those
+    before it, so blanks come out as in the whole text.
+    """
+    ids, weights = tokens.ids.tolist(), tokens.weights.tolist()
+    found: list[tuple[str, list[int], float]] = []
+    behind, start, before = 0, 0, ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[behind:end])
+        whole = not text.endswith("\ufffd") or end - start > _LETTER
+        edge = end == len(ids) or weights[end] != weights[start]
+        if whole or edge:
+            found.append((text[len(before) :], ids[start:end], weights[start]))
+            behind, start = start, end
+            before = tokenizer.decode(ids[behind:end])
     return found
 
 

@@ -7,14 +7,15 @@ integer: the step. Rows are filled only when asked for; a host asks for its own.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 import json
 import math
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -22,12 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxtune.config import ConfigError, DataError
-from jaxtune.data import cache, pack, prepare
+from jaxtune.data import cache, mixture, pack, prepare
 from jaxtune.data.encode import shift
-from jaxtune.data.prepare import Entry, Settings, Truncation
+from jaxtune.data.prepare import Entry, Progress, Settings, Truncation
 from jaxtune.data.schema import Batch, Example, Tokens
 from jaxtune.data.template import Template, TrainOn
 from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.data.workers import default_processes
 
 T = TypeVar("T")
 
@@ -40,7 +42,15 @@ class Source:
 
     name: str
     path: str
+    files: tuple[str, ...]  # by name; `stored` counts them
     stored: cache.Stored
+    weight: float = 1.0
+    column: str | None = None  # whose values have target shares
+    target: Mapping[str, float] = field(default_factory=dict)
+
+    def where(self, first: Mapping[str, Any]) -> str:
+        """FILE:LINE of a row that was dropped."""
+        return f"{self.files[first['file']]}:{first['line']}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,16 +86,17 @@ class Dataset:
     @functools.cached_property
     def trained_counts(self) -> NDArray[np.int64]:
         """Tokens of each example that carry weight."""
-        counts = [
-            np.add.reduceat(s.stored.arrays["weights"] != 0, s.stored.arrays["offsets"][:-1])
-            for s in self.sources
-            if len(s.stored.arrays["rows"])
-        ]
-        return np.concatenate(counts).astype(np.int64)[self.chosen]
+        return self.gather("trained").astype(np.int64)
 
     def gather(self, name: str) -> NDArray[Any]:
-        """A per-example array of the cache (`rows`, `digests`) over all examples."""
+        """A per-example array of the cache (`rows`, `flags`, ...) over all examples."""
         return np.concatenate([s.stored.arrays[name] for s in self.sources])[self.chosen]
+
+    @functools.cached_property
+    def record_of(self) -> NDArray[np.int64]:
+        """For each example a number that only the examples of the same record share."""
+        rows = self.gather("rows")
+        return self.source_of * (int(rows.max(initial=0)) + 1) + rows
 
     def tokens(self, index: int) -> Tokens:
         """Example `index`, whole and unshifted."""
@@ -97,6 +108,34 @@ class Dataset:
 
     def example(self, index: int) -> Example:
         return shift(self.tokens(index))
+
+    @functools.cached_property
+    def mixed(self) -> bool:
+        """Whether an epoch is anything else than every example once."""
+        weights = {source.weight for source in self.sources}
+        return len(weights) > 1 or any(source.column for source in self.sources)
+
+    @functools.cached_property
+    def strata(self) -> tuple[mixture.Stratum, ...]:
+        """Examples that are drawn alike. Raises `DataError` for a target that none meets."""
+        parts = []
+        for number, source in enumerate(self.sources):
+            own = np.flatnonzero(self.source_of == number)
+            values = source.stored.arrays["values"][self.chosen[own] - self.starts[number]]
+            known = source.stored.summary["values"]
+            parts.append(
+                mixture.Part(
+                    source.name,
+                    source.path,
+                    source.weight,
+                    source.column,
+                    source.target,
+                    own,
+                    values,
+                    known,
+                )
+            )
+        return mixture.strata(parts)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,7 +149,9 @@ class Dataset:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Same tokens, weights, order, tokenizer and template: same fingerprint."""
-        parts = [source.stored.summary["content"] for source in self.sources]
+        parts: list[Any] = [source.stored.summary["content"] for source in self.sources]
+        if self.mixed:
+            parts += [[s.weight, s.column, sorted(s.target.items())] for s in self.sources]
         chosen = hashlib.sha256(self.chosen.tobytes()).hexdigest()
         return hashlib.sha256(json.dumps([parts, chosen, self.identity]).encode()).hexdigest()
 
@@ -124,33 +165,68 @@ def open_dataset(
     max_length: int = 2048,
     truncation: Truncation = "drop",
     cache_dir: Path | None = None,
+    processes: int | None = None,
+    progress: Progress = lambda path, records: None,
 ) -> Dataset:
     """Tokenises every source, or finds it in the cache, and puts them one after the other.
 
+    `processes` (default: one a core) changes nothing but the time; `progress` hears of it.
     Raises `DataError` with file and line for a broken file, and when a source leaves nothing to
     train, with the commonest reason.
     """
     if not entries:
         raise ConfigError("dataset: none given. Set --dataset FILE, or a list under datasets.")
-    settings = Settings(tokenizer, template, train_on, max_length, truncation)
+    shared = Settings(tokenizer, template, train_on, max_length, truncation)
+    templates: list[str] = []
     folder = cache_dir or cache.default_folder()
     opened: list[Source] = []
     notes: list[str] = []
     for entry in entries:
+        settings = prepare.settings_of(entry, shared)
+        templates.append(settings.template.fingerprint)
         key = prepare.cache_key(entry, settings)
-        build = functools.partial(prepare.build, entry=entry, settings=settings)
+        build = functools.partial(
+            prepare.build,
+            entry=entry,
+            settings=settings,
+            processes=processes or default_processes(),
+            progress=progress,
+        )
         stored, note = cache.stored(folder, key, build)
-        _refuse_empty(entry, stored, max_length)
-        opened.append(Source(prepare.dataset_name(entry), entry.path, stored))
+        source = _source(entry, stored)
+        _refuse_empty(source, max_length)
+        opened.append(source)
+        if len(source.files) > 1:
+            notes.append(f"{entry.path}: {len(source.files)} files: {_some(source.files)}")
         if entry.format == "auto":
             notes.append(f"{entry.path}: read as format '{stored.summary['format']}'")
         notes += [note] if note else []
-    identity = json.dumps([tokenizer.fingerprint, template.fingerprint, train_on, max_length])
+    identity = json.dumps([tokenizer.fingerprint, templates, train_on, max_length])
     total = sum(len(source.stored.arrays["rows"]) for source in opened)
-    return Dataset(tuple(opened), np.arange(total), max_length, identity, tuple(notes))
+    dataset = Dataset(tuple(opened), np.arange(total), max_length, identity, tuple(notes))
+    left_out = {s.dataset: len(s.numbers) for s in dataset.strata if not s.drawn}
+    notes += [f"{name}: {n} examples are in no target and left out" for name, n in left_out.items()]
+    return replace(dataset, notes=tuple(notes))
 
 
-def _refuse_empty(entry: Entry, stored: cache.Stored, max_length: int) -> None:
+def _source(entry: Entry, stored: cache.Stored) -> Source:
+    return Source(
+        name=prepare.dataset_name(entry),
+        path=entry.path,
+        files=tuple(file.name for file in prepare.files_of(entry)),
+        stored=stored,
+        weight=entry.weight,
+        column=entry.proportions.column if entry.proportions else None,
+        target=entry.proportions.target if entry.proportions else {},
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+
+
+def _refuse_empty(source: Source, max_length: int) -> None:
+    stored = source.stored
     if len(stored.arrays["rows"]):
         return
     records = stored.summary["counts"].get("records", 0)
@@ -158,7 +234,7 @@ def _refuse_empty(entry: Entry, stored: cache.Stored, max_length: int) -> None:
     first = dropped["first"][0]
     knob = f" Raise max_length (now {max_length})." if "max_length" in reason else ""
     raise DataError(
-        f"{entry.path}:{first['line']}: nothing to train: all {records} rows are dropped, "
+        f"{source.where(first)}: nothing to train: all {records} rows are dropped, "
         f"{dropped['count']} because: {reason}{': ' if first['detail'] else ''}{first['detail']}."
         f"{knob} `preview` shows every row."
     )
@@ -169,8 +245,7 @@ def split(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset, Datase
 
     The rows that one record was expanded into stay together.
     """
-    records = np.stack([dataset.source_of, dataset.gather("rows")], axis=1)
-    unique, record_of = np.unique(records, axis=0, return_inverse=True)
+    unique, record_of = np.unique(dataset.record_of, return_inverse=True)
     count = max(1, round(share * len(unique)))
     if count >= len(unique):
         raise DataError(
@@ -189,7 +264,8 @@ def split(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset, Datase
 class Batches:
     """The batches of a run, by step from 0; a pure function of (dataset, seed, step).
 
-    `order` "shuffled" = another permutation each epoch; "file" = as the data lies, for evaluation.
+    `order` "shuffled" = another permutation each epoch, mixed as the datasets' weights and
+    proportions ask; "file" = every example once, as the data lies, for evaluation.
     """
 
     def __init__(
@@ -206,44 +282,81 @@ class Batches:
         self.seed = seed
         self._order = order
         self._lengths = dataset.token_counts - 1  # after the shift
+        self._packing = packing
+        self._mixed = dataset.mixed and order == "shuffled"
         self.row_length = dataset.max_length if packing else self._shortest_row()
-        descending = np.sort(self._lengths)[::-1]
-        self._bins = (
-            pack.best_fit_decreasing(descending, self.row_length)
-            if packing
-            else pack.one_each(len(descending))
-        )
-        self.rows = len(self._bins.starts) - 1  # in an epoch
+        self._bins = functools.lru_cache(maxsize=2)(self._packed)
         self._epoch_rows = functools.lru_cache(maxsize=2)(self._plan)
+        self._ends: list[int] = []  # the step behind each epoch, as far as it was asked for
 
     def _shortest_row(self) -> int:
         longest = int(self._lengths.max(initial=1))
         return min(self.dataset.max_length, -(-longest // _LENGTH_STEP) * _LENGTH_STEP)
 
+    def drawn(self, epoch: int) -> NDArray[np.int64]:
+        """The numbers of the examples that the epoch is made of, in no order."""
+        if not self._mixed:
+            return np.arange(len(self.dataset))
+        return mixture.draw(self.dataset.strata, self.seed, epoch)
+
+    def _packed(self, epoch: int) -> pack.Bins:
+        """Found once where every epoch has the same lengths: see `_bins_of`."""
+        lengths = np.sort(self._lengths[self.drawn(epoch)])[::-1]
+        if not self._packing:
+            return pack.one_each(len(lengths))
+        return pack.best_fit_decreasing(lengths, self.row_length)
+
+    def _bins_of(self, epoch: int) -> pack.Bins:
+        return self._bins(epoch if self._mixed else 0)
+
     def _plan(self, epoch: int) -> pack.Rows:
+        numbers, bins = self.drawn(epoch), self._bins_of(epoch)
+        lengths = self._lengths[numbers]
         if self._order == "file":
-            return pack.in_order(self._bins, self._lengths)
-        return pack.shuffled(self._bins, self._lengths, self.seed, epoch)
+            rows = pack.in_order(bins, lengths)
+        else:
+            rows = pack.shuffled(bins, lengths, self.seed, epoch)
+        return rows._replace(examples=numbers[rows.examples])
+
+    @property
+    def rows(self) -> int:
+        """In the first epoch; in each, unless a mixture draws others that pack otherwise."""
+        return len(self._bins_of(0).starts) - 1
 
     @property
     def steps_per_epoch(self) -> int:
-        """The last one may hold empty rows; every example is in exactly one of them."""
-        return -(-self.rows // self.batch_size)
+        """In the first epoch. The last step may hold empty rows."""
+        return self.end_of_epoch(0)
+
+    def end_of_epoch(self, epoch: int) -> int:
+        """The first step behind an epoch, counted from 0."""
+        while len(self._ends) <= epoch:
+            rows = len(self._bins_of(len(self._ends)).starts) - 1
+            before = self._ends[-1] if self._ends else 0
+            self._ends.append(before - (-rows // self.batch_size))
+        return self._ends[epoch]
 
     @property
     def fill(self) -> float:
-        """Share of the slots in an epoch's rows that hold a token."""
-        return float(self._lengths.sum()) / max(1, self.rows * self.row_length)
+        """Share of the slots in the first epoch's rows that hold a token."""
+        tokens = float(self._lengths[self.drawn(0)].sum())
+        return tokens / max(1, self.rows * self.row_length)
 
     def total_steps(self, num_train_epochs: float, max_steps: int = -1) -> int:
         """`max_steps` when positive, else as many as the epochs take, rounded up."""
         if max_steps > 0:
             return max_steps
-        return math.ceil(num_train_epochs * self.steps_per_epoch - 1e-9)
+        whole = int(num_train_epochs)
+        before = self.end_of_epoch(whole - 1) if whole else 0
+        rest = (num_train_epochs - whole) * (self.end_of_epoch(whole) - before)
+        return before + math.ceil(rest - 1e-9)
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, step within the epoch), both from 0."""
-        return divmod(step, self.steps_per_epoch)
+        while not self._ends or self._ends[-1] <= step:
+            self.end_of_epoch(len(self._ends))
+        epoch = bisect.bisect_right(self._ends, step)
+        return epoch, step - (self._ends[epoch - 1] if epoch else 0)
 
     def examples(self, step: int) -> list[list[int]]:
         """The numbers of the examples in each row of the step's batch."""
@@ -252,7 +365,7 @@ class Batches:
         first = index * self.batch_size
         return [
             plan.examples[plan.starts[row] : plan.starts[row + 1]].tolist()
-            if row < self.rows
+            if row < len(plan.starts) - 1
             else []
             for row in range(first, first + self.batch_size)
         ]

@@ -6,27 +6,52 @@ those that are trained).
 
 from __future__ import annotations
 
-import collections
+import contextlib
+import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from jaxtune.config import DataError
+from jaxtune.config import DataError, label
 from jaxtune.data import formats, sources
 from jaxtune.data.cache import Writer, code_version
 from jaxtune.data.encode import encode, truncate
+from jaxtune.data.likeness import signatures
 from jaxtune.data.schema import Conversation, Document, Dropped, Span, Tokens
-from jaxtune.data.template import Template, TrainOn, render
+from jaxtune.data.template import Template, TrainOn, render, variant
 from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.data.workers import in_order
 
+Progress = Callable[[str, int], None]  # (path, records done so far)
 Truncation = Literal["drop", "truncate", "error"]
 
-_CHUNK = 512  # records encoded together: enough for every core, little enough to stream
+# What is noted of each example in its byte of `flags`, from the lowest bit.
+FLAGS = (
+    "split_at_boundary",
+    "answers_not_kept_exactly",
+    "truncated",
+    "answers_cut",
+    "typed_control_tokens",
+    "short_answers",
+)
+
+# Records encoded together: enough for a tokenizer's threads, little enough to stream. Fixed, so
+# that the result does not depend on the number of processes.
+_CHUNK = 512
 _SHOWN = 3  # examples kept of each reason for dropping
+
+
+class Proportions(Protocol):
+    @property
+    def column(self) -> str: ...
+    @property
+    def target(self) -> Mapping[str, float]: ...
 
 
 class Entry(Protocol):
@@ -42,6 +67,18 @@ class Entry(Protocol):
     def columns(self) -> Mapping[str, str]: ...
     @property
     def limit(self) -> int | None: ...
+    @property
+    def template(self) -> str | None: ...
+    @property
+    def system_prompt(self) -> str | None: ...
+    @property
+    def weight(self) -> float: ...
+    @property
+    def proportions(self) -> Proportions | None: ...
+    @property
+    def split(self) -> str | None: ...
+    @property
+    def revision(self) -> str | None: ...
 
 
 class Settings(NamedTuple):
@@ -54,11 +91,27 @@ class Settings(NamedTuple):
     truncation: Truncation = "drop"
 
 
+def settings_of(entry: Entry, settings: Settings) -> Settings:
+    """`settings` with the entry's own template and system prompt where it has them."""
+    own = variant(
+        settings.template,
+        settings.tokenizer,
+        template=entry.template,
+        system_prompt=entry.system_prompt,
+    )
+    return settings._replace(template=own)
+
+
+Numbered = tuple[int, sources.Record]  # a record and its place in its file, from 0
+
+
 class Prepared(NamedTuple):
     """A row as it will be trained, or why it will not. `tokens` may be there either way."""
 
     row: int  # the record's place in its file, from 0
-    line: int  # the line it starts on, from 1
+    file: str
+    line: int  # it starts on, from 1; in a table its row
+    value: str  # in the column of `proportions`; "" where there are none
     text: str
     tokens: Tokens | None
     dropped: Dropped | None
@@ -67,66 +120,87 @@ class Prepared(NamedTuple):
     cut: bool = False  # to max_length
     lost: int = 0  # trained tokens cut off with it
     typed_control: bool = False  # the record's own text contains control tokens
+    short: bool = False  # a trained answer is one word
+    said: str = ""  # the record's own text, without what its system messages say
+
+    @property
+    def where(self) -> str:
+        return f"{self.file}:{self.line}"
 
 
 def dataset_name(entry: Entry) -> str:
-    return entry.name or entry.path.rsplit("/", 1)[-1].split(".")[0]
+    """Its `name`, else what its path ends with, without the suffix."""
+    end = entry.path.rstrip("/").rsplit("/", 1)[-1].split(".")[0]
+    return entry.name or (entry.path if not end or "*" in end else end)
 
 
-def read(entry: Entry) -> Iterator[tuple[int, int, formats.Noun | Dropped]]:
-    """(row, line, noun) of every record of a source, up to its limit. Raises `DataError`."""
-    path = sources.check(entry.path)
-    name = entry.format
-    for row, (line, fields) in enumerate(itertools.islice(sources.read(path), entry.limit)):
-        where = f"{entry.path}:{line}"
-        if row == 0:
-            name = formats.resolve(name, entry.columns, fields, where)
-        yield row, line, formats.to_noun(name, fields, entry.columns, where)
+def read(entry: Entry) -> Iterator[Numbered]:
+    """Every record of a source with its number, up to its limit. Raises `DataError`."""
+    return enumerate(itertools.islice(sources.read(files_of(entry)), entry.limit))
+
+
+def files_of(entry: Entry) -> tuple[sources.File, ...]:
+    return sources.find(entry.path, split=entry.split, revision=entry.revision, config=entry.name)
 
 
 def format_of(entry: Entry) -> str:
-    """The entry's format, `auto` decided. Raises `DataError`."""
-    path = sources.check(entry.path)
-    first = next(sources.read(path), None)
-    if first is None:
-        raise DataError(f"{entry.path}: the file is empty. Expected JSON objects.")
-    return formats.resolve(entry.format, entry.columns, first.fields, f"{entry.path}:{first.line}")
+    """The entry's format, `auto` decided by its first record. Raises `DataError`."""
+    first = next(sources.read(files_of(entry)))
+    return formats.resolve(entry.format, entry.columns, first.fields, first.where)
 
 
 def prepare(entry: Entry, settings: Settings) -> Iterator[Prepared]:
     """Every row of a source in order, dropped ones included."""
-    records = read(entry)
+    settings = settings_of(entry, settings)
+    name = format_of(entry)
+    for chunk in _chunks(read(entry)):
+        yield from _prepare_chunk(chunk, name, entry, settings)
+
+
+def _chunks(records: Iterator[Numbered]) -> Iterator[list[Numbered]]:
     while chunk := list(itertools.islice(records, _CHUNK)):
-        yield from _prepare_chunk(chunk, entry, settings)
+        yield chunk
 
 
 def _prepare_chunk(
-    chunk: Iterable[tuple[int, int, formats.Noun | Dropped]], entry: Entry, settings: Settings
+    chunk: Sequence[Numbered], name: str, entry: Entry, settings: Settings
 ) -> Iterator[Prepared]:
-    rendered: list[tuple[int, int, tuple[Span, ...] | Dropped, bool]] = []
-    for row, line, noun in chunk:
+    """The rows of some records that are read as format `name`; encoded together."""
+    rendered: list[tuple[Prepared, tuple[Span, ...] | Dropped]] = []
+    for row, record in chunk:
+        noun = formats.to_noun(name, record.fields, entry.columns, record.where)
+        value = label(record.fields.get(entry.proportions.column)) if entry.proportions else ""
+        base = Prepared(row, record.file, record.line, value, "", None, None)
         if isinstance(noun, Dropped):
-            rendered.append((row, line, noun, False))
+            rendered.append((base, noun))
             continue
         if not _is_unicode(noun):
-            rendered.append((row, line, Dropped("the text is not valid Unicode"), False))
+            rendered.append((base, Dropped("the text is not valid Unicode")))
             continue
-        typed = _types_control(noun, settings.tokenizer)
+        base = base._replace(
+            typed_control=_types_control(noun, settings.tokenizer), said=_said(noun)
+        )
         rows = render(settings.template, noun, train_on=settings.train_on)
-        rendered += [(row, line, spans, typed) for spans in rows]
-    whole = [spans for _, _, spans, _ in rendered if not isinstance(spans, Dropped)]
+        rendered += [(base, spans) for spans in rows]
+    whole = [spans for _, spans in rendered if not isinstance(spans, Dropped)]
     encoded = iter(encode(whole, settings.tokenizer))
-    for row, line, spans, typed in rendered:
+    for base, spans in rendered:
         if isinstance(spans, Dropped):
-            yield Prepared(row, line, "", None, spans, typed_control=typed)
+            yield base._replace(dropped=spans)
             continue
         text = "".join(span.text for span in spans)
         result = next(encoded)
         if isinstance(result, Dropped):
-            yield Prepared(row, line, text, None, result, typed_control=typed)
-        else:
-            prepared = Prepared(row, line, text, result.tokens, None, result.split, result.inexact)
-            yield _fit(prepared, entry, settings)._replace(typed_control=typed)
+            yield base._replace(text=text, dropped=result)
+            continue
+        prepared = base._replace(
+            text=text,
+            tokens=result.tokens,
+            split=result.split,
+            inexact=result.inexact,
+            short=_has_short_answer(spans, settings.template.stop),
+        )
+        yield _fit(prepared, entry, settings)
 
 
 def _fit(prepared: Prepared, entry: Entry, settings: Settings) -> Prepared:
@@ -137,8 +211,7 @@ def _fit(prepared: Prepared, entry: Entry, settings: Settings) -> Prepared:
     detail = f"{len(tokens.ids)} tokens, max_length {limit}"
     if settings.truncation == "error":
         raise DataError(
-            f"{entry.path}:{prepared.line}: {detail}. Raise max_length, or set truncation to "
-            "drop or truncate."
+            f"{prepared.where}: {detail}. Raise max_length, or set truncation to drop or truncate."
         )
     if settings.truncation == "drop":
         return prepared._replace(dropped=Dropped("longer than max_length", detail))
@@ -169,6 +242,21 @@ def _is_unicode(noun: Conversation | Document) -> bool:
     return True
 
 
+def _said(noun: Conversation | Document) -> str:
+    if isinstance(noun, Document):
+        return noun.text
+    return "\n".join(
+        f"{message.content}\n{message.input}"
+        for message in noun.messages
+        if message.role != "system"
+    )
+
+
+def _has_short_answer(spans: tuple[Span, ...], stop: str) -> bool:
+    answers = (span.text for span in spans if span.answer and span.weight > 0)
+    return any(len(text.removesuffix(stop).split(None, 2)) < 2 for text in answers)
+
+
 def _types_control(noun: Conversation | Document, tokenizer: Tokenizer) -> bool:
     return any(tokenizer.control_pattern.search(text) for text in _texts(noun))
 
@@ -176,10 +264,11 @@ def _types_control(noun: Conversation | Document, tokenizer: Tokenizer) -> bool:
 def cache_key(entry: Entry, settings: Settings) -> str:
     """Everything that decides the tokens of a source; no path, no name, no output folder."""
     parts = {
-        "data": sources.digest(sources.check(entry.path)),
+        "data": sources.digest(files_of(entry)),
         "format": entry.format,
         "columns": dict(sorted(entry.columns.items())),
         "limit": entry.limit,
+        "column": entry.proportions.column if entry.proportions else None,
         "tokenizer": settings.tokenizer.fingerprint,
         "template": settings.template.fingerprint,
         "train_on": settings.train_on,
@@ -190,50 +279,99 @@ def cache_key(entry: Entry, settings: Settings) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
 
-def build(writer: Writer, entry: Entry, settings: Settings) -> dict[str, Any]:
+class Made(NamedTuple):
+    """What a chunk of records became: arrays to append to the cache, and counts."""
+
+    arrays: dict[str, NDArray[Any]]  # by the names of `cache.ARRAYS`; lengths in place of offsets
+    values: tuple[str, ...]  # what the numbers in `arrays["values"]` stand for in this chunk
+    counts: Counter[str]
+    dropped: dict[str, dict[str, Any]]  # reason -> {"count", "first": [{"file", "line", "detail"}]}
+
+
+def make(chunk: Sequence[Numbered], *, name: str, entry: Entry, settings: Settings) -> Made:
+    """Records -> arrays; a pure function of its arguments, run in any process."""
+    counts: Counter[str] = Counter(records=len(chunk))
+    dropped: dict[str, dict[str, Any]] = {}
+    kept: list[Prepared] = []
+    tokens: list[Tokens] = []
+    for item in _prepare_chunk(chunk, name, entry, settings):
+        if item.dropped or item.tokens is None:
+            reason, detail = item.dropped or Dropped("nothing to train")
+            first = [{"file": item.file, "line": item.line, "detail": detail}]
+            _merge(dropped, {reason: {"count": 1, "first": first}})
+            if item.tokens is not None:
+                counts["trained_tokens_dropped"] += int(np.count_nonzero(item.tokens.weights))
+        else:
+            kept.append(item)
+            tokens.append(item.tokens)
+    values: dict[str, int] = {}
+    arrays = {
+        "ids": _joined([part.ids for part in tokens]),
+        "weights": _joined([part.weights for part in tokens]),
+        "offsets": np.array([len(part.ids) for part in tokens], np.int64),
+        "trained": np.array([np.count_nonzero(part.weights) for part in tokens], np.int32),
+        "rows": np.array([item.row for item in kept], np.int64),
+        "values": np.array([values.setdefault(item.value, len(values)) for item in kept], np.int32),
+        "flags": np.array([_flags(item) for item in kept], np.uint8),
+        "lost": np.array([item.lost for item in kept], np.int32),
+        "digests": np.array([_digest(part.ids) for part in tokens], np.uint64),
+        "signatures": signatures([item.said for item in kept]).reshape(-1),
+    }
+    return Made(arrays, tuple(values), counts, dropped)
+
+
+def build(
+    writer: Writer, entry: Entry, settings: Settings, processes: int, progress: Progress
+) -> dict[str, Any]:
     """Writes the examples of a source and returns what was counted on the way."""
-    counts: collections.Counter[str] = collections.Counter()
-    reasons: dict[str, dict[str, Any]] = {}
-    offset, last_row = 0, -1
+    name = format_of(entry)
+    files = [file.name for file in files_of(entry)]
+    counts: Counter[str] = Counter()
+    dropped: dict[str, dict[str, Any]] = {}
+    known: dict[str, int] = {}  # values of the column of `proportions`
+    end = 0
     writer.append("offsets", np.zeros(1, np.int64))
-    rows = prepare(entry, settings)
-    while chunk := list(itertools.islice(rows, _CHUNK)):
-        kept: list[Tokens] = []
-        numbers: list[int] = []
-        for item in chunk:
-            counts["records"] += item.row != last_row
-            last_row = item.row
-            counts["typed_control_tokens"] += item.typed_control
-            if item.dropped or item.tokens is None:
-                reason, detail = item.dropped or Dropped("nothing to train")
-                found = reasons.setdefault(reason, {"count": 0, "first": []})
-                found["count"] += 1
-                if len(found["first"]) < _SHOWN:
-                    found["first"].append({"line": item.line, "detail": detail})
-                continue
-            counts["split_at_boundary"] += item.split
-            counts["answers_not_kept_exactly"] += item.inexact
-            counts["truncated"] += item.cut
-            counts["answers_cut"] += item.lost > 0
-            counts["trained_tokens_cut"] += item.lost
-            kept.append(item.tokens)
-            numbers.append(item.row)
-        if kept:
-            ids = [tokens.ids for tokens in kept]
-            writer.append("ids", np.concatenate(ids))
-            writer.append("weights", np.concatenate([tokens.weights for tokens in kept]))
-            ends = offset + np.cumsum([len(part) for part in ids])
-            writer.append("offsets", ends)
-            writer.append("rows", np.array(numbers))
-            writer.append("digests", np.array([_digest(part) for part in ids], np.uint64))
-            offset = int(ends[-1])
+    work = functools.partial(make, name=name, entry=entry, settings=settings)
+    with contextlib.closing(in_order(work, _chunks(read(entry)), processes)) as parts:
+        for made in parts:
+            counts.update(made.counts)
+            _merge(dropped, made.dropped)
+            ends = end + np.cumsum(made.arrays["offsets"])
+            end = int(ends[-1]) if len(ends) else end
+            numbers = [known.setdefault(value, len(known)) for value in made.values]
+            values = np.array(numbers, np.int32)[made.arrays["values"]]
+            for array, found in {**made.arrays, "offsets": ends, "values": values}.items():
+                writer.append(array, found)
+            progress(entry.path, counts["records"])
+    for reason in dropped.values():  # by number: the same data may lie elsewhere tomorrow
+        reason["first"] = [
+            {**first, "file": files.index(first["file"])} for first in reason["first"]
+        ]
     return {
-        "format": format_of(entry),
+        "format": name,
         "content": writer.content,
+        "values": list(known),
         "counts": dict(counts),
-        "dropped": dict(sorted(reasons.items(), key=lambda item: -item[1]["count"])),
+        "dropped": dict(sorted(dropped.items(), key=lambda item: -item[1]["count"])),
     }
 
 
-def _digest(ids: np.ndarray[Any, Any]) -> int:
+def _merge(dropped: dict[str, dict[str, Any]], more: Mapping[str, dict[str, Any]]) -> None:
+    for reason, found in more.items():
+        entry = dropped.setdefault(reason, {"count": 0, "first": []})
+        entry["count"] += found["count"]
+        entry["first"] = (entry["first"] + found["first"])[:_SHOWN]
+
+
+def _flags(item: Prepared) -> int:
+    """Bit i is set where `FLAGS[i]` is true of the row."""
+    said = (item.split, item.inexact, item.cut, item.lost > 0, item.typed_control, item.short)
+    return sum(flag << bit for bit, flag in enumerate(said))
+
+
+def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def _digest(ids: NDArray[Any]) -> int:
     return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")

@@ -36,7 +36,8 @@ class Tokenising:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._bar.live.is_started:  # stopping what never began writes a line
+            self._bar.stop()
 
     def __call__(self, path: str, records: int) -> None:
         now = time.monotonic()
@@ -46,7 +47,7 @@ class Tokenising:
         if seconds < self._after:
             return
         name = printable(path.rsplit("/", 1)[-1])
-        done = f"{records:,} records, {records / seconds:,.0f}/s"
+        done = f"{records:,} records, {records / max(seconds, 1e-3):,.0f}/s"
         if self._console.is_terminal:
             self._bar.start()
             task = self._bar.task_ids[0] if self._bar.task_ids else self._bar.add_task("", done="")

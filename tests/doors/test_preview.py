@@ -67,7 +67,7 @@ def test_text_marks_what_is_trained_then_reports(folder: Path, capsys: Any) -> N
     out = printed(capsys, arguments(folder))
     assert "### Response:\n[[Seven.</s>]]\n" in out
     assert out.count("[[") == 2
-    assert "--- data row 2, line 3\ndropped: empty answer: message 2" in out
+    assert f"--- data row 2, {folder / 'data.jsonl'}:3\ndropped: empty answer: message 2" in out
     assert "4 records -> 2 examples" in out
     assert "dropped 1: longer than max_length" in out
     assert f"{folder / 'data.jsonl'}:4: " in out
