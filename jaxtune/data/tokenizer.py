@@ -1,4 +1,6 @@
-"""A folder with tokenizer.json -> text to ids and back. Knows no template and no weights.
+"""A folder with tokenizer.json, or a SentencePiece model -> text to ids and back.
+
+Knows no template and no weights.
 
 The tokenizers library is used directly: what transformers would add on top (which token is bos,
 whether plain text gets one, the chat template) is read from tokenizer_config.json, and the tests
@@ -20,6 +22,7 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from jaxtune.config import ConfigError
+from jaxtune.data import sentencepiece
 
 _NAMED = (
     "bos_token",
@@ -30,7 +33,13 @@ _NAMED = (
     "cls_token",
     "mask_token",
 )
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "*.jinja")
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "*.jinja",
+    "*.model",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,23 +130,24 @@ def load_tokenizer(
 
     `add` are control tokens it shall have; those it lacks get the ids behind all others.
     """
-    folder = _folder(path_or_name, revision)
-    if not (folder / "tokenizer.json").exists() and (folder / "hf" / "tokenizer.json").exists():
-        folder = folder / "hf"
-    file = folder / "tokenizer.json"
-    if not file.exists():
-        other = " It has a SentencePiece tokenizer.model; " if _sentencepiece(folder) else " "
-        raise ConfigError(
-            f"{folder}: no tokenizer.json.{other}expected the Hugging Face fast format, which "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes. "
-            "Set tokenizer_name to a folder that has it."
-        )
+    file = _file(path_or_name, revision)
+    folder = file.parent
     settings = _settings(folder)
-    try:
+    bare = file.suffix == ".model"
+    if bare:
+        model = sentencepiece.read(file)
+        backend = sentencepiece.convert(model)
+        # What such models were trained with, whatever the folder leaves unsaid.
+        said = {key: value for key, value in settings.items() if key != "added_tokens_decoder"}
+        has_bos = "bos_token" in sentencepiece.named(model)
+        settings = {"add_bos_token": has_bos, **sentencepiece.named(model), **said}
         definition = file.read_bytes()
-        backend = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
-    except Exception as error:  # the library raises bare Exception
-        raise ConfigError(f"{file}: not a tokenizer: {error}.") from None
+    else:
+        try:
+            definition = file.read_bytes()
+            backend = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigError(f"{file}: not a tokenizer: {error}.") from None
     backend.no_padding()
     backend.no_truncation()
     _add_tokens(backend, settings)
@@ -149,7 +159,9 @@ def load_tokenizer(
     bos = named.get("bos_token")
     begins_with_bos = bos is not None and backend.encode("a").tokens[:1] == [bos]
     identity = json.dumps([named, begins_with_bos, sorted(control.items())]).encode()
-    changed = _with_control(folder, backend, control, lacking) if lacking else {}
+    if bare:
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    changed = _files(backend, settings, control, lacking) if lacking or bare else {}
     return Tokenizer(
         backend=backend,
         folder=folder,
@@ -164,12 +176,34 @@ def load_tokenizer(
     )
 
 
-def _folder(path_or_name: str, revision: str | None) -> Path:
-    folder = Path(path_or_name).expanduser()
+def _file(path_or_name: str, revision: str | None) -> Path:
+    """The tokenizer.json of a folder, else its SentencePiece model; or that model itself."""
+    path = Path(path_or_name).expanduser()
+    if path.is_file() and path.suffix == ".model":
+        return path
+    folder = _folder(path, path_or_name, revision)
+    for place in (folder, folder / "hf"):
+        if (place / "tokenizer.json").exists():
+            return place / "tokenizer.json"
+    found = sorted(folder.glob("*.model"), key=lambda file: (file.stem != "tokenizer", file.name))
+    if not found:
+        raise ConfigError(
+            f"{folder}: no tokenizer.json, and no SentencePiece tokenizer.model; expected the "
+            "Hugging Face fast format, which "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...) writes. "
+            "Set tokenizer_name to a folder that has it."
+        )
+    return found[0]
+
+
+def _folder(folder: Path, path_or_name: str, revision: str | None) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ConfigError(f"{path_or_name}: expected a folder with tokenizer.json; got a file.")
+        raise ConfigError(
+            f"{path_or_name}: expected a folder with tokenizer.json, or a SentencePiece .model; "
+            "got a file."
+        )
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path_or_name) or path_or_name.startswith("."):
         raise ConfigError(f"{path_or_name}: no such folder, and not the form of a hub id.")
     import huggingface_hub  # here: only a hub id needs the network
@@ -186,10 +220,6 @@ def _folder(path_or_name: str, revision: str | None) -> Path:
             f"{path_or_name}: no such folder, and no tokenizer of that name could be fetched "
             f"from the hub: {reason}"
         ) from None
-
-
-def _sentencepiece(folder: Path) -> bool:
-    return any(folder.glob("*.model"))
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -234,11 +264,14 @@ def _add_control(backend: tokenizers.Tokenizer, tokens: Sequence[str]) -> dict[s
     return {token: vocabulary[token] for token in lacking}
 
 
-def _with_control(
-    folder: Path, backend: tokenizers.Tokenizer, control: Mapping[str, int], add: Sequence[str]
+def _files(
+    backend: tokenizers.Tokenizer,
+    settings: Mapping[str, Any],
+    control: Mapping[str, int],
+    add: Sequence[str],
 ) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json in which `add` are special tokens."""
-    settings = _settings(folder)
+    settings = dict(settings)
     for name in ("additional_special_tokens", "extra_special_tokens"):
         listed = settings.get(name)
         if isinstance(listed, list) or (listed is None and name == "additional_special_tokens"):

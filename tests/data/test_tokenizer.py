@@ -115,9 +115,10 @@ def test_tokens_are_added_behind_all_others(tmp_path: Path, byte_level: Tokenize
 def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tokenizer.json.*Set tokenizer_name"):
         load_tokenizer(str(tmp_path))
-    (tmp_path / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(ConfigError, match="SentencePiece"):
-        load_tokenizer(str(tmp_path))
+    for broken in (b"", b"\x0a\xff", b"not a model", b"\x0a\x02\x18\x01"):
+        (tmp_path / "tokenizer.model").write_bytes(broken)
+        with pytest.raises(ConfigError, match=r"tokenizer\.model: not a SentencePiece model"):
+            load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"tokenizer.json: not a tokenizer"):
         load_tokenizer(str(tmp_path))
