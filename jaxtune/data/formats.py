@@ -234,8 +234,13 @@ def _message(item: Any) -> Message:
 def _joined(content: Any) -> str:
     """Text, or content parts; text parts read one after the other."""
     if isinstance(content, list):
-        if not all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-            raise _Unusable("content holds parts that are not text", f"got {_short(content)}")
+        for part in content:
+            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+                raise _Unusable("content holds a part that is not text", f"got {_short(part)}")
+            if part.get("type", "text") != "text":
+                raise _Unusable("content holds a part that is not text", f"got {_short(part)}")
+            if _weight(part) is not None:
+                raise _Unusable("a part of a message has its own weight", f"got {_short(part)}")
         return "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise _Unusable("content is not text", f"got {_short(content)}")

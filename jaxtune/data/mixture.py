@@ -13,7 +13,6 @@ equal weights and no proportions every example is in every epoch once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,11 +45,6 @@ class Stratum(NamedTuple):
     value: str | None
     numbers: Indices
     drawn: int  # in each epoch; 0 = what is in no target
-
-
-def label(value: Any) -> str:
-    """A column's value as `target` names it: text as it is, anything else as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
 def apportion(total: int, shares: Sequence[float]) -> list[int]:

@@ -7,6 +7,7 @@ split; they are read here like any other file, so JSON stays JSON.
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import json
@@ -37,8 +38,10 @@ def find(
     on_hub = not place.exists() and _is_hub_id(path)
     if revision is not None and not on_hub:
         raise ConfigError(f"datasets[].revision: {path} is not on the hub. Unset it.")
-    if on_hub or (place.is_dir() and split is not None and not _saved(place)):
-        return _of_library(path, split, revision, config)
+    if on_hub:
+        return _of_hub(path, split, revision, config)
+    if place.is_dir() and split is not None and not _saved(place):
+        return _of_library(path, split, None, config)
     if place.is_dir():
         return _of_saved(place, split) if _saved(place) else _in_folder(place)
     if split is not None:
@@ -169,6 +172,10 @@ def _of_library(
         _file(Path(place), name.removeprefix("hf://datasets/"))
         for place, name in zip(local, chosen, strict=True)
     )
+
+
+# Asked once: between two questions a branch of the hub may move.
+_of_hub = functools.cache(_of_library)
 
 
 def _builder(library: Any, path: str, revision: str | None, config: str | None) -> Any:
