@@ -123,6 +123,16 @@ def _tables(report: Mapping[str, Any]) -> str:
             ],
         ),
         _table(
+            "Mixture",
+            ("", "value", "examples", "share before", "drawn in an epoch", "share after"),
+            [
+                (part["dataset"], "" if part["value"] is None else part["value"],
+                 part["examples"], f"{part['share_before']:.1%}",
+                 part["per_epoch"], f"{part['share_after']:.1%}")
+                for part in report.get("mixture", ())
+            ],
+        ),
+        _table(
             "Found",
             ("", "count"),
             [(meaning, report[flag]) for flag, meaning in report["flags"].items() if report[flag]],

@@ -77,6 +77,13 @@ def report_text(report: Mapping[str, Any], *, short: bool = False) -> str:
             f"{part['tokens_trained']:,} of {part['tokens_total']:,} tokens trained"
             for name, part in report["by_dataset"].items()
         ]
+    for part in report.get("mixture", ()):
+        name = part["dataset"] + ("" if part["value"] is None else f", {part['value']}")
+        lines.append(
+            f"  {printable(name)}: {part['share_before']:.1%} of the examples, "
+            f"{part['share_after']:.1%} of an epoch ({part['per_epoch']:,} drawn of "
+            f"{part['examples']:,})"
+        )
     for column, values in report.get("columns", {}).items():
         lines.append(f"  {printable(column)}:")
         lines += [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,50 @@ def test_stats(folder: Path, capsys: Any) -> None:
     found = json.loads(printed(capsys, arguments(folder, "--stats", "--json")))
     assert (found["records"], found["examples"], found["dropped"]) == (4, 2, 2)
     assert found["packing"]["row_length"] == 300
+
+
+def test_columns_and_predicted_steps(folder: Path, capsys: Any) -> None:
+    more = ("--stats", "--json", "--columns", "input", "output", "--num_train_epochs", "5")
+    found = json.loads(printed(capsys, arguments(folder, *more)))
+    assert found["columns"]["input"]["(empty)"] == {"records": 1, "examples": 1}
+    assert set(found["columns"]) == {"input", "output"}
+    assert (found["packing"]["steps_per_epoch"], found["packing"]["total_steps"]) == (1, 5)
+    assert preview.main(arguments(folder, "--stats", "--columns", "kind")) == 2
+    assert "columns: no record that is trained has a column 'kind'" in capsys.readouterr().err
+
+
+def test_the_side_that_is_held_out_is_compared(folder: Path, capsys: Any) -> None:
+    (folder / "data.jsonl").write_text("\n".join([json.dumps(ROWS[0])] * 10))
+    found = json.loads(
+        printed(capsys, arguments(folder, "--stats", "--json", "--eval_split", ".2"))
+    )
+    assert (found["examples"], found["records"], found["duplicates"]) == (8, 8, 7)
+    assert found["evaluation"] == {"examples": 2, "also_trained": 2, "nearly_trained": 2}
+
+
+def test_page_shows_every_token_and_escapes_it(folder: Path, capsys: Any) -> None:
+    hostile = {
+        "instruction": "<script>alert(1)</script>\u202e\x1b",
+        "output": "caf\u00e9 \U0001f389",
+    }
+    with (folder / "data.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(hostile))
+    page = folder / "page.html"
+    printed(capsys, arguments(folder, "--html", str(page)))
+    text = page.read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    pieces = re.findall(
+        r'<span class="t( y)?" title="([\d ]+), weight [01]">(.*?)</span>', text, re.S
+    )
+    trained = "".join(shown for marked, _, shown in pieces if marked)
+    assert trained == "Seven.&lt;/s&gt;Two.&lt;/s&gt;caf\u00e9 \U0001f389&lt;/s&gt;"
+    party = next(ids for _, ids, shown in pieces if shown == "\U0001f389")
+    assert len(party.split()) == 4  # a letter of four tokens is one piece
+    assert text.count('<p class="d">dropped: ') == 2
+    assert preview.main(arguments(folder, "--html", str(folder / "gone" / "p.html"))) == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_from_python(folder: Path) -> None:

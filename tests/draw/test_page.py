@@ -68,9 +68,13 @@ def report_with(text: str) -> dict[str, Any]:
         "flags": {"odd": text},
         "odd": 7,
         "notes": [text],
+        "mixture": [
+            {"dataset": text, "value": text, "examples": 9, "share_before": 0.9, "per_epoch": 8,
+             "share_after": 0.8}
+        ],
         "columns": {text: {text: {"records": 1, "examples": 1}}},
         "dropped_by_reason": {text: dropped},
-    }
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -120,5 +124,5 @@ def test_a_dropped_row_is_not_shown_as_trained() -> None:
 
 def test_the_report_as_tables() -> None:
     made = read(page("t", [], report_with("category")))
-    for text in ("1,234", "50.0%", "Lengths in tokens", "By category", "Dropped", "7"):
+    for text in ("1,234", "50.0%", "Lengths in tokens", "By category", "Dropped", "7", "80.0%"):
         assert text in made.text
