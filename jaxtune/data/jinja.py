@@ -93,7 +93,10 @@ def _compile(source: str, date: datetime.date, marked: bool) -> jinja2.Template:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["generation_marks"] = marked
     environment.globals["strftime_now"] = lambda form: date.strftime(form)
-    return environment.from_string(source)
+    compiled = environment.from_string(source)
+    # Copied at every rendering; a plain dict is copied several times faster than jinja's own chain.
+    compiled.globals = dict(compiled.globals)
+    return compiled
 
 
 def render(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import gc
 import itertools
 import os
 import pickle
@@ -125,6 +126,7 @@ class _Process:
 def serve() -> None:
     """The other end: reads `work`, then items until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process decides when to stop
+    gc.set_threshold(100_000)  # rows make many small objects and hardly a cycle
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints must not get between the answers
     work = pickle.load(sys.stdin.buffer)
