@@ -129,6 +129,24 @@ def test_report_of_lengths_and_flags(tmp_path: Path, byte_level: Tokenizer) -> N
 # -- length --------------------------------------------------------------------------------------
 
 
+def test_dropped_rows_are_named_where_the_data_lies_now(
+    tmp_path: Path, byte_level: Tokenizer
+) -> None:
+    first, second = tmp_path / "one", tmp_path / "two"
+    first.mkdir()
+    write(first / "a.jsonl", ROWS[:3])
+    write(first / "b.jsonl", [ROWS[3], {**ROWS[4], "output": ""}])
+    for folder in (first, second):
+        data = opened([DatasetConfig(path=str(folder))], byte_level)  # the second from the cache
+        found = report(data)
+        assert (
+            found["dropped_by_reason"]["empty answer"]["first"][0]["where"] == f"{folder}/b.jsonl:2"
+        )
+        assert f"{folder}: 2 files: {folder}/a.jsonl, {folder}/b.jsonl" in data.notes
+        if folder == first:
+            first.rename(second)
+
+
 def test_truncation_policies(tmp_path: Path, byte_level: Tokenizer) -> None:
     entry = write(tmp_path / "a.jsonl", [ROWS[0], {**ROWS[1], "output": "long " * 100}])
     short = len(opened([entry], byte_level, max_length=4096).tokens(0).ids)

@@ -8,6 +8,7 @@ import io
 import json
 import sys
 import tracemalloc
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -325,6 +326,40 @@ def test_configurations_are_chosen_by_name(tmp_path: Path) -> None:
     assert fields(tmp_path, split="train", config="b") == [{"text": "b"}]
     with pytest.raises(ConfigError, match=r"several configurations; set it to one of: a, b"):
         read(tmp_path, split="train")
+
+
+def test_files_of_the_hub_are_read_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library says which files, at which commit, and fetches them; it is asked once."""
+    library = pytest.importorskip("datasets")
+    blob = tmp_path / "3f2a"
+    blob.write_bytes(gzip.compress(b'{"text": "a"}\n{'))
+    name = "hf://datasets/owner/data@abc/part.jsonl.gz"
+    asked: list[Any] = []
+
+    class Builder:
+        class config:
+            data_files: typing.ClassVar = {"train": [], "test": [name]}
+
+    class Downloads:
+        def download(self, names: list[str]) -> list[str]:
+            assert names == [name]
+            return [str(blob)]
+
+    def builder(path: str, **options: Any) -> type[Builder]:
+        asked.append((path, options))
+        return Builder
+
+    monkeypatch.setattr(library, "get_dataset_config_names", lambda path, revision: ["default"])
+    monkeypatch.setattr(library, "load_dataset_builder", builder)
+    monkeypatch.setattr(library, "DownloadManager", Downloads)
+    for _ in range(2):
+        found = sources.find("owner/data", split="test", revision="main", config="label")
+        assert found == (File(blob, "owner/data@abc/part.jsonl.gz"),)
+    assert asked == [("owner/data", {"name": None, "revision": "main"})]
+    records = sources.read(found)
+    assert next(records).fields == {"text": "a"}
+    with pytest.raises(DataError, match=r"owner/data@abc/part.jsonl.gz:2: not valid JSON"):
+        next(records)
 
 
 def test_a_dataset_that_is_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
