@@ -536,7 +536,12 @@ def _shows_calls(message: Message, words: str) -> bool:
         function = call.get("function", call) if isinstance(call, Mapping) else call
         wanted = function
         if isinstance(function, Mapping):
-            wanted = [function.get("name"), function.get("arguments")]
+            arguments = function.get("arguments")
+            wanted = [function.get("name"), arguments]
+            if isinstance(arguments, str) and isinstance(_as_object(arguments), Mapping):
+                wanted = function.get("name")
+                if _squeeze(arguments) not in words:  # quoted once more is not the same call
+                    return False
         if not all(_appears(text, words) for text in _strings(wanted)):
             return False
     return True

@@ -103,3 +103,121 @@ FOREIGN = {
     "default_system": DEFAULT_SYSTEM,
     "system_ignoring": SYSTEM_IGNORING,
 }
+
+# Declares tools in a system message of its own, calls them as JSON lines inside the answer, and
+# shows their results as a user's turn, several in a row joined into one.
+TOOL_CALLING = """{%- set given = messages and messages[0]['role'] == 'system' -%}
+{%- if tools or given -%}
+{{- '<|im_start|>system\n' + (messages[0]['content'] if given else '') -}}
+{%- if tools -%}
+{{- '\n# Tools\n' -}}
+{%- for tool in tools -%}{{- tool | tojson + '\n' -}}{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message.role == 'tool' -%}
+{%- if loop.first or messages[loop.index0 - 1].role != 'tool' -%}{{- '<|im_start|>user' -}}
+{%- endif -%}
+{{- '\n<response>\n' + message.content + '\n</response>' -}}
+{%- if loop.last or messages[loop.index0 + 1].role != 'tool' -%}{{- '<|im_end|>\n' -}}{%- endif -%}
+{%- elif not (given and loop.first) -%}
+{{- '<|im_start|>' + message.role + '\n' + (message.content or '') -}}
+{%- for call in message.tool_calls or [] -%}
+{{- '\n<call>' + {'name': call.function.name, 'arguments': call.function.arguments} | tojson -}}
+{{- '</call>' -}}
+{%- endfor -%}
+{{- '<|im_end|>\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+
+# Joins the arguments as text (and so needs them as text), writes results as JSON, eos per turn.
+TOOL_JOINING = """{{- bos_token -}}
+{%- if tools -%}{{- '[TOOLS]' + tools | tojson + '[/TOOLS]' -}}{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] in ('user', 'system') -%}{{- '[INST]' + message['content'] + '[/INST]' -}}
+{%- elif message['role'] == 'tool' -%}
+{{- '[RESULT]' + {'content': message['content']} | tojson + '[/RESULT]' -}}
+{%- else -%}
+{{- message['content'] -}}
+{%- for call in message['tool_calls'] or [] -%}
+{{- '[CALL]' + call['function']['name'] + ' ' + call['function']['arguments'] -}}
+{%- endfor -%}
+{{- eos_token -}}
+{%- endif -%}
+{%- endfor -%}"""
+
+# The thinking is a key of its own; earlier answers lose it once a user has spoken again.
+THINKING_KEY = """{%- set ns = namespace(last=-1) -%}
+{%- for message in messages -%}
+{%- if message.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\n' -}}
+{%- if message.role == 'assistant' and loop.index0 > ns.last -%}
+{{- '<think>\n' + (message.reasoning_content or '') + '\n</think>\n\n' -}}
+{%- endif -%}
+{{- message.content + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n<think>\n' -}}{%- endif -%}"""
+
+# Insists on user, assistant, user, ... behind an optional system message, which it shows alone.
+ALTERNATING_RAISING = """{%- set rest = messages -%}
+{%- if messages and messages[0].role == 'system' -%}
+{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>' -}}{%- set rest = messages[1:] -%}
+{%- endif -%}
+{%- for message in rest -%}
+{%- if message.role != ('user', 'assistant')[loop.index0 % 2] -%}
+{{- raise_exception('After the optional system message, roles must alternate') -}}
+{%- endif -%}
+{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+
+# Numbers the rounds, and begins every answer with a blank that inference does not feed.
+NUMBERED_ROUNDS = """{%- set ns = namespace(round=0) -%}
+{%- for message in messages -%}
+{%- if message.role == 'user' -%}
+{%- set ns.round = ns.round + 1 -%}
+{{- '[Round ' ~ ns.round ~ ']\n\nQ: ' + message.content + '\n\nA:' -}}
+{%- elif message.role == 'assistant' -%}
+{{- ' ' + message.content + '</s>\n\n' -}}
+{%- else -%}
+{{- message.content + '\n\n' -}}
+{%- endif -%}
+{%- endfor -%}"""
+
+# The template itself says which channel the answer goes to, behind the generation prompt.
+CHANNELS = """{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}
+{{- '<|im_start|>assistant<|start_header_id|>final<|end_header_id|>' -}}
+{%- else -%}
+{{- '<|im_start|>' + message.role + '<|end_header_id|>' -}}
+{%- endif -%}
+{{- message.content + '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant' -}}{%- endif -%}"""
+
+# The tag holds header, content and end: more than inference leaves to the model.
+GENERATION_WHOLE = """{% for message in messages %}
+{%- if message['role'] == 'assistant' %}{% generation %}
+{{- '<|im_start|>assistant\n' + message['content'] + '<|im_end|>\n' -}}
+{% endgeneration %}
+{%- else -%}
+{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}
+{%- endif -%}
+{% endfor %}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+
+FOREIGN.update(
+    {
+        "tool_calling": TOOL_CALLING,
+        "tool_joining": TOOL_JOINING,
+        "thinking_key": THINKING_KEY,
+        "alternating_raising": ALTERNATING_RAISING,
+        "numbered_rounds": NUMBERED_ROUNDS,
+        "channels": CHANNELS,
+        "generation_whole": GENERATION_WHOLE,
+    }
+)

@@ -98,3 +98,19 @@ def adds_bos(backend: tokenizers.Tokenizer, bos: str = "<s>") -> tokenizers.Toke
 
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+def nasty_backend() -> tokenizers.Tokenizer:
+    """Bytes merged across blanks, line ends and words: nothing keeps to the edge of a message."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=520,
+        special_tokens=CONTROL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    said = ("user\nName a prime.", "assistant\nSeven.", "A: Seven.", "[INST]Another?[/INST]Eleven.")
+    backend.train_from_iterator([*CORPUS, *said, *said], trainer)
+    return backend

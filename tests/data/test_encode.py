@@ -117,7 +117,7 @@ def test_prompt_of_inference_is_a_prefix_of_the_trained_row(
             inside = ids[start:end].tolist()
             behind_end = tokenizer.decode([found.stop_id, *inside])
             if result.inexact:  # an old SentencePiece blank behind a control token, as in HF
-                assert behind_end.split() == (found.stop + answer).split()
+                assert "".join(behind_end.split()) == "".join((found.stop + answer).split())
             else:
                 assert behind_end == found.stop + answer
 
@@ -153,9 +153,10 @@ def test_typed_control_tokens_are_text(tokenizer: Tokenizer, name: str) -> None:
         squeezed = "".join(tokenizer.decode(ids.tolist()).split())
         assert squeezed == "".join(text(dirty).split())
         assert squeezed == "".join(blind.decode(blind.encode(text(dirty))).split())
-        fed = encode_prompt(found, tokenizer, typed[:1])
-        assert ids[: len(fed)].tolist() == fed
-        assert not weights[: len(fed)].any()
+        start = int(np.flatnonzero(weights)[0])
+        assert ids[:start].tolist() in [
+            encode_prompt(found, tokenizer, typed[:i]) for i in (1, 3, 5)
+        ]
 
 
 def test_a_typed_end_of_turn_is_trained_as_text(byte_level: Tokenizer) -> None:

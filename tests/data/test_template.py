@@ -16,6 +16,9 @@ from data.chat_templates import (
     RENAMING_REFUSING,
     SYSTEM_IGNORING,
     THINKING,
+    THINKING_KEY,
+    TOOL_CALLING,
+    TOOL_JOINING,
     TRIMMING_DATED,
 )
 from data.conversations import ONE, OURS, SHAPES, TWO, VICUNA, only, rows, text, trained
@@ -331,6 +334,70 @@ def test_typed_control_tokens_that_steer_the_template_drop_the_row(byte_level: T
     )
     with pytest.raises(ConfigError, match="cannot be found in the rendered text: </s>"):
         render_prompt(resolve(splitting, byte_level), [Message("user", "a</s>b")])
+
+
+@pytest.mark.parametrize(
+    ("marked", "reason"),
+    [
+        ("{% generation %}{{ said }}{% endgeneration %}{{ end }}", None),
+        ("{% generation %}{{ said + end + '\n' }}{% endgeneration %}", None),
+        ("{{ said }}{% generation %}{{ end }}{% endgeneration %}", None),
+        ("{{ said + end }}{% generation %}{% endgeneration %}", "leave the answer out"),
+        ("{{ said + end }}{% generation %}\n{% endgeneration %}", "leave the answer out"),
+        ("{% generation %}{{ said + end + ' Next?' }}{% endgeneration %}", "more than the answer"),
+    ],
+)
+def test_generation_marks_are_heard(byte_level: Tokenizer, marked: str, reason: str | None) -> None:
+    """What is trained is what inference leaves to the model; marks that contradict it drop it."""
+    source = (
+        "{% for m in messages %}{% set said, end = m.content, '<|im_end|>' %}"
+        "{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if m.role == 'assistant' %}" + marked + "{% else %}{{ said + end }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    (row,) = rows(resolve(source, byte_level), ONE)
+    if reason is None:
+        assert not isinstance(row, Dropped), row
+        assert trained(row) == ["Seven.<|im_end|>"]
+    else:
+        assert isinstance(row, Dropped)
+        assert row.reason.endswith(reason)
+
+
+def test_marks_around_the_whole_conversation_take_in_too_much(byte_level: Tokenizer) -> None:
+    source = "{% generation %}" + HEADERS + "{% endgeneration %}"
+    (row,) = rows(resolve(source, byte_level), ONE)
+    assert isinstance(row, Dropped)
+    assert row.reason.endswith("take in more than the answer")
+
+
+def test_arguments_as_text_or_as_object_render_alike(byte_level: Tokenizer) -> None:
+    spoken = {"name": "clock", "arguments": {"tz": "Oslo"}}
+    written = {**spoken, "arguments": '{"tz": "Oslo"}'}
+    for source in (TOOL_CALLING, TOOL_JOINING):
+        found = resolve(source, byte_level)
+        both = [
+            text(only(found, [ONE[0], Message("assistant", "", extra={"tool_calls": [
+                {"type": "function", "function": function}
+            ]})]))
+            for function in (spoken, written)
+        ]  # fmt: skip
+        assert both[0] == both[1]
+        assert '{"tz": "Oslo"}' in both[0]
+
+
+def test_a_call_with_the_users_own_words_is_no_leak(byte_level: Tokenizer) -> None:
+    function = {"name": "clock", "arguments": {"tz": "Oslo"}}
+    asked = [
+        Message("user", "Oslo"),
+        Message("assistant", "", extra={"tool_calls": [{"function": function}]}),
+    ]
+    row = only(resolve(TOOL_CALLING, byte_level), asked)
+    assert '"tz": "Oslo"' in trained(row)[0]
+    thinks = [Message("user", "7"), Message("assistant", "8", extra={"reasoning_content": "7 + 1"})]
+    assert trained(only(resolve(THINKING_KEY, byte_level), thinks)) == [
+        "7 + 1\n</think>\n\n8<|im_end|>"
+    ]
 
 
 def test_date_is_frozen_and_part_of_the_fingerprint(byte_level: Tokenizer) -> None:
