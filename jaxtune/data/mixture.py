@@ -69,7 +69,7 @@ def strata(parts: Sequence[Part]) -> tuple[Stratum, ...]:
     shares = [part.weight * count for part, count in zip(parts, usable, strict=True)]
     drawn = apportion(sum(usable), shares) if parts else []
     found: list[Stratum] = []
-    for part, groups, count in zip(parts, split, drawn, strict=True):
+    for part, groups, own, count in zip(parts, split, usable, drawn, strict=True):
         within = [part.target[value] for value in groups] if part.column else [1.0]
         counts = apportion(count, within)
         for (value, numbers), amount in zip(groups.items(), counts, strict=True):
@@ -80,8 +80,8 @@ def strata(parts: Sequence[Part]) -> tuple[Stratum, ...]:
                     f"{sum(usable)}. Raise them, or take these examples out."
                 )
             found.append(Stratum(part.name, value if part.column else None, numbers, amount))
-        left = np.setdiff1d(part.numbers, np.concatenate(list(groups.values())))
-        if len(left):
+        if own < len(part.numbers):
+            left = np.setdiff1d(part.numbers, np.concatenate(list(groups.values())))
             found.append(Stratum(part.name, OTHER, left, 0))
     return tuple(found)
 

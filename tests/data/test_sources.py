@@ -12,7 +12,10 @@ import typing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxtune.config import ConfigError, DataError
 from jaxtune.data import sources
@@ -147,6 +150,52 @@ def test_a_mistake_far_down_has_its_column(tmp_path: Path, monkeypatch: pytest.M
     path = write(tmp_path / "data.json", '[{"text":\n "some words"},\n{"text": 1}}]')
     with pytest.raises(DataError, match=r"data.json:3: .*Expecting ',' or '\]' \(column 12\)"):
         read(path)
+
+
+@given(
+    st.lists(
+        st.dictionaries(st.text(max_size=3), st.none() | st.floats() | st.text(max_size=6)),
+        max_size=4,
+    ),
+    st.booleans(),
+    st.data(),
+)
+@settings(max_examples=200, deadline=None)
+def test_what_json_reads_is_read_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], pretty: bool, data: Any
+) -> None:
+    """A list with a piece cut out, in blocks of any size: read as `json` does, or refused."""
+    text = json.dumps(rows, indent=1 if pretty else None)
+    start = data.draw(st.integers(0, len(text)))
+    text = text[:start] + text[data.draw(st.integers(start, len(text))) :]
+    path = tmp_path_factory.getbasetemp() / "cut.json"
+    path.write_text("[" + text[1:])
+    try:
+        expected = json.loads("[" + text[1:])
+    except ValueError:
+        expected = None
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("jaxtune.data.readers._BLOCK", data.draw(st.integers(1, 40)))
+        if expected and all(isinstance(row, dict) for row in expected):
+            np.testing.assert_equal(fields(path), expected)  # NaN is equal to itself there
+        else:
+            with pytest.raises(DataError, match=r"cut\.json:"):
+                read(path)
+
+
+@given(st.sampled_from([".json", ".jsonl", ".csv", ".txt"]), st.binary(max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_are_records_or_one_error(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, data: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"any{kind}"
+    path.write_bytes(data)
+    problem = None
+    try:
+        assert all(isinstance(record.fields, dict) for record in read(path))
+    except DataError as error:
+        problem = str(error)
+    assert problem is None or problem.startswith(f"{path}:")
 
 
 # -- text and CSV ---------------------------------------------------------------------------------
