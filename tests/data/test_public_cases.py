@@ -20,7 +20,7 @@ from jaxtune.config import DatasetConfig
 from jaxtune.data import prepare
 from jaxtune.data.doctor import report
 from jaxtune.data.encode import Encoded, encode, shift, truncate
-from jaxtune.data.formats import to_noun
+from jaxtune.data.formats import FORMATS, to_noun
 from jaxtune.data.pack import fill
 from jaxtune.data.pipeline import open_dataset
 from jaxtune.data.prepare import Prepared, Settings
@@ -207,3 +207,33 @@ def test_duplicates_are_counted_and_kept(tmp_path: Path, letters: Tokenizer) -> 
     )
     found = report(data)
     assert (found["examples"], found["duplicates"]) == (5, 2)
+
+
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SHARED = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+BY_FORMAT: dict[str, dict[str, Any]] = {
+    "alpaca": {"instruction": "q", "output": "a"},
+    "prompt_completion": {"prompt": "q", "completion": "a"},
+    "messages": {"messages": CHAT},
+    "sharegpt": {"conversations": SHARED},
+    "text": {"text": "a"},
+}
+
+
+@pytest.mark.parametrize("name", BY_FORMAT)
+def test_every_format_ends_with_a_stop_whatever_its_columns_are_called(
+    tmp_path: Path, letters: Tokenizer, name: str
+) -> None:
+    """trl adds eos where a column is called `text` and reads the one that is configured."""
+    assert set(BY_FORMAT) == set(FORMATS)
+    template = resolve(PLAIN, letters)
+    for columns in ({}, {column: f"my {column}" for column in BY_FORMAT[name]}):
+        row = {columns.get(column, column): value for column, value in BY_FORMAT[name].items()}
+        file = tmp_path / f"{len(columns)}.jsonl"
+        file.write_text(json.dumps(row))
+        entry = DatasetConfig(path=str(file), format=name, columns=columns)
+        (found,) = prepare.prepare(entry, Settings(letters, template))
+        assert found.tokens is not None, found.dropped
+        assert found.tokens.ids[-1] == letters.eos_id
+        assert found.tokens.weights[-1] == 1
+        assert found.tokens.ids.tolist().count(letters.eos_id) == 1
