@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,6 +106,23 @@ def test_sharegpt_calls_and_bare_functions() -> None:
         ),
         ({"type": "function", "function": bare},),
     )
+
+
+def test_every_row_of_real_tool_calls_becomes_a_conversation(shared_data: Path) -> None:
+    records = json.loads((shared_data / "glaive_toolcall_en_demo.json").read_text())
+    for record in records:
+        noun = read("sharegpt", record)
+        assert isinstance(noun, Conversation)
+        assert len(noun.messages) == len(record["conversations"])
+        for message, turn in zip(noun.messages, record["conversations"], strict=True):
+            if turn["from"] == "function_call":
+                (call,) = message.extra["tool_calls"]
+                assert call["function"] == json.loads(turn["value"])
+                assert (message.role, message.content) == ("assistant", "")
+            else:
+                assert message.content == turn["value"]
+        declared = json.loads(record["tools"] or "[]")
+        assert [tool["function"] for tool in noun.tools or ()] == declared
 
 
 def test_text_is_a_document() -> None:
