@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxtune.config import DataError, DatasetConfig
 from jaxtune.data import prepare
-from jaxtune.data.encode import shift
+from jaxtune.data.encode import shift, token_texts
 from jaxtune.data.formats import FORMATS
 from jaxtune.data.pack import best_fit_decreasing, fill, one_each, shuffled
 from jaxtune.data.pipeline import Batches, Dataset, open_dataset
@@ -103,6 +103,37 @@ def test_resumed_at_any_step_on_any_number_of_hosts_the_order_is_the_same(
             getattr(resumed.batch_rows(at, h * share, (h + 1) * share), field) for h in range(hosts)
         ]
         np.testing.assert_array_equal(np.concatenate(parts), getattr(whole, field))
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.text(max_size=8) | st.sampled_from(["\U0001f389", " a", "\u65e5\u672c "]), WEIGHTS
+        ),
+        max_size=5,
+    )
+)
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_token_by_token_is_the_whole_text(
+    byte_level: Tokenizer, parts: list[tuple[str, float]]
+) -> None:
+    """The page shows every token once, and letters of several tokens whole."""
+    ids: list[int] = []
+    weights: list[float] = []
+    for text, weight in [*parts, ("</s>", 1.0)]:
+        found = byte_level.encode(text)
+        ids += found
+        weights += [weight] * len(found)
+    tokens = Tokens(np.array(ids, np.int32), np.array(weights, np.float32))
+    pieces = token_texts(tokens, byte_level)
+    assert [number for _, numbers, _ in pieces for number in numbers] == ids
+    assert [weight for _, numbers, weight in pieces for _ in numbers] == weights
+    assert "".join(text for text, _, _ in pieces) == byte_level.decode(ids)
+    assert "\ufffd" not in "".join(text for text, _, _ in pieces) or any(
+        "\ufffd" in text for text, _ in parts
+    )
 
 
 # -- any JSON ------------------------------------------------------------------------------------
