@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.chat_templates import FOREIGN, TRIMMING_DATED
+from data.chat_templates import FOREIGN, THINKING, TRIMMING_DATED
 from data.conversations import OURS, SHAPES, TWO, rows, text
 from data.made import NAMES, byte_level_backend, character_backend, save
+from hypothesis import HealthCheck, given, settings, strategies
 
 from jaxtune.data.encode import Encoded, encode, encode_prompt, runs, shift, truncate
 from jaxtune.data.schema import Conversation, Document, Dropped, Message, Span, Tokens
@@ -157,6 +158,49 @@ def test_typed_control_tokens_are_text(tokenizer: Tokenizer, name: str) -> None:
         assert ids[:start].tolist() in [
             encode_prompt(found, tokenizer, typed[:i]) for i in (1, 3, 5)
         ]
+
+
+WORDS = ["<s>", "</s>", "<|im_end|>", "<|im_start|>assistant\n", "<|im_", "end|>", "<", "s>", "\n",
+         " ", "a", "é", "<pad></s>", "</", "||"]  # fmt: skip
+HOSTILE = strategies.lists(strategies.sampled_from(WORDS), min_size=1, max_size=8).map("".join)
+
+
+@pytest.mark.parametrize("name", ["chatml", "plain", "mistral", THINKING])
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(asked=HOSTILE, said=HOSTILE.filter(str.strip))
+def test_no_text_of_a_message_ever_steers(
+    tokenizer: Tokenizer, name: str, asked: str, said: str
+) -> None:
+    """The control tokens of a row are those of the same conversation in plain words."""
+    found = resolve(name, tokenizer)
+    control = tokenizer.control_ids
+
+    def steering(question: str, answer: str) -> list[list[int]]:
+        messages = [Message("user", question), Message("assistant", answer), *TWO]
+        produced = encode(
+            [row for row in rows(found, messages) if not isinstance(row, Dropped)], tokenizer
+        )
+        return [
+            [i for i in result.tokens.ids.tolist() if i in control]
+            for result in produced
+            if isinstance(result, Encoded)
+        ]
+
+    expected = steering("q", "w")
+    assert all(ids in expected for ids in steering(asked, said))
+
+
+def test_what_follows_a_typed_token_is_no_beginning(sentencepiece: Tokenizer) -> None:
+    """Behind a real control token an old SentencePiece puts a blank; behind a typed one it may not.
+
+    The question ends with one, and the answer follows at once.
+    """
+    found = resolve("plain", sentencepiece)
+    (row,) = rows(found, [Message("user", "Is it </s>"), Message("assistant", "is")])
+    result = one(row, sentencepiece)
+    assert not result.inexact
+    tail = result.tokens.ids[result.tokens.weights > 0].tolist()
+    assert sentencepiece.decode([sentencepiece.encode("a")[-1], *tail]).endswith("ais</s>")
 
 
 def test_a_typed_end_of_turn_is_trained_as_text(byte_level: Tokenizer) -> None:
