@@ -204,8 +204,11 @@ def open_dataset(
     identity = json.dumps([tokenizer.fingerprint, templates, train_on, max_length])
     total = sum(len(source.stored.arrays["rows"]) for source in opened)
     dataset = Dataset(tuple(opened), np.arange(total), max_length, identity, tuple(notes))
-    left_out = {s.dataset: len(s.numbers) for s in dataset.strata if not s.drawn}
-    notes += [f"{name}: {n} examples are in no target and left out" for name, n in left_out.items()]
+    notes += [
+        f"{stratum.dataset}: {len(stratum.numbers)} examples are in no target and left out"
+        for stratum in dataset.strata
+        if not stratum.drawn
+    ]
     return replace(dataset, notes=tuple(notes))
 
 
@@ -288,6 +291,7 @@ class Batches:
         self._bins = functools.lru_cache(maxsize=2)(self._packed)
         self._epoch_rows = functools.lru_cache(maxsize=2)(self._plan)
         self._ends: list[int] = []  # the step behind each epoch, as far as it was asked for
+        self._growing = threading.Lock()  # of `_ends`: batches are made in another thread
 
     def _shortest_row(self) -> int:
         longest = int(self._lengths.max(initial=1))
@@ -330,10 +334,11 @@ class Batches:
 
     def end_of_epoch(self, epoch: int) -> int:
         """The first step behind an epoch, counted from 0."""
-        while len(self._ends) <= epoch:
-            rows = len(self._bins_of(len(self._ends)).starts) - 1
-            before = self._ends[-1] if self._ends else 0
-            self._ends.append(before - (-rows // self.batch_size))
+        with self._growing:
+            while len(self._ends) <= epoch:
+                rows = len(self._bins_of(len(self._ends)).starts) - 1
+                before = self._ends[-1] if self._ends else 0
+                self._ends.append(before - (-rows // self.batch_size))
         return self._ends[epoch]
 
     @property
@@ -348,6 +353,8 @@ class Batches:
             return max_steps
         whole = int(num_train_epochs)
         before = self.end_of_epoch(whole - 1) if whole else 0
+        if whole == num_train_epochs:
+            return before
         rest = (num_train_epochs - whole) * (self.end_of_epoch(whole) - before)
         return before + math.ceil(rest - 1e-9)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,14 @@ def weighted(tmp_path: Path, byte_level: Tokenizer) -> Dataset:
     """10 examples of weight 3, 50 of weight 1: 22.5 of 60 an epoch, and 37.5."""
     few = entry(tmp_path / "few.jsonl", rows(10, "few"), weight=3)
     return opened([few, entry(tmp_path / "many.jsonl", rows(50, "many"))], byte_level)
+
+
+@pytest.fixture
+def uneven(tmp_path: Path, byte_level: Tokenizer) -> Dataset:
+    """Epochs of as many examples, but of other lengths, so of another number of rows."""
+    long = [{"instruction": "q", "output": "word " * i} for i in range(1, 30)]
+    half = entry(tmp_path / "long.jsonl", long, weight=0.5)
+    return opened([half, entry(tmp_path / "few.jsonl", rows(10, "few"))], byte_level)
 
 
 SHOP = [
@@ -158,12 +168,9 @@ def test_a_mixed_step_is_a_pure_function_of_seed_and_step(weighted: Dataset) -> 
     assert ends[0] < straight.total_steps(1.5) <= ends[1]
 
 
-def test_each_epoch_is_packed_by_its_own_lengths(tmp_path: Path, byte_level: Tokenizer) -> None:
-    long = [{"instruction": "q", "output": "word " * i} for i in range(1, 30)]
-    half = entry(tmp_path / "long.jsonl", long, weight=0.5)
-    data = opened([half, entry(tmp_path / "few.jsonl", rows(10, "few"))], byte_level)
-    batches = Batches(data, batch_size=1, seed=0)
-    lengths = data.token_counts - 1
+def test_each_epoch_is_packed_by_its_own_lengths(uneven: Dataset) -> None:
+    batches = Batches(uneven, batch_size=1, seed=0)
+    lengths = uneven.token_counts - 1
     counts = set()
     for epoch, seen in enumerate(epochs(batches, 6)):
         end = batches.end_of_epoch(epoch)
@@ -175,6 +182,21 @@ def test_each_epoch_is_packed_by_its_own_lengths(tmp_path: Path, byte_level: Tok
         assert seen == Counter(batches.drawn(epoch).tolist())
         counts.add(end - start)
     assert len(counts) > 1  # else this has shown nothing
+
+
+def test_threads_agree_where_epochs_end(uneven: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer asks while batches are made ahead in another thread."""
+    alone = [Batches(uneven, batch_size=1, seed=3).locate(step) for step in range(200)]
+    packed = Batches._packed
+
+    def slow(self: Batches, epoch: int) -> Any:
+        time.sleep(0.001)
+        return packed(self, epoch)
+
+    monkeypatch.setattr(Batches, "_packed", slow)
+    shared = Batches(uneven, batch_size=1, seed=3)
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(shared.locate, range(200))) == alone
 
 
 def test_every_pass_has_its_own_order() -> None:
