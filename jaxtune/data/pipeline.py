@@ -206,7 +206,7 @@ def open_dataset(
     dataset = Dataset(tuple(opened), np.arange(total), max_length, identity, tuple(notes))
     notes += [
         f"{stratum.dataset}: {len(stratum.numbers)} examples are in no target and left out"
-        for stratum in dataset.strata
+        for stratum in (dataset.strata if dataset.mixed else ())
         if not stratum.drawn
     ]
     return replace(dataset, notes=tuple(notes))
