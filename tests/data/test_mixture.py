@@ -143,6 +143,18 @@ def test_the_report_has_shares_before_and_after(shop: Dataset) -> None:
     json.dumps(found)
 
 
+def test_values_are_kept_whatever_the_chunk(tmp_path: Path, byte_level: Tokenizer) -> None:
+    """Chunks number the values they meet; the dataset has one numbering."""
+    data = [{"text": str(i), "kind": "z" if i < 600 else "yx"[i % 2]} for i in range(1100)]
+    target = {"x": 0.5, "y": 0.25, "z": 0.25}
+    part = entry(tmp_path / "a.jsonl", data, proportions={"column": "kind", "target": target})
+    found = opened([part], byte_level)
+    known = found.sources[0].stored.summary["values"]
+    assert [known[code] for code in found.gather("values")] == [row["kind"] for row in data]
+    drawn = {stratum.value: stratum.drawn for stratum in found.strata}
+    assert drawn == {"x": 550, "y": 275, "z": 275}
+
+
 # -- order ----------------------------------------------------------------------------------------
 
 
