@@ -73,6 +73,15 @@ def open_template(config: Config, tokenizer: Tokenizer) -> Template:
     return template
 
 
+def stop_ids(config: Config, tokenizer: Tokenizer, template: Template) -> list[int]:
+    """The ends of turn that were trained: the run's, and those of datasets with a template."""
+    from jaxtune.data.template import variant
+
+    own = [entry.template for entry in config.datasets if entry.template]
+    others = [variant(template, tokenizer, template=name, system_prompt=None) for name in own]
+    return list(dict.fromkeys(found.stop_id for found in (template, *others)))
+
+
 class Options(pydantic.BaseModel):
     """A door's own flags, next to the config's. `positional` names those given without a flag.
 

@@ -98,7 +98,7 @@ def _export_run(run_dir: Path, step: int | None, out: Path, flags: Config) -> tu
         save_dtype=config.save_dtype,
         tokenizer=tokenizer,
         template=template,
-        stop_ids=[template.stop_id],
+        stop_ids=command.stop_ids(config, tokenizer, template),
         card=model_card(
             base=model.name,
             random_start=config.init == "random",

@@ -548,7 +548,7 @@ def _export(
         save_dtype=config.save_dtype,
         tokenizer=material.tokenizer,
         template=material.template,
-        stop_ids=[material.template.stop_id],
+        stop_ids=command.stop_ids(config, material.tokenizer, material.template),
         card=model_card(
             base=model.name,
             random_start=config.init == "random",
