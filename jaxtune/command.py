@@ -14,7 +14,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 import yaml
@@ -32,54 +32,10 @@ from jaxtune.config import (
     parse_model,
 )
 
-if TYPE_CHECKING:
-    from jaxtune.data.template import Template
-    from jaxtune.data.tokenizer import Tokenizer
-
 BAD_INPUT = 2
 DIVERGED = 3
 STOPPED = 75  # EX_TEMPFAIL: run the same command again
 DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-
-
-def open_tokenizer(config: Config, name: str) -> Tokenizer:
-    """The tokenizer `name`, with the control tokens that `add_tokens` asks for."""
-    from jaxtune.data.template import tokens_to_add
-    from jaxtune.data.tokenizer import load_tokenizer
-
-    own = [entry.template for entry in (*config.datasets, *config.eval_datasets)]
-    templates = [config.template, *filter(None, own)]
-    add = tokens_to_add(config.add_tokens, templates, stop=config.stop)
-    tokenizer = load_tokenizer(name, revision=config.revision, add=add)
-    if tokenizer.added:
-        note(f"add_tokens: {', '.join(f'{t} = {i}' for t, i in tokenizer.added.items())}")
-    return tokenizer
-
-
-def open_template(config: Config, tokenizer: Tokenizer) -> Template:
-    """The template of the config, resolved for the tokenizer."""
-    from jaxtune.data.template import resolve
-
-    template = resolve(
-        config.template,
-        tokenizer,
-        system_prompt=config.system_prompt,
-        stop=config.stop,
-        no_input=config.template_no_input,
-        date=config.template_date,
-    )
-    if "strftime_now" in template.jinja:
-        note(f"template '{template.name}' writes today's date: {template.date} (template_date)")
-    return template
-
-
-def stop_ids(config: Config, tokenizer: Tokenizer, template: Template) -> list[int]:
-    """The ends of turn that were trained: the run's, and those of datasets with a template."""
-    from jaxtune.data.template import variant
-
-    own = [entry.template for entry in config.datasets if entry.template]
-    others = [variant(template, tokenizer, template=name, system_prompt=None) for name in own]
-    return list(dict.fromkeys(found.stop_id for found in (template, *others)))
 
 
 class Options(pydantic.BaseModel):

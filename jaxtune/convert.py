@@ -76,6 +76,7 @@ def _checkpoint(source: Path, step: int | None) -> tuple[Path, int | None]:
 
 
 def _export_run(run_dir: Path, step: int | None, out: Path, flags: Config) -> tuple[Exported, int]:
+    from jaxtune.data.asked import open_template, open_tokenizer, stop_ids
     from jaxtune.draw.card import model_card
     from jaxtune.hf.export import check_target, export_model
     from jaxtune.hf.load import open_model, with_tokens
@@ -86,8 +87,8 @@ def _export_run(run_dir: Path, step: int | None, out: Path, flags: Config) -> tu
         raise ConfigError(f"{run_dir / 'config.yaml'}: has no model_name_or_path.")
     model = open_model(name, revision=config.revision, weights=config.init == "pretrained")
     check_target(out, model)
-    tokenizer = command.open_tokenizer(config, config.tokenizer_name or name)
-    template = command.open_template(config, tokenizer)
+    tokenizer = open_tokenizer(config, config.tokenizer_name or name, note=note)
+    template = open_template(config, tokenizer, note=note)
     added = tokenizer.added.values()
     model = with_tokens(model, added, trained=tokenizer.size - len(added))
     params, step = _restore(run_dir, step, model, config.param_dtype)
@@ -98,7 +99,7 @@ def _export_run(run_dir: Path, step: int | None, out: Path, flags: Config) -> tu
         save_dtype=config.save_dtype,
         tokenizer=tokenizer,
         template=template,
-        stop_ids=command.stop_ids(config, tokenizer, template),
+        stop_ids=stop_ids(config, tokenizer, template),
         card=model_card(
             base=model.name,
             random_start=config.init == "random",

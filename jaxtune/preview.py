@@ -52,6 +52,8 @@ class Result(NamedTuple):
 
 def run(config: Config, options: PreviewOptions | None = None) -> Result:
     """Prints to stdout. Raises `ConfigError` and `DataError`."""
+    from jaxtune.data.asked import open_template, open_tokenizer
+
     options = options or PreviewOptions()
     name = config.tokenizer_name or config.model_name_or_path
     if name is None:
@@ -60,8 +62,8 @@ def run(config: Config, options: PreviewOptions | None = None) -> Result:
         raise ConfigError("dataset is not set. Give --dataset FILE, or datasets in the config.")
     from jaxtune.data.prepare import Settings
 
-    tokenizer = command.open_tokenizer(config, name)
-    template = command.open_template(config, tokenizer)
+    tokenizer = open_tokenizer(config, name, note=command.note)
+    template = open_template(config, tokenizer, note=command.note)
     settings = Settings(tokenizer, template, config.train_on, config.max_length, config.truncation)
     if options.as_json and not options.stats:
         for entry_name, prepared in _rows(config, settings, options.examples):

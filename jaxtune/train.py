@@ -148,12 +148,13 @@ def _claim(run_dir: Path) -> None:
 
 
 def _open_data(config: Config, model_name: str) -> Material:
+    from jaxtune.data.asked import open_template, open_tokenizer
     from jaxtune.data.doctor import refuse
     from jaxtune.data.pipeline import open_dataset, split
     from jaxtune.draw.progress import Tokenising
 
-    tokenizer = command.open_tokenizer(config, config.tokenizer_name or model_name)
-    template = command.open_template(config, tokenizer)
+    tokenizer = open_tokenizer(config, config.tokenizer_name or model_name, note=note)
+    template = open_template(config, tokenizer, note=note)
 
     def opened(entries: Sequence[DatasetConfig]) -> Dataset:
         return open_dataset(
@@ -538,6 +539,7 @@ def _export(
     report: Mapping[str, Any],
     metrics: Mapping[str, Mapping[str, Any]],
 ) -> Path:
+    from jaxtune.data.asked import stop_ids
     from jaxtune.draw.card import model_card
     from jaxtune.hf.export import export_model
 
@@ -548,7 +550,7 @@ def _export(
         save_dtype=config.save_dtype,
         tokenizer=material.tokenizer,
         template=material.template,
-        stop_ids=command.stop_ids(config, material.tokenizer, material.template),
+        stop_ids=stop_ids(config, material.tokenizer, material.template),
         card=model_card(
             base=model.name,
             random_start=config.init == "random",

@@ -8,6 +8,7 @@ import pytest
 
 from jaxtune import command
 from jaxtune.config import Config, dump, load
+from jaxtune.data.asked import open_template, open_tokenizer, stop_ids
 from jaxtune.data.schema import Conversation, Message
 from jaxtune.data.template import render
 
@@ -20,7 +21,9 @@ ASKED = Conversation((Message("user", "Q"), Message("assistant", "A")))
 
 
 def text(config: Config) -> str:
-    template = command.open_template(config, command.open_tokenizer(config, TOKENIZER))
+    template = open_template(
+        config, open_tokenizer(config, TOKENIZER, note=command.note), note=command.note
+    )
     (row,) = render(template, ASKED)
     return "".join(span.text for span in row)  # type: ignore[union-attr]
 
@@ -58,11 +61,11 @@ def test_add_tokens_as_a_flag(given: list[str], expected: bool | tuple[str, ...]
 def test_every_dataset_brings_its_tokens_and_its_stop(capsys: pytest.CaptureFixture[str]) -> None:
     datasets = [{"path": "a.jsonl", "template": "phi3"}, {"path": "b.jsonl"}]
     config = load(overrides={"template": "alpaca", "add_tokens": True, "datasets": datasets})
-    tokenizer = command.open_tokenizer(config, TOKENIZER)
+    tokenizer = open_tokenizer(config, TOKENIZER, note=command.note)
     assert list(tokenizer.added) == ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
     assert "add_tokens: <|system|> = " in capsys.readouterr().err
-    template = command.open_template(config, tokenizer)
-    assert command.stop_ids(config, tokenizer, template) == [
+    template = open_template(config, tokenizer, note=command.note)
+    assert stop_ids(config, tokenizer, template) == [
         tokenizer.eos_id,
         tokenizer.added["<|end|>"],
     ]

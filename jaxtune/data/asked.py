@@ -1,0 +1,75 @@
+"""What a run asks of its tokenizer and template, opened in one way by every door."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from jaxtune.data.template import Template, resolve, tokens_to_add, variant
+from jaxtune.data.tokenizer import Tokenizer, load_tokenizer
+
+Note = Callable[[str], None]
+
+
+class Entry(Protocol):
+    """What is needed to know of a dataset."""
+
+    @property
+    def template(self) -> str | None: ...
+
+
+class Asked(Protocol):
+    """What is needed to know of a run; `config.Config` is one."""
+
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def template(self) -> str: ...
+    @property
+    def template_no_input(self) -> str | None: ...
+    @property
+    def template_date(self) -> datetime.date: ...
+    @property
+    def system_prompt(self) -> str | None: ...
+    @property
+    def stop(self) -> str | None: ...
+    @property
+    def add_tokens(self) -> bool | tuple[str, ...]: ...
+    @property
+    def datasets(self) -> Sequence[Entry]: ...
+    @property
+    def eval_datasets(self) -> Sequence[Entry]: ...
+
+
+def open_tokenizer(asked: Asked, name: str, *, note: Note) -> Tokenizer:
+    """The tokenizer `name`, with the control tokens that `add_tokens` asks for."""
+    own = [entry.template for entry in (*asked.datasets, *asked.eval_datasets)]
+    templates = [asked.template, *filter(None, own)]
+    add = tokens_to_add(asked.add_tokens, templates, stop=asked.stop)
+    tokenizer = load_tokenizer(name, revision=asked.revision, add=add)
+    if tokenizer.added:
+        note(f"add_tokens: {', '.join(f'{t} = {i}' for t, i in tokenizer.added.items())}")
+    return tokenizer
+
+
+def open_template(asked: Asked, tokenizer: Tokenizer, *, note: Note) -> Template:
+    """The run's template, resolved for the tokenizer; says which date it will write."""
+    template = resolve(
+        asked.template,
+        tokenizer,
+        system_prompt=asked.system_prompt,
+        stop=asked.stop,
+        no_input=asked.template_no_input,
+        date=asked.template_date,
+    )
+    if "strftime_now" in template.jinja:
+        note(f"template '{template.name}' writes today's date: {template.date} (template_date)")
+    return template
+
+
+def stop_ids(asked: Asked, tokenizer: Tokenizer, template: Template) -> list[int]:
+    """The ends of turn that were trained: the run's, and those of datasets with a template."""
+    own = [entry.template for entry in asked.datasets if entry.template]
+    others = [variant(template, tokenizer, template=name, system_prompt=None) for name in own]
+    return list(dict.fromkeys(found.stop_id for found in (template, *others)))
