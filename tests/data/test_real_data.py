@@ -12,7 +12,7 @@ from jaxtune.data.doctor import report
 from jaxtune.data.encode import encode_prompt
 from jaxtune.data.pipeline import Batches, open_dataset
 from jaxtune.data.schema import Message
-from jaxtune.data.template import resolve
+from jaxtune.data.template import needed_tokens, resolve
 from jaxtune.data.tokenizer import load_tokenizer
 
 TEMPLATES = [
@@ -68,3 +68,19 @@ def test_rows_with_tools_are_counted_not_trained_without_them(shared_data: Path)
     assert found["dropped"] - too_long == with_tools
     assert found["records"] == 300
     assert found["examples"] + found["dropped"] == 300
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen"])
+def test_tool_calls_of_a_real_file_are_trained(shared_data: Path, name: str) -> None:
+    """300 conversations with declarations, calls and results; two are longer than max_length."""
+    folder = shared_data / "tokenizers" / "mistral-v3"
+    tokenizer = load_tokenizer(str(folder), add=needed_tokens(name))
+    data = open_dataset(
+        [DatasetConfig(path=str(shared_data / "glaive_toolcall_en_demo.json"))],
+        tokenizer=tokenizer,
+        template=resolve(name, tokenizer),
+    )
+    found = report(data)
+    assert list(found["dropped_by_reason"]) == ["longer than max_length"]
+    assert (found["examples"], found["dropped"]) == (298, 2)
+    assert found["answers_not_kept_exactly"] == found["split_at_boundary"] == 0
