@@ -26,6 +26,7 @@ import itertools
 import json
 import os
 import platform
+import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -48,9 +49,16 @@ TEMPLATE = """\
 
 class Timed(NamedTuple):
     seconds: float
+    cpu_seconds: float  # of this process and its helpers: what a busy machine leaves alone
     tokens: int
     trained: int
     packed: int  # rows
+
+
+def cpu_seconds() -> float:
+    """Of this process and of all helpers that have ended."""
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return sum(sum(resource.getrusage(kind)[:2]) for kind in kinds)
 
 
 def rows_of(file: Path, count: int) -> Iterator[tuple[str, str]]:
@@ -84,7 +92,7 @@ def with_jaxtune(
 
     tokenizer = load_tokenizer(tokenizer_folder)
     template = TEMPLATE if name == "messages" else "{instruction}\n{output}"
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), cpu_seconds()
     dataset = open_dataset(
         [DatasetConfig(path=str(file))],
         tokenizer=tokenizer,
@@ -98,7 +106,7 @@ def with_jaxtune(
         batches.batch(step)
     seconds = time.perf_counter() - start
     totals = int(dataset.token_counts.sum()), int(dataset.trained_counts.sum())
-    return Timed(seconds, *totals, batches.rows)
+    return Timed(seconds, cpu_seconds() - cpu, *totals, batches.rows)
 
 
 def warm(file: Path, tokenizer_folder: str, cache: Path) -> float:
@@ -136,12 +144,12 @@ def trl_preparation(tokenizer_folder: str, processes: int) -> Callable[[str, Pat
     model = transformers.LlamaForCausalLM(tiny)
 
     class Clocked(SFTTrainer):
-        seconds = 0.0
+        seconds, cpu = 0.0, 0.0
 
         def _prepare_dataset(self, *args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), cpu_seconds()
             prepared = super()._prepare_dataset(*args, **kwargs)
-            self.seconds = time.perf_counter() - start
+            self.seconds, self.cpu = time.perf_counter() - start, cpu_seconds() - cpu
             return prepared
 
     def timed(name: str, file: Path) -> Timed:
@@ -159,7 +167,7 @@ def trl_preparation(tokenizer_folder: str, processes: int) -> Callable[[str, Pat
             ids, labels = table.column("input_ids"), table.column("labels")
             tokens = sum(len(chunk.flatten()) for chunk in ids.chunks)
             trained = sum(int((c.flatten().to_numpy() != -100).sum()) for c in labels.chunks)
-            return Timed(trainer.seconds, tokens, trained, len(ids))
+            return Timed(trainer.seconds, trainer.cpu, tokens, trained, len(ids))
 
     return timed
 
@@ -194,16 +202,19 @@ def main() -> None:
     machine = f"{os.cpu_count()} cores {platform.machine()}"
     work = f"{options.rows:,} rows, {options.processes} processes, best of {options.repeat}"
     print(f"{time.strftime('%Y-%m-%d')}, {machine}, {work}\n")
-    print("| data | tool | tokens | trained | packed rows | seconds | tokens/s | ratio |")
+    print("| data | tool | tokens | trained | packed rows | seconds | tokens/s | CPU seconds |")
     print("|---|---|--:|--:|--:|--:|--:|--:|")
-    for (name, tool), all_runs in found.items():
-        best = min(all_runs)
-        other = found.get((name, "TRL"))
-        ratio = f"{min(other).seconds / best.seconds:.1f}x" if other else "-"
+    for (name, tool), runs in found.items():
+        best, cpu = min(runs), min(run.cpu_seconds for run in runs)
         print(
             f"| {name} | {tool} | {best.tokens:,} | {best.trained:,} | {best.packed:,} | "
-            f"{best.seconds:.1f} | {best.tokens / best.seconds:,.0f} | {ratio} |"
+            f"{best.seconds:.1f} | {best.tokens / best.seconds:,.0f} | {cpu:.1f} |"
         )
+    for name in files if trl is not None else ():
+        ours, theirs = found[name, "jaxtune"], found[name, "TRL"]
+        wall = min(theirs).seconds / min(ours).seconds
+        cpu = min(run.cpu_seconds for run in theirs) / min(run.cpu_seconds for run in ours)
+        print(f"\n{name}: TRL takes {wall:.1f} times as long, and {cpu:.1f} times the CPU time")
     print(f"\nopening the warm cache of `messages`: {min(opening):.2f} s")
 
 
