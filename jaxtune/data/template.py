@@ -20,10 +20,7 @@ trained either way (marks often leave out the end of turn, or take in the header
 feeds); an answer that the marks leave out, or whose marks take in more than header, answer and
 blanks, is dropped.
 
-Control tokens that a message holds as text stay text. While a conversation is rendered each is
-replaced by one private character, so that no template, split or trim can move it unseen; with the
-tokens put back, the text must be what the template makes of the conversation as it is. Spans then
-say where to take the typed token apart (`Span.breaks`). Documents of format `text` are the
+Control tokens that a message holds as text stay text (`typed`). Documents of format `text` are the
 exception: they bring their own template, and their control tokens are meant.
 """
 
@@ -32,17 +29,18 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jaxtune.config import ConfigError, nearest
 from jaxtune.data import jinja, wording
+from jaxtune.data.presence import appears, as_object, as_text, shows_calls, squeeze, with_calls
 from jaxtune.data.schema import Conversation, Document, Dropped, Message, Span
 from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.data.typed import Said, Unlocated, mask, take_apart, unmask
 
 TrainOn = Literal["assistant", "last", "all"]
 Row = tuple[Span, ...]
@@ -241,7 +239,7 @@ def render(
     background = 1.0 if train_on == "all" else 0.0
     whole = _cut(full, turns, weights, background)
     if whole is not None:
-        return (_hidden(said, full) or _typed_out(whole, said.typed, template.control),)
+        return (_hidden(said, full) or take_apart(whole, said.typed, template.control),)
     trained = [max(weights)] if train_on == "all" else [i for i in weights if weights[i] > 0]
     return tuple(_alone(template, said, i, turns[i], weights[i], background) for i in trained)
 
@@ -259,32 +257,16 @@ def render_prompt(
         masked = _prompt_spans(template, said, 0.0)
     except jinja.TemplateFailed as error:
         raise ConfigError(f"template '{template.name}': {error.reason}: {error}") from None
-    row = _typed_out(masked, said.typed, template.control)
+    row = take_apart(masked, said.typed, template.control)
     if isinstance(row, Dropped):
         raise ConfigError(f"template '{template.name}': {row.reason}: {row.detail}")
     return row
-
-
-class _Said(NamedTuple):
-    """A conversation as it is rendered: `typed` names the control token each private character of
-    `messages` and `tools` stands for; `plain` and `plain_tools` still have the tokens themselves.
-    """
-
-    messages: tuple[Message, ...]
-    tools: Any
-    typed: Mapping[str, str]
-    plain: tuple[Message, ...]
-    plain_tools: Any
 
 
 class _Turn(NamedTuple):
     prompt: str
     answer: str
     tail: str  # what `whole` holds behind the end of turn
-
-
-class _Unlocated(jinja.TemplateFailed):
-    reason = "control tokens typed in a message cannot be found in the rendered text"
 
 
 def _document(template: Template, text: str) -> str:
@@ -294,111 +276,24 @@ def _document(template: Template, text: str) -> str:
     return opening + text + closing
 
 
-def _said(template: Template, noun: Conversation) -> _Said:
+def _said(template: Template, noun: Conversation) -> Said:
     """The conversation in the form that shows its tool calls, with typed control tokens masked.
 
     Arguments are given as they came; where the template cannot show them so (it joins strings, or
     would quote a string twice), as objects or as JSON text.
     """
-    said = _masked(template, noun.messages, noun.tools)
+    said = mask(template.control, noun.messages, noun.tools)
     if not any(message.extra.get("tool_calls") for message in noun.messages):
         return said
-    for convert in (_as_object, _as_text):
+    for convert in (as_object, as_text):
         try:
-            text = _squeeze(_text(template, said))
-            if all(_shows_calls(message, text) for message in said.messages):
+            text = squeeze(_text(template, said))
+            if all(shows_calls(message, text) for message in said.messages):
                 return said
         except jinja.TemplateFailed:
             pass
-        said = _masked(template, [_with_calls(m, convert) for m in noun.messages], noun.tools)
+        said = mask(template.control, [with_calls(m, convert) for m in noun.messages], noun.tools)
     return said
-
-
-def _with_calls(message: Message, convert: Callable[[Any], Any]) -> Message:
-    calls = message.extra.get("tool_calls")
-    if not isinstance(calls, Sequence):
-        return message
-    return message._replace(
-        extra={**message.extra, "tool_calls": [_call(c, convert) for c in calls]}
-    )
-
-
-def _call(call: Any, convert: Callable[[Any], Any]) -> Any:
-    if not isinstance(call, Mapping):
-        return call
-    inner = {k: _call(v, convert) if k == "function" else v for k, v in call.items()}
-    return {**inner, **({"arguments": convert(call["arguments"])} if "arguments" in call else {})}
-
-
-def _as_object(arguments: Any) -> Any:
-    try:
-        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
-        return arguments
-    return parsed if isinstance(parsed, Mapping) else arguments
-
-
-def _as_text(arguments: Any) -> Any:
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-
-
-def _masked(template: Template, messages: Sequence[Message], tools: Any) -> _Said:
-    plain = tuple(messages)
-    values = [(m.content, m.input, m.extra) for m in plain]
-    texts = "\0".join(_strings([values, tools]))
-    found = dict.fromkeys(match[0] for match in template.control.finditer(texts))
-    if not found:
-        return _Said(plain, tools, {}, plain, tools)
-    free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in texts)
-    stand_in = dict(zip(found, free, strict=False))
-
-    def mask(value: Any) -> Any:
-        if isinstance(value, str):
-            return template.control.sub(lambda match: stand_in[match[0]], value)
-        if isinstance(value, Mapping):
-            return {mask(key): mask(inner) for key, inner in value.items()}
-        return [mask(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-    masked = [
-        message._replace(content=mask(content), input=mask(given), extra=mask(extra))
-        for message, (content, given, extra) in zip(plain, values, strict=True)
-    ]
-    typed = {character: token for token, character in stand_in.items()}
-    return _Said(tuple(masked), mask(tools), typed, plain, tools)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every string in a JSON value, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _strings(key)
-            yield from _strings(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _strings(inner)
-
-
-def _typed_out(row: Row, typed: Mapping[str, str], control: re.Pattern[str]) -> Row | Dropped:
-    """Puts typed control tokens back as text, and says where each is to be taken apart."""
-    if not typed:
-        return row
-    spans = []
-    for span in row:
-        text, breaks = "", []
-        for part in re.split("([" + "".join(typed) + "])", span.text):
-            token = typed.get(part, "")
-            if len(token) == 1:
-                return Dropped(_Unlocated.reason, f"{token!r} cannot be taken apart")
-            start = len(text)
-            text += token or part
-            # Behind its first character; again, should another control token begin in the rest.
-            while found := control.search(token):
-                breaks.append(start + found.start() + 1)
-                start, token = start + found.start() + 1, token[found.start() + 1 :]
-        spans.append(span._replace(text=text, breaks=tuple(breaks)))
-    return tuple(spans)
 
 
 def _weights(messages: Sequence[Message], train_on: TrainOn) -> dict[int, float] | Dropped:
@@ -420,19 +315,13 @@ def _weights(messages: Sequence[Message], train_on: TrainOn) -> dict[int, float]
     return weights
 
 
-def _text(template: Template, said: _Said, upto: int | None = None, *, prompt: bool = False) -> str:
+def _text(template: Template, said: Said, upto: int | None = None, *, prompt: bool = False) -> str:
     """The rendered text of the first `upto` messages; raises `jinja.TemplateFailed`."""
     text = _rendered(template, said.messages[:upto], said.tools, prompt=prompt)
     if said.typed:
         plain = _rendered(template, said.plain[:upto], said.plain_tools, prompt=prompt)
-        if _unmasked(text, said.typed) != plain:
-            raise _Unlocated(", ".join(said.typed.values()))
-    return text
-
-
-def _unmasked(text: str, typed: Mapping[str, str]) -> str:
-    for character, token in typed.items():
-        text = text.replace(character, token)
+        if unmask(text, said.typed) != plain:
+            raise Unlocated(", ".join(said.typed.values()))
     return text
 
 
@@ -465,7 +354,7 @@ def _rendered(
     )
 
 
-def _turn(template: Template, said: _Said, i: int, full: str | None = None) -> _Turn | Dropped:
+def _turn(template: Template, said: Said, i: int, full: str | None = None) -> _Turn | Dropped:
     """Message i as inference meets it: its prompt and its answer, or why that cannot be shown."""
     where = f"message {i + 1}"
     try:
@@ -488,20 +377,20 @@ def _turn(template: Template, said: _Said, i: int, full: str | None = None) -> _
 _THINKING = ("reasoning_content", "reasoning", "thinking")
 
 
-def _wrong(template: Template, said: _Said, i: int, text: str) -> Dropped | None:
+def _wrong(template: Template, said: Said, i: int, text: str) -> Dropped | None:
     """Why `text` is not what message i says."""
     message, where = said.messages[i], f"message {i + 1}"
-    words, content = _squeeze(text), _squeeze(message.content)
+    words, content = squeeze(text), squeeze(message.content)
     calls = message.extra.get("tool_calls")
     if not (content in words if calls else words.endswith(content)):
         return Dropped("the rendered answer is not the message", f"{where}: {words[:60]!r}")
     thoughts = [message.extra.get(key) for key in _THINKING]
-    if any(isinstance(t, str) and _squeeze(t) not in words for t in thoughts):
+    if any(isinstance(t, str) and squeeze(t) not in words for t in thoughts):
         return Dropped("the template does not show the thinking of the answer", where)
-    if not _shows_calls(message, words):
+    if not shows_calls(message, words):
         return Dropped("the template does not show the tool calls", where)
     before, _, behind = words.rpartition(content) if content else (words, "", "")
-    others = (_squeeze(other.content) for other in said.messages[:i])
+    others = (squeeze(other.content) for other in said.messages[:i])
     if any(other and (other in before or other in behind) for other in others) and _holds_another(
         template, said, i
     ):
@@ -509,7 +398,7 @@ def _wrong(template: Template, said: _Said, i: int, text: str) -> Dropped | None
     return None
 
 
-def _holds_another(template: Template, said: _Said, i: int) -> bool:
+def _holds_another(template: Template, said: Said, i: int) -> bool:
     """Whether the answer changes with the messages before it: each is replaced by a sign."""
     signs = [chr(0x100000 + j) for j in range(i)]
     messages = [
@@ -527,34 +416,8 @@ def _holds_another(template: Template, said: _Said, i: int) -> bool:
     return any(sign in answer for sign in signs)
 
 
-def _shows_calls(message: Message, words: str) -> bool:
-    """Whether squeezed text has the names and arguments of the message's tool calls."""
-    calls = message.extra.get("tool_calls")
-    if not calls:
-        return True
-    for call in calls if isinstance(calls, list | tuple) else [calls]:
-        function = call.get("function", call) if isinstance(call, Mapping) else call
-        wanted = function
-        if isinstance(function, Mapping):
-            arguments = function.get("arguments")
-            wanted = [function.get("name"), arguments]
-            if isinstance(arguments, str) and isinstance(_as_object(arguments), Mapping):
-                wanted = function.get("name")
-                if _squeeze(arguments) not in words:  # quoted once more is not the same call
-                    return False
-        if not all(_appears(text, words) for text in _strings(wanted)):
-            return False
-    return True
-
-
-def _appears(text: str, words: str) -> bool:
-    """Whether squeezed `words` have `text`, as it is or as JSON writes it."""
-    forms = (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])
-    return any(_squeeze(form) in words for form in forms)
-
-
 def _marked_otherwise(
-    template: Template, said: _Said, i: int, whole: str, start: int, end: int
+    template: Template, said: Said, i: int, whole: str, start: int, end: int
 ) -> Dropped | None:
     """Why the template's own `{% generation %}` contradicts whole[start:end]; None without any."""
     if not jinja.has_marks(template.jinja):
@@ -599,7 +462,7 @@ def _cut(
 
 
 def _prompt_spans(
-    template: Template, said: _Said, background: float, upto: int | None = None
+    template: Template, said: Said, background: float, upto: int | None = None
 ) -> Row:
     """What inference feeds for the first `upto` messages, cut at the answers in it."""
     prompt = _text(template, said, upto, prompt=True)
@@ -616,7 +479,7 @@ def _prompt_spans(
 
 def _alone(
     template: Template,
-    said: _Said,
+    said: Said,
     i: int,
     turn: _Turn | Dropped,
     weight: float,
@@ -633,34 +496,29 @@ def _alone(
         Span(turn.answer, weight, answer=True),
         *([Span(turn.tail, background)] if turn.tail else []),
     ]
-    return _typed_out(tuple(row), said.typed, template.control)
+    return take_apart(tuple(row), said.typed, template.control)
 
 
-def _hidden(said: _Said, text: str, upto: int | None = None) -> Dropped | None:
+def _hidden(said: Said, text: str, upto: int | None = None) -> Dropped | None:
     """Every message that is not the assistant's must appear in the text, every tool and call.
 
     What an assistant said or thought earlier may be left out: that is rewriting history.
     """
-    words = _squeeze(text)
+    words = squeeze(text)
     for i, message in enumerate(said.messages[:upto]):
         parts = (message.content, message.input)
-        if message.role != "assistant" and not all(_appears(part, words) for part in parts):
+        if message.role != "assistant" and not all(appears(part, words) for part in parts):
             return Dropped(
                 f"the template does not show the {message.role} message", f"message {i + 1}"
             )
-        if not _shows_calls(message, words):
+        if not shows_calls(message, words):
             return Dropped("the template does not show the tool calls", f"message {i + 1}")
     for tool in said.tools or ():
         function = tool.get("function", tool) if isinstance(tool, Mapping) else tool
         name = function.get("name") if isinstance(function, Mapping) else function
-        if isinstance(name, str) and not _appears(name, words):
+        if isinstance(name, str) and not appears(name, words):
             return Dropped("the template does not show the tools", name)
     return None
-
-
-def _squeeze(text: str) -> str:
-    """Templates trim and join; what counts is that nothing else is lost."""
-    return "".join(text.split())
 
 
 def _stop_token(stop: str | None, tokenizer: Tokenizer) -> str:
@@ -748,7 +606,7 @@ def _probed(template: Template, tokenizer: Tokenizer, stop: str | None) -> Templ
             raise ConfigError(
                 f"system_prompt: template '{template.name}' refuses it: {error}"
             ) from None
-        if _squeeze(template.system_prompt) not in _squeeze(shown):
+        if squeeze(template.system_prompt) not in squeeze(shown):
             raise ConfigError(f"system_prompt: template '{template.name}' does not show it. Unset.")
     _stop_token(end, tokenizer)
     return dataclasses.replace(template, stop=end, stop_id=tokenizer.control[end])
