@@ -266,7 +266,7 @@ def _show(
         question = questions[number]
         rows = {column: part["generations"][number] for column, part in scores.items()}
         said = {column: (row["response"], row["stopped"]) for column, row in rows.items()}
-        asked = question.messages[-1].content if question.messages else ""
+        asked = " ".join(f"{m.content} {m.input}" for m in question.messages[-1:])
         print(answers_text(asked, question.reference, said), end="\n\n")
     print(scores_text(scores))
     *_, tuned = scores.values()
