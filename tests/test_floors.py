@@ -22,7 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "mesh": {"config", "tree"},
     "data": {"config"},
     "draw": {"config"},
-    "ops": set(),
+    "ops": {"spec"},
     "model": {"config", "spec", "tree", "mesh", "ops"},
     "learn": {"config", "spec", "tree", "mesh", "ops", "model"},
     "hf": {"config", "spec", "tree", "mesh", "model"},
