@@ -205,8 +205,8 @@ def test_unknown_name_is_refused_not_replaced() -> None:
 
 
 def test_choice_by_length_with_its_reason() -> None:
-    short, why_short = choose("cpu", 1024)
-    long, why_long = choose("cpu", 1025)
+    short, why_short = choose("cpu", 512)
+    long, why_long = choose("cpu", 513)
     assert (short, long) == ("reference", "blocked")
-    assert "1024 tokens on cpu" in why_short
-    assert "1025 tokens on cpu" in why_long
+    assert "512 tokens on cpu" in why_short
+    assert "513 tokens on cpu" in why_long
