@@ -22,10 +22,11 @@ ROOMS: dict[str, set[str]] = {
     "mesh": {"config", "tree"},
     "data": {"config"},
     "draw": {"config"},
-    "ops": set(),
+    "ops": {"spec"},
     "model": {"config", "spec", "tree", "mesh", "ops"},
     "learn": {"config", "spec", "tree", "mesh", "ops", "model"},
     "hf": {"config", "spec", "tree", "mesh", "model"},
+    "inference": {"config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf"},
 }
 DOORS = {"train", "preview", "convert", "evaluate", "chat"}
 # room -> third-party packages it must not know.

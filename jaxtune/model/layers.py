@@ -44,9 +44,10 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Build(NamedTuple):
-    """What every part of one decoder shares: dtypes, and the spread of random weights."""
+    """What every part of one decoder shares: dtypes of new weights and of all that is computed,
+    and the spread of random weights."""
 
-    stored: DTypeLike
+    new: DTypeLike
     compute: DTypeLike
     init_scale: float
 
@@ -80,13 +81,16 @@ def weight(
     *,
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
-    stored: DTypeLike,
-    compute: DTypeLike,
+    new: DTypeLike,
+    compute: DTypeLike | None,
     initialiser: Callable[..., jax.Array],
 ) -> jax.Array:
-    """The parameter `name` of `module`, declared here and ready for use in `compute`."""
-    declared = module.param(name, lambda key: Declared(initialiser(key, shape, stored), axes))
-    return mesh.gathered(declared, axes, compute)
+    """The parameter `name` of `module`, declared here and ready for use in dtype `compute`.
+
+    `new` is its dtype when it is made; without `compute` it is used as it is stored.
+    """
+    declared = module.param(name, lambda key: Declared(initialiser(key, shape, new), axes))
+    return mesh.gathered(declared, axes, declared.dtype if compute is None else compute)
 
 
 class Projection(nn.Module):
@@ -106,7 +110,7 @@ class Projection(nn.Module):
             "kernel",
             shape=tuple(self.sizes[letter] for letter in letters),
             axes=tuple(WEIGHT_AXES[letter] for letter in letters),
-            stored=self.build.stored,
+            new=self.build.new,
             compute=self.build.compute,
             initialiser=nn.initializers.normal(self.build.init_scale),
         )
@@ -118,7 +122,7 @@ class Projection(nn.Module):
                 "bias",
                 shape=tuple(self.sizes[letter] for letter in added),
                 axes=tuple("norm" if letter == "D" else WEIGHT_AXES[letter] for letter in added),
-                stored=self.build.stored,
+                new=self.build.new,
                 compute=self.build.compute,
                 initialiser=nn.initializers.zeros,
             )
@@ -176,8 +180,8 @@ class Matrix(nn.Module):
             self.leaf,
             shape=tuple(self.sizes[letter] for letter in self.letters),
             axes=tuple(WEIGHT_AXES[letter] for letter in self.letters),
-            stored=self.build.stored,
-            compute=self.build.stored,
+            new=self.build.new,
+            compute=None,
             initialiser=nn.initializers.normal(self.build.init_scale),
         )
 
@@ -195,7 +199,7 @@ class RMSNorm(nn.Module):
             "scale",
             shape=x.shape[-1:],
             axes=("norm",),
-            stored=self.build.stored,
+            new=self.build.new,
             compute=self.build.compute,
             initialiser=nn.initializers.ones,
         )

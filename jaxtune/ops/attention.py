@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-LONGEST_REFERENCE_ROW = 1024
+LONGEST_REFERENCE_ROW = 512
 QUERY_BLOCK = 256
 MASKED_SCORE = -1e30  # finite: -inf turns the gradient of a fully masked row into NaN
 

@@ -162,6 +162,22 @@ def test_half_precision_in_and_out_softmax_in_f32(impl: str) -> None:
     np.testing.assert_allclose(ours.astype(jnp.float32), exact, atol=5e-2)
 
 
+def test_gradients_of_half_precision_keys_are_summed_in_f32(
+    impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One key seen by 1024 queries, a block each; bfloat16 sums of ones end at 256."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 1)
+    queries = 1024
+    q, v = jnp.ones((1, queries, 1, 2), jnp.bfloat16), jnp.ones((1, 1, 1, 2), jnp.bfloat16)
+    ones = jnp.ones((1, queries), jnp.int32), jnp.ones((1, 1), jnp.int32)
+
+    def f(v: jax.Array) -> jax.Array:
+        out = attend(q, v * 0, v, segments=ones, positions=ones, impl=impl)
+        return jnp.sum(out, dtype=jnp.float32)
+
+    np.testing.assert_array_equal(jax.grad(f)(v), np.full(v.shape, queries))
+
+
 @pytest.mark.parametrize(("name", "holds"), [("reference", True), ("blocked", False)])
 def test_blocked_never_holds_all_scores(
     name: str,
@@ -189,8 +205,8 @@ def test_unknown_name_is_refused_not_replaced() -> None:
 
 
 def test_choice_by_length_with_its_reason() -> None:
-    short, why_short = choose("cpu", 1024)
-    long, why_long = choose("cpu", 1025)
+    short, why_short = choose("cpu", 512)
+    long, why_long = choose("cpu", 513)
     assert (short, long) == ("reference", "blocked")
-    assert "1024 tokens on cpu" in why_short
-    assert "1025 tokens on cpu" in why_long
+    assert "512 tokens on cpu" in why_short
+    assert "513 tokens on cpu" in why_long

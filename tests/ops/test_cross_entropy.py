@@ -136,8 +136,8 @@ def test_halves_add_up_to_the_whole() -> None:
 
 
 def test_half_precision_sums_the_head_gradient_in_f32() -> None:
-    """4096 equal contributions that bfloat16 sums would lose from 256 on."""
-    rows, chunk = 4096, 16
+    """Eight chunks of 514 equal halves: 257 has nine bits, and bfloat16 holds eight."""
+    rows, chunk = 8 * 514, 514
     hidden = jnp.ones((1, rows, 1), jnp.bfloat16)
     head = jnp.zeros((1, 2), jnp.float32)
     targets, weights = jnp.zeros((1, rows), jnp.int32), jnp.ones((1, rows))

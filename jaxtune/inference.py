@@ -1,0 +1,217 @@
+"""A model folder opened to be asked: weights on the mesh, words around them, where answers end.
+
+`evaluate` and `chat` meet here, so that what is measured is what one gets. A base model beside a
+tuned one is asked with the tuned one's tokenizer and template: the same tokens go into both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxtune.command import note
+from jaxtune.config import Config, ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from jaxtune.data.schema import Message
+    from jaxtune.data.template import Template
+    from jaxtune.data.tokenizer import Tokenizer
+    from jaxtune.spec import ModelSpec
+
+
+class Words(NamedTuple):
+    """How text becomes tokens and back."""
+
+    tokenizer: Tokenizer
+    template: Template
+
+
+class Model(NamedTuple):
+    """`params` are in `dtype`, the computation's; any of `stop_ids` ends an answer."""
+
+    name: str
+    spec: ModelSpec
+    params: Any
+    stop_ids: frozenset[int]
+    dtype: Any
+    mesh: Mesh
+
+
+class Answer(NamedTuple):
+    """`stopped`: the model ended it; `tokens`: how many it has, without the stop."""
+
+    text: str
+    stopped: bool
+    tokens: int
+
+
+def open_words(config: Config) -> Words:
+    """Of the model, or of `tokenizer_name`. Raises `ConfigError`."""
+    from jaxtune.data.template import resolve
+    from jaxtune.data.tokenizer import load_tokenizer
+
+    if config.model_name_or_path is None:
+        raise ConfigError("model_name_or_path is not set. Give --model_name_or_path DIR.")
+    name = config.tokenizer_name or config.model_name_or_path
+    tokenizer = load_tokenizer(name, revision=config.revision)
+    template = resolve(
+        config.template, tokenizer, system_prompt=config.system_prompt, stop=config.stop
+    )
+    return Words(tokenizer, template)
+
+
+def check_base(base: str, words: Words) -> None:
+    """Refuses a base model whose own tokenizer gives other ids to the same text."""
+    from jaxtune.data.tokenizer import load_tokenizer
+
+    folder = Path(base).expanduser()
+    files = (folder / "tokenizer.json", folder / "hf" / "tokenizer.json")
+    if folder.is_dir() and not any(file.is_file() for file in files):
+        return
+    theirs, ours = load_tokenizer(base), words.tokenizer
+    if theirs.backend.get_vocab() != ours.backend.get_vocab():
+        raise ConfigError(
+            f"base {base}: its tokenizer has other ids than {ours.folder}, so the same tokens "
+            "cannot be put to both. Give the model that the tuned one started from."
+        )
+
+
+def open_mesh(config: Config) -> Mesh:
+    from jaxtune.mesh import make_mesh
+
+    return make_mesh(config.mesh.model_dump())
+
+
+def load_model(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
+    """Weights in the computation's dtype, spread over `mesh`.
+
+    With `init: random` a folder without weights is filled with those that training with this seed
+    began with. Raises `ModelError`.
+    """
+    import jax
+
+    from jaxtune.hf.load import load_params, open_model
+    from jaxtune.learn.program import compute_dtype
+    from jaxtune.mesh import shardings
+    from jaxtune.model import decoder
+
+    random = config.init == "random" and not _has_weights(name)
+    model = open_model(name, revision=config.revision, weights=not random)
+    dtype = compute_dtype(config.dtype)
+    placed = shardings(decoder.axes(model.spec), decoder.abstract(model.spec, dtype), mesh)
+    if random:
+        note(f"{name}: no weights there; random ones of seed {config.seed}, as training began")
+
+        def first(key: jax.Array) -> Any:
+            params = decoder.init(model.spec, key, config.param_dtype)
+            return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+        params = jax.jit(first, out_shardings=placed)(jax.random.key(config.seed))
+    else:
+        params = load_params(model, placed, dtype)
+    stop_ids = {words.template.stop_id, *_eos_ids(model.folder, model.config)}
+    return Model(name, model.spec, params, frozenset(stop_ids), dtype, mesh)
+
+
+def check_ids(model: Model, words: Words, largest: int) -> None:
+    """An id without a row in the embedding never raises on a device: it is refused here."""
+    if largest >= model.spec.vocab:
+        raise ConfigError(
+            f"{model.name}: has {model.spec.vocab} embedding rows, but is asked about token id "
+            f"{largest} of tokenizer {words.tokenizer.folder}. Use the model's own tokenizer."
+        )
+
+
+def answer(
+    model: Model,
+    words: Words,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int,
+) -> list[Answer]:
+    """The greedy answer to each conversation, in order. Raises `DataError` for one too long."""
+    from jaxtune.model.sample import generate
+
+    tokenizer = words.tokenizer
+    generations = generate(
+        model.spec,
+        model.params,
+        [_prompt_ids(model, words, messages) for messages in conversations],
+        max_new_tokens=max_new_tokens,
+        stop_ids=model.stop_ids,
+        dtype=model.dtype,
+        mesh=model.mesh,
+    )
+    return [Answer(tokenizer.decode(g.tokens), g.stopped, len(g.tokens)) for g in generations]
+
+
+def stream(
+    model: Model, words: Words, conversation: Sequence[Message], *, max_new_tokens: int
+) -> Generator[str, None, Answer]:
+    """`answer` for one conversation, yielding text as it comes; the pieces make up the answer.
+
+    Raises `DataError` here, before the first piece is asked for.
+    """
+    from jaxtune.model import sample
+
+    tokens = sample.stream(
+        model.spec,
+        model.params,
+        _prompt_ids(model, words, conversation),
+        max_new_tokens=max_new_tokens,
+        stop_ids=model.stop_ids,
+        dtype=model.dtype,
+        mesh=model.mesh,
+    )
+    return _as_text(tokens, words.tokenizer)
+
+
+def _prompt_ids(model: Model, words: Words, messages: Sequence[Message]) -> list[int]:
+    from jaxtune.data.encode import encode_prompt
+
+    ids = encode_prompt(words.template, words.tokenizer, messages)
+    check_ids(model, words, max(ids, default=0))
+    return ids
+
+
+def _as_text(
+    tokens: Generator[int, None, bool], tokenizer: Tokenizer
+) -> Generator[str, None, Answer]:
+    ids: list[int] = []
+    shown = ""
+    while True:
+        try:
+            ids.append(next(tokens))
+        except StopIteration as end:
+            text = tokenizer.decode(ids)
+            if text != shown:
+                yield text[len(shown) :]
+            return Answer(text, bool(end.value), len(ids))
+        text = tokenizer.decode(ids)
+        # A character of several tokens decodes to U+FFFD until its last one is there.
+        if text.startswith(shown) and not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+
+
+def _has_weights(name: str) -> bool:
+    from jaxtune.hf.load import open_model
+
+    if not Path(name).expanduser().exists():  # a hub id
+        return True
+    return any(open_model(name, weights=False).folder.glob("*.safetensors"))
+
+
+def _eos_ids(folder: Path, config: Any) -> list[int]:
+    """What the folder itself says ends a text: generation_config.json, else config.json."""
+    file = folder / "generation_config.json"
+    try:
+        said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        eos = said.get("eos_token_id", config.get("eos_token_id"))
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{file}: not readable as a JSON object: {error}.") from None
+    return [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None]

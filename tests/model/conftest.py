@@ -1,0 +1,51 @@
+"""One small decoder that has every switch, shared by the tests of this room."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtune.model import decoder
+from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack
+
+PLAIN = LayerSpec(4, 2, 8, 32, RopeSpec(10_000.0))
+FANCY = LayerSpec(
+    4,
+    4,
+    8,
+    48,
+    RopeSpec(1e6, "linear", 2.0),
+    window=3,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    qk_norm=True,
+    activation="gelu_tanh",
+)
+# Large random weights: texts differ clearly, and the likeliest next token is no close call.
+SPEC = ModelSpec(
+    64, 16, (Stack((PLAIN, FANCY), 2), Stack((PLAIN,), 1)), 1e-5, False, 64, init_scale=0.4
+)
+
+
+class Rows(NamedTuple):
+    inputs: jax.Array
+    segment_ids: jax.Array
+    positions: jax.Array
+
+
+@pytest.fixture(scope="session")
+def params() -> decoder.Params:
+    return jax.jit(lambda key: decoder.init(SPEC, key, jnp.float32))(jax.random.key(0))
+
+
+@pytest.fixture(scope="session")
+def packed() -> Rows:
+    """Two texts and padding, a text and padding, one full row, an empty row: `[4 12]`."""
+    rng = np.random.default_rng(0)
+    segments = [[1] * 5 + [2] * 4 + [0] * 3, [1] * 7 + [0] * 5, [1] * 12, [0] * 12]
+    positions = [[*range(5), *range(4), 0, 0, 0], [*range(7), *[0] * 5], list(range(12)), [0] * 12]
+    inputs = rng.integers(0, SPEC.vocab, (4, 12))
+    return Rows(*(jnp.asarray(x, jnp.int32) for x in (inputs, segments, positions)))
