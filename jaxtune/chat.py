@@ -24,7 +24,7 @@ from jaxtune.command import note
 from jaxtune.config import Config, ConfigError, DataError
 
 if TYPE_CHECKING:
-    from jaxtune.data.schema import Message
+    from jaxtune.data.schema import Conversation, Message
     from jaxtune.inference import Answer, Model, Words
 
 _HELP = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C ends an answer"
@@ -50,7 +50,7 @@ class Asked(NamedTuple):
     """A prompt as it was given, and as a conversation."""
 
     given: Any
-    messages: tuple[Message, ...]
+    conversation: Conversation
 
 
 def run(config: Config, options: ChatOptions | None = None) -> Result:
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _asked(options: ChatOptions) -> list[Asked] | None:
     """What is asked; None for a conversation."""
-    from jaxtune.data.schema import Message
+    from jaxtune.data.schema import Conversation, Message
 
     if options.prompt is not None and options.prompts is not None:
         raise ConfigError("prompt and prompts exclude each other; give one.")
@@ -100,7 +100,7 @@ def _asked(options: ChatOptions) -> list[Asked] | None:
     if options.prompt is not None:
         if not options.prompt.strip():
             raise ConfigError("prompt: is empty; there is nothing to answer.")
-        return [Asked(options.prompt, (Message("user", options.prompt),))]
+        return [Asked(options.prompt, Conversation((Message("user", options.prompt),)))]
     return None if options.prompts is None else list(_read(options.prompts))
 
 
@@ -109,11 +109,11 @@ def _read(path: str) -> Iterator[Asked]:
     from jaxtune.data.formats import to_noun
     from jaxtune.data.schema import Conversation, Message
 
-    for line, fields in sources.read(sources.check(path)):
-        where = f"{path}:{line}"
+    for record in sources.read(sources.find(path)):
+        where, fields = record.where, record.fields
         prompt = fields.get("prompt")
         if isinstance(prompt, str) and prompt.strip():
-            yield Asked(prompt, (Message("user", prompt),))
+            yield Asked(prompt, Conversation((Message("user", prompt),)))
             continue
         given = prompt if isinstance(prompt, list) else fields.get("messages")
         if given is None:
@@ -121,23 +121,28 @@ def _read(path: str) -> Iterator[Asked]:
                 f"{where}: expected 'prompt' (text) or 'messages' (a list); the record has: "
                 f"{', '.join(fields) or 'nothing'}{', prompt empty' if prompt == '' else ''}."
             )
-        noun = to_noun("messages", {"messages": given}, {}, where)
+        tools = {"tools": fields["tools"]} if fields.get("tools") else {}
+        noun = to_noun("messages", {"messages": given, **tools}, {}, where)
         if not isinstance(noun, Conversation):
             raise DataError(f"{where}: {': '.join(filter(None, noun))}.")
         if noun.messages[-1].role == "assistant":
             raise DataError(f"{where}: ends with an answer. End it with what is to be answered.")
-        yield Asked(given, noun.messages)
+        yield Asked(given, noun)
 
 
 def _rows(
     models: Mapping[str, Model], words: Words, asked: list[Asked], max_new_tokens: int
 ) -> list[Mapping[str, Any]]:
     """One object per prompt, in order; the base's answer under "base"."""
-    from jaxtune.inference import answer
+    from jaxtune.inference import answer, prompt_ids
 
-    conversations = [prompt.messages for prompt in asked]
     by_model = {
-        label: answer(model, words, conversations, max_new_tokens=max_new_tokens)
+        label: answer(
+            model,
+            words,
+            [prompt_ids(model, words, prompt.conversation) for prompt in asked],
+            max_new_tokens=max_new_tokens,
+        )
         for label, model in models.items()
     }
     *base, answers = by_model.values()

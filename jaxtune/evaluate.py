@@ -24,7 +24,7 @@ from jaxtune.config import Config, ConfigError, DataError, DatasetConfig
 
 if TYPE_CHECKING:
     from jaxtune.data.pipeline import Dataset
-    from jaxtune.data.schema import Message
+    from jaxtune.data.schema import Conversation
     from jaxtune.inference import Model, Words
 
 _SHOWN = 5  # questions, spread over all
@@ -52,7 +52,8 @@ class Question(NamedTuple):
     """What inference is asked, and the answer that the data has for it."""
 
     dataset: str
-    messages: tuple[Message, ...]
+    words: Words  # with the data set's own template where it has one
+    asked: Conversation
     reference: str
 
 
@@ -68,7 +69,7 @@ def run(config: Config, options: EvaluateOptions | None = None) -> Result:
         check_base(options.base, words)
     entries = _entries(config, options)
     dataset = _open_data(config, entries, words)
-    questions = _questions(entries, dataset, options.generate)
+    questions = _questions(entries, dataset, words, options.generate)
     note(f"evaluation: {len(dataset)} examples of {', '.join(dict.fromkeys(dataset.names))}")
 
     # 2. One model after the other, so that only one is in memory.
@@ -147,7 +148,7 @@ def _open_data(config: Config, entries: Sequence[DatasetConfig], words: Words) -
 
 
 def _questions(
-    entries: Sequence[DatasetConfig], dataset: Dataset, limit: int
+    entries: Sequence[DatasetConfig], dataset: Dataset, words: Words, limit: int
 ) -> tuple[Question, ...]:
     """The first `limit` conversations of each entry that are among the examples of `dataset`."""
     if not limit:
@@ -157,7 +158,7 @@ def _questions(
         question
         for number, entry in enumerate(entries)
         for question in itertools.islice(
-            _conversations(entry, set(rows[dataset.source_of == number].tolist())), limit
+            _conversations(entry, set(rows[dataset.source_of == number].tolist()), words), limit
         )
     ]
     if not found:
@@ -168,15 +169,26 @@ def _questions(
     return tuple(found)
 
 
-def _conversations(entry: DatasetConfig, rows: set[int]) -> Iterator[Question]:
-    from jaxtune.data.prepare import dataset_name, read
+def _conversations(entry: DatasetConfig, rows: set[int], words: Words) -> Iterator[Question]:
+    from jaxtune.data.formats import to_noun
+    from jaxtune.data.prepare import dataset_name, format_of, read
     from jaxtune.data.schema import Conversation
+    from jaxtune.data.template import variant
 
-    for row, _, noun in read(entry):
-        if row in rows and isinstance(noun, Conversation):
+    own = variant(
+        words.template, words.tokenizer, template=entry.template, system_prompt=entry.system_prompt
+    )
+    format_name = format_of(entry)
+    for row, record in read(entry):
+        if row not in rows:
+            continue
+        noun = to_noun(format_name, record.fields, entry.columns, record.where)
+        if isinstance(noun, Conversation):
             last = max(i for i, m in enumerate(noun.messages) if m.role == "assistant")
-            before, reference = noun.messages[:last], noun.messages[last].content
-            yield Question(dataset_name(entry), before, reference)
+            asked, reference = noun._replace(messages=noun.messages[:last]), noun.messages[last]
+            if reference.content.strip():  # not a tool call alone: there is no text to compare
+                words_here = words._replace(template=own)
+                yield Question(dataset_name(entry), words_here, asked, reference.content)
 
 
 # -- the scores ----------------------------------------------------------------------------------
@@ -231,27 +243,34 @@ def _finite(row: Mapping[str, float]) -> dict[str, float | None]:
 def _answers(
     model: Model, words: Words, questions: Sequence[Question], max_new_tokens: int
 ) -> dict[str, Any]:
-    from jaxtune.data.template import render_prompt
-    from jaxtune.inference import answer
+    from jaxtune.inference import answer, prompt_ids
 
-    asked = [question.messages for question in questions]
-    answers = answer(model, words, asked, max_new_tokens=max_new_tokens)
+    prompts = [prompt_ids(model, question.words, question.asked) for question in questions]
+    answers = answer(model, words, prompts, max_new_tokens=max_new_tokens)
     references = [question.reference for question in questions]
     generations = [
         {
             "dataset": question.dataset,
-            "prompt": "".join(span.text for span in render_prompt(words.template, messages)),
+            "prompt": _prompt_text(question),
             "reference": question.reference,
             "response": found.text,
             "stopped": found.stopped,
         }
-        for question, messages, found in zip(questions, asked, answers, strict=True)
+        for question, found in zip(questions, answers, strict=True)
     ]
     return {
         **compare(references, [found.text for found in answers]),
         "stop_rate": sum(found.stopped for found in answers) / len(answers),
         "generations": generations,
     }
+
+
+def _prompt_text(question: Question) -> str:
+    from jaxtune.data.template import render_prompt
+
+    asked = question.asked
+    spans = render_prompt(question.words.template, asked.messages, tools=asked.tools)
+    return "".join(span.text for span in spans)
 
 
 # -- the terminal --------------------------------------------------------------------------------
@@ -266,7 +285,7 @@ def _show(
         question = questions[number]
         rows = {column: part["generations"][number] for column, part in scores.items()}
         said = {column: (row["response"], row["stopped"]) for column, row in rows.items()}
-        asked = " ".join(f"{m.content} {m.input}" for m in question.messages[-1:])
+        asked = " ".join(f"{m.content} {m.input}" for m in question.asked.messages[-1:])
         print(answers_text(asked, question.reference, said), end="\n\n")
     print(scores_text(scores))
     *_, tuned = scores.values()

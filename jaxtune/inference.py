@@ -17,7 +17,7 @@ from jaxtune.config import Config, ConfigError, ModelError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from jaxtune.data.schema import Message
+    from jaxtune.data.schema import Conversation, Message
     from jaxtune.data.template import Template
     from jaxtune.data.tokenizer import Tokenizer
     from jaxtune.spec import ModelSpec
@@ -51,17 +51,13 @@ class Answer(NamedTuple):
 
 def open_words(config: Config) -> Words:
     """Of the model, or of `tokenizer_name`. Raises `ConfigError`."""
-    from jaxtune.data.template import resolve
-    from jaxtune.data.tokenizer import load_tokenizer
+    from jaxtune.data.asked import open_template, open_tokenizer
 
     if config.model_name_or_path is None:
         raise ConfigError("model_name_or_path is not set. Give --model_name_or_path DIR.")
     name = config.tokenizer_name or config.model_name_or_path
-    tokenizer = load_tokenizer(name, revision=config.revision)
-    template = resolve(
-        config.template, tokenizer, system_prompt=config.system_prompt, stop=config.stop
-    )
-    return Words(tokenizer, template)
+    tokenizer = open_tokenizer(config, name, note=note)
+    return Words(tokenizer, open_template(config, tokenizer, note=note))
 
 
 def check_base(base: str, words: Words) -> None:
@@ -126,27 +122,32 @@ def check_ids(model: Model, words: Words, largest: int) -> None:
         )
 
 
+def prompt_ids(model: Model, words: Words, asked: Conversation) -> list[int]:
+    """What is fed for a conversation: the beginning of the row that training would make of it."""
+    from jaxtune.data.encode import encode_prompt
+
+    ids = encode_prompt(words.template, words.tokenizer, asked.messages, tools=asked.tools)
+    check_ids(model, words, max(ids, default=0))
+    return ids
+
+
 def answer(
-    model: Model,
-    words: Words,
-    conversations: Sequence[Sequence[Message]],
-    *,
-    max_new_tokens: int,
+    model: Model, words: Words, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
 ) -> list[Answer]:
-    """The greedy answer to each conversation, in order. Raises `DataError` for one too long."""
+    """The greedy answer to each of `prompt_ids`, in order. Raises `DataError` for one too long."""
     from jaxtune.model.sample import generate
 
-    tokenizer = words.tokenizer
     generations = generate(
         model.spec,
         model.params,
-        [_prompt_ids(model, words, messages) for messages in conversations],
+        prompts,
         max_new_tokens=max_new_tokens,
         stop_ids=model.stop_ids,
         dtype=model.dtype,
         mesh=model.mesh,
     )
-    return [Answer(tokenizer.decode(g.tokens), g.stopped, len(g.tokens)) for g in generations]
+    decode = words.tokenizer.decode
+    return [Answer(decode(g.tokens), g.stopped, len(g.tokens)) for g in generations]
 
 
 def stream(
@@ -156,26 +157,19 @@ def stream(
 
     Raises `DataError` here, before the first piece is asked for.
     """
+    from jaxtune.data.schema import Conversation
     from jaxtune.model import sample
 
     tokens = sample.stream(
         model.spec,
         model.params,
-        _prompt_ids(model, words, conversation),
+        prompt_ids(model, words, Conversation(tuple(conversation))),
         max_new_tokens=max_new_tokens,
         stop_ids=model.stop_ids,
         dtype=model.dtype,
         mesh=model.mesh,
     )
     return _as_text(tokens, words.tokenizer)
-
-
-def _prompt_ids(model: Model, words: Words, messages: Sequence[Message]) -> list[int]:
-    from jaxtune.data.encode import encode_prompt
-
-    ids = encode_prompt(words.template, words.tokenizer, messages)
-    check_ids(model, words, max(ids, default=0))
-    return ids
 
 
 def _as_text(
