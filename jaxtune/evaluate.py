@@ -129,16 +129,12 @@ def _entries(config: Config, options: EvaluateOptions) -> Sequence[DatasetConfig
 
 
 def _open_data(config: Config, entries: Sequence[DatasetConfig], words: Words) -> Dataset:
-    from jaxtune.data.pipeline import open_dataset, split
+    from jaxtune.data.asked import open_entries
+    from jaxtune.data.pipeline import split
+    from jaxtune.draw.progress import Tokenising
 
-    dataset = open_dataset(
-        entries,
-        tokenizer=words.tokenizer,
-        template=words.template,
-        train_on=config.train_on,
-        max_length=config.max_length,
-        truncation=config.truncation,
-    )
+    with Tokenising() as progress:
+        dataset = open_entries(config, entries, words.tokenizer, words.template, progress=progress)
     if entries is config.datasets and config.eval_split:
         _, dataset = split(dataset, config.eval_split, seed=config.seed)
     for source in dataset.sources:

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import Field
 
 from jaxtune import command
-from jaxtune.config import Config, ConfigError, DatasetConfig
+from jaxtune.config import Config, ConfigError
 
 if TYPE_CHECKING:
-    from jaxtune.data.pipeline import Dataset
     from jaxtune.data.prepare import Prepared, Settings
 
 _SHOWN, _ON_PAGE = 3, 50  # examples by default
@@ -115,28 +114,15 @@ def _as_object(name: str, prepared: Prepared) -> dict[str, Any]:
 
 
 def _report(config: Config, settings: Settings, columns: Sequence[str]) -> dict[str, Any]:
+    from jaxtune.data.asked import open_sides
     from jaxtune.data.doctor import distribution, near_overlap, overlap, report
-    from jaxtune.data.pipeline import Batches, open_dataset, split
+    from jaxtune.data.pipeline import Batches
     from jaxtune.draw.progress import Tokenising
 
-    def opened(entries: Sequence[DatasetConfig]) -> Dataset:
-        return open_dataset(
-            entries,
-            tokenizer=settings.tokenizer,
-            template=settings.template,
-            train_on=config.train_on,
-            max_length=config.max_length,
-            truncation=config.truncation,
-            processes=config.dataset_num_proc,
-            progress=progress,
-        )
-
     with Tokenising() as progress:
-        dataset, held_out = opened(config.datasets), None
-        if config.eval_datasets:
-            held_out = opened(config.eval_datasets)
-        elif config.eval_split:
-            dataset, held_out = split(dataset, config.eval_split, seed=config.seed)
+        dataset, held_out = open_sides(
+            config, settings.tokenizer, settings.template, progress=progress
+        )
     rows = config.global_batch_size or (
         config.per_device_train_batch_size * config.gradient_accumulation_steps
     )

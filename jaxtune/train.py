@@ -12,13 +12,13 @@ import contextlib
 import functools
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxtune import command
 from jaxtune.command import Stopped, note
-from jaxtune.config import Config, ConfigError, DatasetConfig, Diverged, dump
+from jaxtune.config import Config, ConfigError, Diverged, dump
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -148,32 +148,15 @@ def _claim(run_dir: Path) -> None:
 
 
 def _open_data(config: Config, model_name: str) -> Material:
-    from jaxtune.data.asked import open_template, open_tokenizer
+    from jaxtune.data.asked import open_sides, open_template, open_tokenizer
     from jaxtune.data.doctor import refuse
-    from jaxtune.data.pipeline import open_dataset, split
     from jaxtune.draw.progress import Tokenising
 
     tokenizer = open_tokenizer(config, config.tokenizer_name or model_name, note=note)
     template = open_template(config, tokenizer, note=note)
 
-    def opened(entries: Sequence[DatasetConfig]) -> Dataset:
-        return open_dataset(
-            entries,
-            tokenizer=tokenizer,
-            template=template,
-            train_on=config.train_on,
-            max_length=config.max_length,
-            truncation=config.truncation,
-            processes=config.dataset_num_proc,
-            progress=progress,
-        )
-
     with Tokenising() as progress:
-        train, held_out = opened(config.datasets), None
-        if config.eval_datasets:
-            held_out = opened(config.eval_datasets)
-        elif config.eval_split:
-            train, held_out = split(train, config.eval_split, seed=config.seed)
+        train, held_out = open_sides(config, tokenizer, template, progress=progress)
     refuse(train)
     return Material(tokenizer, template, train, held_out)
 

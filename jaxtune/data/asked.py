@@ -1,4 +1,4 @@
-"""What a run asks of its tokenizer and template, opened in one way by every door."""
+"""What a run asks of its tokenizer, template and data, opened in one way by every door."""
 
 from __future__ import annotations
 
@@ -6,17 +6,12 @@ import datetime
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from jaxtune.data.template import Template, resolve, tokens_to_add, variant
+from jaxtune.data.pipeline import Dataset, Progress, open_dataset, split
+from jaxtune.data.prepare import Entry, Truncation
+from jaxtune.data.template import Template, TrainOn, resolve, tokens_to_add, variant
 from jaxtune.data.tokenizer import Tokenizer, load_tokenizer
 
 Note = Callable[[str], None]
-
-
-class Entry(Protocol):
-    """What is needed to know of a dataset."""
-
-    @property
-    def template(self) -> str | None: ...
 
 
 class Asked(Protocol):
@@ -40,6 +35,18 @@ class Asked(Protocol):
     def datasets(self) -> Sequence[Entry]: ...
     @property
     def eval_datasets(self) -> Sequence[Entry]: ...
+    @property
+    def eval_split(self) -> float: ...
+    @property
+    def train_on(self) -> TrainOn: ...
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def truncation(self) -> Truncation: ...
+    @property
+    def dataset_num_proc(self) -> int | None: ...
+    @property
+    def seed(self) -> int: ...
 
 
 def open_tokenizer(asked: Asked, name: str, *, note: Note) -> Tokenizer:
@@ -73,3 +80,35 @@ def stop_ids(asked: Asked, tokenizer: Tokenizer, template: Template) -> list[int
     own = [entry.template for entry in asked.datasets if entry.template]
     others = [variant(template, tokenizer, template=name, system_prompt=None) for name in own]
     return list(dict.fromkeys(found.stop_id for found in (template, *others)))
+
+
+def open_entries(
+    asked: Asked,
+    entries: Sequence[Entry],
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    progress: Progress,
+) -> Dataset:
+    """`entries` prepared as the run asks. Raises what `pipeline.open_dataset` raises."""
+    return open_dataset(
+        entries,
+        tokenizer=tokenizer,
+        template=template,
+        train_on=asked.train_on,
+        max_length=asked.max_length,
+        truncation=asked.truncation,
+        processes=asked.dataset_num_proc,
+        progress=progress,
+    )
+
+
+def open_sides(
+    asked: Asked, tokenizer: Tokenizer, template: Template, *, progress: Progress
+) -> tuple[Dataset, Dataset | None]:
+    """(what is trained on, what is held out): `eval_datasets`, or `eval_split` of the rest."""
+    train = open_entries(asked, asked.datasets, tokenizer, template, progress=progress)
+    if asked.eval_datasets:
+        held_out = open_entries(asked, asked.eval_datasets, tokenizer, template, progress=progress)
+        return train, held_out
+    return split(train, asked.eval_split, seed=asked.seed) if asked.eval_split else (train, None)
