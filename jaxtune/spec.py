@@ -7,17 +7,28 @@ Impossible combinations raise ValueError here, so that nothing below has to chec
 
 from dataclasses import dataclass
 
-ROPE_SCALINGS = ("none", "linear", "llama3")
+ROPE_SCALINGS = ("none", "linear", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+QK_NORMS = (None, "head", "full")
+NORM_PLACES = ("pre", "post", "both")
+NORMS = ("rms", "layer")
 
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """Rotary positions over the whole head: base `theta` and how the frequencies are stretched.
+    """Rotary positions: base `theta` and how the frequencies are stretched.
 
     `linear` divides every frequency by `factor`. `llama3` (Llama 3.1) divides by `factor` those
     whose wave is longer than `original_max_positions / low_freq_factor`, keeps those shorter than
-    `original_max_positions / high_freq_factor`, and interpolates between.
+    `original_max_positions / high_freq_factor`, and interpolates between. `yarn` (arXiv 2309.00071)
+    keeps features that turn more than `beta_fast` times within `original_max_positions`, divides
+    by `factor` those that turn less than `beta_slow` times, and interpolates between, by whole
+    features if `truncate`. `longrope` (arXiv 2402.13753) divides each feature's frequency by its
+    own number: of `short_factors` in a text of up to `original_max_positions` tokens, of
+    `long_factors` in a longer one.
+
+    `attention_factor` multiplies cosines and sines. `fraction` is the share of the head, counted
+    from its first feature, that is rotated at all.
     """
 
     theta: float = 10_000.0
@@ -26,6 +37,13 @@ class RopeSpec:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+    fraction: float = 1.0
 
     def __post_init__(self) -> None:
         _check(self.theta > 0, f"rope theta is {self.theta}; expected a positive number")
@@ -33,21 +51,45 @@ class RopeSpec:
             self.scaling in ROPE_SCALINGS,
             f"rope scaling is {self.scaling!r}; expected one of {', '.join(ROPE_SCALINGS)}",
         )
-        _check(self.factor > 0, f"rope factor is {self.factor}; expected a positive number")
+        for name in ("factor", "attention_factor"):
+            number = getattr(self, name)
+            _check(number > 0, f"rope {name} is {number}; expected a positive number")
         _check(
             self.scaling != "llama3" or self.high_freq_factor > self.low_freq_factor > 0,
             f"rope high_freq_factor ({self.high_freq_factor}) must exceed "
             f"low_freq_factor ({self.low_freq_factor}), both positive",
         )
+        _check(
+            self.scaling != "yarn" or self.beta_fast >= self.beta_slow > 0,
+            f"rope beta_fast ({self.beta_fast}) must be at least beta_slow ({self.beta_slow}), "
+            "both positive",
+        )
+        _check(
+            all(number > 0 for number in self.short_factors + self.long_factors),
+            "rope short and long factors must all be positive",
+        )
+        _check(0 < self.fraction <= 1, f"rope fraction is {self.fraction}; expected 0 < x <= 1")
+
+    def rotated(self, head_dim: int) -> int:
+        """How many features of a head are rotated."""
+        return int(head_dim * self.fraction)
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One pre-norm block: grouped-query attention, then a gated MLP.
+    """One residual block: grouped-query attention, then an MLP.
 
     `kv_heads` divides `heads`. `window` is the number of keys a query sees, itself included
     (None = all earlier ones). `rope` is None for a layer without positions. `out_bias` is the bias
-    of the attention's output projection; `qk_norm` is an RMSNorm over each head's K before rope.
+    of the attention's output projection. `qk_norm` is an RMSNorm of queries and keys before rope,
+    over each head's K ("head") or over all heads together ("full").
+
+    `norms` says where the norms stand: "pre" x + f(norm(x)), "post" x + norm(f(x)), "both"
+    x + norm(f(norm(x))). `residual_scale` multiplies what is added to x. `gated` is the MLP
+    down(activation(gate(x)) * up(x)), otherwise down(activation(up(x))).
+
+    Attention scores are multiplied by `scale` (None = K ** -0.5), then bounded to +-`softcap`;
+    `sinks` is a learned score per head that takes attention and gives nothing.
     """
 
     heads: int
@@ -59,8 +101,14 @@ class LayerSpec:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: str | None = None
     activation: str = "silu"
+    gated: bool = True
+    norms: str = "pre"
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    residual_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("heads", "kv_heads", "head_dim", "mlp_width"):
@@ -71,10 +119,8 @@ class LayerSpec:
             f"{self.heads} attention heads cannot share {self.kv_heads} key-value heads; "
             "expected a divisor",
         )
-        _check(
-            self.rope is None or self.head_dim % 2 == 0,
-            f"head_dim is {self.head_dim}; rotary positions need an even number",
-        )
+        if self.rope is not None:
+            self._check_rope(self.rope)
         _check(
             self.window is None or self.window >= 1,
             f"attention window is {self.window}; expected at least 1, or none",
@@ -83,6 +129,33 @@ class LayerSpec:
             self.activation in ACTIVATIONS,
             f"activation is {self.activation!r}; expected one of {', '.join(ACTIVATIONS)}",
         )
+        _check(
+            self.qk_norm in QK_NORMS, f"qk_norm is {self.qk_norm!r}; expected head, full or None"
+        )
+        _check(
+            self.norms in NORM_PLACES,
+            f"norms stand {self.norms!r}; expected one of {', '.join(NORM_PLACES)}",
+        )
+        for name in ("scale", "softcap"):
+            number = getattr(self, name)
+            _check(
+                number is None or number > 0,
+                f"attention {name} is {number}; expected a positive number, or none",
+            )
+
+    def _check_rope(self, rope: RopeSpec) -> None:
+        rotated = rope.rotated(self.head_dim)
+        _check(
+            rotated % 2 == 0 and rotated > 0,
+            f"rotary positions need an even number of features; head_dim {self.head_dim} x "
+            f"{rope.fraction:g} gives {rotated}",
+        )
+        for name in ("short_factors", "long_factors"):
+            count = len(getattr(rope, name))
+            _check(
+                rope.scaling != "longrope" or count == rotated // 2,
+                f"rope has {count} {name}; {rotated} rotated features need {rotated // 2}",
+            )
 
 
 @dataclass(frozen=True)
@@ -104,6 +177,10 @@ class ModelSpec:
     `tie_head` reads the head from the embedding table (one leaf, never two). `max_positions` is
     the longest text the model was made for. `init_scale` is the standard deviation of random
     weights, used only when nothing is loaded.
+
+    `norm` is every norm but those of queries and keys: "rms", or "layer" with a bias. A norm
+    multiplies by `norm_offset` + its scale. Embeddings are multiplied by `embed_scale`; logits by
+    `logit_scale`, then bounded to +-`logit_softcap` by tanh.
     """
 
     vocab: int
@@ -113,12 +190,22 @@ class ModelSpec:
     tie_head: bool
     max_positions: int
     init_scale: float = 0.02
+    norm: str = "rms"
+    norm_offset: float = 0.0
+    embed_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab", "width", "max_positions"):
             size = getattr(self, name)
             _check(size >= 1, f"{name} is {size}; expected at least 1")
         _check(len(self.stacks) >= 1, "a model needs at least one stack of layers")
+        _check(self.norm in NORMS, f"norm is {self.norm!r}; expected one of {', '.join(NORMS)}")
+        _check(
+            self.logit_softcap is None or self.logit_softcap > 0,
+            f"logit_softcap is {self.logit_softcap}; expected a positive number, or none",
+        )
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
@@ -133,7 +220,7 @@ def parameter_count(spec: ModelSpec) -> int:
     biases_and_norms = sum(_vector_parameters(spec, layer) for layer in spec.layers)
     embedding = spec.vocab * spec.width
     tied = embedding if spec.tie_head else 0
-    return embedding + _matmul_parameters(spec) - tied + biases_and_norms + spec.width
+    return embedding + _matmul_parameters(spec) - tied + biases_and_norms + _norm_parameters(spec)
 
 
 def flops_per_token(spec: ModelSpec, seq_len: int) -> float:
@@ -161,18 +248,25 @@ def _mean_visible_keys(seq_len: int, window: int | None) -> float:
 def _matmul_parameters(spec: ModelSpec) -> int:
     per_layer = (
         2 * spec.width * layer.head_dim * (layer.heads + layer.kv_heads)  # q and o, k and v
-        + 3 * spec.width * layer.mlp_width
+        + (3 if layer.gated else 2) * spec.width * layer.mlp_width
         for layer in spec.layers
     )
     return spec.vocab * spec.width + sum(per_layer)
 
 
+def _norm_parameters(spec: ModelSpec) -> int:
+    return (2 if spec.norm == "layer" else 1) * spec.width
+
+
 def _vector_parameters(spec: ModelSpec, layer: LayerSpec) -> int:
-    norms = 2 * spec.width + (2 * layer.head_dim if layer.qk_norm else 0)
+    norms = (4 if layer.norms == "both" else 2) * _norm_parameters(spec)
+    heads = layer.heads + layer.kv_heads
+    qk_norms = {None: 0, "head": 2 * layer.head_dim, "full": heads * layer.head_dim}[layer.qk_norm]
     qkv = (layer.heads + 2 * layer.kv_heads) * layer.head_dim if layer.qkv_bias else 0
     out = spec.width if layer.out_bias else 0
-    mlp = 2 * layer.mlp_width + spec.width if layer.mlp_bias else 0
-    return norms + qkv + out + mlp
+    mlp = (2 if layer.gated else 1) * layer.mlp_width + spec.width if layer.mlp_bias else 0
+    sinks = layer.heads if layer.sinks else 0
+    return norms + qk_norms + qkv + out + mlp + sinks
 
 
 def _check(holds: bool, message: str) -> None:

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -41,13 +42,56 @@ PUBLISHED = {
     ),
     "Qwen3 0.6B": (
         model(
-            LayerSpec(16, 8, 128, 3072, ROPE, qk_norm=True),
+            LayerSpec(16, 8, 128, 3072, ROPE, qk_norm="head"),
             vocab=151936,
             width=1024,
             repeats=28,
             tie_head=True,
         ),
         596_049_920,
+    ),
+    "Gemma 2 2B": (
+        model(
+            LayerSpec(8, 4, 256, 9216, ROPE, norms="both"),
+            vocab=256000,
+            width=2304,
+            repeats=26,
+            tie_head=True,
+        ),
+        2_614_341_888,
+    ),
+    "Gemma 3 1B": (
+        model(
+            LayerSpec(4, 1, 256, 6912, ROPE, norms="both", qk_norm="head"),
+            vocab=262144,
+            width=1152,
+            repeats=26,
+            tie_head=True,
+        ),
+        999_885_952,
+    ),
+    "OLMo 2 7B": (
+        model(
+            LayerSpec(32, 32, 128, 11008, ROPE, norms="post", qk_norm="full"),
+            vocab=100352,
+            width=4096,
+            repeats=32,
+            tie_head=False,
+        ),
+        7_298_617_344,
+    ),
+    "StarCoder2 3B": (
+        replace(
+            model(
+                LayerSpec(24, 2, 128, 12288, ROPE, 4096, True, True, True, gated=False),
+                vocab=49152,
+                width=3072,
+                repeats=30,
+                tie_head=True,
+            ),
+            norm="layer",
+        ),
+        3_030_371_328,
     ),
 }
 
@@ -68,6 +112,16 @@ def test_attention_flops_count_the_pairs_that_are_computed(window: int | None) -
     attention = 3 * 3 * H * pairs * one_pair / T  # layers, forward + twice that backward
     matrices = 3 * (2 * 16 * H * K + 2 * 16 * 2 * K + 3 * 16 * 32) + 16 * 64
     assert flops_per_token(spec, T) == pytest.approx(6 * matrices + attention)
+
+
+def test_an_mlp_without_a_gate_has_two_matrices() -> None:
+    gated = LayerSpec(4, 2, 8, 32, ROPE, mlp_bias=True)
+    specs = [
+        model(layer, vocab=64, width=16, repeats=3, tie_head=False)
+        for layer in (gated, replace(gated, gated=False))
+    ]
+    assert flops_per_token(specs[0], 8) - flops_per_token(specs[1], 8) == 6 * 3 * 16 * 32
+    assert parameter_count(specs[0]) - parameter_count(specs[1]) == 3 * (16 * 32 + 32)
 
 
 def test_a_tied_head_costs_flops_but_no_parameters() -> None:
@@ -95,19 +149,45 @@ def test_equal_specs_are_one_static_argument() -> None:
     ("make", "message"),
     [
         (lambda: LayerSpec(6, 4, 8, 32, ROPE), "6 attention heads cannot share 4 key-value heads"),
-        (lambda: LayerSpec(4, 4, 7, 32, ROPE), "head_dim is 7; rotary positions need an even"),
+        (lambda: LayerSpec(4, 4, 7, 32, ROPE), "head_dim 7 x 1 gives 7"),
         (lambda: LayerSpec(4, 4, 8, 0, ROPE), "mlp_width is 0; expected at least 1"),
         (lambda: LayerSpec(4, 4, 8, 32, ROPE, window=0), "attention window is 0; expected"),
         (
             lambda: LayerSpec(4, 4, 8, 32, ROPE, activation="swish2"),
             "activation is 'swish2'; expected one of silu, gelu",
         ),
-        (lambda: RopeSpec(1e4, "yarn"), "rope scaling is 'yarn'; expected one of none, linear"),
+        (lambda: RopeSpec(1e4, "dynamic"), "rope scaling is 'dynamic'; expected one of none"),
         (lambda: RopeSpec(0.0), "rope theta is 0.0; expected a positive number"),
         (lambda: RopeSpec(factor=0.0), "rope factor is 0.0; expected a positive number"),
         (
             lambda: RopeSpec(1e4, "llama3", 8.0, 4.0, 1.0),
             "rope high_freq_factor (1.0) must exceed low_freq_factor (4.0)",
+        ),
+        (lambda: RopeSpec(scaling="yarn", beta_fast=0.5), "rope beta_fast (0.5) must be at least"),
+        (lambda: RopeSpec(fraction=0.0), "rope fraction is 0.0; expected 0 < x <= 1"),
+        (lambda: RopeSpec(attention_factor=0.0), "rope attention_factor is 0.0; expected a"),
+        (lambda: RopeSpec(short_factors=(1.0, 0.0)), "short and long factors must all be positive"),
+        (
+            lambda: LayerSpec(4, 4, 10, 32, RopeSpec(fraction=0.5)),
+            "need an even number of features; head_dim 10 x 0.5 gives 5",
+        ),
+        (
+            lambda: LayerSpec(4, 4, 8, 32, RopeSpec(scaling="longrope", short_factors=(1.0,) * 3)),
+            "rope has 3 short_factors; 8 rotated features need 4",
+        ),
+        (lambda: LayerSpec(4, 4, 8, 32, ROPE, qk_norm="k"), "qk_norm is 'k'; expected head, full"),
+        (
+            lambda: LayerSpec(4, 4, 8, 32, ROPE, norms="mid"),
+            "norms stand 'mid'; expected one of pre",
+        ),
+        (lambda: LayerSpec(4, 4, 8, 32, ROPE, softcap=0.0), "attention softcap is 0.0; expected a"),
+        (
+            lambda: replace(PUBLISHED["Gemma 3 1B"][0], norm="batch"),
+            "norm is 'batch'; expected one of rms, layer",
+        ),
+        (
+            lambda: replace(PUBLISHED["Gemma 3 1B"][0], logit_softcap=-1.0),
+            "logit_softcap is -1.0; expected a positive number",
         ),
         (lambda: Stack((), 2), "a stack needs at least one layer"),
         (lambda: Stack((LayerSpec(4, 4, 8, 32, ROPE),), 0), "a stack repeats 0 times"),

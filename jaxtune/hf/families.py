@@ -137,7 +137,7 @@ def _qwen2(config: Config) -> list[LayerSpec]:
 def _qwen3(config: Config) -> list[LayerSpec]:
     bias = bool(config["attention_bias"])
     return [
-        _layer(config, window=window, qkv_bias=bias, out_bias=bias, qk_norm=True)
+        _layer(config, window=window, qkv_bias=bias, out_bias=bias, qk_norm="head")
         for window in _windows(config)
     ]
 
@@ -251,7 +251,7 @@ def _repeats(layers: Sequence[LayerSpec], start: int, period: int, times: int) -
     return layers[at : at + period] == layers[start : start + period]
 
 
-def _layer(config: Config, *, window: int | None = None, **switches: bool) -> LayerSpec:
+def _layer(config: Config, *, window: int | None = None, **switches: Any) -> LayerSpec:
     heads = _size(config, "num_attention_heads")
     head_dim = config.get("head_dim")
     activation = str(config["hidden_act"])

@@ -21,7 +21,7 @@ FANCY = LayerSpec(
     qkv_bias=True,
     out_bias=True,
     mlp_bias=True,
-    qk_norm=True,
+    qk_norm="head",
     activation="gelu_tanh",
 )
 # Large random weights: texts differ clearly, and the likeliest next token is no close call.
