@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxtune.config import ConfigError
-from jaxtune.hf.layout import Placed
+from jaxtune.hf.layout import Piece, Placed
 from jaxtune.hf.load import HfModel
 from jaxtune.hf.tensors import CODES, INDEX, ShardWriter, fetch, index_of, open_tensors, plan_shards
 from jaxtune.tree import named
@@ -179,11 +179,17 @@ def _values(
     leaves = named(params)
     if leaves.keys() != model.placed.keys():
         raise ValueError(f"not the model's parameters: {sorted(leaves.keys() ^ model.placed)[:4]}")
-    for parameter, placed in model.placed.items():
+    parts: dict[str, list[tuple[Placed, Piece]]] = {}
+    for placed in model.placed.values():
         for piece in placed.pieces():
+            parts.setdefault(piece.name, []).append((placed, piece))
+    for name, made_of in parts.items():
+        tensor = None
+        for placed, piece in made_of:
             at = {placed.row.axes.index(axis): where for axis, where in piece.place.items()}
-            values = placed.write(_gather(leaves[parameter], at))
-            yield piece.name, _cast(piece.name, values, dtypes[piece.name])
+            tensor = placed.write(_gather(leaves[placed.parameter], at), tensor)
+        assert tensor is not None
+        yield name, _cast(name, tensor, dtypes[name])
 
 
 def _gather(leaf: jax.Array, at: Mapping[int, int]) -> np.ndarray:

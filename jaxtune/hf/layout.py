@@ -7,11 +7,18 @@ Left of the arrow is the tensor in the file, right the parameter. An axis in bra
 name is spread over files' tensors: one tensor per index. Reading goes by slices of the parameter,
 so that a device fetches only its own part; writing goes by tensors. Both use the row as parsed
 here, so a row cannot be right in one direction only. numpy only.
+
+Rows with the same source are parts of one tensor, in the order of the table. A star in each says
+where: `(* F) D` parts lie one behind another along that dimension, `E D (F *)` they take turns.
+
+    Row("...qkv_proj.weight", ".../q/kernel", "(* H K) D -> L D H K")      rows   0 ..  H K - 1
+    Row("...qkv_proj.weight", ".../k/kernel", "(* G K) D -> L D G K")      rows H K .. (H + G) K - 1
 """
 
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +35,8 @@ class Row:
     """Tensor name, parameter name and layout of one kind of tensor.
 
     `{i}` and `{j}` in the target are the stack and the place in its pattern. An upper-case axis in
-    braces in the source must stand on the right of the layout and not on its left.
+    braces in the source must stand on the right of the layout and not on its left. A star stands
+    first or last in one bracket.
     """
 
     source: str
@@ -41,10 +49,29 @@ class Row:
             left + self.spread
         ) != sorted(self.axes):
             raise ValueError(f"{self.source}: '{self.layout}' does not use each axis once per side")
+        if "*" in self.layout and self.shared is None:
+            raise ValueError(
+                f"{self.source}: '{self.layout}': a star is first or last in a bracket"
+            )
 
     @cached_property
     def groups(self) -> tuple[tuple[str, ...], ...]:
         """The tensor's dimensions, each as the axes folded into it: '(H K) D' -> ((H, K), (D,))."""
+        return tuple(tuple(axis for axis in axes if axis != "*") for axes in self._left)
+
+    @cached_property
+    def shared(self) -> int | None:
+        """The dimension along which the tensor has several parts, or None where it is whole."""
+        starred = [n for n, axes in enumerate(self._left) if "*" in (axes[0], axes[-1])]
+        return starred[0] if len(starred) == self.layout.count("*") == 1 else None
+
+    @cached_property
+    def takes_turns(self) -> bool:
+        """Whether the parts alternate along the shared dimension rather than follow each other."""
+        return self.shared is not None and self._left[self.shared][-1] == "*"
+
+    @cached_property
+    def _left(self) -> tuple[tuple[str, ...], ...]:
         words = re.findall(r"\(([^)]*)\)|(\w+)", self.layout.split("->")[0])
         return tuple(tuple((folded or single).split()) for folded, single in words)
 
@@ -71,22 +98,33 @@ class Piece(NamedTuple):
     place: dict[str, int]
 
 
+class Part(NamedTuple):
+    """Which positions of a dimension of `size` are one parameter's: `start`, `start + step`, ..."""
+
+    start: int
+    step: int
+    size: int
+
+
 @dataclass(frozen=True)
 class Placed:
     """A row with every number known: one parameter of `shape` and the tensors it is made of.
 
     `numbers` gives, for each spread axis, the number that stands in the tensor's name at each
-    index: layer 1 of a stack may be layer 7 of the file.
+    index: layer 1 of a stack may be layer 7 of the file. `part` is None unless the row has a star.
     """
 
     row: Row
     parameter: str
     shape: tuple[int, ...]
     numbers: Mapping[str, tuple[int, ...]]
+    part: Part | None = None
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.row.axes):
             raise ValueError(f"{self.parameter}: {self.shape} does not fit '{self.row.layout}'")
+        if (self.part is None) is not (self.row.shared is None):
+            raise ValueError(f"{self.parameter}: '{self.row.layout}' with part {self.part}")
         for axis in self.row.spread:
             if len(self.numbers[axis]) != self._sizes[axis]:
                 raise ValueError(f"{self.parameter}: {axis} has {len(self.numbers[axis])} numbers")
@@ -107,7 +145,15 @@ class Placed:
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Shape in the file; the same for each tensor of the parameter."""
+        """Shape in the file; the same for each tensor of the parameter, all parts included."""
+        shape = list(self._own_shape)
+        if self.part is not None and self.row.shared is not None:
+            shape[self.row.shared] = self.part.size
+        return tuple(shape)
+
+    @cached_property
+    def _own_shape(self) -> tuple[int, ...]:
+        """The tensor's shape without other parameters' parts."""
         return tuple(math.prod(self._sizes[a] for a in group) for group in self.row.groups)
 
     def pieces(self, index: Index | None = None) -> Iterator[Piece]:
@@ -121,24 +167,42 @@ class Placed:
     def read(self, fetch: Fetch, index: Index, dtype: np.dtype) -> np.ndarray:
         """`index` of the parameter (unit steps) in `dtype`, through the fewest contiguous slices.
 
-        What a slice of a folded dimension cannot express (part of K in several H) is read as the
-        covering range and cut.
+        What a slice of a folded dimension cannot express (part of K in several H, one of two parts
+        that take turns) is read as the covering range and cut.
         """
         ranges = self._ranges(index)
         out = np.empty([len(ranges[axis]) for axis in self.row.axes], dtype)
-        source, unfolded, cut = self._source_slices(ranges)
+        own, unfolded, cut = self._source_slices(ranges)
+        source, every = self._in_tensor(own)
         for name, place in self.pieces(index):
-            block = fetch(name, source).reshape(unfolded)[cut]
+            block = fetch(name, source)[every].reshape(unfolded)[cut]
             out[self._position(place, ranges)] = block.transpose(self._permutation)
         return out
 
-    def write(self, values: np.ndarray) -> np.ndarray:
+    def write(self, values: np.ndarray, tensor: np.ndarray | None = None) -> np.ndarray:
         """One tensor as it stands in the file, from the parameter's values at its place.
 
-        `values` has the parameter's axes without the spread ones, in the parameter's order.
+        `values` has the parameter's axes without the spread ones, in the parameter's order. Of a
+        tensor in parts, this one is filled in: in `tensor`, or in a new one, which is returned.
         """
         inverse = np.argsort(self._permutation)
-        return np.ascontiguousarray(values.transpose(inverse)).reshape(self.tensor_shape)
+        own = np.ascontiguousarray(values.transpose(inverse)).reshape(self._own_shape)
+        if self.part is None:
+            return own
+        tensor = np.empty(self.tensor_shape, values.dtype) if tensor is None else tensor
+        source, every = self._in_tensor(tuple(slice(0, n) for n in self._own_shape))
+        tensor[source][every] = own
+        return tensor
+
+    def _in_tensor(self, own: Index) -> tuple[Index, Index]:
+        """Slices of this part alone -> unit-step slices of the tensor, and the cut to make then."""
+        every = [slice(None)] * len(own)
+        if self.part is None or self.row.shared is None:
+            return own, tuple(every)
+        (start, step, _), at = self.part, self.row.shared
+        first, last = start + step * own[at].start, start + step * (own[at].stop - 1)
+        every[at] = slice(None, None, step)
+        return (*own[:at], slice(first, last + 1), *own[at + 1 :]), tuple(every)
 
     @cached_property
     def _permutation(self) -> tuple[int, ...]:
@@ -181,6 +245,7 @@ def place(
 ) -> dict[str, Placed]:
     """Finds each parameter's row; a parameter with none, or with two, is a ValueError.
 
+    So is a tensor that two parameters claim, or one in parts of which one has no parameter.
     `layers[i, j]` numbers the layers in the file that stack i holds at place j of its pattern.
     """
     placed = {}
@@ -194,5 +259,36 @@ def place(
         numbers = {axis: tuple(range(sizes[axis])) for axis in row.spread}
         if "L" in numbers:
             numbers["L"] = layers[int(where["i"]), int(where["j"])]
-        placed[parameter] = Placed(row, parameter, tuple(shape), numbers)
+        part = _part(row, rows, shapes, where)
+        placed[parameter] = Placed(row, parameter, tuple(shape), numbers, part)
+    whole = Counter(p.name for each in placed.values() if not each.part for p in each.pieces())
+    if doubled := [name for name, count in whole.items() if count > 1]:
+        raise ValueError(f"{doubled[0]}: is the whole of {whole[doubled[0]]} parameters")
     return placed
+
+
+def _part(
+    row: Row,
+    rows: Sequence[Row],
+    shapes: Mapping[str, tuple[int, ...]],
+    where: Mapping[str, str],
+) -> Part | None:
+    """The row's share of the dimension it shares with the other rows of its source."""
+    family = [other for other in rows if other.source == row.source]
+    if row.shared is None:
+        return None
+    sizes = []
+    for other in family:
+        name = other.target.format(**where)
+        if (other.shared, other.takes_turns) != (row.shared, row.takes_turns):
+            raise ValueError(f"{row.source}: '{row.layout}' and '{other.layout}' do not share it")
+        if name not in shapes:
+            raise ValueError(f"{row.source}: no parameter {name} for one of its parts")
+        size = dict(zip(other.axes, shapes[name], strict=True))
+        sizes.append(math.prod(size[axis] for axis in other.groups[row.shared]))
+    index = family.index(row)
+    if not row.takes_turns:
+        return Part(sum(sizes[:index]), 1, sum(sizes))
+    if len(set(sizes)) > 1:
+        raise ValueError(f"{row.source}: parts of {sizes} cannot take turns; expected equal sizes")
+    return Part(index, len(sizes), sum(sizes))

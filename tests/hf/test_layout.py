@@ -10,7 +10,9 @@ import pytest
 from jaxtune.hf.families import FAMILIES
 from jaxtune.hf.layout import Placed, Row, place
 
-PATTERNS = sorted({row.layout for family in FAMILIES.values() for row in family.rows})
+PATTERNS = sorted(
+    {row.layout for family in FAMILIES.values() for row in family.rows if row.shared is None}
+)
 # Shapes no family of today uses, which the mechanism still has to get right.
 PATTERNS += ["(A B C) D -> D C A B", "A (B C) -> C A B", "(A B) (C D) -> B D A C", "A -> A"]
 
@@ -72,6 +74,106 @@ def test_read_any_slice_and_write_back(layout):
         for piece in placed.pieces():
             at = tuple(piece.place.get(axis, slice(None)) for axis in placed.row.axes)
             np.testing.assert_array_equal(placed.write(whole[at]), tensors[piece.name])
+
+
+# Rows of one tensor, with the sizes of their axes: q, k and v; gate and up, stacked over experts.
+SHARED = {
+    "one behind another": ("(* H K) D -> L D H K", "(* G K) D -> L D G K", "(* G K) D -> L G K D"),
+    "in turns": ("E D (F *) -> L E D F", "E D (F *) -> L F E D"),
+    "three in turns": ("(G F *) -> L G F", "(G F *) -> L F G", "(G F *) -> L G F"),
+    "columns": ("D (* F) -> L F D", "D (* G) -> L D G"),
+}
+
+
+def _part_by_hand(layout: str, rows: tuple[str, ...], index: int, sizes: dict[str, int]):
+    """Per element of a parameter: where it stands in the tensor, and the tensor's shape."""
+    groups = [
+        [(a or b).split() for a, b in re.findall(r"\(([^)]*)\)|(\w+)", row.split("->")[0])]
+        for row in rows
+    ]
+    (at,) = [n for n, group in enumerate(groups[0]) if "*" in group]
+    widths = [math.prod(sizes[a] for a in group[at] if a != "*") for group in groups]
+    shape = [math.prod(sizes[a] for a in group) for group in groups[0][:at]]
+    shape += [sum(widths)]
+    shape += [math.prod(sizes[a] for a in group) for group in groups[0][at + 1 :]]
+    axes = layout.split("->")[1].split()[1:]  # without L
+    places = {}
+    for where in itertools.product(*(range(sizes[axis]) for axis in axes)):
+        position = dict(zip(axes, where, strict=True))
+        flat = []
+        for n, group in enumerate(groups[index]):
+            here = 0
+            for axis in group:
+                here = here if axis == "*" else here * sizes[axis] + position[axis]
+            if n == at and group[-1] == "*":
+                here = here * len(rows) + index
+            elif n == at:
+                here += sum(widths[:index])
+            flat.append(here)
+        places[where] = tuple(flat)
+    return places, tuple(shape)
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_parts_of_a_tensor_are_read_by_slices_and_fill_it_again(kind):
+    rng = np.random.default_rng(3)
+    layouts = SHARED[kind]
+    rows = [Row("t.{L}", f"p{n}_{{i}}_{{j}}", layout) for n, layout in enumerate(layouts)]
+    for _ in range(10):
+        sizes = {axis: int(rng.integers(1, 5)) for axis in "DEFGHK"} | {"L": 2}
+        shapes = {f"p{n}_0_1": tuple(sizes[a] for a in row.axes) for n, row in enumerate(rows)}
+        placed = place(rows, shapes, {(0, 1): (3, 5)})
+        by_hand = [_part_by_hand(row, layouts, n, sizes) for n, row in enumerate(layouts)]
+        tensors = {name: rng.normal(size=by_hand[0][1]) for name in ("t.3", "t.5")}
+        rebuilt: dict[str, np.ndarray] = {}
+        for part, (places, shape) in zip(placed.values(), by_hand, strict=True):
+            assert part.tensor_shape == shape
+            whole = np.empty(part.shape)
+            for layer, name in enumerate(tensors):
+                for where, position in places.items():
+                    whole[(layer, *where)] = tensors[name][position]
+            low = [int(rng.integers(0, n)) for n in part.shape]
+            index = tuple(
+                slice(a, int(rng.integers(a + 1, n + 1)))
+                for a, n in zip(low, part.shape, strict=True)
+            )
+            got = part.read(lambda name, at, t=tensors: t[name][at], index, np.dtype(float))
+            np.testing.assert_array_equal(got, whole[index])
+            for piece in part.pieces():
+                mine = whole[piece.place["L"]]
+                rebuilt[piece.name] = part.write(mine, rebuilt.get(piece.name))
+        for name, tensor in tensors.items():
+            np.testing.assert_array_equal(rebuilt[name], tensor)
+
+
+def test_a_part_reads_only_its_range():
+    rows = [Row("qkv", "q", "(* H K) D -> D H K"), Row("qkv", "k", "(* G K) D -> D G K")]
+    placed = place(rows, {"q": (6, 4, 3), "k": (6, 2, 3)}, {})
+    seen = []
+
+    def fetch(name, index):
+        seen.append(index)
+        return np.zeros([len(range(n)[cut]) for cut, n in zip(index, (18, 6), strict=True)])
+
+    placed["k"].read(fetch, (slice(2, 6), slice(1, 2), slice(0, 3)), np.dtype(np.float32))
+    assert seen == [(slice(15, 18), slice(2, 6))]
+
+
+def test_parts_that_cannot_make_a_tensor():
+    rows = [Row("t", "a", "(* F) -> F"), Row("t", "b", "(* F) -> F")]
+    with pytest.raises(ValueError, match="t: no parameter b for one of its parts"):
+        place(rows, {"a": (3,)}, {})
+    with pytest.raises(ValueError, match=r"'\(F \*\) -> F' do not share"):
+        place([rows[0], Row("t", "b", "(F *) -> F")], {"a": (3,), "b": (3,)}, {})
+    turns = [Row("t", "a", "(F *) -> F"), Row("t", "b", "(F *) -> F")]
+    with pytest.raises(ValueError, match=r"parts of \[3, 4\] cannot take turns"):
+        place(turns, {"a": (3,), "b": (4,)}, {})
+    with pytest.raises(ValueError, match="t: is the whole of 2 parameters"):
+        place([Row("t", "a", "F -> F"), Row("t", "b", "F -> F")], {"a": (3,), "b": (3,)}, {})
+    with pytest.raises(ValueError, match="a star is first or last in a bracket"):
+        Row("t", "a", "(F * K) -> F K")
+    with pytest.raises(ValueError, match="with part None"):
+        Placed(rows[0], "a", (3,), {})
 
 
 def test_a_slice_reads_only_its_range():
