@@ -12,6 +12,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 QK_NORMS = (None, "head", "full")
 NORM_PLACES = ("pre", "post", "both")
 NORMS = ("rms", "layer")
+ROUTER_SOFTMAXES = ("all", "chosen")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,44 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class MoeSpec:
+    """A mixture of `experts` MLPs, of which a token uses the `per_token` its router likes best.
+
+    A chosen expert counts by its share in the softmax of router logits over "all" experts or over
+    the "chosen" ones; the second is also the first renormalised to a sum of one. `router_bias`
+    adds to the logits. `clamp` = (alpha, limit) replaces an expert's activation(gate) * up by
+    g * sigmoid(alpha * g) * (u + 1) with g = min(gate, limit), u = up within +-limit.
+
+    `shared_width` is the width of one more MLP that every token uses, times the sigmoid of a
+    number of its own; 0 = none. `aux_coef` weighs the load-balancing loss in training.
+    """
+
+    experts: int
+    per_token: int
+    softmax_over: str = "chosen"
+    router_bias: bool = False
+    clamp: tuple[float, float] | None = None
+    shared_width: int = 0
+    aux_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(
+            1 <= self.per_token <= self.experts,
+            f"each token uses {self.per_token} of {self.experts} experts; expected 1 to all",
+        )
+        _check(
+            self.softmax_over in ROUTER_SOFTMAXES,
+            f"router softmax is over {self.softmax_over!r}; expected all or chosen",
+        )
+        _check(
+            self.clamp is None or (self.clamp[0] > 0 and self.clamp[1] > 0),
+            f"expert clamp is {self.clamp}; expected a positive alpha and limit",
+        )
+        _check(self.shared_width >= 0, f"shared width is {self.shared_width}; expected 0 or more")
+        _check(self.aux_coef >= 0, f"router aux_coef is {self.aux_coef}; expected 0 or more")
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """One residual block: grouped-query attention, then an MLP.
 
@@ -90,6 +129,8 @@ class LayerSpec:
 
     Attention scores are multiplied by `scale` (None = K ** -0.5), then bounded to +-`softcap`;
     `sinks` is a learned score per head that takes attention and gives nothing.
+
+    With `moe` the MLP is a mixture; `mlp_width` and `mlp_bias` are then those of each expert.
     """
 
     heads: int
@@ -109,6 +150,7 @@ class LayerSpec:
     softcap: float | None = None
     sinks: bool = False
     residual_scale: float = 1.0
+    moe: MoeSpec | None = None
 
     def __post_init__(self) -> None:
         for name in ("heads", "kv_heads", "head_dim", "mlp_width"):
@@ -136,6 +178,7 @@ class LayerSpec:
             self.norms in NORM_PLACES,
             f"norms stand {self.norms!r}; expected one of {', '.join(NORM_PLACES)}",
         )
+        _check(self.moe is None or self.gated, "experts are gated MLPs; this layer's are not")
         for name in ("scale", "softcap"):
             number = getattr(self, name)
             _check(
@@ -220,14 +263,16 @@ def parameter_count(spec: ModelSpec) -> int:
     biases_and_norms = sum(_vector_parameters(spec, layer) for layer in spec.layers)
     embedding = spec.vocab * spec.width
     tied = embedding if spec.tie_head else 0
-    return embedding + _matmul_parameters(spec) - tied + biases_and_norms + _norm_parameters(spec)
+    matrices = _matmul_parameters(spec, active=False)
+    return embedding + matrices - tied + biases_and_norms + _norm_parameters(spec)
 
 
 def flops_per_token(spec: ModelSpec, seq_len: int) -> float:
     """Floating-point operations of one training token, forward and backward, without remat.
 
     Matrix weights: 2 per parameter forward and 4 backward, 6 x N_matmul; the head counts (also
-    when tied), the embedding lookup, norms and biases do not. Attention: scores and weighted sum
+    when tied), the embedding lookup, norms and biases do not, and of a mixture only the router and
+    the experts that one token uses. Attention: scores and weighted sum
     are 2 x 2 x H x K per visible key forward, x 3 with the backward: 12 x H x K x keys, where
     `keys` is the mean number of keys a causal query of a `seq_len` row really sees: (T + 1) / 2
     without a window (the causal half), the mean of min(t + 1, window) with one.
@@ -236,7 +281,7 @@ def flops_per_token(spec: ModelSpec, seq_len: int) -> float:
         12.0 * layer.heads * layer.head_dim * _mean_visible_keys(seq_len, layer.window)
         for layer in spec.layers
     )
-    return 6.0 * _matmul_parameters(spec) + attention
+    return 6.0 * _matmul_parameters(spec, active=True) + attention
 
 
 def _mean_visible_keys(seq_len: int, window: int | None) -> float:
@@ -245,13 +290,24 @@ def _mean_visible_keys(seq_len: int, window: int | None) -> float:
     return (growing + (seq_len - reach) * reach) / seq_len
 
 
-def _matmul_parameters(spec: ModelSpec) -> int:
+def _matmul_parameters(spec: ModelSpec, *, active: bool) -> int:
+    """All weights of matrix products, or only those that one token meets."""
     per_layer = (
         2 * spec.width * layer.head_dim * (layer.heads + layer.kv_heads)  # q and o, k and v
-        + (3 if layer.gated else 2) * spec.width * layer.mlp_width
+        + spec.width * _mlp_columns(layer, active=active)
         for layer in spec.layers
     )
     return spec.vocab * spec.width + sum(per_layer)
+
+
+def _mlp_columns(layer: LayerSpec, *, active: bool) -> int:
+    """The matrix weights of a layer's MLP or mixture, per unit of model width."""
+    if layer.moe is None:
+        return (3 if layer.gated else 2) * layer.mlp_width
+    moe = layer.moe
+    experts = moe.per_token if active else moe.experts
+    shared = 3 * moe.shared_width + 1 if moe.shared_width else 0
+    return 3 * layer.mlp_width * experts + moe.experts + shared
 
 
 def _norm_parameters(spec: ModelSpec) -> int:
@@ -266,6 +322,8 @@ def _vector_parameters(spec: ModelSpec, layer: LayerSpec) -> int:
     out = spec.width if layer.out_bias else 0
     mlp = (2 if layer.gated else 1) * layer.mlp_width + spec.width if layer.mlp_bias else 0
     sinks = layer.heads if layer.sinks else 0
+    if layer.moe is not None:
+        mlp = mlp * layer.moe.experts + (layer.moe.experts if layer.moe.router_bias else 0)
     return norms + qk_norms + qkv + out + mlp + sinks
 
 

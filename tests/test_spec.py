@@ -3,7 +3,15 @@ from dataclasses import replace
 
 import pytest
 
-from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack, flops_per_token, parameter_count
+from jaxtune.spec import (
+    LayerSpec,
+    ModelSpec,
+    MoeSpec,
+    RopeSpec,
+    Stack,
+    flops_per_token,
+    parameter_count,
+)
 
 ROPE = RopeSpec(10_000.0)
 
@@ -80,6 +88,47 @@ PUBLISHED = {
         ),
         7_298_617_344,
     ),
+    "Mixtral 8x7B": (
+        model(
+            LayerSpec(32, 8, 128, 14336, ROPE, moe=MoeSpec(8, 2)),
+            vocab=32000,
+            width=4096,
+            repeats=32,
+            tie_head=False,
+        ),
+        46_702_792_704,
+    ),
+    "Qwen3 30B-A3B": (
+        model(
+            LayerSpec(32, 4, 128, 768, ROPE, qk_norm="head", moe=MoeSpec(128, 8)),
+            vocab=151936,
+            width=2048,
+            repeats=48,
+            tie_head=False,
+        ),
+        30_532_122_624,
+    ),
+    "gpt-oss 20B": (
+        model(
+            LayerSpec(
+                64,
+                8,
+                64,
+                2880,
+                ROPE,
+                qkv_bias=True,
+                out_bias=True,
+                mlp_bias=True,
+                sinks=True,
+                moe=MoeSpec(32, 4, router_bias=True, clamp=(1.702, 7.0)),
+            ),
+            vocab=201088,
+            width=2880,
+            repeats=24,
+            tie_head=False,
+        ),
+        20_914_757_184,
+    ),
     "StarCoder2 3B": (
         replace(
             model(
@@ -122,6 +171,23 @@ def test_an_mlp_without_a_gate_has_two_matrices() -> None:
     ]
     assert flops_per_token(specs[0], 8) - flops_per_token(specs[1], 8) == 6 * 3 * 16 * 32
     assert parameter_count(specs[0]) - parameter_count(specs[1]) == 3 * (16 * 32 + 32)
+
+
+def test_a_mixture_costs_the_experts_that_one_token_uses() -> None:
+    T, shared = 8, 24
+    dense = LayerSpec(4, 2, 8, 32, ROPE, mlp_bias=True)
+    mixed = replace(dense, moe=MoeSpec(6, 2, router_bias=True, shared_width=shared))
+    specs = [
+        model(layer, vocab=64, width=16, repeats=3, tie_head=False) for layer in (dense, mixed)
+    ]
+    mlp, router, extra = 3 * 16 * 32, 16 * 6, 3 * 16 * shared + 16
+    assert flops_per_token(specs[1], T) - flops_per_token(specs[0], T) == 6 * 3 * (
+        mlp + router + extra
+    )
+    one = mlp + 2 * 32 + 16
+    assert parameter_count(specs[1]) - parameter_count(specs[0]) == 3 * (
+        5 * one + router + 6 + extra
+    )
 
 
 def test_a_tied_head_costs_flops_but_no_parameters() -> None:
@@ -188,6 +254,16 @@ def test_equal_specs_are_one_static_argument() -> None:
         (
             lambda: replace(PUBLISHED["Gemma 3 1B"][0], logit_softcap=-1.0),
             "logit_softcap is -1.0; expected a positive number",
+        ),
+        (lambda: MoeSpec(4, 5), "each token uses 5 of 4 experts; expected 1 to all"),
+        (lambda: MoeSpec(4, 0), "each token uses 0 of 4 experts; expected 1 to all"),
+        (lambda: MoeSpec(4, 1, "best"), "router softmax is over 'best'; expected all or chosen"),
+        (lambda: MoeSpec(4, 1, clamp=(1.0, 0.0)), "expert clamp is (1.0, 0.0); expected a pos"),
+        (lambda: MoeSpec(4, 1, shared_width=-1), "shared width is -1; expected 0 or more"),
+        (lambda: MoeSpec(4, 1, aux_coef=-0.1), "router aux_coef is -0.1; expected 0 or more"),
+        (
+            lambda: LayerSpec(4, 4, 8, 32, ROPE, gated=False, moe=MoeSpec(4, 1)),
+            "experts are gated MLPs; this layer's are not",
         ),
         (lambda: Stack((), 2), "a stack needs at least one layer"),
         (lambda: Stack((LayerSpec(4, 4, 8, 32, ROPE),), 0), "a stack repeats 0 times"),

@@ -1,0 +1,163 @@
+"""A mixture of experts on flat tokens: who goes where, and what the experts make of it.
+
+    chosen = route(logits_NE, per_token=2, softmax_over="chosen")
+    y_ND   = mix(x_ND, experts, chosen, activation=jax.nn.silu, clamp=None)
+
+Dropless: every token reaches all the experts it chose, whatever the load. `reference` runs every
+expert on every token; `ragged` sorts the tokens by expert and multiplies each run with its own
+expert (`jax.lax.ragged_dot`), and is what the model uses. On a CPU XLA expands `ragged_dot` to a
+product with all experts, so there the two cost about the same.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Experts(NamedTuple):
+    """Gated MLPs side by side: `gate`, `up` `[E D F]`, `down` `[E F D]`; biases or None."""
+
+    gate: jax.Array
+    up: jax.Array
+    down: jax.Array
+    gate_bias: jax.Array | None = None  # [E F]
+    up_bias: jax.Array | None = None  # [E F]
+    down_bias: jax.Array | None = None  # [E D]
+
+
+class Chosen(NamedTuple):
+    """The experts of each token and their shares, `[N k]` int32 and float32."""
+
+    experts: jax.Array
+    shares: jax.Array
+
+
+class Load(NamedTuple):
+    """Sums over tokens that balance is judged by, float32: how often each expert was among the
+    chosen `[E]`, its probability `[E]`, and how many tokens there were `[]`.
+    """
+
+    chosen: jax.Array
+    probability: jax.Array
+    tokens: jax.Array
+
+
+Activation = Callable[[jax.Array], jax.Array]
+Clamp = tuple[float, float] | None
+
+
+def route(logits: jax.Array, *, per_token: int, softmax_over: str) -> Chosen:
+    """Router logits `[N E]` -> the `per_token` largest of each token; softmax in float32.
+
+    Shares are of the softmax over "all" experts, and then sum to less than one, or over the
+    "chosen" ones. Of equal logits the lower expert is chosen.
+    """
+    logits_NE = logits.astype(jnp.float32)
+    best_Nk, experts_Nk = jax.lax.top_k(logits_NE, per_token)
+    if softmax_over == "chosen":
+        return Chosen(experts_Nk, jax.nn.softmax(best_Nk, axis=-1))
+    total_N1 = jax.nn.logsumexp(logits_NE, axis=-1, keepdims=True)
+    return Chosen(experts_Nk, jnp.exp(best_Nk - total_N1))
+
+
+def load(logits: jax.Array, chosen: Chosen, counts: jax.Array) -> Load:
+    """What `balance` needs of router logits `[N E]`, over the tokens where `counts` `[N]` holds."""
+    probability_NE = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    counts_N = counts.astype(jnp.float32)
+    hits_NE = jax.nn.one_hot(chosen.experts, logits.shape[-1], dtype=jnp.float32).sum(axis=1)
+    return Load(
+        jnp.einsum("NE,N->E", hits_NE, counts_N),
+        jnp.einsum("NE,N->E", probability_NE, counts_N),
+        counts_N.sum(),
+    )
+
+
+def balance(load: Load) -> jax.Array:
+    """The load-balancing loss (Switch Transformer, arXiv 2101.03961, eq. 4-6), float32 `[]`.
+
+    E x sum_e (share of tokens that chose e) x (mean probability of e), at its least, k, when all
+    experts are used alike. A token has k chosen experts. Zero when no token counts.
+    """
+    tokens = jnp.where(load.tokens > 0, load.tokens, 1.0)
+    return len(load.chosen) * jnp.sum((load.chosen / tokens) * (load.probability / tokens))
+
+
+def mix(
+    x: jax.Array,
+    experts: Experts,
+    chosen: Chosen,
+    *,
+    activation: Activation,
+    clamp: Clamp,
+    impl: str = "ragged",
+) -> jax.Array:
+    """`x` `[N D]` through the chosen experts, summed by their shares in float32 -> `[N D]`.
+
+    An expert is down(activation(gate(x)) * up(x)), or with `clamp` = (alpha, limit) what
+    `spec.MoeSpec` says. The result has the dtype of `x`. With F cut into slices the results of
+    the slices add up, if only one of them gets the bias of `down`.
+    """
+    if impl not in IMPLEMENTATIONS:
+        known = ", ".join(sorted(IMPLEMENTATIONS))
+        raise ValueError(f"mixture implementation is {impl!r}; expected one of {known}")
+    return IMPLEMENTATIONS[impl](x, experts, chosen, activation=activation, clamp=clamp)
+
+
+def reference(
+    x: jax.Array, experts: Experts, chosen: Chosen, *, activation: Activation, clamp: Clamp
+) -> jax.Array:
+    """Every expert on every token, most of them at share zero."""
+    E = len(experts.gate)
+    share_NE = jnp.einsum("Nk,NkE->NE", chosen.shares, jax.nn.one_hot(chosen.experts, E))
+
+    def affine(equation: str, x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        y = jnp.einsum(equation, x, kernel)
+        return y if bias is None else y + bias[None]
+
+    gate_NEF = affine("ND,EDF->NEF", x, experts.gate, experts.gate_bias)
+    up_NEF = affine("ND,EDF->NEF", x, experts.up, experts.up_bias)
+    inner_NEF = _gated(gate_NEF, up_NEF, activation, clamp)
+    y_NED = affine("NEF,EFD->NED", inner_NEF, experts.down, experts.down_bias)
+    return jnp.einsum("NED,NE->ND", y_NED.astype(jnp.float32), share_NE).astype(x.dtype)
+
+
+def ragged(
+    x: jax.Array, experts: Experts, chosen: Chosen, *, activation: Activation, clamp: Clamp
+) -> jax.Array:
+    """Tokens sorted by expert (S = N k of them), three grouped products, and back."""
+    (N, k), (E, D, _) = chosen.experts.shape, experts.gate.shape
+    expert_S = chosen.experts.reshape(N * k)
+    order_S = jnp.argsort(expert_S, stable=True)
+    back_S = jnp.argsort(order_S)
+    sizes_E = jnp.bincount(expert_S, length=E).astype(jnp.int32)
+    sorted_S = _permuted(expert_S, order_S)
+
+    def affine(x_S: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        y_S = jax.lax.ragged_dot(x_S, kernel, sizes_E)
+        return y_S if bias is None else y_S + bias[sorted_S]
+
+    copies_SD = jnp.broadcast_to(x[:, None], (N, k, D)).reshape(N * k, D)
+    x_SD = _permuted(copies_SD, order_S)
+    gate_SF = affine(x_SD, experts.gate, experts.gate_bias)
+    up_SF = affine(x_SD, experts.up, experts.up_bias)
+    y_SD = affine(_gated(gate_SF, up_SF, activation, clamp), experts.down, experts.down_bias)
+    y_NkD = _permuted(y_SD, back_S).reshape(N, k, D).astype(jnp.float32)
+    return jnp.einsum("NkD,Nk->ND", y_NkD, chosen.shares).astype(x.dtype)
+
+
+def _permuted(x: jax.Array, order: jax.Array) -> jax.Array:
+    """`x[order]`; that no index comes twice makes the gradient a permutation too, not a sum."""
+    return x.at[order].get(unique_indices=True, mode="promise_in_bounds")
+
+
+def _gated(gate: jax.Array, up: jax.Array, activation: Activation, clamp: Clamp) -> jax.Array:
+    if clamp is None:
+        return activation(gate) * up
+    alpha, limit = clamp
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
+
+
+IMPLEMENTATIONS = {"reference": reference, "ragged": ragged}
