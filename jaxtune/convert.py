@@ -136,12 +136,13 @@ def _overruled(config: Config, flags: Config) -> Config:
 
 
 def _restore(run_dir: Path, step: int | None, model: HfModel, dtype: str) -> tuple[Any, int]:
-    from jaxtune.learn.checkpoint import restore_params
+    from jaxtune.learn.checkpoint import restore_trained
     from jaxtune.model import decoder
 
-    abstract = decoder.abstract(model.spec, dtype)
-    params, meta = restore_params(run_dir, abstract, _shardings(model, dtype), step=step)
-    return params, int(meta["step"])
+    abstract = {"params": decoder.abstract(model.spec, dtype)}
+    shardings = {"params": _shardings(model, dtype)}
+    trained, meta = restore_trained(run_dir, abstract, shardings, step=step)
+    return trained["params"], int(meta["step"])
 
 
 def _shardings(model: HfModel, dtype: str) -> Any:

@@ -200,9 +200,9 @@ def _score(
 ) -> dict[str, Any]:
     """One model's part of the JSON object."""
     from jaxtune.data.position import largest_id
-    from jaxtune.inference import check_ids
+    from jaxtune.weights import check_ids
 
-    check_ids(model, words, largest_id(dataset))
+    check_ids(largest_id(dataset), model.name, model.spec, words.tokenizer)
     scores = _losses(model, config, dataset)
     if questions:
         note(f"{model.name}: answering {len(questions)} questions")
@@ -225,7 +225,7 @@ def _losses(model: Model, config: Config, dataset: Dataset) -> dict[str, Any]:
         for name in dict.fromkeys(dataset.names):
             part = dataset.only(name)
             batches = eval_batches(part, rows, packing=config.packing)
-            sums = evaluate(step, model.params, batches, mesh=model.mesh)
+            sums = evaluate(step, {}, {"params": model.params}, batches, mesh=model.mesh)
             total += sums
             by_dataset[name] = {**_finite(sums.row()), "examples": len(part)}
     return {**_finite(total.row()), "examples": len(dataset), "by_dataset": by_dataset}

@@ -88,12 +88,11 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
     With `init: random` a folder without weights is filled with those that training with this seed
     began with. Raises `ModelError`.
     """
-    import jax
-
-    from jaxtune.hf.load import load_params, open_model
+    from jaxtune.hf.load import open_model
     from jaxtune.learn.program import compute_dtype
     from jaxtune.mesh import shardings
     from jaxtune.model import decoder
+    from jaxtune.weights import base_params
 
     random = config.init == "random" and not _has_weights(name)
     model = open_model(name, revision=config.revision, weights=not random)
@@ -101,33 +100,18 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
     placed = shardings(decoder.axes(model.spec), decoder.abstract(model.spec, dtype), mesh)
     if random:
         note(f"{name}: no weights there; random ones of seed {config.seed}, as training began")
-
-        def first(key: jax.Array) -> Any:
-            params = decoder.init(model.spec, key, config.param_dtype)
-            return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-
-        params = jax.jit(first, out_shardings=placed)(jax.random.key(config.seed))
-    else:
-        params = load_params(model, placed, dtype)
+    params = base_params(model, config, placed, dtype)
     stop_ids = {words.template.stop_id, *_eos_ids(model.folder, model.config)}
     return Model(name, model.spec, params, frozenset(stop_ids), dtype, mesh)
-
-
-def check_ids(model: Model, words: Words, largest: int) -> None:
-    """An id without a row in the embedding never raises on a device: it is refused here."""
-    if largest >= model.spec.vocab:
-        raise ConfigError(
-            f"{model.name}: has {model.spec.vocab} embedding rows, but is asked about token id "
-            f"{largest} of tokenizer {words.tokenizer.folder}. Use the model's own tokenizer."
-        )
 
 
 def prompt_ids(model: Model, words: Words, asked: Conversation) -> list[int]:
     """What is fed for a conversation: the beginning of the row that training would make of it."""
     from jaxtune.data.encode import encode_prompt
+    from jaxtune.weights import check_ids
 
     ids = encode_prompt(words.template, words.tokenizer, asked.messages, tools=asked.tools)
-    check_ids(model, words, max(ids, default=0))
+    check_ids(max(ids, default=0), model.name, model.spec, words.tokenizer)
     return ids
 
 

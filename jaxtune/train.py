@@ -69,13 +69,17 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     material = _open_data(config, model_name)
 
     # 2. The model and the program for these devices.
+    from jaxtune.data.position import largest_id
     from jaxtune.hf.export import check_target
     from jaxtune.hf.load import open_model, with_tokens
+    from jaxtune.weights import check_ids
 
     model = open_model(model_name, revision=config.revision, weights=config.init == "pretrained")
     added = material.tokenizer.added.values()
     model = with_tokens(model, added, trained=material.tokenizer.size - len(added))
-    _check_ids(material, model)
+    held_out = [material.held_out] if material.held_out is not None else []
+    largest = max(largest_id(data) for data in (material.train, *held_out))
+    check_ids(largest, model.name, model.spec, material.tokenizer)
     if config.export:
         check_target(run_dir / "hf", model)
     mesh, batches = _plan(config, material.train)
@@ -92,7 +96,7 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
         checkpoints = Checkpoints(run_dir, keep=config.save_total_limit)
         closing.callback(checkpoints.close)
         start = _where_to_begin(config, checkpoints, batches, total_steps)
-        state = _first_state(config, model, program, checkpoints, start)
+        state, frozen = _first_state(config, model, program, checkpoints, start)
         (run_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
 
         # 4. The loop.
@@ -103,13 +107,17 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
         closing.callback(writer.close)
         plan = Plan(batches, fingerprint(batches), total_steps, material.held_out)
         loop = Loop(config, model, program, plan, checkpoints, writer, start)
-        state = loop.run(state)
+        state = loop.run(state, frozen)
         checkpoints.wait()
 
         # 5. The export.
+        from jaxtune.tree import merge
+
         model_dir = None
         if config.export:
-            model_dir = _export(config, run_dir, model, state, material, report, loop.last)
+            model_dir = _export(
+                config, run_dir, model, merge(state.trained, frozen), material, report, loop.last
+            )
     return Result(run_dir, model_dir, total_steps, loop.last)
 
 
@@ -214,19 +222,6 @@ def _microbatches(config: Config, mesh: Mesh) -> int:
     return config.global_batch_size // each
 
 
-def _check_ids(material: Material, model: HfModel) -> None:
-    """An id without a row in the embedding never raises on a device: it is refused here."""
-    from jaxtune.data.position import largest_id
-
-    held_out = [material.held_out] if material.held_out is not None else []
-    largest = max(largest_id(data) for data in (material.train, *held_out))
-    if largest >= model.spec.vocab:
-        raise ConfigError(
-            f"{model.name}: has {model.spec.vocab} embedding rows, but the data holds token id "
-            f"{largest} of tokenizer {material.tokenizer.folder}. Use the model's own tokenizer."
-        )
-
-
 # -- the program and its first state -------------------------------------------------------------
 
 
@@ -254,6 +249,7 @@ def _build(config: Config, model: HfModel, mesh: Mesh, total_steps: int) -> Prog
         dtype=program.compute_dtype(config.dtype),
         param_dtype=config.param_dtype,
         remat=config.gradient_checkpointing,
+        seed=config.seed,
     )
 
 
@@ -297,25 +293,21 @@ def _where_to_begin(
 
 def _first_state(
     config: Config, model: HfModel, program: Program, checkpoints: Checkpoints, start: int
-) -> TrainState:
+) -> tuple[TrainState, Any]:
+    """The state to go on from, and what is frozen beside it; a resumed run reads only the latter
+    from the model."""
+    from jaxtune.tree import split
+    from jaxtune.weights import base_params
+
+    _, frozen = split(program.placed, program.is_trained)
     if start:
         state, _ = checkpoints.restore(start, program.abstract, program.shardings)
-        return state
-    import jax
-
-    from jaxtune.hf.load import load_params
-    from jaxtune.learn.program import first_step
-    from jaxtune.model import decoder
-
-    if config.init == "random":
-        make = jax.jit(
-            lambda key: decoder.init(model.spec, key, config.param_dtype),
-            out_shardings=program.shardings.params,
-        )
-        params = make(jax.random.key(config.seed))
-    else:
-        params = load_params(model, program.shardings.params, config.param_dtype)
-    return first_step(program.init_opt_state(params), params, program.mesh)
+        if not frozen:
+            return state, frozen
+    params = base_params(model, config, program.placed["params"], config.param_dtype)
+    if start:
+        return state, split({"params": params}, program.is_trained)[1]
+    return program.first_state({"params": params})
 
 
 # -- the loop ------------------------------------------------------------------------------------
@@ -368,7 +360,7 @@ class Loop:
             devices=jax.device_count(),
         )
 
-    def run(self, state: TrainState) -> TrainState:
+    def run(self, state: TrainState, frozen: Any) -> TrainState:
         from jaxtune.data.pipeline import prefetch
         from jaxtune.mesh import put_batch
 
@@ -381,13 +373,13 @@ class Loop:
 
         with self._progress, _asked_to_stop() as asked:
             for step, batch in enumerate(prefetch(on_device, self.start, end), self.start):
-                state, metrics = self.program.train_step(state, batch)
+                state, metrics = self.program.train_step(state, frozen, batch)
                 self._read()
                 self._pending = step, metrics
                 done = step + 1
                 if self._evaluates_after(done):
                     self._read()
-                    self._evaluate(state.params, done)
+                    self._evaluate(state.trained, frozen, done)
                 if asked or done == end or done % self.config.save_steps == 0:
                     self._read()
                     self._save(state, done)
@@ -453,7 +445,7 @@ class Loop:
             due = self.plan.batches.locate(done)[1] == 0
         return due or done == self.plan.total_steps
 
-    def _evaluate(self, params: Any, done: int) -> None:
+    def _evaluate(self, trained: Any, frozen: Any, done: int) -> None:
         from jaxtune.data.pipeline import eval_batches
         from jaxtune.learn.evaluation import Totals, evaluate
         from jaxtune.mesh import row_shards
@@ -464,7 +456,8 @@ class Loop:
         parts = {
             name: evaluate(
                 self.program.eval_step,
-                params,
+                trained,
+                frozen,
                 eval_batches(data.only(name), rows, packing=self.config.packing),
                 mesh=self.program.mesh,
             )
@@ -517,7 +510,7 @@ def _export(
     config: Config,
     run_dir: Path,
     model: HfModel,
-    state: TrainState,
+    variables: Mapping[str, Any],
     material: Material,
     report: Mapping[str, Any],
     metrics: Mapping[str, Mapping[str, Any]],
@@ -529,7 +522,7 @@ def _export(
     exported = export_model(
         run_dir / "hf",
         model=model,
-        params=state.params,
+        params=variables["params"],
         save_dtype=config.save_dtype,
         tokenizer=material.tokenizer,
         template=material.template,

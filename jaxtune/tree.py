@@ -48,6 +48,27 @@ def map_named(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     )
 
 
+def split(tree: Tree, chosen: Callable[[str], bool]) -> tuple[Tree, Tree]:
+    """Two complementary trees: leaves whose name is `chosen`, and the others. `merge` undoes it.
+
+    >>> split({"a": 1, "b": {"c": 2, "d": 3}}, lambda name: name == "b/c")
+    ({'b': {'c': 2}}, {'a': 1, 'b': {'d': 3}})
+    """
+    leaves = named(tree)
+    return (
+        unnamed({name: leaf for name, leaf in leaves.items() if chosen(name)}),
+        unnamed({name: leaf for name, leaf in leaves.items() if not chosen(name)}),
+    )
+
+
+def merge(one: Tree, other: Tree) -> Tree:
+    """One tree with the leaves of both; ValueError where both have one of the same name."""
+    a, b = named(one), named(other)
+    if twice := sorted(a.keys() & b.keys()):
+        raise ValueError(f"in both trees: {', '.join(twice[:4])}")
+    return unnamed({**a, **b})
+
+
 def select(tree: Tree, pattern: str) -> Tree:
     """A tree of booleans: does `pattern` (a regex, searched) match the leaf's name?"""
     chosen = map_named(lambda name, _: re.search(pattern, name) is not None, tree)

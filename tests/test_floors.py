@@ -26,7 +26,10 @@ ROOMS: dict[str, set[str]] = {
     "model": {"config", "spec", "tree", "mesh", "ops"},
     "learn": {"config", "spec", "tree", "mesh", "ops", "model"},
     "hf": {"config", "spec", "tree", "mesh", "model"},
-    "inference": {"config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf"},
+    "weights": {"config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf"},
+    "inference": {
+        *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "weights")
+    },
 }
 DOORS = {"train", "preview", "convert", "evaluate", "chat"}
 # room -> third-party packages it must not know.

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxtune.config import ConfigError
-from jaxtune.tree import map_named, named, select, unnamed
+from jaxtune.tree import map_named, merge, named, select, split, unnamed
 
 TREE = {"stack_0": {"q": {"kernel": 1, "bias": 2}}, "head": {"kernel": 3}}
 
@@ -37,3 +37,11 @@ def test_select_and_a_pattern_that_matches_nothing() -> None:
     }
     with pytest.raises(ConfigError, match=r"pattern 'v/' matches no parameter. There are: head"):
         select(TREE, "v/")
+
+
+def test_split_and_merge_are_inverse() -> None:
+    yes, no = split(TREE, lambda name: name.endswith("bias"))
+    assert merge(yes, no) == merge(no, yes) == TREE
+    assert split(TREE, lambda name: True) == (TREE, {})
+    with pytest.raises(ValueError, match="in both trees: "):
+        merge(TREE, yes)

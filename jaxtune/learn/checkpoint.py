@@ -1,7 +1,7 @@
 """Checkpoints by Orbax: OUT/checkpoints/STEP with the parts a reader may want alone.
 
-    params   the trained collection          opt   the optimiser's state
-    meta     JSON: step, order fingerprint, counters, config
+    trained  the trained part of the variables      opt   the optimiser's state
+    meta     JSON: step, fingerprint of the data, what else a resumed run must agree with
 
 Saving is asynchronous and atomic: a step is there whole or not at all. What makes batches (data,
 tokenizer, template, seed, rows) has one fingerprint; a checkpoint with another is refused, since
@@ -57,7 +57,7 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
+                    trained=ocp.args.StandardSave(state.trained),
                     opt=ocp.args.StandardSave(state.opt_state),
                     meta=ocp.args.JsonSave({**meta, "step": step}),
                 ),
@@ -98,13 +98,13 @@ class Checkpoints:
         found = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(wanted.params),
+                trained=ocp.args.StandardRestore(wanted.trained),
                 opt=ocp.args.StandardRestore(wanted.opt_state),
                 meta=ocp.args.JsonRestore(),
             ),
         )
         position = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), shardings.step)
-        return TrainState(position, found["params"], found["opt"]), found["meta"]
+        return TrainState(position, found["trained"], found["opt"]), found["meta"]
 
     def meta(self, step: int) -> dict[str, Any]:
         found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
@@ -129,10 +129,10 @@ def place(abstract: Any, shardings: Any) -> Any:
     )
 
 
-def restore_params(
+def restore_trained(
     run_dir: Path, abstract: Any, shardings: Any, *, step: int | None = None
 ) -> tuple[Any, dict[str, Any]]:
-    """The trained collection alone, and the meta, of `step` or of the newest checkpoint."""
+    """The trained part of the variables, and the meta, of `step` or of the newest checkpoint."""
     folder = (run_dir / FOLDER).absolute()
     if not folder.is_dir():
         raise ConfigError(f"{run_dir}: no checkpoints; expected {folder}.")
@@ -145,8 +145,8 @@ def restore_params(
         found = manager.restore(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(place(abstract, shardings)),
+                trained=ocp.args.StandardRestore(place(abstract, shardings)),
                 meta=ocp.args.JsonRestore(),
             ),
         )
-    return found["params"], found["meta"]
+    return found["trained"], found["meta"]

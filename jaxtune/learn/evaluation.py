@@ -37,8 +37,11 @@ class Totals(NamedTuple):
         }
 
 
-def evaluate(eval_step: Evaluate, params: Any, batches: Iterable[Any], *, mesh: Mesh) -> Totals:
-    """`batches` are host batches [B T], B divisible by the mesh's row shards.
+def evaluate(
+    eval_step: Evaluate, trained: Any, frozen: Any, batches: Iterable[Any], *, mesh: Mesh
+) -> Totals:
+    """`trained` and `frozen` make up the variables. `batches` are host batches [B T], B divisible
+    by the mesh's row shards.
 
     Sums of a batch are f32 on the device; batches are added in f64 on the host.
     """
@@ -50,7 +53,7 @@ def evaluate(eval_step: Evaluate, params: Any, batches: Iterable[Any], *, mesh: 
             return type(batch)(*(values[lo:hi] for values in batch))
 
         on_device = put_batch(part, batch_size=rows, length=length, mesh=mesh)
-        sums.append(eval_step(params, on_device))
+        sums.append(eval_step(trained, frozen, on_device))
         tokens += int(np.count_nonzero(batch.weights))
     fetched = jax.device_get(sums)  # once, at the end: the device never waits for the host
     return Totals(

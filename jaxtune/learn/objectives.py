@@ -1,4 +1,4 @@
-"""What is minimised: functions (variables, batch) -> `Sums`, never a mean.
+"""What is minimised: functions (variables, batch, key) -> `Sums`, never a mean.
 
 Sums and counts travel through microbatches, devices and hosts; the one division is in
 `step.train_step`, by the global weight. An objective knows nothing of optimisers or meshes.
@@ -32,8 +32,8 @@ class Tokens(Protocol):
     def positions(self) -> jax.Array: ...
 
 
-Variables = Mapping[str, Any]  # {"params": ...}, later {"params": ..., "lora": ...}
-Objective = Callable[[Variables, Tokens], Sums]
+Variables = Mapping[str, Any]  # {"params": ...}, with adapters {"params": ..., "lora": ...}
+Objective = Callable[[Variables, Tokens, jax.Array | None], Sums]  # no key: nothing random
 
 
 def next_token(spec: ModelSpec, *, dtype: Any, remat: str) -> Objective:
@@ -42,7 +42,7 @@ def next_token(spec: ModelSpec, *, dtype: Any, remat: str) -> Objective:
     `targets` at weight 0 may be any id in range; nothing is inferred from token values.
     """
 
-    def objective(variables: Variables, batch: Tokens) -> Sums:
+    def objective(variables: Variables, batch: Tokens, key: jax.Array | None) -> Sums:
         output = decoder.forward(
             spec,
             variables,
@@ -51,6 +51,7 @@ def next_token(spec: ModelSpec, *, dtype: Any, remat: str) -> Objective:
             positions=batch.positions,
             dtype=dtype,
             remat=remat,
+            key=key,
         )
         return linear_cross_entropy(output.hidden, output.head, batch.targets, batch.weights)
 

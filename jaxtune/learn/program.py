@@ -7,6 +7,7 @@ reads what the compiler says. No weights, no data, no files pass through here.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,21 +21,33 @@ from jaxtune.learn.step import Evaluate, Train, eval_step, train_step
 from jaxtune.mesh import replicated, shardings
 from jaxtune.model import decoder
 from jaxtune.spec import ModelSpec
+from jaxtune.tree import split
 
 
 class Program(NamedTuple):
     """Compiled on first use. Call inside `jax.set_mesh(mesh)`.
 
-    `train_step(state, batch) -> (state, metrics)` donates its state; `eval_step(params, batch)`
-    gives `Sums`; `init_opt_state(params)` starts the optimiser where the parameters are.
+    `train_step(state, frozen, batch) -> (state, metrics)` donates its state and only reads
+    `frozen`; `eval_step(trained, frozen, batch)` gives `Sums`; `init_opt_state(trained)` starts the
+    optimiser where the parameters are. `variables` and `placed` are shapes and shardings of all
+    variables, `abstract` and `shardings` those of the state, which holds the trained ones.
     """
 
     mesh: Mesh
+    variables: Any
+    placed: Any
+    is_trained: Callable[[str], bool]
     abstract: TrainState
     shardings: TrainState
     train_step: Train
     eval_step: Evaluate
     init_opt_state: Any
+
+    def first_state(self, variables: Any) -> tuple[TrainState, Any]:
+        """The state before the first step, and what is frozen beside it."""
+        trained, frozen = split(variables, self.is_trained)
+        step = jax.device_put(jnp.zeros((), jnp.int32), replicated(self.mesh))
+        return TrainState(step, trained, self.init_opt_state(trained)), frozen
 
 
 def build(
@@ -48,13 +61,21 @@ def build(
     dtype: Any,
     param_dtype: Any,
     remat: str,
+    seed: int = 0,
+    is_trained: Callable[[str], bool] = lambda name: True,
 ) -> Program:
-    """`dtype` is of the computation, `param_dtype` of what is stored; moments are f32."""
+    """`dtype` is of the computation, `param_dtype` of what is stored; moments are f32.
+
+    `is_trained` decides by the names of the variables, `params/embed/table`; `seed` is of what is
+    random while training.
+    """
     tx = optim.transform(hyper)
-    axes = decoder.axes(spec)
-    params = decoder.abstract(spec, param_dtype)
-    abstract = abstract_state(params, tx)
-    placed = state_shardings(abstract, shardings(axes, params, mesh), tx, mesh)
+    axes = {"params": decoder.axes(spec)}
+    variables = {"params": decoder.abstract(spec, param_dtype)}
+    trained_axes, _ = split(axes, is_trained)
+    trained, _ = split(variables, is_trained)
+    abstract = abstract_state(trained, tx)
+    state_placed = state_shardings(abstract, shardings(trained_axes, trained, mesh), tx, mesh)
     everywhere = replicated(mesh)
     step = functools.partial(
         train_step,
@@ -63,17 +84,21 @@ def build(
         learning_rate=learning_rate,
         max_grad_norm=max_grad_norm,
         microbatches=microbatches,
-        param_axes=axes,
+        trained_axes=trained_axes,
+        seed=seed,
     )
     evaluate = functools.partial(eval_step, objective=next_token(spec, dtype=dtype, remat="none"))
     return Program(
         mesh=mesh,
+        variables=variables,
+        placed=shardings(axes, variables, mesh),
+        is_trained=is_trained,
         abstract=abstract,
-        shardings=placed,
-        train_step=jax.jit(step, donate_argnums=0, out_shardings=(placed, everywhere)),
+        shardings=state_placed,
+        train_step=jax.jit(step, donate_argnums=0, out_shardings=(state_placed, everywhere)),
         eval_step=jax.jit(evaluate, out_shardings=everywhere),
         init_opt_state=jax.jit(
-            functools.partial(init_opt_state, tx), out_shardings=placed.opt_state
+            functools.partial(init_opt_state, tx), out_shardings=state_placed.opt_state
         ),
     )
 
@@ -82,12 +107,6 @@ def build_eval(spec: ModelSpec, mesh: Mesh, *, dtype: Any) -> Evaluate:
     """The evaluation half alone, for those who train nothing."""
     evaluate = functools.partial(eval_step, objective=next_token(spec, dtype=dtype, remat="none"))
     return jax.jit(evaluate, out_shardings=replicated(mesh))
-
-
-def first_step(opt_state: Any, params: Any, mesh: Mesh) -> TrainState:
-    """The state before the first step."""
-    step = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
-    return TrainState(step=step, params=params, opt_state=opt_state)
 
 
 def compute_dtype(name: str) -> Any:

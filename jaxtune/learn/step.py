@@ -4,6 +4,10 @@ microbatch m  ->  gradient of sum(w * ce), and Sums         lax.scan over M, f32
 all           ->  gradients / sum(w)                        ONE division, by the global weight
               ->  clip -> AdamW -> * learning_rate(step)
 guard         ->  a step with no weight, or with anything non-finite, changes no parameter
+
+The variables are two trees: `trained`, which the step owns and for which gradients exist, and
+`frozen`, which it only reads. Randomness is a key of (seed, step, microbatch) and nothing else, so
+a resumed run draws what an unbroken one would have drawn.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from jaxtune.learn.objectives import Objective, Tokens, add, zero_sums
 from jaxtune.learn.state import TrainState
 from jaxtune.mesh import constrain
 from jaxtune.ops.cross_entropy import Sums
+from jaxtune.tree import merge
 
 
 class StepMetrics(NamedTuple):
@@ -48,6 +53,7 @@ def split_microbatches(batch: Tokens, count: int) -> Any:
 
 def train_step(
     state: TrainState,
+    frozen: Any,
     batch: Tokens,
     *,
     objective: Objective,
@@ -55,12 +61,16 @@ def train_step(
     learning_rate: optim.Schedule,
     max_grad_norm: float,
     microbatches: int,
-    param_axes: Any,
+    trained_axes: Any,
+    seed: int,
 ) -> tuple[TrainState, StepMetrics]:
     """`batch` arrays are [B T], B divisible by `microbatches`. Pure; jitted by `program`."""
 
-    def loss(params: Any, rows: Tokens) -> tuple[jax.Array, Sums]:
-        sums = objective({"params": params}, rows)
+    key_of_step = jax.random.fold_in(jax.random.key(seed), state.step)
+
+    def loss(trained: Any, rows: Tokens, number: Any) -> tuple[jax.Array, Sums]:
+        key = jax.random.fold_in(key_of_step, number)
+        sums = objective(merge(trained, frozen), rows, key)
         return sums.loss, sums
 
     gradient = jax.grad(loss, has_aux=True)
@@ -69,22 +79,24 @@ def train_step(
         """f32, placed as the parameters are: what makes the compiler scatter, not replicate."""
         return jax.tree.map(
             lambda axes, g: constrain(g.astype(jnp.float32), *axes),
-            param_axes, grads, is_leaf=lambda x: isinstance(x, tuple),
+            trained_axes, grads, is_leaf=lambda x: isinstance(x, tuple),
         )  # fmt: skip
 
     if microbatches == 1:
-        grads, sums = gradient(state.params, batch)
+        grads, sums = gradient(state.trained, batch, 0)
         grads = as_stored(grads)
     else:
 
-        def accumulate(total: Any, rows: Any) -> tuple[Any, None]:
-            new_grads, new_sums = gradient(state.params, rows)
+        def accumulate(total: Any, part: Any) -> tuple[Any, None]:
+            new_grads, new_sums = gradient(state.trained, *part)
             grads = as_stored(jax.tree.map(jnp.add, total[0], as_stored(new_grads)))
             return (grads, add(total[1], new_sums)), None
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.trained)
         (grads, sums), _ = jax.lax.scan(
-            accumulate, (as_stored(zeros), zero_sums()), split_microbatches(batch, microbatches)
+            accumulate,
+            (as_stored(zeros), zero_sums()),
+            (split_microbatches(batch, microbatches), jnp.arange(microbatches)),
         )
 
     per_weight = jnp.where(sums.weight > 0, 1.0 / jnp.where(sums.weight > 0, sums.weight, 1.0), 0.0)
@@ -94,7 +106,7 @@ def train_step(
     changes = finite & (sums.weight > 0)
 
     updates, opt_state = tx.update(
-        optim.clip(grads, norm, max_grad_norm), state.opt_state, state.params
+        optim.clip(grads, norm, max_grad_norm), state.opt_state, state.trained
     )
     rate = learning_rate(state.step)
 
@@ -106,7 +118,7 @@ def train_step(
 
     new = TrainState(
         step=state.step + 1,
-        params=jax.tree.map(move, state.params, updates),
+        trained=jax.tree.map(move, state.trained, updates),
         opt_state=jax.tree.map(
             lambda after, before: jnp.where(changes, after, before), opt_state, state.opt_state
         ),
@@ -121,10 +133,10 @@ def train_step(
     )
 
 
-def eval_step(params: Any, batch: Tokens, *, objective: Objective) -> Sums:
-    """Sums over one batch; the caller adds batches up and divides once."""
-    return objective({"params": params}, batch)
+def eval_step(trained: Any, frozen: Any, batch: Tokens, *, objective: Objective) -> Sums:
+    """Sums over one batch; the caller adds batches up and divides once. Nothing is random."""
+    return objective(merge(trained, frozen), batch, None)
 
 
-Train = Callable[[TrainState, Tokens], tuple[TrainState, StepMetrics]]
-Evaluate = Callable[[Any, Tokens], Sums]
+Train = Callable[[TrainState, Any, Tokens], tuple[TrainState, StepMetrics]]
+Evaluate = Callable[[Any, Any, Tokens], Sums]

@@ -66,13 +66,15 @@ def forward(
     remat: str = "full",
     cache: Cache | None = None,
     attention: str | None = None,
+    key: jax.Array | None = None,
 ) -> Output:
     """Runs `inputs` `[B T]` int32 through the decoder `variables["params"]`, computing in `dtype`.
 
     `segment_ids` and `positions` `[B T]` say who sees whom (`ops/attention.py`); padding is segment
     0. With a `cache` a row is one text: each token is kept in the slot of its position and sees all
     slots up to it. `remat` is a name of `REMAT`. `attention` names an implementation of
-    `ops/attention.py`; None chooses by backend and length.
+    `ops/attention.py`; None chooses by backend and length. `key` is for what is random while
+    training; without it nothing is.
     """
     if remat not in REMAT:
         raise ConfigError(
@@ -81,7 +83,8 @@ def forward(
     if attention is None:
         attention, _ = choose(jax.default_backend(), inputs.shape[1])
     module = Decoder(spec, Build(dtype, dtype, spec.init_scale), remat, attention)
-    hidden, head, cache = module.apply(variables, inputs, segment_ids, positions, cache)
+    rngs = {} if key is None else {"dropout": key}
+    hidden, head, cache = module.apply(variables, inputs, segment_ids, positions, cache, rngs=rngs)
     return Output(hidden, head, cache)
 
 
@@ -163,7 +166,7 @@ class Decoder(nn.Module):
             scanned = nn.scan(
                 Pattern,
                 variable_axes={"params": 0},
-                split_rngs={"params": True},
+                split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),
                 out_axes=0,
                 length=stack.repeats,

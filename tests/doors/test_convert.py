@@ -37,7 +37,7 @@ def run_dir(tmp_path_factory) -> Path:
     checkpoints = Checkpoints(run)
     for step in (1, 2):
         scaled = jax.tree.map(lambda p, by=1 + step: p * by, params)
-        state = TrainState(jnp.int32(step), scaled, {"count": jnp.int32(step)})
+        state = TrainState(jnp.int32(step), {"params": scaled}, {"count": jnp.int32(step)})
         checkpoints.save(state, {"fingerprint": "f"}, step=step)
     checkpoints.wait()
     checkpoints.close()

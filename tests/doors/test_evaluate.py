@@ -268,7 +268,7 @@ def test_a_base_of_another_kind(parrot: Any, data: Path, copy_without: Callable[
     assert "tensors" in said  # the folder has weights, and they do not fit
     (base / "model.safetensors").unlink()
     said = refusal(capsys, *argv, "--init", "random")
-    assert "has 500 embedding rows, but is asked about token id" in said
+    assert "has 500 embedding rows, but meets token id" in said
     other = json.loads((base / "tokenizer.json").read_text())
     ids = other["model"]["vocab"]
     ids["a"], ids["b"] = ids["b"], ids["a"]

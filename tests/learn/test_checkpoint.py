@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtune.config import ConfigError
 from jaxtune.learn import optim
-from jaxtune.learn.checkpoint import Checkpoints, restore_params
+from jaxtune.learn.checkpoint import Checkpoints, restore_trained
 from jaxtune.learn.state import TrainState, abstract_state, init_opt_state, state_shardings
 from jaxtune.mesh import make_mesh
 
@@ -54,11 +54,11 @@ def test_restored_onto_another_mesh_bit_for_bit(tmp_path: Path) -> None:
     restored, meta = reading.restore(4, shapes, shardings)
     reading.close()
     assert_bytes(state, restored)
-    assert restored.params["w"]["kernel"].sharding.spec == P("tensor", None)
+    assert restored.trained["w"]["kernel"].sharding.spec == P("tensor", None)
     assert meta == {**META, "step": 4}
 
 
-def test_params_alone_of_any_step(tmp_path: Path) -> None:
+def test_the_trained_part_alone_of_any_step(tmp_path: Path) -> None:
     saved = {}
     checkpoints = Checkpoints(tmp_path)
     for step, value in ((1, 1.0), (2, 2.0)):
@@ -66,13 +66,13 @@ def test_params_alone_of_any_step(tmp_path: Path) -> None:
         checkpoints.save(saved[step], META, step=step)
     checkpoints.close()
     for step, expected in ((1, 1), (2, 2), (None, 2)):
-        params, meta = restore_params(tmp_path, shapes.params, shardings.params, step=step)
+        params, meta = restore_trained(tmp_path, shapes.trained, shardings.trained, step=step)
         assert meta["step"] == expected
-        assert_bytes(params, saved[expected].params)
+        assert_bytes(params, saved[expected].trained)
     with pytest.raises(ConfigError, match=r"no checkpoint of step 7; there are: 1, 2"):
-        restore_params(tmp_path, shapes.params, shardings.params, step=7)
+        restore_trained(tmp_path, shapes.trained, shardings.trained, step=7)
     with pytest.raises(ConfigError, match="no checkpoints; expected"):
-        restore_params(tmp_path / "none", shapes.params, shardings.params)
+        restore_trained(tmp_path / "none", shapes.trained, shardings.trained)
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

@@ -83,16 +83,17 @@ def test_evaluation_is_invariant_to_batching() -> None:
     weights = (np.arange(1000) < counts[:, None]).astype(np.float32)
     index = np.tile(np.arange(3)[:, None], (1, 1000))
 
-    def eval_step(params: Any, batch: Any) -> Sums:
+    def eval_step(trained: Any, frozen: Any, batch: Any) -> Sums:
         ce = losses[np.asarray(batch.inputs)] * np.asarray(batch.weights)
         weight = np.asarray(batch.weights).sum()
         return Sums(ce.sum(), weight, weight / 2)
 
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, make_devices())
-    whole = evaluate(eval_step, None, [Batch(index, weights)], mesh=mesh)
+    whole = evaluate(eval_step, {}, {}, [Batch(index, weights)], mesh=mesh)
     single = evaluate(
-        eval_step, None, [Batch(index[i : i + 1], weights[i : i + 1]) for i in range(3)], mesh=mesh
-    )
+        eval_step, {}, {},
+        [Batch(index[i : i + 1], weights[i : i + 1]) for i in range(3)], mesh=mesh,
+    )  # fmt: skip
     assert whole == single
     row = whole.row()
     assert row["eval_loss"] == pytest.approx(4020 / 1010)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +12,10 @@ import pytest
 
 from jaxtune.learn import optim, program
 from jaxtune.learn.state import TrainState
-from jaxtune.learn.step import StepMetrics
+from jaxtune.learn.step import StepMetrics, eval_step, train_step
 from jaxtune.mesh import make_mesh, put_batch
 from jaxtune.model import decoder
+from jaxtune.ops.cross_entropy import Sums
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack
 from jaxtune.tree import named
 
@@ -76,7 +78,7 @@ def one_per_row() -> Batch:
 def params_on(mesh: jax.sharding.Mesh, built: program.Program) -> Any:
     with jax.set_mesh(mesh):
         make = jax.jit(
-            lambda key: decoder.init(SPEC, key, jnp.float32), out_shardings=built.shardings.params
+            lambda key: decoder.init(SPEC, key, jnp.float32), out_shardings=built.placed["params"]
         )
         return make(jax.random.key(0))
 
@@ -91,6 +93,7 @@ def run(
     poison: float | None = None,
     max_grad_norm: float = 1.0,
     remat: str = "full",
+    is_trained: Callable[[str], bool] = lambda name: True,
 ) -> tuple[TrainState, TrainState, StepMetrics]:
     """(state before, as numpy; state after; metrics of the last step)."""
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, **(sizes or {})}
@@ -100,20 +103,20 @@ def run(
         SPEC, mesh, hyper=optim.AdamW(weight_decay=0.1),
         learning_rate=optim.schedule("constant", learning_rate=lr, warmup_steps=0, total_steps=9),
         max_grad_norm=max_grad_norm, microbatches=microbatches,
-        dtype=jnp.float32, param_dtype=jnp.float32, remat=remat,
+        dtype=jnp.float32, param_dtype=jnp.float32, remat=remat, is_trained=is_trained,
     )  # fmt: skip
     params = params_on(mesh, built)
     if poison is not None:
         params["final_norm"]["scale"] = params["final_norm"]["scale"] * poison
     with jax.set_mesh(mesh):
-        state = program.first_step(built.init_opt_state(params), params, mesh)
+        state, frozen = built.first_state({"params": params})
         before = jax.device_get(state)
         for _ in range(steps):
             placed = put_batch(
                 lambda lo, hi: Batch(*(x[lo:hi] for x in batch)),
                 batch_size=batch.inputs.shape[0], length=batch.inputs.shape[1], mesh=mesh,
             )  # fmt: skip
-            state, metrics = built.train_step(state, placed)
+            state, metrics = built.train_step(state, frozen, placed)
     return before, state, metrics
 
 
@@ -141,7 +144,7 @@ def test_the_loss_is_the_weighted_mean_over_everything(
     before, _, metrics = reference
     batch = one_per_row()
     logits = decoder.logits(
-        SPEC, {"params": before.params}, batch.inputs,
+        SPEC, before.trained, batch.inputs,
         segment_ids=batch.segment_ids, positions=batch.positions, dtype=jnp.float32,
     )  # fmt: skip
     log_p = jax.nn.log_softmax(logits)
@@ -155,15 +158,15 @@ def test_the_loss_is_the_weighted_mean_over_everything(
 
 def test_learning_rate_zero_leaves_every_byte() -> None:
     before, after, metrics = run(one_per_row(), lr=0.0, steps=2)
-    assert_bytes(before.params, after.params)
+    assert_bytes(before.trained, after.trained)
     assert float(metrics.grad_norm) > 0
     assert int(after.step) == 2
 
 
 def test_a_negative_zero_survives_learning_rate_zero() -> None:
     before, after, _ = run(one_per_row(), lr=0.0, poison=-0.0)
-    assert np.signbit(before.params["final_norm"]["scale"]).all()
-    assert_bytes(before.params, after.params)
+    assert np.signbit(before.trained["params"]["final_norm"]["scale"]).all()
+    assert_bytes(before.trained, after.trained)
 
 
 @pytest.mark.parametrize("microbatches", [2, 8, 16])
@@ -197,10 +200,10 @@ def test_eight_devices_equal_one(
     assert float(metrics.loss) == pytest.approx(float(reference[2].loss), abs=1e-5)
     assert float(metrics.grad_norm) == pytest.approx(float(reference[2].grad_norm), rel=1e-5)
     assert_same(reference[1], after)
-    kernel = after.params["stack_0"]["layer_0"]["mlp"]["gate"]["kernel"]
+    kernel = after.trained["params"]["stack_0"]["layer_0"]["mlp"]["gate"]["kernel"]
     shards = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
     assert kernel.addressable_shards[0].data.size * shards == kernel.size
-    moment = after.opt_state[0].nu["stack_0"]["layer_0"]["mlp"]["gate"]["kernel"]
+    moment = after.opt_state[0].nu["params"]["stack_0"]["layer_0"]["mlp"]["gate"]["kernel"]
     assert moment.sharding == kernel.sharding
 
 
@@ -229,7 +232,7 @@ def test_rematerialisation_changes_nothing(
 def test_a_step_without_trained_tokens_changes_nothing() -> None:
     batch = one_per_row()
     before, after, metrics = run(batch._replace(weights=np.zeros_like(batch.weights)), steps=2)
-    assert_bytes((before.params, before.opt_state), (after.params, after.opt_state))
+    assert_bytes((before.trained, before.opt_state), (after.trained, after.opt_state))
     assert (float(metrics.loss), float(metrics.grad_norm), float(metrics.finite)) == (0, 0, 1)
     assert int(after.step) == 2
 
@@ -238,13 +241,59 @@ def test_a_step_without_trained_tokens_changes_nothing() -> None:
 def test_a_non_finite_step_reaches_no_parameter(poison: float) -> None:
     before, after, metrics = run(one_per_row(), poison=poison)
     assert float(metrics.finite) == 0.0
-    assert_bytes((before.params, before.opt_state), (after.params, after.opt_state))
+    assert_bytes((before.trained, before.opt_state), (after.trained, after.opt_state))
 
 
 def test_small_steps_move_the_weights_of_an_f32_master() -> None:
     before, after, _ = run(one_per_row(), lr=1e-5, steps=20)
     moved = [
         np.mean(np.asarray(a) != b)
-        for a, b in zip(jax.tree.leaves(after.params), jax.tree.leaves(before.params), strict=True)
+        for a, b in zip(
+            jax.tree.leaves(after.trained), jax.tree.leaves(before.trained), strict=True
+        )
     ]
     assert min(moved) > 0.9
+
+
+def test_only_the_trained_part_has_gradients_moments_and_updates(
+    reference: tuple[TrainState, TrainState, StepMetrics],
+) -> None:
+    """The frozen rest is another tree: the same loss, and the same gradients of what is trained."""
+
+    def mlp(name: str) -> bool:
+        return "/mlp/" in name
+
+    whole, all_trained, metrics = reference
+    before, after, part = run(one_per_row(), is_trained=mlp, max_grad_norm=0.0, microbatches=2)
+    assert named(after.trained).keys() == {n for n in named(whole.trained) if mlp(n)}
+    assert named(after.opt_state[0].mu).keys() == named(after.trained).keys()
+    assert float(part.loss) == pytest.approx(float(metrics.loss), abs=1e-5)
+    assert float(part.grad_norm) < float(metrics.grad_norm) * 0.99
+    for name, moment in named(after.opt_state[0].mu).items():
+        expected = named(all_trained.opt_state[0].mu)[name]
+        np.testing.assert_allclose(moment, expected, atol=1e-6, err_msg=name)
+        assert (np.asarray(named(after.trained)[name]) != named(before.trained)[name]).any()
+
+
+def test_a_step_draws_by_seed_step_and_microbatch_alone() -> None:
+    """What an objective is given: another key for each step and microbatch, the same after a
+    resume, none in evaluation."""
+
+    def objective(variables: Any, rows: Any, key: Any) -> Sums:
+        drawn = jnp.float32(-1) if key is None else jax.random.uniform(key)
+        return Sums(drawn, jnp.float32(1), jnp.float32(0))
+
+    def loss(seed: int, step: int, microbatches: int = 1) -> float:
+        tx = optim.transform(optim.AdamW())
+        state = TrainState(jnp.int32(step), {}, tx.init({}))
+        _, metrics = train_step(
+            state, {}, one_per_row(), objective=objective, tx=tx,
+            learning_rate=lambda step: jnp.float32(0), max_grad_norm=0.0,
+            microbatches=microbatches, trained_axes={}, seed=seed,
+        )  # fmt: skip
+        return float(metrics.loss)
+
+    assert loss(1, 7) == loss(1, 7)
+    draws = [loss(1, 7), loss(1, 8), loss(2, 7), loss(1, 7, 2), loss(1, 7, 4)]
+    assert len(set(draws)) == len(draws)
+    assert float(eval_step({}, {}, one_per_row(), objective=objective).loss) == -1

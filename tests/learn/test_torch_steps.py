@@ -87,15 +87,15 @@ def losses_of_ours(folder: Path) -> list[float]:
     )  # fmt: skip
     losses = []
     with jax.set_mesh(mesh):
-        params = load_params(model, built.shardings.params, jnp.float32)
-        state = program.first_step(built.init_opt_state(params), params, mesh)
+        params = load_params(model, built.placed["params"], jnp.float32)
+        state, frozen = built.first_state({"params": params})
         for step in range(STEPS):
             rows = batch(step)
             placed = put_batch(
                 lambda lo, hi, rows=rows: Batch(*(x[lo:hi] for x in rows)),
                 batch_size=ROWS, length=LENGTH, mesh=mesh,
             )  # fmt: skip
-            state, metrics = built.train_step(state, placed)
+            state, metrics = built.train_step(state, frozen, placed)
             losses.append(float(metrics.loss))
     return losses
 
