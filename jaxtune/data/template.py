@@ -30,6 +30,7 @@ import dataclasses
 import datetime
 import hashlib
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,6 +352,7 @@ def _rendered(
         date=template.date,
         named=template.named,
         marked=marked,
+        trusted=template.ours,
     )
 
 
@@ -425,18 +427,26 @@ def _marked_otherwise(
     where = f"message {i + 1}"
     try:
         text = _rendered(template, said.messages[: i + 1], said.tools, marked=True)
-        header = len(_text(template, said, i)) if i else 0
     except jinja.TemplateFailed:
-        header = start
+        text = ""
     plain, marks = jinja.take_marks(text)
     if plain != whole:
         return Dropped("the template's generation marks cannot be read", where)
     mine = [(a, b) for a, b in marks if whole[max(a, start) : min(b, end)].strip()]
     if not mine:
         return Dropped("the template's generation marks leave the answer out", where)
-    if any(whole[end:b].strip() or a < min(header, start) for a, b in mine):
+    first, last = min(a for a, _ in mine), max(b for _, b in mine)
+    if whole[end:last].strip() or first < min(start, _header(template, said, i)):
         return Dropped("the template's generation marks take in more than the answer", where)
     return None
+
+
+def _header(template: Template, said: Said, i: int) -> int:
+    """Where what the template writes for message i begins, its header included."""
+    try:
+        return len(_text(template, said, i)) if i else 0
+    except jinja.TemplateFailed:
+        return sys.maxsize
 
 
 def _cut(
