@@ -86,9 +86,7 @@ def _tojson(
 
 
 @functools.lru_cache(maxsize=32)
-def _compile(
-    source: str, date: datetime.date, marked: bool, trusted: bool
-) -> jinja2.Template:
+def _compile(source: str, date: datetime.date, marked: bool, trusted: bool) -> jinja2.Template:
     kind = jinja2.Environment if trusted else jinja2.sandbox.ImmutableSandboxedEnvironment
     environment = kind(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
