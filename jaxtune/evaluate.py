@@ -262,7 +262,7 @@ def _answers(
 
 
 def _prompt_text(question: Question) -> str:
-    from jaxtune.data.template import render_prompt
+    from jaxtune.data.spans import render_prompt
 
     asked = question.asked
     spans = render_prompt(question.words.template, asked.messages, tools=asked.tools)

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from jaxtune.data.pipeline import Dataset, Progress, open_dataset, split
 from jaxtune.data.prepare import Entry, Truncation
-from jaxtune.data.template import Template, TrainOn, resolve, tokens_to_add, variant
+from jaxtune.data.spans import TrainOn
+from jaxtune.data.template import Template, resolve, tokens_to_add, variant
 from jaxtune.data.tokenizer import Tokenizer, load_tokenizer
 
 Note = Callable[[str], None]

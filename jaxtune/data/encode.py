@@ -27,7 +27,8 @@ import numpy as np
 
 from jaxtune.config import DataError
 from jaxtune.data.schema import Dropped, Example, Message, Span, Tokens
-from jaxtune.data.template import Template, render_prompt
+from jaxtune.data.spans import render_prompt
+from jaxtune.data.template import Template
 from jaxtune.data.tokenizer import Tokenizer
 
 # What to put before a piece so that it is encoded as a continuation and not as a beginning of text
@@ -193,7 +194,7 @@ def _joined(row: Row, parts: list[list[int]] | None) -> list[list[int]] | None:
 
 
 def _contexts(row: Sequence[_Part], tokenizer: Tokenizer) -> list[str]:
-    """For each part what must stand before it: nothing, a control token, or the text before.
+    """For each part what must stand before it: the text before, from its last control token on.
 
     Control tokens separate: what follows one is encoded the same whatever came before it.
     """
@@ -201,7 +202,7 @@ def _contexts(row: Sequence[_Part], tokenizer: Tokenizer) -> list[str]:
     before = ""
     for text, apart in row:
         contexts.append(before)
-        before = tokenizer.control_at_end(text) or ("" if apart else before) + text
+        before = tokenizer.last_control(("" if apart else before) + text)
     return contexts
 
 
@@ -255,13 +256,16 @@ def _decode_answers(
         for index, span in enumerate(row)
         if found is not None and (span.breaks or (span.answer and span.weight > 0))
     }
+    # Token by token first: ten times as fast, and all there is where no letter is spread over
+    # several tokens and nothing is rewritten.
+    found = {key: tokenizer.decode_each(ids) for key, ids in asked.items()}
+    left = [(key, asked[key]) for key, text in found.items() if text != rows[key[0]][key[1]].text]
     # Decoders drop a blank where a text begins, so each answer stands behind its own last token.
-    texts = tokenizer.decode_batch([[ids[-1], *ids] for ids in asked.values()])
-    alone = {token: tokenizer.decode([token]) for token in {ids[-1] for ids in asked.values()}}
-    return {
-        key: text.removeprefix(alone[ids[-1]])
-        for (key, ids), text in zip(asked.items(), texts, strict=True)
-    }
+    texts = tokenizer.decode_batch([[ids[-1], *ids] for _, ids in left])
+    alone = {token: tokenizer.decode([token]) for token in {ids[-1] for _, ids in left}}
+    for (key, ids), text in zip(left, texts, strict=True):
+        found[key] = text.removeprefix(alone[ids[-1]])
+    return found
 
 
 def _checked(

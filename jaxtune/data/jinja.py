@@ -1,8 +1,9 @@
 """The jinja that chat templates are written in, rendered exactly as transformers renders it.
 
-Same sandbox, same filters and globals, with one difference: `strftime_now` tells a date that is
-passed in, so that the same data is the same tokens tomorrow. The tests hold the text against
-`apply_chat_template`.
+Same sandbox, same filters and globals, with two differences. `strftime_now` tells a date that is
+passed in, so that the same data is the same tokens tomorrow. A template that jaxtune itself wrote
+is trusted, and rendered without the sandbox: the same text in half the time. The tests hold the
+text against `apply_chat_template`.
 """
 
 from __future__ import annotations
@@ -85,8 +86,9 @@ def _tojson(
 
 
 @functools.lru_cache(maxsize=32)
-def _compile(source: str, date: datetime.date, marked: bool) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+def _compile(source: str, date: datetime.date, marked: bool, trusted: bool) -> jinja2.Template:
+    kind = jinja2.Environment if trusted else jinja2.sandbox.ImmutableSandboxedEnvironment
+    environment = kind(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
@@ -108,10 +110,11 @@ def render(
     date: datetime.date,
     named: Mapping[str, str],
     marked: bool = False,
+    trusted: bool = False,
 ) -> str:
     """The text of a conversation; `named` are bos_token, eos_token, ... Raises `TemplateFailed`."""
     try:
-        return _compile(source, date, marked).render(
+        return _compile(source, date, marked, trusted).render(
             messages=[dict(message) for message in messages],
             tools=None if tools is None else list(tools),
             documents=None,

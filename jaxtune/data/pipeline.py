@@ -27,7 +27,8 @@ from jaxtune.data import cache, mixture, pack, prepare
 from jaxtune.data.encode import shift
 from jaxtune.data.prepare import Entry, Progress, Settings, Truncation
 from jaxtune.data.schema import Batch, Example, Tokens
-from jaxtune.data.template import Template, TrainOn
+from jaxtune.data.spans import TrainOn
+from jaxtune.data.template import Template
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.data.workers import default_processes
 

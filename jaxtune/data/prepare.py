@@ -24,7 +24,8 @@ from jaxtune.data.cache import Writer, code_version
 from jaxtune.data.encode import encode, truncate
 from jaxtune.data.likeness import signatures
 from jaxtune.data.schema import Conversation, Document, Dropped, Span, Tokens
-from jaxtune.data.template import Template, TrainOn, render, variant
+from jaxtune.data.spans import TrainOn, render
+from jaxtune.data.template import Template, variant
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.data.workers import in_order
 
@@ -236,8 +237,7 @@ def _texts(noun: Conversation | Document) -> Iterator[str]:
 def _is_unicode(noun: Conversation | Document) -> bool:
     """Half a surrogate pair is legal in JSON and no text; tokenizers refuse it."""
     try:
-        for text in _texts(noun):
-            text.encode("utf-8")
+        "".join(_texts(noun)).encode("utf-8")
     except UnicodeEncodeError:
         return False
     return True
@@ -259,7 +259,7 @@ def _has_short_answer(spans: tuple[Span, ...], stop: str) -> bool:
 
 
 def _types_control(noun: Conversation | Document, tokenizer: Tokenizer) -> bool:
-    return any(tokenizer.control_pattern.search(text) for text in _texts(noun))
+    return tokenizer.control_pattern.search("\0".join(_texts(noun))) is not None
 
 
 def cache_key(entry: Entry, settings: Settings) -> str:

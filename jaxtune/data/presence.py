@@ -20,8 +20,9 @@ def squeeze(text: str) -> str:
 
 def appears(text: str, words: str) -> bool:
     """Whether squeezed `words` have `text`, as it is or as JSON writes it."""
-    forms = (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])
-    return any(squeeze(form) in words for form in forms)
+    return squeeze(text) in words or any(
+        squeeze(json.dumps(text, ensure_ascii=ascii)[1:-1]) in words for ascii in (False, True)
+    )
 
 
 def shows_calls(message: Message, words: str) -> bool:

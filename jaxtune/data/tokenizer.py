@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,15 @@ class Tokenizer:
     def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
         return self.backend.decode_batch(batch, skip_special_tokens=False)
 
+    def decode_each(self, ids: Sequence[int]) -> str:
+        """What each id writes behind another token, joined: `decode` where no token changes its
+        neighbours and no letter is spread over several."""
+        return "".join(map(self._written.__getitem__, ids))
+
+    @functools.cached_property
+    def _written(self) -> _Written:
+        return _Written(self.decode)
+
     @property
     def bos_token(self) -> str | None:
         return self.named.get("bos_token")
@@ -113,14 +122,25 @@ class Tokenizer:
         tokens = sorted(self.control, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
-    @functools.cached_property
-    def _control_lengths(self) -> list[int]:
-        return sorted({len(token) for token in self.control}, reverse=True)
+    def last_control(self, text: str) -> str:
+        """`text` from its last control token on; all of it where it has none."""
+        start = 0
+        for found in self.control_pattern.finditer(text):
+            start = found.start()
+        return text[start:]
 
-    def control_at_end(self, text: str) -> str | None:
-        """The longest control token that `text` ends with."""
-        ends = (text[-length:] for length in self._control_lengths)
-        return next((end for end in ends if end in self.control), None)
+
+class _Written(dict[int, str]):
+    """id -> the text it adds behind another token, which is itself; asked once for each."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        super().__init__()
+        self._decode = decode
+
+    def __missing__(self, token: int) -> str:
+        text = self._decode([token, token]).removeprefix(self._decode([token]))
+        self[token] = text
+        return text
 
 
 def load_tokenizer(

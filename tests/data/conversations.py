@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxtune.data.schema import Conversation, Dropped, Message, Span
-from jaxtune.data.template import Template, render
+from jaxtune.data.spans import render
+from jaxtune.data.template import Template
 
 VICUNA = "USER: {instruction}\n{input}\nASSISTANT: {output}"
 OURS = [

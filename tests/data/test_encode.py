@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings, strategies
 
 from jaxtune.data.encode import Encoded, encode, encode_prompt, runs, shift, truncate
 from jaxtune.data.schema import Conversation, Document, Dropped, Message, Span, Tokens
-from jaxtune.data.template import render, resolve
+from jaxtune.data.spans import render
+from jaxtune.data.template import resolve
 from jaxtune.data.tokenizer import Tokenizer
 
 

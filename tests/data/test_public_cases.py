@@ -25,7 +25,8 @@ from jaxtune.data.pack import fill
 from jaxtune.data.pipeline import open_dataset
 from jaxtune.data.prepare import Prepared, Settings
 from jaxtune.data.schema import Conversation, Dropped, Message, Span, Tokens
-from jaxtune.data.template import render, resolve
+from jaxtune.data.spans import render
+from jaxtune.data.template import resolve
 from jaxtune.data.tokenizer import Tokenizer
 
 PLAIN = "{instruction}{output}"

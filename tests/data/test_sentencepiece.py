@@ -14,7 +14,8 @@ from jaxtune.config import ConfigError
 from jaxtune.data import sentencepiece as ours
 from jaxtune.data.encode import Encoded, encode
 from jaxtune.data.schema import Conversation, Document, Message
-from jaxtune.data.template import render, resolve
+from jaxtune.data.spans import render
+from jaxtune.data.template import resolve
 from jaxtune.data.tokenizer import load_tokenizer
 
 sentencepiece = pytest.importorskip("sentencepiece")

@@ -26,7 +26,8 @@ from data.made import (
 
 from jaxtune.data.encode import Encoded, encode, encode_prompt
 from jaxtune.data.schema import Conversation, Dropped, Message
-from jaxtune.data.template import render, resolve
+from jaxtune.data.spans import render
+from jaxtune.data.template import resolve
 from jaxtune.data.tokenizer import Tokenizer
 
 CLOCK = {

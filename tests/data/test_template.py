@@ -26,7 +26,8 @@ from data.made import NAMES, byte_level_backend, save
 
 from jaxtune.config import ConfigError
 from jaxtune.data.schema import Document, Dropped, Message, Span
-from jaxtune.data.template import render, render_prompt, resolve
+from jaxtune.data.spans import render, render_prompt
+from jaxtune.data.template import resolve
 from jaxtune.data.tokenizer import Tokenizer
 
 PREAMBLE = (

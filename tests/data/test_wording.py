@@ -9,7 +9,8 @@ from data.made import NAMES, byte_level_backend, save
 from jaxtune.config import ConfigError
 from jaxtune.data import wording
 from jaxtune.data.schema import Conversation, Dropped, Message
-from jaxtune.data.template import needed_tokens, render, render_prompt, resolve
+from jaxtune.data.spans import render, render_prompt
+from jaxtune.data.template import needed_tokens, resolve
 from jaxtune.data.tokenizer import Tokenizer
 
 SYSTEM = Message("system", "Be brief.")

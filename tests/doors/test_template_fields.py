@@ -10,7 +10,7 @@ from jaxtune import command
 from jaxtune.config import Config, dump, load
 from jaxtune.data.asked import open_template, open_tokenizer, stop_ids
 from jaxtune.data.schema import Conversation, Message
-from jaxtune.data.template import render
+from jaxtune.data.spans import render
 
 TOKENIZER = str(Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model")
 DATED = (

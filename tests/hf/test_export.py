@@ -19,7 +19,8 @@ from golden.make import stored
 from jaxtune import mesh as meshes
 from jaxtune.config import ConfigError
 from jaxtune.data.schema import Message
-from jaxtune.data.template import render_prompt, resolve
+from jaxtune.data.spans import render_prompt
+from jaxtune.data.template import resolve
 from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.hf import export
 from jaxtune.hf.export import check_target, export_model

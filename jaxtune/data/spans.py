@@ -1,0 +1,332 @@
+"""Conversation -> spans: the one place that decides what is trained.
+
+Every template is jinja (ours come from `wording`) and is rendered as transformers renders it. What
+is trained is derived from the rendered text, the same way for all of them, by asking the template
+what the model will see: for the assistant's message i
+
+    prompt = render(messages[:i], generation prompt)        what inference feeds
+    whole  = render(messages[:i+1])                         what must come out of it
+    answer = whole[len(prompt):], up to and including the first end of turn
+
+so the answer holds whatever the template itself puts behind the generation prompt. It is checked:
+it holds the message's content, thinking and tool calls, ends with one end of turn, and holds no
+other message's content. Where each `prompt + answer` is a prefix of the full conversation, the
+conversation is one row. Where it is not (the template rewrites earlier turns, or ends only the last
+one), it becomes one row per trained answer, each as inference will show it. What cannot be shown is
+`Dropped`.
+
+`{% generation %}` in a template is its author's word on the same question. The derived answer is
+trained either way (marks often leave out the end of turn, or take in the header that inference
+feeds); an answer that the marks leave out, or whose marks take in more than header, answer and
+blanks, is dropped.
+
+Control tokens that a message holds as text stay text (`typed`). Documents of format `text` are the
+exception: they bring their own template, and their control tokens are meant.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from jaxtune.config import ConfigError
+from jaxtune.data import jinja
+from jaxtune.data.presence import appears, as_object, as_text, shows_calls, squeeze, with_calls
+from jaxtune.data.schema import Conversation, Document, Dropped, Message, Span
+from jaxtune.data.template import Template
+from jaxtune.data.typed import Said, Unlocated, mask, take_apart, unmask
+
+TrainOn = Literal["assistant", "last", "all"]
+Row = tuple[Span, ...]
+
+
+def render(
+    template: Template, noun: Conversation | Document, *, train_on: TrainOn = "assistant"
+) -> tuple[Row | Dropped, ...]:
+    """The rows of one record: mostly one; one per answer where the template rewrites history.
+
+    Joined, the spans of a row are the text as `apply_chat_template` renders it.
+    """
+    if isinstance(noun, Document):
+        return ((Span(_document(template, noun.text), 1.0, answer=True),),)
+    weights = _weights(noun.messages, train_on)
+    if isinstance(weights, Dropped):
+        return (weights,)
+    said = _said(template, noun)
+    try:
+        full = _text(template, said)
+        # A tool's name may stand in a message too: that the template shows tools is seen without.
+        if said.tools and full == template.text(said.messages):
+            return (Dropped("the template does not show the tools", "it reads none"),)
+    except jinja.TemplateFailed as error:
+        return (Dropped(error.reason, str(error)),)
+    turns = {i: _turn(template, said, i, full) for i in weights}
+    background = 1.0 if train_on == "all" else 0.0
+    whole = _cut(full, turns, weights, background)
+    if whole is not None:
+        return (_hidden(said, full) or take_apart(whole, said.typed, template.control),)
+    trained = [max(weights)] if train_on == "all" else [i for i in weights if weights[i] > 0]
+    return tuple(_alone(template, said, i, turns[i], weights[i], background) for i in trained)
+
+
+def render_prompt(
+    template: Template, messages: Sequence[Message], *, tools: tuple[Any, ...] | None = None
+) -> Row:
+    """What inference feeds for `messages`, the generation prompt included; all weights 0.
+
+    Its spans are cut exactly where those of a trained row are. Raises `ConfigError` when the
+    template refuses the messages.
+    """
+    said = _said(template, Conversation(tuple(messages), tools))
+    try:
+        masked = _prompt_spans(template, said, 0.0)
+    except jinja.TemplateFailed as error:
+        raise ConfigError(f"template '{template.name}': {error.reason}: {error}") from None
+    row = take_apart(masked, said.typed, template.control)
+    if isinstance(row, Dropped):
+        raise ConfigError(f"template '{template.name}': {row.reason}: {row.detail}")
+    return row
+
+
+class _Turn(NamedTuple):
+    prompt: str
+    answer: str
+    tail: str  # what `whole` holds behind the end of turn
+
+
+def _document(template: Template, text: str) -> str:
+    """What stands before and behind plain text, unless the text has brought it."""
+    opening = "" if text.startswith(template.opening) else template.opening
+    closing = "" if text.endswith(template.closing) else template.closing
+    return opening + text + closing
+
+
+def _said(template: Template, noun: Conversation) -> Said:
+    """The conversation in the form that shows its tool calls, with typed control tokens masked.
+
+    Arguments are given as they came; where the template cannot show them so (it joins strings, or
+    would quote a string twice), as objects or as JSON text.
+    """
+    said = mask(template.control, noun.messages, noun.tools)
+    if not any(message.extra.get("tool_calls") for message in noun.messages):
+        return said
+    for convert in (as_object, as_text):
+        try:
+            text = squeeze(_text(template, said))
+            if all(shows_calls(message, text) for message in said.messages):
+                return said
+        except jinja.TemplateFailed:
+            pass
+        said = mask(template.control, [with_calls(m, convert) for m in noun.messages], noun.tools)
+    return said
+
+
+def _weights(messages: Sequence[Message], train_on: TrainOn) -> dict[int, float] | Dropped:
+    """Weight of each assistant message, by its index."""
+    answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    if not answers:
+        return Dropped("no answer to train", "the conversation has no assistant message")
+    default = {i: float(train_on != "last" or i == answers[-1]) for i in answers}
+    weights = {i: default[i] if (w := messages[i].weight) is None else w for i in answers}
+    for i, message in enumerate(messages):
+        if i in weights:
+            empty = not message.content.strip() and not message.extra.get("tool_calls")
+            if weights[i] > 0 and empty:
+                return Dropped("empty answer", f"message {i + 1}")
+        elif message.weight and train_on != "all":
+            return Dropped("weight on a message that is no answer", f"message {i + 1}")
+    if not any(weights.values()):
+        return Dropped("no answer to train", "every answer has weight 0")
+    return weights
+
+
+def _text(template: Template, said: Said, upto: int | None = None, *, prompt: bool = False) -> str:
+    """The rendered text of the first `upto` messages; raises `jinja.TemplateFailed`."""
+    text = template.text(said.messages[:upto], said.tools, prompt=prompt)
+    if said.typed:
+        plain = template.text(said.plain[:upto], said.plain_tools, prompt=prompt)
+        if unmask(text, said.typed) != plain:
+            raise Unlocated(", ".join(said.typed.values()))
+    return text
+
+
+def _turn(template: Template, said: Said, i: int, full: str | None = None) -> _Turn | Dropped:
+    """Message i as inference meets it: its prompt and its answer, or why that cannot be shown."""
+    where = f"message {i + 1}"
+    try:
+        prompt = _text(template, said, i, prompt=True)
+        is_last = full is not None and i == len(said.messages) - 1
+        whole = full if full is not None and is_last else _text(template, said, i + 1)
+    except jinja.TemplateFailed as error:
+        return Dropped(error.reason, f"up to {where}: {error}")
+    if not whole.startswith(prompt):
+        return Dropped("the generation prompt does not begin the answer", where)
+    end = whole.find(template.stop, len(prompt))
+    if end < 0:
+        return Dropped("no end of turn follows the answer", f"{where}: expected {template.stop}")
+    wrong = _wrong(template, said, i, whole[len(prompt) : end])
+    end += len(template.stop)
+    wrong = wrong or _marked_otherwise(template, said, i, whole, len(prompt), end)
+    return wrong or _Turn(prompt, whole[len(prompt) : end], whole[end:])
+
+
+_THINKING = ("reasoning_content", "reasoning", "thinking")
+
+
+def _wrong(template: Template, said: Said, i: int, text: str) -> Dropped | None:
+    """Why `text` is not what message i says."""
+    message, where = said.messages[i], f"message {i + 1}"
+    if text == message.content and not message.extra:
+        return None
+    words, content = squeeze(text), squeeze(message.content)
+    calls = message.extra.get("tool_calls")
+    if not (content in words if calls else words.endswith(content)):
+        return Dropped("the rendered answer is not the message", f"{where}: {words[:60]!r}")
+    thoughts = [message.extra.get(key) for key in _THINKING]
+    if any(isinstance(t, str) and squeeze(t) not in words for t in thoughts):
+        return Dropped("the template does not show the thinking of the answer", where)
+    if not shows_calls(message, words):
+        return Dropped("the template does not show the tool calls", where)
+    before, _, behind = words.rpartition(content) if content else (words, "", "")
+    others = (squeeze(other.content) for other in said.messages[:i])
+    if any(other and (other in before or other in behind) for other in others) and _holds_another(
+        template, said, i
+    ):
+        return Dropped("the rendered answer holds another message", where)
+    return None
+
+
+def _holds_another(template: Template, said: Said, i: int) -> bool:
+    """Whether the answer changes with the messages before it: each is replaced by a sign."""
+    signs = [chr(0x100000 + j) for j in range(i)]
+    messages = [
+        message._replace(content=sign)
+        for message, sign in zip(said.messages[:i], signs, strict=True)
+    ]
+    try:
+        prompt = template.text(messages, said.tools, prompt=True)
+        whole = template.text([*messages, said.messages[i]], said.tools)
+    except jinja.TemplateFailed:
+        return True
+    if not whole.startswith(prompt):
+        return True
+    answer = whole[len(prompt) : whole.find(template.stop, len(prompt))]
+    return any(sign in answer for sign in signs)
+
+
+def _marked_otherwise(
+    template: Template, said: Said, i: int, whole: str, start: int, end: int
+) -> Dropped | None:
+    """Why the template's own `{% generation %}` contradicts whole[start:end]; None without any."""
+    if not jinja.has_marks(template.jinja):
+        return None
+    where = f"message {i + 1}"
+    try:
+        text = template.text(said.messages[: i + 1], said.tools, marked=True)
+    except jinja.TemplateFailed:
+        text = ""
+    plain, marks = jinja.take_marks(text)
+    if plain != whole:
+        return Dropped("the template's generation marks cannot be read", where)
+    mine = [(a, b) for a, b in marks if whole[max(a, start) : min(b, end)].strip()]
+    if not mine:
+        return Dropped("the template's generation marks leave the answer out", where)
+    first, last = min(a for a, _ in mine), max(b for _, b in mine)
+    if whole[end:last].strip() or first < min(start, _header(template, said, i)):
+        return Dropped("the template's generation marks take in more than the answer", where)
+    return None
+
+
+def _header(template: Template, said: Said, i: int) -> int:
+    """Where what the template writes for message i begins, its header included."""
+    try:
+        return len(_text(template, said, i)) if i else 0
+    except jinja.TemplateFailed:
+        return sys.maxsize
+
+
+def _cut(
+    full: str,
+    turns: Mapping[int, _Turn | Dropped],
+    weights: Mapping[int, float],
+    background: float,
+) -> Row | None:
+    """`full` in spans, or None where it does not show a turn as inference would."""
+    spans: list[Span] = []
+    at = 0
+    for i, turn in turns.items():
+        if isinstance(turn, Dropped) or not full.startswith(turn.prompt + turn.answer):
+            return None
+        start = len(turn.prompt)
+        if start < at:
+            return None
+        spans.append(Span(full[at:start], background))
+        spans.append(Span(turn.answer, weights[i], answer=True))
+        at = start + len(turn.answer)
+    spans.append(Span(full[at:], background))
+    return tuple(span for span in spans if span.text)
+
+
+def _prompt_spans(
+    template: Template, said: Said, background: float, upto: int | None = None
+) -> Row:
+    """What inference feeds for the first `upto` messages, cut at the answers in it."""
+    prompt = _text(template, said, upto, prompt=True)
+    turns = {
+        i: _turn(template, said, i)
+        for i, message in enumerate(said.messages[:upto])
+        if message.role == "assistant"
+    }
+    whole = _cut(prompt, turns, dict.fromkeys(turns, background), background)
+    if whole is None:
+        return (Span(prompt, background),) if prompt else ()
+    return tuple(span._replace(answer=False) for span in whole)
+
+
+def _alone(
+    template: Template,
+    said: Said,
+    i: int,
+    turn: _Turn | Dropped,
+    weight: float,
+    background: float,
+) -> Row | Dropped:
+    """One row for answer i: the prompt as inference feeds it, then the answer."""
+    if isinstance(turn, Dropped):
+        return turn
+    hidden = _hidden(said, turn.prompt, i)
+    if hidden:
+        return hidden
+    row = [
+        *_prompt_spans(template, said, background, i),
+        Span(turn.answer, weight, answer=True),
+        *([Span(turn.tail, background)] if turn.tail else []),
+    ]
+    return take_apart(tuple(row), said.typed, template.control)
+
+
+def _hidden(said: Said, text: str, upto: int | None = None) -> Dropped | None:
+    """Every message that is not the assistant's must appear in the text, every tool and call.
+
+    What an assistant said or thought earlier may be left out: that is rewriting history.
+    """
+    asked = [m for m in said.messages[:upto] if m.role != "assistant"]
+    calling = said.tools or any(m.extra.get("tool_calls") for m in said.messages[:upto])
+    if not calling and all(m.content in text and m.input in text for m in asked):
+        return None
+    words = squeeze(text)
+    for i, message in enumerate(said.messages[:upto]):
+        parts = (message.content, message.input)
+        if message.role != "assistant" and not all(appears(part, words) for part in parts):
+            return Dropped(
+                f"the template does not show the {message.role} message", f"message {i + 1}"
+            )
+        if not shows_calls(message, words):
+            return Dropped("the template does not show the tool calls", f"message {i + 1}")
+    for tool in said.tools or ():
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else tool
+        name = function.get("name") if isinstance(function, Mapping) else function
+        if isinstance(name, str) and not appears(name, words):
+            return Dropped("the template does not show the tools", name)
+    return None
