@@ -8,6 +8,7 @@ The floor plan; imports only go down, siblings never import each other (`tests/t
     floor 2  model                      the only room with `nn.Module`
     floor 1  data  ops  mesh  draw      numpy only | jnp only | who holds which slice | pictures
     floor 0  config  command  spec  tree    knobs | argv and exit codes | what a model is | names
+             untrusted  hub             strangers' files, read with limits | models by their id
 
 Importing this package imports nothing heavy.
 """

@@ -81,7 +81,7 @@ def execute(
         note(f"jaxtune {door}: {error}")
         return DIVERGED
     except JaxtuneError as error:
-        note(f"jaxtune {door}: {error}")
+        note(f"jaxtune {door}: {_harmless(str(error))}")
         return BAD_INPUT
     except Stopped as error:
         note(f"jaxtune {door}: {error}")
@@ -94,6 +94,11 @@ def execute(
         note(f"jaxtune {door}: {error.filename or 'a file'}: cannot be written: {error.strerror}.")
         return BAD_INPUT
     return 0
+
+
+def _harmless(text: str) -> str:
+    """A message may quote a stranger's file: what would steer the terminal is spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def parse(argv: Sequence[str], door: str, description: str, options: type[O]) -> tuple[Config, O]:

@@ -85,7 +85,8 @@ def _export_run(run_dir: Path, step: int | None, out: Path, flags: Config) -> tu
     name = config.model_name_or_path
     if name is None:
         raise ConfigError(f"{run_dir / 'config.yaml'}: has no model_name_or_path.")
-    model = open_model(name, revision=config.revision, weights=config.init == "pretrained")
+    pretrained = config.init == "pretrained"
+    model = open_model(name, revision=config.revision, weights=pretrained, note=note)
     check_target(out, model)
     tokenizer = open_tokenizer(config, config.tokenizer_name or name, note=note)
     template = open_template(config, tokenizer, note=note)
@@ -115,8 +116,9 @@ def _export_run(run_dir: Path, step: int | None, out: Path, flags: Config) -> tu
 def _export_folder(source: str, out: Path, config: Config) -> Exported:
     from jaxtune.hf.export import check_target, export_model
     from jaxtune.hf.load import load_params, open_model
+    from jaxtune.untrusted import read_text
 
-    model = open_model(source, revision=config.revision)
+    model = open_model(source, revision=config.revision, note=note)
     check_target(out, model)
     card = model.folder / "README.md"
     return export_model(
@@ -126,7 +128,7 @@ def _export_folder(source: str, out: Path, config: Config) -> Exported:
         save_dtype=config.save_dtype,
         tokenizer=None,
         template=None,
-        card=card.read_text(encoding="utf-8") if card.is_file() else f"# {Path(source).name}\n",
+        card=read_text(card, model.folder) if card.exists() else f"# {Path(source).name}\n",
     )
 
 

@@ -6,7 +6,6 @@ tuned one is asked with the tuned one's tokenizer and template: the same tokens 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from jaxtune.data.schema import Conversation, Message
     from jaxtune.data.template import Template
     from jaxtune.data.tokenizer import Tokenizer
+    from jaxtune.hf.load import HfModel
     from jaxtune.spec import ModelSpec
 
 
@@ -95,13 +95,13 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
     from jaxtune.weights import base_params
 
     random = config.init == "random" and not _has_weights(name)
-    model = open_model(name, revision=config.revision, weights=not random)
+    model = open_model(name, revision=config.revision, weights=not random, note=note)
     dtype = compute_dtype(config.dtype)
     placed = shardings(decoder.axes(model.spec), decoder.abstract(model.spec, dtype), mesh)
     if random:
         note(f"{name}: no weights there; random ones of seed {config.seed}, as training began")
     params = base_params(model, config, placed, dtype)
-    stop_ids = {words.template.stop_id, *_eos_ids(model.folder, model.config)}
+    stop_ids = {words.template.stop_id, *_eos_ids(model)}
     return Model(name, model.spec, params, frozenset(stop_ids), dtype, mesh)
 
 
@@ -184,12 +184,10 @@ def _has_weights(name: str) -> bool:
     return any(open_model(name, weights=False).folder.glob("*.safetensors"))
 
 
-def _eos_ids(folder: Path, config: Any) -> list[int]:
+def _eos_ids(model: HfModel) -> list[int]:
     """What the folder itself says ends a text: generation_config.json, else config.json."""
-    file = folder / "generation_config.json"
-    try:
-        said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        eos = said.get("eos_token_id", config.get("eos_token_id"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{file}: not readable as a JSON object: {error}.") from None
-    return [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None]
+    eos = model.generation.get("eos_token_id", model.config.get("eos_token_id"))
+    ids = [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None]
+    if not all(type(i) is int for i in ids):
+        raise ModelError(f"{model.folder}: eos_token_id is {eos!r}; expected an id or a list.")
+    return ids

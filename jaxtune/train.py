@@ -74,7 +74,8 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     from jaxtune.hf.load import open_model, with_tokens
     from jaxtune.weights import check_ids
 
-    model = open_model(model_name, revision=config.revision, weights=config.init == "pretrained")
+    pretrained = config.init == "pretrained"
+    model = open_model(model_name, revision=config.revision, weights=pretrained, note=note)
     added = material.tokenizer.added.values()
     model = with_tokens(model, added, trained=material.tokenizer.size - len(added))
     held_out = [material.held_out] if material.held_out is not None else []

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxtune import hub
 from jaxtune.config import ConfigError, DataError, nearest
 from jaxtune.data import readers
 from jaxtune.data.readers import READERS, File, Record
@@ -155,6 +156,11 @@ def _of_library(
         if not Path(path).expanduser().is_dir()
         else f"{path}: a split of a folder",
     )
+    if not Path(path).expanduser().is_dir() and hub.silent():
+        raise DataError(
+            f"{path}: no such file or folder here (looked in {Path.cwd()}), and the hub cannot be "
+            "reached. Give the path of a file, or set HF_HUB_OFFLINE=1 if the data is in the cache."
+        )
     try:
         builder = _builder(library, path, revision, config)
         by_split = {str(name): list(found) for name, found in builder.config.data_files.items()}

@@ -21,8 +21,10 @@ from typing import Any
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
+from jaxtune import hub
 from jaxtune.config import ConfigError
 from jaxtune.data import sentencepiece
+from jaxtune.untrusted import MAX_TABLE, read_bytes, read_object, read_text
 
 _NAMED = (
     "bos_token",
@@ -148,29 +150,34 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Opens a folder (also a run directory), or downloads the tokenizer files of a hub id.
 
-    `add` are control tokens it shall have; those it lacks get the ids behind all others.
+    `add` are control tokens it shall have; those it lacks get the ids behind all others. Raises
+    `ConfigError` for what is no tokenizer, `ModelError` for files that cannot be read or fetched.
     """
     file = _file(path_or_name, revision)
     folder = file.parent
     settings = _settings(folder)
     bare = file.suffix == ".model"
     if bare:
+        definition = read_bytes(file, folder)
         model = sentencepiece.read(file)
         backend = sentencepiece.convert(model)
         # What such models were trained with, whatever the folder leaves unsaid.
         said = {key: value for key, value in settings.items() if key != "added_tokens_decoder"}
         has_bos = "bos_token" in sentencepiece.named(model)
         settings = {"add_bos_token": has_bos, **sentencepiece.named(model), **said}
-        definition = file.read_bytes()
     else:
+        definition = read_bytes(file, folder)
         try:
-            definition = file.read_bytes()
             backend = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"{file}: not a tokenizer: {error}.") from None
     backend.no_padding()
     backend.no_truncation()
-    _add_tokens(backend, settings)
+    try:
+        _add_tokens(backend, settings)
+        chat_template = _chat_template(folder, settings)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{folder / 'tokenizer_config.json'}: malformed: {error!r}.") from None
     named = _named(backend, settings, folder)
     _set_plain_text_processor(backend, settings, named)
     lacking = [token for token in dict.fromkeys(add) if token not in _control(backend)]
@@ -187,7 +194,7 @@ def load_tokenizer(
         folder=folder,
         named=named,
         control=control,
-        chat_template=_chat_template(folder, settings),
+        chat_template=chat_template,
         begins_with_bos=begins_with_bos,
         size=max(backend.get_vocab().values(), default=-1) + 1,
         fingerprint=hashlib.sha256(definition + identity).hexdigest(),
@@ -224,22 +231,7 @@ def _folder(folder: Path, path_or_name: str, revision: str | None) -> Path:
             f"{path_or_name}: expected a folder with tokenizer.json, or a SentencePiece .model; "
             "got a file."
         )
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path_or_name) or path_or_name.startswith("."):
-        raise ConfigError(f"{path_or_name}: no such folder, and not the form of a hub id.")
-    import huggingface_hub  # here: only a hub id needs the network
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                path_or_name, revision=revision, allow_patterns=list(_FILES)
-            )
-        )
-    except Exception as error:  # many kinds, one meaning for the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"{path_or_name}: no such folder, and no tokenizer of that name could be fetched "
-            f"from the hub: {reason}"
-        ) from None
+    return hub.download(path_or_name, revision=revision, patterns=_FILES)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -248,12 +240,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         file = folder / name
         if file.exists():
-            try:
-                values = json.loads(file.read_text(encoding="utf-8"))
-            except (ValueError, OSError) as error:
-                raise ConfigError(f"{file}: cannot be read: {error}.") from None
-            if not isinstance(values, dict):
-                raise ConfigError(f"{file}: expected an object; got {type(values).__name__}.")
+            values = read_object(file, folder, limit=MAX_TABLE)
             merged.update({key: value for key, value in values.items() if value is not None})
     return merged
 
@@ -350,7 +337,7 @@ def _set_plain_text_processor(
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        return read_text(file, folder)
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name; "default" is the one for conversations
         by_name = {entry.get("name"): entry.get("template") for entry in template}

@@ -24,6 +24,7 @@ from jaxtune.hf.layout import Piece, Placed
 from jaxtune.hf.load import HfModel
 from jaxtune.hf.tensors import CODES, INDEX, ShardWriter, fetch, index_of, open_tensors, plan_shards
 from jaxtune.tree import named
+from jaxtune.untrusted import MAX_TABLE, read_bytes, read_object
 
 # Everything a tokenizer of transformers 4 or 5 may be made of, apart from its chat template.
 _TOKENIZER_FILES = (
@@ -254,6 +255,7 @@ def _write_configs(
     dtype = model.dtype if save_dtype == "source" else save_dtype
     ids = _special_ids(model.config, tokenizer, stop_ids) if tokenizer is not None else {}
     config = model.family.to_hf_config(model.config, model.spec, dtype=dtype)
+    config.pop("auto_map", None)  # names code that does not come along, or code of a stranger
     _write_json(folder / "config.json", {**config, **ids})
     if model.generation or ids:
         _write_json(folder / "generation_config.json", {**model.generation, **ids})
@@ -289,14 +291,14 @@ def _write_tokenizer(
     for name in _TOKENIZER_FILES:
         if name in changed:
             _write(folder / name, changed[name])
-        elif (source / name).is_file():
-            _write(folder / name, (source / name).read_bytes())
+        elif (source / name).exists():
+            _write(folder / name, read_bytes(source / name, source))
     text = None if template is None else template.chat_template
     if text is not None:
         _write(folder / _CHAT_TEMPLATE, text.encode())
         _drop_chat_template(folder / "tokenizer_config.json")
-    elif (source / _CHAT_TEMPLATE).is_file():
-        _write(folder / _CHAT_TEMPLATE, (source / _CHAT_TEMPLATE).read_bytes())
+    elif (source / _CHAT_TEMPLATE).exists():
+        _write(folder / _CHAT_TEMPLATE, read_bytes(source / _CHAT_TEMPLATE, source))
     if tokenizer is not None and not (folder / "tokenizer_config.json").is_file():
         tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
         _write_json(
@@ -312,7 +314,7 @@ def _write_tokenizer(
 def _drop_chat_template(file: Path) -> None:
     """One template only: transformers would find a second one here."""
     if file.is_file():
-        config = json.loads(file.read_text())
+        config = read_object(file, file.parent, limit=MAX_TABLE)
         if config.pop("chat_template", None) is not None:
             _write_json(file, config)
 

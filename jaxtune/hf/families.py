@@ -7,6 +7,7 @@ value transformers gives it. What cannot be represented is refused, never approx
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -328,4 +329,6 @@ def _number(config: Config, key: str) -> float:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"'{key}' is {value!r}; expected a number")
+    if not math.isfinite(value):
+        raise ValueError(f"'{key}' is {value}; expected a finite number")
     return float(value)

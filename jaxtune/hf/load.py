@@ -5,7 +5,8 @@ so that a folder that cannot be loaded says so before anything is compiled. Ther
 step: the safetensors on disk are the source of every slice.
 """
 
-import json
+import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,19 +16,24 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxtune import hub
 from jaxtune.config import ModelError
 from jaxtune.hf.families import Family, config_dtype, family_of
 from jaxtune.hf.layout import Index, Placed, place
 from jaxtune.hf.tensors import DTYPES, Tensor, fetch, open_tensors
 from jaxtune.model import decoder
-from jaxtune.spec import ModelSpec
+from jaxtune.spec import ModelSpec, parameter_count
 from jaxtune.tree import map_named, named
+from jaxtune.untrusted import plain, read_object, reason, shown, some
 
 # What a model folder may need; weights come on top, and only as safetensors.
 _HUB_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
 _HUB_WEIGHTS = ("model*.safetensors",)
 # Derived values that old versions of transformers stored: recomputed here, never read.
 _DERIVED = ("rotary_emb.inv_freq",)
+# Far above every model there is: a config beyond them is damaged, or made to exhaust the memory.
+_MOST_LAYERS = 512
+_MOST_PARAMETERS = 10**14
 
 
 class NewTokens(NamedTuple):
@@ -74,29 +80,70 @@ class HfModel:
 
 
 def open_model(
-    path_or_id: str | Path, *, revision: str | None = None, weights: bool = True
+    path_or_id: str | Path,
+    *,
+    revision: str | None = None,
+    weights: bool = True,
+    note: Callable[[str], None] | None = None,
 ) -> HfModel:
     """Reads what a model is. `weights=False` needs only `config.json` (also given as the file).
 
-    `path_or_id` is a folder in HF format, a run directory (its `hf/` is meant), or a hub id.
+    `path_or_id` is a folder in HF format, a run directory (its `hf/` is meant), or a hub id. `note`
+    is told of a config that asks for code of its own, which is never run.
     Raises `ModelError`: not found, no config.json, unknown or unsupported family, no weights, or
     tensors missing, left over or of another shape.
     """
     folder, file = _locate(str(path_or_id), revision, weights)
-    config = _read_config(file)
-    family = family_of(config, where=str(file))
-    if quantised := config.get("quantization_config"):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise ModelError(f"{file}: weights quantised by {method} are not supported.")
-    spec = family.to_spec(config, where=str(file))
+    config = read_object(file, folder)
+    if "auto_map" in config and note is not None:
+        note(
+            f"{file}: asks for code of its own (auto_map); it is never run. The model is read as "
+            f"family {shown(config.get('model_type'))}."
+        )
+    family, spec = _understood(config, file)
     tensors = open_tensors(folder) if weights else {}
+    if weights:
+        _check_size(spec, tensors, file)
     dtype = config_dtype(config) or _widest_use(tensors)
     beside = file.with_name("generation_config.json")
-    generation = _read_config(beside) if beside.is_file() else {}
+    generation = read_object(beside, folder) if os.path.lexists(beside) else {}
     model = HfModel(str(path_or_id), folder, config, generation, family, spec, dtype, tensors)
     if weights:
         _account(model)
     return model
+
+
+def _understood(config: Mapping[str, Any], file: Path) -> tuple[Family, ModelSpec]:
+    """What `config` describes, when it is something of a size that can exist."""
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise ModelError(f"{file}: weights quantised by {plain(str(method))} are not supported.")
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        raise ModelError(f"{file}: num_hidden_layers is {layers}; at most {_MOST_LAYERS}.")
+    try:
+        family = family_of(config, where=str(file))
+        spec = family.to_spec(config, where=str(file))
+        count = parameter_count(spec)
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        raise ModelError(f"{file}: malformed: {reason(error)}.") from None
+    if count > _MOST_PARAMETERS:
+        raise ModelError(
+            f"{file}: describes a model of {count:.2g} parameters, which none has. Its sizes are "
+            "damaged."
+        )
+    return family, spec
+
+
+def _check_size(spec: ModelSpec, tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Before anything is made of the spec's size: the weights must be of about that size."""
+    stored = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    count = parameter_count(spec)
+    if count > 1000 * (stored + 1):
+        raise ModelError(
+            f"{file}: describes a model of {count:,} parameters; the weights have {stored:,} "
+            "values. config.json and the weights do not belong together."
+        )
 
 
 def with_tokens(model: HfModel, ids: Iterable[int], *, trained: int) -> HfModel:
@@ -235,9 +282,8 @@ def _account(model: HfModel) -> None:
 def _fault(items: list[str], what: str) -> str:
     if not items:
         return ""
-    more = f" and {len(items) - 4} more" if len(items) > 4 else ""
     plural = "tensor" if len(items) == 1 else "tensors"
-    return f"{len(items)} {plural} {what}: {', '.join(items[:4])}{more}"
+    return f"{len(items)} {plural} {what}: {some(items, 4)}"
 
 
 def _ignored(model: HfModel, name: str) -> bool:
@@ -255,26 +301,19 @@ def _widest_use(tensors: Mapping[str, Tensor]) -> str:
     return max(values, key=lambda name: values[name], default="float32")
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: not readable as JSON: {error}.") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file}: expected a JSON object; got a {type(config).__name__}.")
-    return config
-
-
 def _locate(name: str, revision: str | None, weights: bool) -> tuple[Path, Path]:
     """The folder and its config.json, downloaded first when `name` is no path."""
     path = Path(name).expanduser()
     if path.is_file() and not weights:
         return path.parent, path
     if not path.exists():
-        path = _download(name, revision, weights)
-    if (path / "config.json").is_file():
+        patterns = (*_HUB_FILES, *(_HUB_WEIGHTS if weights else ()))
+        path = hub.download(name, revision=revision, patterns=patterns)
+    if os.path.lexists(path / "config.json"):
         return path, path / "config.json"
-    if (path / "hf" / "config.json").is_file():
+    if os.path.lexists(path / "hf" / "config.json"):
+        if not (path / "hf").resolve().is_relative_to(path.resolve()):
+            raise ModelError(f"{path / 'hf'}: is a link that leaves {path}. Give its target.")
         return path / "hf", path / "hf" / "config.json"
     if (path / "checkpoints").is_dir():
         raise ModelError(
@@ -282,33 +321,3 @@ def _locate(name: str, revision: str | None, weights: bool) -> tuple[Path, Path]
             f"python -m jaxtune.convert {name} {path / 'hf'}"
         )
     raise ModelError(f"{name}: no config.json there. Expected a folder in Hugging Face format.")
-
-
-def _download(name: str, revision: str | None, weights: bool) -> Path:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    patterns = [*_HUB_FILES, *(_HUB_WEIGHTS if weights else ())]
-    absent = f"{name}: no such folder"
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
-        )
-    except errors.HFValidationError:
-        raise ModelError(f"{absent}, and not a hub id (owner/name).") from None
-    except errors.GatedRepoError:
-        raise ModelError(
-            f"{name}: a gated model. Accept its terms at https://huggingface.co/{name} and set "
-            "HF_TOKEN."
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise ModelError(f"{absent}, nor is it on the hub (if private, set HF_TOKEN).") from None
-    except errors.RevisionNotFoundError:
-        raise ModelError(f"{name}: the hub has no revision '{revision}' of it.") from None
-    except errors.LocalEntryNotFoundError:
-        raise ModelError(
-            f"{absent}, and the hub cannot be reached nor is the model in the local cache. "
-            "Give the path of a folder, or try again online."
-        ) from None
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise ModelError(f"{absent}, and downloading it from the hub failed: {error}.") from None

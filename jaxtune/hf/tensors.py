@@ -19,6 +19,16 @@ import ml_dtypes
 import numpy as np
 
 from jaxtune.config import ModelError
+from jaxtune.untrusted import (
+    MAX_TABLE,
+    open_inside,
+    parse_json,
+    plain,
+    read_object,
+    reason,
+    shown,
+    some,
+)
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -45,34 +55,36 @@ class Tensor(NamedTuple):
     def dtype(self) -> np.dtype:
         if self.code not in DTYPES:
             raise ModelError(
-                f"{self.file}: holds {self.code} values; this version reads {', '.join(DTYPES)}."
+                f"{self.file}: holds {plain(self.code)} values; this version reads "
+                f"{', '.join(DTYPES)}."
             )
         return DTYPES[self.code]
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a folder by name, from its index or its single file; reads headers only."""
-    if (folder / INDEX).is_file():
+    if (folder / INDEX).exists():
         return _open_sharded(folder)
-    if (folder / SINGLE).is_file():
+    if (folder / SINGLE).exists():
         return read_header(folder / SINGLE)
     pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickled:
         raise ModelError(
-            f"{folder}: the weights are pickled ({pickled[0]}), which can run code when opened and "
-            "is never read. Use a revision with safetensors, or convert the folder first."
+            f"{folder}: the weights are pickled ({plain(pickled[0])}), which can run code when "
+            "opened and is never read. Use a revision with safetensors, or convert the folder "
+            "first."
         )
-    found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    found = sorted(path.name for path in folder.iterdir())
     raise ModelError(
-        f"{folder}: no weights: expected {SINGLE} or {INDEX}; found {found}. "
-        "To start from random weights set init: random."
+        f"{folder}: no weights: expected {SINGLE} or {INDEX}; found {some(found, 12) or 'nothing'}."
+        " To start from random weights set init: random."
     )
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
     """The tensors of one file, every claim of the header checked against the file's size."""
-    size = file.stat().st_size
-    with file.open("rb") as handle:
+    with open(open_inside(file, file.parent), "rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
         length = int.from_bytes(handle.read(8), "little")
         if size < 8 or length > min(_MAX_HEADER, size - 8):
             raise ModelError(
@@ -81,13 +93,17 @@ def read_header(file: Path) -> dict[str, Tensor]:
             )
         text = handle.read(length)
     try:
-        header = json.loads(text)
+        header = parse_json(text)
         header.pop("__metadata__", None)
-        tensors = {name: _entry(file, 8 + length, entry) for name, entry in header.items()}
+        entries = {name: _entry(entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{file}: unreadable safetensors header ({error}).") from None
-    _check_extent(file, 8 + length, size, tensors, header)
-    return tensors
+        raise ModelError(f"{file}: unreadable safetensors header ({reason(error)}).") from None
+    base = 8 + length
+    _check_extent(file, size - base, entries)
+    return {
+        name: Tensor(file, code, shape, base + begin)
+        for name, (code, shape, begin, _) in entries.items()
+    }
 
 
 def fetch(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
@@ -100,47 +116,65 @@ def fetch(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
 
 def _open_sharded(folder: Path) -> dict[str, Tensor]:
     index = folder / INDEX
-    try:
-        files: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{index}: not a safetensors index ({error!r}).") from None
+    files = read_object(index, folder, limit=MAX_TABLE).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise ModelError(f"{index}: not a safetensors index: no weight_map of names to files.")
     headers: dict[str, dict[str, Tensor]] = {}
-    for file in sorted({str(file) for file in files.values()}):
+    for file in sorted({*files.values()}):
         if Path(file).name != file or not file.endswith(".safetensors"):
-            raise ModelError(f"{index}: names '{file}'; only safetensors beside it are read.")
-        if not (folder / file).is_file():
-            raise ModelError(f"{folder}: {file} is missing, though the index names it.")
+            raise ModelError(f"{index}: names {shown(file)}; only safetensors beside it are read.")
+        if not (folder / file).exists():
+            raise ModelError(f"{folder}: {plain(file)} is missing, though the index names it.")
         headers[file] = read_header(folder / file)
     absent = [name for name, file in files.items() if name not in headers[file]]
     if absent:
-        raise ModelError(f"{index}: {_some(absent)} not in the file the index names.")
+        raise ModelError(f"{index}: {some(absent)} not in the file the index names.")
     return {name: headers[file][name] for name, file in files.items()}
 
 
-def _entry(file: Path, base: int, entry: Mapping[str, Any]) -> Tensor:
+_Entry = tuple[str, tuple[int, ...], int, int]  # dtype, shape, begin and end behind the header
+
+
+def _entry(entry: Mapping[str, Any]) -> _Entry:
     shape = tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
         raise ValueError("shape and data_offsets must be non-negative integers")
-    return Tensor(file, str(entry["dtype"]), shape, base + begin)
+    if not isinstance(entry["dtype"], str):
+        raise ValueError(f"dtype {shown(entry['dtype'])}")
+    return entry["dtype"], shape, begin, end
 
 
-def _check_extent(
-    file: Path, base: int, size: int, tensors: Mapping[str, Tensor], header: Mapping[str, Any]
-) -> None:
-    reached = base
-    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].start):
-        begin, end = header[name]["data_offsets"]
-        dtype = DTYPES.get(tensor.code)  # others may lie in the file as long as nobody wants them
-        if dtype is not None and end - begin != math.prod(tensor.shape) * dtype.itemsize:
+def _check_extent(file: Path, size: int, entries: Mapping[str, _Entry]) -> None:
+    """Tensors fill the `size` bytes behind the header, none over another, nothing between them."""
+    reached = 0
+    for name, (code, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        dtype = DTYPES.get(code)  # others may lie in the file as long as nobody wants them
+        fault = None
+        if end < begin:
+            fault = "ends before it begins"
+        elif dtype is not None and end - begin != math.prod(shape) * dtype.itemsize:
+            fault = f"has {end - begin} bytes, which is not {code} {_brief(shape)}"
+        elif begin < reached:
+            fault = "overlaps another tensor"
+        elif begin > reached:
+            fault = f"comes after {begin - reached} bytes that belong to no tensor"
+        elif end > size:
+            fault = "ends after the file"
+        if fault:
             raise ModelError(
-                f"{file}: {name} has {end - begin} bytes, which is not {tensor.code} "
-                f"{list(tensor.shape)}. The file is damaged; download it again."
+                f"{file}: {plain(name)} {fault}. The file is damaged; download it again."
             )
-        if tensor.start < reached or base + end > size:
-            fault = "overlaps another tensor" if tensor.start < reached else "ends after the file"
-            raise ModelError(f"{file}: {name} {fault}. The file is damaged; download it again.")
-        reached = base + end
+        reached = end
+    if reached != size:
+        raise ModelError(
+            f"{file}: {size - reached} bytes after the last tensor belong to none. The file is "
+            "damaged; download it again."
+        )
+
+
+def _brief(shape: Sequence[int]) -> str:
+    return shown(list(shape))[1:-1]
 
 
 class Plan(NamedTuple):
@@ -225,7 +259,7 @@ class ShardWriter:
         try:
             if kind is None:
                 if self._places:
-                    raise ValueError(f"never written: {_some(list(self._places))}")
+                    raise ValueError(f"never written: {some(list(self._places))}")
                 for handle in self._files.values():
                     os.fsync(handle)
         finally:
@@ -260,8 +294,3 @@ def _write_at(handle: int, values: bytes | memoryview, start: int) -> None:
     while len(view):
         written = os.pwrite(handle, view, start)  # may be short: 2 GiB a call, or a full disk
         view, start = view[written:], start + written
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

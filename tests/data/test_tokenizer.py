@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from data.made import NAMES, adds_bos, byte_level_backend, save
 
-from jaxtune.config import ConfigError
+from jaxtune.config import ConfigError, ModelError
 from jaxtune.data.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = ["Hello, world!", " leading", "a\n\nb </s> c <|im_end|>\n", "naïve 你好 🎉", "x  y\t z"]
@@ -122,12 +122,12 @@ def test_errors(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"tokenizer.json: not a tokenizer"):
         load_tokenizer(str(tmp_path))
-    with pytest.raises(ConfigError, match=r"./nowhere: no such folder, and not the form"):
+    with pytest.raises(ModelError, match=r"./nowhere: no such folder, and not a hub id"):
         load_tokenizer("./nowhere")
     with pytest.raises(ConfigError, match=r"got a file"):
         load_tokenizer(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ConfigError, match=r"eos_token is '<gone>', which tokenizer.json does not"):
         save(tmp_path / "e", byte_level_backend(), eos_token="<gone>")
     (tmp_path / "e" / "tokenizer_config.json").write_text("[1]")
-    with pytest.raises(ConfigError, match="expected an object; got list"):
+    with pytest.raises(ModelError, match="expected a JSON object; got a list"):
         load_tokenizer(str(tmp_path / "e"))

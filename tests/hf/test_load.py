@@ -3,9 +3,7 @@
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -13,7 +11,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from golden.cases import CASES, tensors, write_folder
-from huggingface_hub import errors
 
 from jaxtune import mesh as meshes
 from jaxtune.config import ModelError
@@ -227,51 +224,6 @@ def test_bad_folders_are_refused(folder, tmp_path):
     config.write_text(json.dumps({**good, "quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(ModelError, match="weights quantised by gptq are not supported"):
         open_model(folder)
-
-
-def _hub_error(kind):
-    return kind("refused", response=SimpleNamespace(headers={}, request=None))
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (errors.LocalEntryNotFoundError("offline"), "the hub cannot be reached nor"),
-        (errors.RepositoryNotFoundError, "no such folder, nor is it on the hub"),
-        (errors.GatedRepoError, "a gated model. Accept its terms"),
-        (errors.RevisionNotFoundError, "the hub has no revision 'v2' of it"),
-        (errors.HFValidationError("no id"), "no such folder, and not a hub id"),
-        (OSError("disk full"), "downloading it from the hub failed: disk full"),
-    ],
-)
-def test_hub_errors_are_told(monkeypatch, error, message):
-    def refuse(*args, **options):
-        raise _hub_error(error) if isinstance(error, type) else error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(ModelError, match=message):
-        open_model("acme/model", revision="v2")
-
-
-def test_a_hub_id_is_downloaded_without_pickles(monkeypatch, folder):
-    asked = {}
-
-    def download(name, *, revision, allow_patterns):
-        asked.update(name=name, revision=revision, patterns=allow_patterns)
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert open_model("acme/model", revision="v2").folder == folder
-    assert (asked["name"], asked["revision"]) == ("acme/model", "v2")
-    assert "model*.safetensors" in asked["patterns"]
-    assert not any("bin" in pattern or "py" in pattern for pattern in asked["patterns"])
-    open_model("acme/model", weights=False)
-    assert "model*.safetensors" not in asked["patterns"]
-
-
-def test_offline_for_real():
-    with pytest.raises(ModelError, match="nowhere/nothing: no such folder, and the hub cannot be"):
-        open_model("nowhere/nothing")
 
 
 def test_all_cases_open(tmp_path):

@@ -158,7 +158,7 @@ def test_an_index_is_believed_only_within_its_folder(tmp_path):
     _index(folder, {"a": "one.safetensors", "b": "one.safetensors"})
     with pytest.raises(ModelError, match="b not in the file the index names"):
         open_tensors(folder)
-    (folder / "model.safetensors.index.json").write_text("[]")
+    (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ModelError, match="not a safetensors index"):
         open_tensors(folder)
 
