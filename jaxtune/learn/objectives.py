@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.model import decoder
+from jaxtune.model.lora import Lora
 from jaxtune.ops.cross_entropy import Sums, linear_cross_entropy
 from jaxtune.spec import ModelSpec
 
@@ -36,7 +37,7 @@ Variables = Mapping[str, Any]  # {"params": ...}, with adapters {"params": ..., 
 Objective = Callable[[Variables, Tokens, jax.Array | None], Sums]  # no key: nothing random
 
 
-def next_token(spec: ModelSpec, *, dtype: Any, remat: str) -> Objective:
+def next_token(spec: ModelSpec, *, dtype: Any, remat: str, lora: Lora | None = None) -> Objective:
     """Weighted next-token cross-entropy: loss = sum(w * -log p(target)), weight = sum(w).
 
     `targets` at weight 0 may be any id in range; nothing is inferred from token values.
@@ -52,6 +53,7 @@ def next_token(spec: ModelSpec, *, dtype: Any, remat: str) -> Objective:
             dtype=dtype,
             remat=remat,
             key=key,
+            lora=lora,
         )
         return linear_cross_entropy(output.hidden, output.head, batch.targets, batch.weights)
 

@@ -20,6 +20,7 @@ from jaxtune.learn.state import TrainState, abstract_state, init_opt_state, stat
 from jaxtune.learn.step import Evaluate, Train, eval_step, train_step
 from jaxtune.mesh import replicated, shardings
 from jaxtune.model import decoder
+from jaxtune.model.lora import COLLECTION, Lora
 from jaxtune.spec import ModelSpec
 from jaxtune.tree import split
 
@@ -62,16 +63,22 @@ def build(
     param_dtype: Any,
     remat: str,
     seed: int = 0,
-    is_trained: Callable[[str], bool] = lambda name: True,
+    is_trained: Callable[[str], bool] | None = None,
+    lora: Lora | None = None,
 ) -> Program:
     """`dtype` is of the computation, `param_dtype` of what is stored; moments are f32.
 
-    `is_trained` decides by the names of the variables, `params/embed/table`; `seed` is of what is
-    random while training.
+    `is_trained` decides by the names of the variables, `params/embed/table`; without it everything
+    is trained, or with `lora` its adapters alone. `seed` is of what is random while training.
     """
     tx = optim.transform(hyper)
     axes = {"params": decoder.axes(spec)}
     variables = {"params": decoder.abstract(spec, param_dtype)}
+    if lora is not None:
+        axes[COLLECTION] = decoder.adapter_axes(spec, lora)
+        variables[COLLECTION] = decoder.abstract_adapters(spec, lora)
+    if is_trained is None:
+        is_trained = _everything if lora is None else is_adapter
     trained_axes, _ = split(axes, is_trained)
     trained, _ = split(variables, is_trained)
     abstract = abstract_state(trained, tx)
@@ -79,7 +86,7 @@ def build(
     everywhere = replicated(mesh)
     step = functools.partial(
         train_step,
-        objective=next_token(spec, dtype=dtype, remat=remat),
+        objective=next_token(spec, dtype=dtype, remat=remat, lora=lora),
         tx=tx,
         learning_rate=learning_rate,
         max_grad_norm=max_grad_norm,
@@ -87,7 +94,8 @@ def build(
         trained_axes=trained_axes,
         seed=seed,
     )
-    evaluate = functools.partial(eval_step, objective=next_token(spec, dtype=dtype, remat="none"))
+    objective = next_token(spec, dtype=dtype, remat="none", lora=lora)
+    evaluate = functools.partial(eval_step, objective=objective)
     return Program(
         mesh=mesh,
         variables=variables,
@@ -103,9 +111,19 @@ def build(
     )
 
 
-def build_eval(spec: ModelSpec, mesh: Mesh, *, dtype: Any) -> Evaluate:
+def is_adapter(name: str) -> bool:
+    """Whether a variable belongs to the adapters, by its name."""
+    return name.startswith(f"{COLLECTION}/")
+
+
+def _everything(name: str) -> bool:
+    return True
+
+
+def build_eval(spec: ModelSpec, mesh: Mesh, *, dtype: Any, lora: Lora | None = None) -> Evaluate:
     """The evaluation half alone, for those who train nothing."""
-    evaluate = functools.partial(eval_step, objective=next_token(spec, dtype=dtype, remat="none"))
+    objective = next_token(spec, dtype=dtype, remat="none", lora=lora)
+    evaluate = functools.partial(eval_step, objective=objective)
     return jax.jit(evaluate, out_shardings=replicated(mesh))
 
 

@@ -29,11 +29,14 @@ from jax.typing import DTypeLike
 
 from jaxtune import mesh
 from jaxtune.config import ConfigError
+from jaxtune.model import lora as adapters
 from jaxtune.model.attention import Attention, KeyValues, Places
 from jaxtune.model.layers import Build, Declared, GatedMLP, Matrix, RMSNorm
+from jaxtune.model.lora import Lora
 from jaxtune.ops import rope
 from jaxtune.ops.attention import choose
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec
+from jaxtune.tree import named
 
 # What a layer's forward pass leaves behind for its backward pass, by name.
 REMAT: Mapping[str, Callable[..., bool] | None] = {
@@ -67,6 +70,7 @@ def forward(
     cache: Cache | None = None,
     attention: str | None = None,
     key: jax.Array | None = None,
+    lora: Lora | None = None,
 ) -> Output:
     """Runs `inputs` `[B T]` int32 through the decoder `variables["params"]`, computing in `dtype`.
 
@@ -74,7 +78,8 @@ def forward(
     0. With a `cache` a row is one text: each token is kept in the slot of its position and sees all
     slots up to it. `remat` is a name of `REMAT`. `attention` names an implementation of
     `ops/attention.py`; None chooses by backend and length. `key` is for what is random while
-    training; without it nothing is.
+    training; without it nothing is. `lora` says how the adapters in `variables["lora"]` are used;
+    without that collection the base is what runs.
     """
     if remat not in REMAT:
         raise ConfigError(
@@ -82,7 +87,7 @@ def forward(
         )
     if attention is None:
         attention, _ = choose(jax.default_backend(), inputs.shape[1])
-    module = Decoder(spec, Build(dtype, dtype, spec.init_scale), remat, attention)
+    module = Decoder(spec, Build(dtype, dtype, spec.init_scale, lora), remat, attention)
     rngs = {} if key is None else {"dropout": key}
     hidden, head, cache = module.apply(variables, inputs, segment_ids, positions, cache, rngs=rngs)
     return Output(hidden, head, cache)
@@ -119,6 +124,31 @@ def axes(spec: ModelSpec) -> Params:
     """The same tree with each parameter's logical axes, for `mesh.shardings`."""
     declared = jax.eval_shape(lambda key: _declare(spec, key, jnp.float32), jax.random.key(0))
     return jax.tree.map(lambda box: box.axes, declared, is_leaf=lambda x: isinstance(x, Declared))
+
+
+def init_adapters(spec: ModelSpec, lora: Lora, params: Params, key: jax.Array) -> Params:
+    """The collection "lora" for the base `params`, which a new adapter leaves as it is; f32."""
+    return meta.unbox(_declare_adapters(spec, lora, params, key))
+
+
+def abstract_adapters(spec: ModelSpec, lora: Lora) -> Params:
+    """The tree of `jax.ShapeDtypeStruct` that `init_adapters` would fill."""
+    return meta.unbox(_abstract_adapters(spec, lora))
+
+
+def adapter_axes(spec: ModelSpec, lora: Lora) -> Params:
+    """The same tree with the logical axes of each leaf; what is only of adapters is replicated."""
+    return jax.tree.map(
+        lambda box: box.axes,
+        _abstract_adapters(spec, lora),
+        is_leaf=lambda x: isinstance(x, Declared),
+    )
+
+
+def projections(spec: ModelSpec) -> tuple[str, ...]:
+    """Names of all that can have an adapter: `stack_0/layer_0/attention/q`."""
+    leaves = named(abstract_adapters(spec, Lora(r=1, alpha=1.0)))
+    return tuple(name.removesuffix("/a") for name in leaves if name.endswith("/a"))
 
 
 def empty_cache(spec: ModelSpec, *, rows: int, length: int, dtype: DTypeLike) -> Cache:
@@ -165,7 +195,7 @@ class Decoder(nn.Module):
             name = f"stack_{i}"
             scanned = nn.scan(
                 Pattern,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, adapters.COLLECTION: 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),
                 out_axes=0,
@@ -267,3 +297,20 @@ def _declare(spec: ModelSpec, key: jax.Array, dtype: DTypeLike) -> Params:
     module = Decoder(spec, Build(dtype, dtype, spec.init_scale), "none", "reference")
     one_token = jnp.zeros((1, 1), jnp.int32)
     return module.init(key, one_token, one_token, one_token, None)["params"]
+
+
+def _declare_adapters(spec: ModelSpec, lora: Lora, params: Params, key: jax.Array) -> Params:
+    build = Build(jnp.float32, jnp.float32, spec.init_scale, lora)
+    module = Decoder(spec, build, "none", "reference")
+    one_token = jnp.zeros((1, 1), jnp.int32)
+    places = (one_token, one_token, one_token, None)
+    mutable = [adapters.COLLECTION]
+    _, made = module.apply({"params": params}, *places, rngs={"params": key}, mutable=mutable)
+    return made.get(adapters.COLLECTION, {})
+
+
+def _abstract_adapters(spec: ModelSpec, lora: Lora) -> Params:
+    params = abstract(spec, jnp.float32)
+    return jax.eval_shape(
+        lambda params, key: _declare_adapters(spec, lora, params, key), params, jax.random.key(0)
+    )

@@ -17,6 +17,8 @@ from flax.core import meta
 from jax.typing import DTypeLike
 
 from jaxtune import mesh
+from jaxtune.model import lora as adapters
+from jaxtune.model.lora import Lora
 
 WEIGHT_AXES = {
     "D": "embed",
@@ -45,11 +47,12 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 class Build(NamedTuple):
     """What every part of one decoder shares: dtypes of new weights and of all that is computed,
-    and the spread of random weights."""
+    the spread of random weights, and which parts have adapters."""
 
     new: DTypeLike
     compute: DTypeLike
     init_scale: float
+    lora: Lora | None = None
 
 
 class Declared(flax.struct.PyTreeNode, meta.AxisMetadata[Any]):
@@ -115,6 +118,18 @@ class Projection(nn.Module):
             initialiser=nn.initializers.normal(self.build.init_scale),
         )
         y = _product(self.equation, x, kernel)
+        lora = self.build.lora
+        if lora is not None and adapters.has_adapter(self, lora):
+            y = adapters.adapt(
+                self,
+                lora,
+                self.equation,
+                x,
+                y,
+                kernel=lambda: kernel,
+                product=lambda x: _product(self.equation, x, kernel),
+                declare=_adapter_leaf(self, self.sizes, self.build),
+            )
         if self.bias:
             added = [letter for letter in letters if letter in output]
             bias = weight(
@@ -128,6 +143,26 @@ class Projection(nn.Module):
             )
             y = y + jnp.broadcast_to(bias, y.shape)
         return mesh.constrain(y, *(ACTIVATION_AXES[letter] for letter in output))
+
+
+def _adapter_leaf(module: nn.Module, sizes: Mapping[str, int], build: Build) -> adapters.Declare:
+    """Declares leaves of `module` in the collection of adapters; R and N are on every device."""
+    lora = build.lora
+    assert lora is not None
+    sizes = {**sizes, "R": lora.r, "N": len(lora.tokens)}
+
+    def declare(name: str, letters: str, make: adapters.Make) -> jax.Array:
+        shape = tuple(sizes[letter] for letter in letters)
+        axes = tuple(WEIGHT_AXES.get(letter) for letter in letters)
+
+        def declared() -> Declared:
+            return Declared(make(module.make_rng("params"), shape), axes)
+
+        stored = module.variable(adapters.COLLECTION, name, declared).value
+        exact = name in ("rows", "magnitude")
+        return mesh.gathered(stored, axes, stored.dtype if exact else build.compute)
+
+    return declare
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -175,7 +210,7 @@ class Matrix(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return weight(
+        table = weight(
             self,
             self.leaf,
             shape=tuple(self.sizes[letter] for letter in self.letters),
@@ -184,6 +219,11 @@ class Matrix(nn.Module):
             compute=None,
             initialiser=nn.initializers.normal(self.build.init_scale),
         )
+        lora = self.build.lora
+        if lora is None or not lora.tokens or not adapters.has_adapter(self, lora, "rows"):
+            return table
+        declare = _adapter_leaf(self, self.sizes, self.build)
+        return adapters.with_rows(lora, self.letters, table, declare=declare)
 
 
 class RMSNorm(nn.Module):
