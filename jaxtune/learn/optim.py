@@ -22,7 +22,7 @@ Schedule = Callable[[jax.Array], jax.Array]
 # Parameters that weight decay pulls towards zero. By name, not by rank: where layers are stacked
 # a norm's scale is [L D] and would pass for a matrix. Embeddings decay, as in transformers.
 DECAYED = re.compile(r"(kernel|table|rows|/a|/b)$")
-NOT_DECAYED = re.compile(r"(scale|bias|magnitude)$")
+NOT_DECAYED = re.compile(r"(scale|bias|sinks|magnitude)$")
 
 
 class AdamW(NamedTuple):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxtune import mesh
-from jaxtune.model.layers import Build, Projection, RMSNorm
+from jaxtune.model.layers import Build, Projection, RMSNorm, weight
 from jaxtune.ops import rope
 from jaxtune.ops.attention import attend
 from jaxtune.spec import LayerSpec
@@ -17,7 +17,7 @@ from jaxtune.spec import LayerSpec
 class Places(NamedTuple):
     """Where each token stands: its segment and position `[B T]`, and the angles that follow.
 
-    `rotations` holds the cosines and sines `[B T K/2]` of every kind of rope in the model, in the
+    `rotations` holds the cosines and sines `[B T k]` of every kind of rope in the model, in the
     order of `kinds_of_rope`: computed once, not once per layer.
     """
 
@@ -40,6 +40,7 @@ class Attention(nn.Module):
     rotation: int | None  # index into Places.rotations
     sizes: Mapping[str, int]
     norm_eps: float
+    norm_offset: float
     build: Build
     impl: str
 
@@ -55,9 +56,11 @@ class Attention(nn.Module):
         q_BTHK = project("q", "BTD,DHK->BTHK", x_BTD, layer.qkv_bias)
         k_BTGK = project("k", "BTD,DGK->BTGK", x_BTD, layer.qkv_bias)
         v_BTGK = project("v", "BTD,DGK->BTGK", x_BTD, layer.qkv_bias)
-        if layer.qk_norm:
-            q_BTHK = RMSNorm(self.norm_eps, self.build, name="q_norm")(q_BTHK)
-            k_BTGK = RMSNorm(self.norm_eps, self.build, name="k_norm")(k_BTGK)
+        if layer.qk_norm is not None:
+            over = {"head": 1, "full": 2}[layer.qk_norm]  # K, or H and K
+            settings = (self.norm_eps, self.build, self.norm_offset, over)
+            q_BTHK = RMSNorm(*settings, name="q_norm")(q_BTHK)
+            k_BTGK = RMSNorm(*settings, name="k_norm")(k_BTGK)
         if self.rotation is not None:
             cos, sin = places.rotations[self.rotation]
             q_BTHK = rope.rotate(q_BTHK, cos, sin)
@@ -80,10 +83,24 @@ class Attention(nn.Module):
             segments=(segment_ids, key_segments),
             positions=(positions, key_positions),
             window=layer.window,
+            softcap=layer.softcap,
+            sinks=self._sinks() if layer.sinks else None,
+            scale=layer.scale,
             impl=self.impl,
         )
         mixed_BTHK = mesh.constrain(mixed_BTHK, "batch", "length", "heads", None)
         return project("o", "BTHK,HKD->BTD", mixed_BTHK, layer.out_bias), cache
+
+    def _sinks(self) -> jax.Array:
+        return weight(
+            self,
+            "sinks",
+            shape=(self.layer.heads,),
+            axes=("heads",),
+            new=self.build.new,
+            compute=None,
+            initialiser=nn.initializers.normal(self.build.init_scale),
+        )
 
 
 def _append(

@@ -1,4 +1,4 @@
-"""The decoder: token ids in, hidden states and the head out. No logits, no loss.
+"""The decoder: token ids in, hidden states and the head out. No loss.
 
     params = init(spec, key, jnp.float32)
     output = forward(spec, {"params": params}, inputs, segment_ids=..., positions=..., dtype=...)
@@ -11,10 +11,12 @@ stored along one leading axis and scanned, so a model compiles as fast with 80 l
     stack_{i}/layer_{j}/attention_norm/scale [L D]       i: stack, j: place in its pattern
     stack_{i}/layer_{j}/attention/q/kernel [L D H K]     also k, v [L D G K] and o [L H K D]
     stack_{i}/layer_{j}/attention/q/bias [L H K]         and other biases, if the spec has them
-    stack_{i}/layer_{j}/attention/q_norm/scale [L K]     also k_norm, if the spec has them
+    stack_{i}/layer_{j}/attention/q_norm/scale [L K]     or [L H K]; also k_norm, if it has them
+    stack_{i}/layer_{j}/attention/sinks [L H]            if the spec has them
+    stack_{i}/layer_{j}/attention_post_norm/scale [L D]  norms after the part, also mlp_post_norm
     stack_{i}/layer_{j}/mlp_norm/scale [L D]
     stack_{i}/layer_{j}/mlp/gate/kernel [L D F]          also up [L D F] and down [L F D]
-    final_norm/scale [D]
+    final_norm/scale [D]                                 a LayerNorm also has bias
     head/kernel [D V]                                    absent when the head is the table
 """
 
@@ -31,10 +33,11 @@ from jaxtune import mesh
 from jaxtune.config import ConfigError
 from jaxtune.model import lora as adapters
 from jaxtune.model.attention import Attention, KeyValues, Places
-from jaxtune.model.layers import Build, Declared, GatedMLP, Matrix, RMSNorm
+from jaxtune.model.layers import Build, Declared, GatedMLP, LayerNorm, Matrix, PlainMLP, RMSNorm
 from jaxtune.model.lora import Lora
-from jaxtune.ops import rope
+from jaxtune.ops import cross_entropy, rope
 from jaxtune.ops.attention import choose
+from jaxtune.ops.cross_entropy import Head
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec
 from jaxtune.tree import named
 
@@ -50,11 +53,11 @@ Cache = dict[str, dict[str, KeyValues]]  # stack_{i} -> layer_{j} -> [L B S G K]
 
 
 class Output(NamedTuple):
-    """`hidden` `[B T D]` after the final norm, in compute dtype; `head` `[D V]`, ready for use,
-    in the dtype it is stored in; the cache that came, with these tokens in it."""
+    """`hidden` `[B T D]` after the final norm, in compute dtype; `head`, ready for use, its kernel
+    `[D V]` in the dtype it is stored in; the cache that came, with these tokens in it."""
 
     hidden: jax.Array
-    head: jax.Array
+    head: Head
     cache: Cache | None
 
 
@@ -76,10 +79,11 @@ def forward(
 
     `segment_ids` and `positions` `[B T]` say who sees whom (`ops/attention.py`); padding is segment
     0. With a `cache` a row is one text: each token is kept in the slot of its position and sees all
-    slots up to it. `remat` is a name of `REMAT`. `attention` names an implementation of
-    `ops/attention.py`; None chooses by backend and length. `key` is for what is random while
-    training; without it nothing is. `lora` says how the adapters in `variables["lora"]` are used;
-    without that collection the base is what runs.
+    slots up to it; a text that outgrows a limit of `rope_limits` must be read again. `remat` is a
+    name of `REMAT`. `attention` names an implementation of `ops/attention.py`; None chooses by
+    backend and length. `key` is for what is random while training; without it nothing is. `lora`
+    says how the adapters in `variables["lora"]` are used; without that collection the base is what
+    runs.
     """
     if remat not in REMAT:
         raise ConfigError(
@@ -89,8 +93,9 @@ def forward(
         attention, _ = choose(jax.default_backend(), inputs.shape[1])
     module = Decoder(spec, Build(dtype, dtype, spec.init_scale, lora), remat, attention)
     rngs = {} if key is None else {"dropout": key}
-    hidden, head, cache = module.apply(variables, inputs, segment_ids, positions, cache, rngs=rngs)
-    return Output(hidden, head, cache)
+    places = (inputs, segment_ids, positions, cache)
+    hidden, kernel, cache = module.apply(variables, *places, rngs=rngs)
+    return Output(hidden, Head(kernel, spec.logit_scale, spec.logit_softcap), cache)
 
 
 def logits(
@@ -98,13 +103,7 @@ def logits(
 ) -> jax.Array:
     """`[B T V]` float32 for all positions, with the options of `forward`; for tests and tools."""
     output = forward(spec, variables, inputs, **options)
-    return project(output.hidden, output.head)
-
-
-def project(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    """Logits `[... V]` float32 of `hidden` `[... D]`, multiplied in the dtype of `hidden`."""
-    head = head.astype(hidden.dtype)
-    return jnp.einsum("...D,DV->...V", hidden, head, preferred_element_type=jnp.float32)
+    return cross_entropy.logits(output.hidden, output.head)
 
 
 def init(spec: ModelSpec, key: jax.Array, dtype: DTypeLike) -> Params:
@@ -186,9 +185,14 @@ class Decoder(nn.Module):
         spec, sizes = self.spec, {"V": self.spec.vocab, "D": self.spec.width}
         table_VD = Matrix("table", "VD", sizes, self.build, name="embed")()
         x_BTD = jnp.take(table_VD, inputs_BT, axis=0, mode="clip").astype(self.build.compute)
+        if spec.embed_scale != 1.0:
+            # Rounded to compute dtype first, as the models were trained.
+            x_BTD = x_BTD * jnp.asarray(spec.embed_scale, x_BTD.dtype)
         x_BTD = mesh.constrain(x_BTD, "batch", "length", "act_embed")
 
-        rotations = tuple(rope.angles(*kind, positions_BT) for kind in kinds_of_rope(spec))
+        rotations = tuple(
+            rope.angles(*kind, positions_BT, segment_ids_BT) for kind in kinds_of_rope(spec)
+        )
         places = Places(segment_ids_BT, positions_BT, rotations)
         kept: Cache = {}
         for i, stack in enumerate(spec.stacks):
@@ -212,7 +216,7 @@ class Decoder(nn.Module):
                 name=name,
             )
             x_BTD, kept[name] = repeated(x_BTD, None if cache is None else cache[name], places)
-        x_BTD = RMSNorm(spec.norm_eps, self.build, name="final_norm")(x_BTD)
+        x_BTD = _norm(spec, self.build, "final_norm")(x_BTD)
 
         if spec.tie_head:
             head_DV = table_VD.T
@@ -250,7 +254,7 @@ class Pattern(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: attention, then MLP."""
+    """Residual block: attention, then MLP, with norms before them, after them, or both."""
 
     spec: ModelSpec
     layer: LayerSpec
@@ -273,23 +277,47 @@ class Block(nn.Module):
         if layer.rope is not None:
             rotation = kinds_of_rope(spec).index((layer.rope, layer.head_dim))
 
-        def normed(name: str, x: jax.Array) -> jax.Array:
-            return RMSNorm(spec.norm_eps, self.build, name=name)(x)
+        def before(part: str, x: jax.Array) -> jax.Array:
+            return x if layer.norms == "post" else _norm(spec, self.build, f"{part}_norm")(x)
+
+        def after(part: str, x: jax.Array, y: jax.Array) -> jax.Array:
+            if layer.norms != "pre":
+                y = _norm(spec, self.build, f"{part}_post_norm")(y)
+            return x + (y if layer.residual_scale == 1.0 else y * layer.residual_scale)
 
         attention = Attention(
-            layer, rotation, sizes, spec.norm_eps, self.build, self.attention, name="attention"
+            layer,
+            rotation,
+            sizes,
+            spec.norm_eps,
+            spec.norm_offset,
+            self.build,
+            self.attention,
+            name="attention",
         )
-        mlp = GatedMLP(layer.activation, sizes, self.build, layer.mlp_bias, name="mlp")
-        mixed_BTD, cache = attention(normed("attention_norm", x_BTD), cache, places)
-        x_BTD = x_BTD + mixed_BTD
-        x_BTD = x_BTD + mlp(normed("mlp_norm", x_BTD))
+        kind = GatedMLP if layer.gated else PlainMLP
+        mlp = kind(layer.activation, sizes, self.build, layer.mlp_bias, name="mlp")
+        mixed_BTD, cache = attention(before("attention", x_BTD), cache, places)
+        x_BTD = after("attention", x_BTD, mixed_BTD)
+        x_BTD = after("mlp", x_BTD, mlp(before("mlp", x_BTD)))
         return mesh.constrain(x_BTD, "batch", "length", "act_embed"), cache
+
+
+def _norm(spec: ModelSpec, build: Build, name: str) -> RMSNorm | LayerNorm:
+    kind = LayerNorm if spec.norm == "layer" else RMSNorm
+    return kind(spec.norm_eps, build, spec.norm_offset, name=name)
 
 
 def kinds_of_rope(spec: ModelSpec) -> list[tuple[RopeSpec, int]]:
     """The distinct (rope, head_dim) of a model's layers, in order of first use."""
     kinds = ((layer.rope, layer.head_dim) for stack in spec.stacks for layer in stack.pattern)
     return list(dict.fromkeys((kind, size) for kind, size in kinds if kind is not None))
+
+
+def rope_limits(spec: ModelSpec) -> tuple[int, ...]:
+    """Text lengths above which all positions of a text are rotated in another way."""
+    ropes = (kind for kind, _ in kinds_of_rope(spec))
+    return tuple({kind.original_max_positions for kind in ropes if kind.scaling == "longrope"})
 
 
 def _declare(spec: ModelSpec, key: jax.Array, dtype: DTypeLike) -> Params:

@@ -227,27 +227,66 @@ class Matrix(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Scales the last axis to unit root mean square in float32, then by a learned vector."""
+    """Scales the last axes to unit root mean square in float32, then by `offset` + a learned one.
+
+    `axes` is how many: 1 for a vector of features, 2 for all features of all heads together.
+    """
 
     epsilon: float
     build: Build
+    offset: float = 0.0
+    axes: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = weight(
-            self,
-            "scale",
-            shape=x.shape[-1:],
-            axes=("norm",),
-            new=self.build.new,
-            compute=self.build.compute,
-            initialiser=nn.initializers.ones,
-        )
+        scale = _norm_weight(self, "scale", x.shape[-self.axes :], 1.0 - self.offset)
         x_f32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True)
+        over = tuple(range(-self.axes, 0))
+        mean_square = jnp.mean(jnp.square(x_f32), axis=over, keepdims=True)
+        normed = x_f32 * jax.lax.rsqrt(mean_square + self.epsilon)
+        if self.offset:
+            scale_f32 = self.offset + scale.astype(jnp.float32)
+            return (normed * jnp.broadcast_to(scale_f32, x.shape)).astype(x.dtype)
         # Rounded before the scale is applied, as the models were trained.
-        normed = (x_f32 * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
-        return normed * jnp.broadcast_to(scale, x.shape)
+        scale = scale.astype(self.build.compute)
+        return normed.astype(x.dtype) * jnp.broadcast_to(scale, x.shape)
+
+
+class LayerNorm(nn.Module):
+    """Brings the last axis to mean 0 and variance 1, then scales and shifts it, all in float32."""
+
+    epsilon: float
+    build: Build
+    offset: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = _norm_weight(self, "scale", x.shape[-1:], 1.0 - self.offset)
+        bias = _norm_weight(self, "bias", x.shape[-1:], 0.0)
+        x_f32 = x.astype(jnp.float32)
+        centred = x_f32 - jnp.mean(x_f32, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(variance + self.epsilon)
+        scale_f32, bias_f32 = self.offset + scale.astype(jnp.float32), bias.astype(jnp.float32)
+        shifted = normed * jnp.broadcast_to(scale_f32, x.shape) + jnp.broadcast_to(
+            bias_f32, x.shape
+        )
+        return shifted.astype(x.dtype)
+
+
+def _norm_weight(
+    module: RMSNorm | LayerNorm, name: str, shape: tuple[int, ...], value: float
+) -> jax.Array:
+    """A vector that begins as `value`, in the dtype it is stored in, on every device."""
+    return weight(
+        module,
+        name,
+        shape=shape,
+        axes=("norm",) * len(shape),
+        new=module.build.new,
+        compute=None,
+        initialiser=nn.initializers.constant(value),
+    )
 
 
 class GatedMLP(nn.Module):
@@ -260,9 +299,25 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        def project(name: str, equation: str, x: jax.Array) -> jax.Array:
-            return Projection(equation, self.sizes, self.build, self.bias, name=name)(x)
+        gate_BTF = _projection(self, "gate", "BTD,DF->BTF")(x_BTD)
+        up_BTF = _projection(self, "up", "BTD,DF->BTF")(x_BTD)
+        mixed_BTF = ACTIVATIONS[self.activation](gate_BTF) * up_BTF
+        return _projection(self, "down", "BTF,FD->BTD")(mixed_BTF)
 
-        gate_BTF = project("gate", "BTD,DF->BTF", x_BTD)
-        up_BTF = project("up", "BTD,DF->BTF", x_BTD)
-        return project("down", "BTF,FD->BTD", ACTIVATIONS[self.activation](gate_BTF) * up_BTF)
+
+class PlainMLP(nn.Module):
+    """`down(activation(up(x)))`."""
+
+    activation: str
+    sizes: Mapping[str, int]
+    build: Build
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        up_BTF = ACTIVATIONS[self.activation](_projection(self, "up", "BTD,DF->BTF")(x_BTD))
+        return _projection(self, "down", "BTF,FD->BTD")(up_BTF)
+
+
+def _projection(mlp: GatedMLP | PlainMLP, name: str, equation: str) -> Projection:
+    return Projection(equation, mlp.sizes, mlp.build, mlp.bias, name=name)

@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 
 from jaxtune.config import ConfigError, DataError
 from jaxtune.mesh import constrain, row_shards
-from jaxtune.model.decoder import Cache, Params, empty_cache, forward, project
+from jaxtune.model.decoder import Cache, Params, empty_cache, forward, rope_limits
+from jaxtune.ops.cross_entropy import Head, logits
 from jaxtune.spec import ModelSpec
 
 SHORTEST_ROW = 16
@@ -160,7 +161,7 @@ def _read_prompts(
         remat="none",
         cache=empty_cache(spec, rows=B, length=T + room, dtype=dtype),
     )
-    last_BD = output.hidden[jnp.arange(B), rows.lengths - 1]
+    last_B1D = output.hidden[jnp.arange(B)[:, None], rows.lengths[:, None] - 1]
     nothing_B = jnp.zeros(B, jnp.int32)
     state = State(
         newest=nothing_B,
@@ -171,7 +172,7 @@ def _read_prompts(
         step=jnp.zeros((), jnp.int32),
         cache=output.cache,
     )
-    return _record(state, _best(last_BD, output.head), rows, stop_ids)
+    return _record(state, _best(last_B1D, output.head), rows, stop_ids)
 
 
 def _advance(
@@ -184,6 +185,7 @@ def _advance(
     dtype: np.dtype,
 ) -> State:
     """Feeds the newest token of each row and takes the next."""
+    state = _outgrown(spec, params, rows, state, dtype=dtype)
     output = forward(
         spec,
         {"params": params},
@@ -195,7 +197,42 @@ def _advance(
         cache=state.cache,
     )
     state = state._replace(cache=output.cache)
-    return _record(state, _best(output.hidden[:, 0], output.head), rows, stop_ids)
+    return _record(state, _best(output.hidden, output.head), rows, stop_ids)
+
+
+def _outgrown(
+    spec: ModelSpec, params: Params, rows: Row, state: State, *, dtype: np.dtype
+) -> State:
+    """Reads all texts again when the newest token makes one longer than a limit of its rope.
+
+    Every position of such a text, and all that was computed from it, is then another.
+    """
+    B, T = rows.tokens.shape
+    S = T + state.tokens.shape[1]
+    limits = [limit for limit in rope_limits(spec) if limit < S]
+    if not limits:
+        return state
+
+    def read_again() -> Cache | None:
+        rows_B1 = jnp.arange(B)[:, None]
+        places_BN = rows.lengths[:, None] + jnp.arange(S - T)[None, :]
+        tokens_BS = jnp.zeros((B, S), jnp.int32).at[:, :T].set(rows.tokens)
+        tokens_BS = tokens_BS.at[rows_B1, places_BN].set(state.tokens)
+        positions_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
+        return forward(
+            spec,
+            {"params": params},
+            tokens_BS,
+            segment_ids=(positions_BS < lengths_B[:, None]).astype(jnp.int32),
+            positions=positions_BS,
+            dtype=dtype,
+            remat="none",
+            cache=empty_cache(spec, rows=B, length=S, dtype=dtype),
+        ).cache
+
+    lengths_B = rows.lengths + state.step
+    crossed = jnp.any(jnp.array([jnp.any(lengths_B == limit + 1) for limit in limits]))
+    return state._replace(cache=jax.lax.cond(crossed, read_again, lambda: state.cache))
 
 
 def _record(state: State, next_B: jax.Array, rows: Row, stop_ids: jax.Array) -> State:
@@ -213,8 +250,8 @@ def _record(state: State, next_B: jax.Array, rows: Row, stop_ids: jax.Array) -> 
     )
 
 
-def _best(hidden_BD: jax.Array, head_DV: jax.Array) -> jax.Array:
-    return jnp.argmax(project(hidden_BD, head_DV), axis=-1).astype(jnp.int32)
+def _best(hidden_B1D: jax.Array, head: Head) -> jax.Array:
+    return jnp.argmax(logits(hidden_B1D, head)[:, 0], axis=-1).astype(jnp.int32)
 
 
 _read_prompts_jit = jax.jit(_read_prompts, static_argnames=("spec", "room", "dtype"))

@@ -3,7 +3,7 @@
 Knows angles and arrays only. Everything is float32: at position 100,000 a bfloat16 angle is off by
 hundreds of radians.
 
-    cos, sin = angles(rope, head_dim, positions)      once per forward, for all layers that share it
+    cos, sin = angles(rope, head_dim, positions, segment_ids)   once, for all layers that share it
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
 """
 
@@ -16,37 +16,103 @@ import numpy as np
 from jaxtune.spec import RopeSpec
 
 
-def frequencies(rope: RopeSpec, head_dim: int) -> np.ndarray:
-    """Radians per position of each feature pair, float32 `[K/2]`, scaled as `rope` says.
+def frequencies(rope: RopeSpec, head_dim: int, *, long: bool = False) -> np.ndarray:
+    """Radians per position of each rotated feature pair, float32 `[k]`, scaled as `rope` says.
 
-    The llama3 rule is that of meta-llama/llama-models `models/llama3/model.py` (apply_scaling).
+    `long` is a text of more than `original_max_positions` tokens; only longrope asks. The llama3
+    rule is that of meta-llama/llama-models `models/llama3/model.py` (apply_scaling), the yarn rule
+    that of jquesnelle/yarn `scaled_rope/LlamaYaRNScaledRotaryEmbedding.py`.
     """
-    plain = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    dims = rope.rotated(head_dim)
+    plain = rope.theta ** -(np.arange(0, dims, 2, dtype=np.float64) / dims)
+    stretched = plain / rope.factor
     if rope.scaling == "linear":
-        scaled = plain / rope.factor
+        scaled = stretched
     elif rope.scaling == "llama3":
         turns = rope.original_max_positions * plain / (2 * math.pi)  # in the original context
         kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         kept = np.clip(kept, 0.0, 1.0)  # 1 = short wave, untouched; 0 = long wave, stretched
-        scaled = kept * plain + (1 - kept) * plain / rope.factor
+        scaled = kept * plain + (1 - kept) * stretched
+    elif rope.scaling == "yarn":
+        kept = _kept_by_yarn(rope, dims)
+        scaled = kept * plain + (1 - kept) * stretched
+    elif rope.scaling == "longrope":
+        scaled = plain / np.array(rope.long_factors if long else rope.short_factors)
     else:
         scaled = plain
     return scaled.astype(np.float32)
 
 
-def angles(rope: RopeSpec, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[B T K/2]` float32 of integer `positions` `[B T]`."""
-    per_position_k = jnp.asarray(frequencies(rope, head_dim))
-    angle_BTk = jnp.einsum("BT,k->BTk", positions.astype(jnp.float32), per_position_k)
-    return jnp.cos(angle_BTk), jnp.sin(angle_BTk)
+def _kept_by_yarn(rope: RopeSpec, dims: int) -> np.ndarray:
+    """`[k]`: 1 for pairs that are left alone, 0 for those that are stretched, a ramp between."""
+
+    def pair(turns: float) -> float:
+        """Which feature pair turns so many times within the original context."""
+        wave = rope.original_max_positions / (turns * 2 * math.pi)
+        return dims * math.log(wave) / (2 * math.log(rope.theta))
+
+    first, last = pair(rope.beta_fast), pair(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dims - 1)
+    # The published rule's own guard against a ramp without length.
+    length = last - first if last != first else 0.001
+    return 1 - np.clip((np.arange(dims // 2) - first) / length, 0.0, 1.0)
+
+
+def angles(
+    rope: RopeSpec, head_dim: int, positions: jax.Array, segment_ids: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine `[B T k]` float32 of integer `positions` `[B T]`, of k rotated pairs.
+
+    `segment_ids` `[B T]` separate the texts of a row (None = one text); texts are contiguous. The
+    frequencies of longrope follow from the last position of a token's own text among these, so a
+    packed row equals its texts alone.
+    """
+    positions_BT1 = positions.astype(jnp.float32)[:, :, None]
+    per_position_11k = jnp.asarray(frequencies(rope, head_dim))[None, None, :]
+    if rope.scaling == "longrope":
+        is_long_BT = last_positions(positions, segment_ids) >= rope.original_max_positions
+        long_11k = jnp.asarray(frequencies(rope, head_dim, long=True))[None, None, :]
+        shape_BTk = (*positions.shape, long_11k.shape[-1])
+        per_position_11k = jnp.where(
+            jnp.broadcast_to(is_long_BT[:, :, None], shape_BTk),
+            jnp.broadcast_to(long_11k, shape_BTk),
+            jnp.broadcast_to(per_position_11k, shape_BTk),
+        )
+    angle_BTk = positions_BT1 * per_position_11k
+    return rope.attention_factor * jnp.cos(angle_BTk), rope.attention_factor * jnp.sin(angle_BTk)
+
+
+def last_positions(positions: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """Of each token, the position of the last token of its text: `[B T]`.
+
+    positions 0 1 2 0 1 0, segments 1 1 1 2 2 0  ->  2 2 2 1 1 0
+    """
+    B, T = positions.shape
+    if segment_ids is None:
+        segment_ids = jnp.zeros_like(positions)
+    ends_BT = jnp.concatenate(
+        [segment_ids[:, 1:] != segment_ids[:, :-1], jnp.ones((B, 1), bool)], axis=1
+    )
+    places_BT = jnp.broadcast_to(jnp.arange(T)[None, :], (B, T))
+    nearest_end_BT = jax.lax.cummin(jnp.where(ends_BT, places_BT, T), axis=1, reverse=True)
+    return jnp.take_along_axis(positions, nearest_end_BT, axis=1)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """`x` `[B T H K]` turned by its positions' `cos`, `sin` `[B T K/2]`; same dtype as `x`."""
-    first_BTHk, second_BTHk = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """`x` `[B T H K]` turned by its positions' `cos`, `sin` `[B T k]`; same dtype as `x`.
+
+    The first 2k features are turned, feature i with feature i + k; the others stay.
+    """
+    k = cos.shape[-1]
+    first_BTHk, second_BTHk = (
+        x[..., cut].astype(jnp.float32) for cut in (slice(0, k), slice(k, 2 * k))
+    )
     cos_BT1k, sin_BT1k = cos[:, :, None, :], sin[:, :, None, :]
     turned = (
         first_BTHk * cos_BT1k - second_BTHk * sin_BT1k,
         second_BTHk * cos_BT1k + first_BTHk * sin_BT1k,
     )
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    kept = (x[..., 2 * k :],) if x.shape[-1] > 2 * k else ()
+    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), *kept], axis=-1)

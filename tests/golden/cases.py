@@ -1,11 +1,12 @@
 """Tiny models that exercise every switch of every family, and the texts they are run on.
 
-A case is a `config.json` and a seed: weights come from numpy's frozen `RandomState`, so the same
-folder can be written with or without torch. Values are large enough that positions, windows,
-masks, norms and biases all move the logits by far more than the tolerances.
+A case is a `config.json`; its weights come from numpy's frozen `RandomState`, seeded with its
+name, so the same folder can be written with or without torch. Values are large enough that
+positions, windows, masks, norms and biases all move the logits by far more than the tolerances.
 """
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,9 +34,17 @@ _BASE = {
     "tie_word_embeddings": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 _V4 = {"rope_theta": 100.0, "torch_dtype": "float32"}
 _V5 = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}, "dtype": "float32"}
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+    "original_max_position_embeddings": 32,
+}
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 4.0,
@@ -80,6 +89,56 @@ CASES: dict[str, dict[str, Any]] = {
         sliding_window=4,
         layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
     ),
+    "gemma": _case("gemma", **_V4, hidden_act="gelu", head_dim=12, attention_bias=True),
+    "gemma2": _case(
+        "gemma2",
+        **_V5,
+        num_hidden_layers=3,
+        head_dim=12,
+        sliding_window=4,
+        query_pre_attn_scalar=10,
+        attn_logit_softcapping=1.5,
+        final_logit_softcapping=2.5,
+    ),
+    "gemma3": _case(
+        "gemma3_text",
+        **_V4,
+        rope_local_base_freq=10.0,
+        rope_scaling={"rope_type": "linear", "factor": 2.5},
+        num_hidden_layers=4,
+        sliding_window_pattern=3,
+        sliding_window=4,
+        head_dim=8,
+    ),
+    "gemma3-v5": _case(
+        "gemma3_text",
+        dtype="float32",
+        rope_parameters={
+            "full_attention": {"rope_type": "default", "rope_theta": 200.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+        },
+        num_hidden_layers=3,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        sliding_window=5,
+        head_dim=8,
+        attention_bias=True,
+        final_logit_softcapping=2.5,
+        tie_word_embeddings=False,
+    ),
+    "phi3": _case("phi3", **_V5, sliding_window=5),
+    # Texts on both sides of the limit; two of three prompts grow past it while decoding.
+    "phi3-longrope": _case(
+        "phi3",
+        **_V4,
+        original_max_position_embeddings=11,
+        partial_rotary_factor=0.5,
+        rope_scaling={"type": "longrope", "short_factor": [1.0, 1.3], "long_factor": [1.5, 4.0]},
+        tie_word_embeddings=True,
+    ),
+    "olmo2": _case("olmo2", **_V4, rope_scaling=_YARN, attention_bias=True),
+    "olmo3": _case(
+        "olmo3", torch_dtype="float32", rope_scaling=_YARN, num_hidden_layers=4, sliding_window=4
+    ),
 }
 
 _random = np.random.RandomState(0)
@@ -109,13 +168,13 @@ def tensors(name: str) -> dict[str, np.ndarray]:
     spec = family.to_spec(CASES[name])
     shapes = {key: leaf.shape for key, leaf in named(decoder.abstract(spec, np.float32)).items()}
     placed = place(family.rows, shapes, layer_numbers(spec)).values()
-    random = np.random.RandomState(list(CASES).index(name))
+    found = {piece.name: p.tensor_shape for p in placed for piece in p.pieces()}
+    random = np.random.RandomState(zlib.crc32(name.encode()))
     weights = {}
-    for tensor, shape in sorted(
-        (piece.name, p.tensor_shape) for p in placed for piece in p.pieces()
-    ):
-        values = random.normal(size=shape) * 0.2
-        weights[tensor] = (values + ("norm" in tensor)).astype(np.float32)
+    for tensor, shape in sorted(found.items()):
+        centre = 1 - spec.norm_offset if "norm" in tensor else 0
+        values = random.normal(size=shape) * 0.2 + centre
+        weights[tensor] = values.astype(np.float32)
     return weights
 
 

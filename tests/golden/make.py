@@ -1,12 +1,13 @@
-"""Writes `values.npz`: what transformers (torch, CPU, float32, eager attention) gives for `cases`.
+"""Writes `values/`: what transformers (torch, CPU, float32, eager attention) gives for `cases`.
 
-    python tests/golden/make.py        needs torch; run it after changing a case
+    python tests/golden/make.py [CASE ...]        needs torch; run it after changing a case
 
 Stored of each gradient: its largest magnitude, some of its values and its sum of squares.
 """
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from golden.cases import (
     write_folder,
 )
 
-FILE = Path(__file__).with_name("values.npz")
+VALUES = Path(__file__).with_name("values")
 
 
 def reference(folder: Path) -> Reference:
@@ -65,14 +66,14 @@ def reference(folder: Path) -> Reference:
 
 
 def stored(name: str) -> Reference:
-    """The reference of a case from the file; a gradient is (largest magnitude, *sampled)."""
-    with np.load(FILE) as values:
+    """The reference of a case from its file; a gradient is (largest magnitude, *sampled)."""
+    with np.load(VALUES / f"{name}.npz") as values:
         ends = np.cumsum([len(text) for text in TEXTS])[:-1]
         return Reference(
-            tuple(np.split(values[f"{name}/logits"], ends)),
-            float(values[f"{name}/loss"]),
-            dict(zip(sorted(tensors(name)), values[f"{name}/gradients"], strict=True)),
-            tuple(values[f"{name}/generated"]),
+            tuple(np.split(values["logits"], ends)),
+            float(values["loss"]),
+            dict(zip(sorted(tensors(name)), values["gradients"], strict=True)),
+            tuple(values["generated"]),
         )
 
 
@@ -84,18 +85,24 @@ def summary(found: Reference) -> dict[str, np.ndarray]:
     }
 
 
-def main() -> None:
-    values: dict[str, np.ndarray] = {}
-    for name in CASES:
+def main(names: Sequence[str]) -> None:
+    VALUES.mkdir(exist_ok=True)
+    for name in names or CASES:
         with tempfile.TemporaryDirectory() as folder:
             found = reference(write_folder(name, Path(folder)))
-        values[f"{name}/loss"] = np.float32(found.loss)
-        values[f"{name}/logits"] = np.concatenate(found.logits)
-        values[f"{name}/gradients"] = np.stack([g for _, g in sorted(summary(found).items())])
-        values[f"{name}/generated"] = np.stack(found.generated)
-    np.savez_compressed(FILE, **values)
-    print(f"{FILE}: {len(CASES)} cases, {FILE.stat().st_size / 1000:.0f} kB")
+        np.savez_compressed(
+            VALUES / f"{name}.npz",
+            loss=np.float32(found.loss),
+            logits=np.concatenate(found.logits),
+            gradients=np.stack([gradient for _, gradient in sorted(summary(found).items())]),
+            generated=np.stack(found.generated),
+        )
+    for file in VALUES.glob("*.npz"):
+        if file.stem not in CASES:
+            file.unlink()
+    size = sum(file.stat().st_size for file in VALUES.iterdir())
+    print(f"{VALUES}: {len(CASES)} cases, {size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

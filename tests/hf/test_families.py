@@ -136,14 +136,16 @@ def test_windows_of_qwen():
         ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            "rope type 'dynamic' is not supported yet; supported are default, linear, llama3",
+            "rope type 'dynamic' is not supported; supported are default, linear, llama3, yarn",
         ),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn' is not"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported yet"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "long_factor": [1, "2"]}},
+            "'short_factor' is None; expected a list of numbers",
+        ),
         ({"rope_scaling": {"rope_type": "linear"}}, "'factor' is None; expected a number"),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
-            "rope settings that differ by layer type are not supported yet",
+            "rope settings that differ by layer type are unknown in this family",
         ),
         ({"rope_scaling": [1]}, "here.json: "),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),

@@ -1,4 +1,4 @@
-"""One small decoder that has every switch, shared by the tests of this room."""
+"""One small decoder that has nearly every switch, shared by the tests of this room."""
 
 from typing import NamedTuple
 
@@ -23,10 +23,45 @@ FANCY = LayerSpec(
     mlp_bias=True,
     qk_norm="head",
     activation="gelu_tanh",
+    norms="both",
+    scale=0.5,
+    softcap=4.0,
+    sinks=True,
+    residual_scale=0.7,
+)
+LIMIT = 4  # tokens; a longer text has other positions, in the first half of each head
+ODD = LayerSpec(
+    4,
+    2,
+    8,
+    40,
+    RopeSpec(
+        100.0,
+        "longrope",
+        original_max_positions=LIMIT,
+        short_factors=(1.0, 1.5),
+        long_factors=(2.5, 7.0),
+        attention_factor=1.2,
+        fraction=0.5,
+    ),
+    qk_norm="full",
+    gated=False,
+    norms="post",
 )
 # Large random weights: texts differ clearly, and the likeliest next token is no close call.
 SPEC = ModelSpec(
-    64, 16, (Stack((PLAIN, FANCY), 2), Stack((PLAIN,), 1)), 1e-5, False, 64, init_scale=0.4
+    64,
+    16,
+    (Stack((PLAIN, FANCY), 2), Stack((ODD,), 1)),
+    1e-5,
+    False,
+    64,
+    init_scale=0.4,
+    norm="layer",
+    norm_offset=0.25,
+    embed_scale=1.5,
+    logit_scale=0.8,
+    logit_softcap=9.0,
 )
 
 

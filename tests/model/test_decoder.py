@@ -1,13 +1,14 @@
 """What the decoder promises whoever packs, shards, stacks or saves memory."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from model.conftest import FANCY, PLAIN, SPEC, Rows
+from model.conftest import FANCY, ODD, PLAIN, SPEC, Rows
 
 from jaxtune import mesh
 from jaxtune.config import ConfigError
@@ -55,7 +56,8 @@ def assert_close(ours: Any, theirs: Any, tolerance: float) -> None:
 
 
 def test_every_parameter_by_name_and_shape() -> None:
-    tied = ModelSpec(64, 16, (Stack((PLAIN,), 3), Stack((FANCY,), 1)), 1e-5, True, 64)
+    stacks = (Stack((PLAIN,), 3), Stack((FANCY, ODD), 1))
+    tied = ModelSpec(64, 16, stacks, 1e-5, True, 64)
     block = {
         "attention/k/kernel": (16, 2, 8),
         "attention/o/kernel": (4, 8, 16),
@@ -76,9 +78,11 @@ def test_every_parameter_by_name_and_shape() -> None:
         "attention/q/bias": (4, 8),
         "attention/q/kernel": (16, 4, 8),
         "attention/q_norm/scale": (8,),
+        "attention/sinks": (4,),
         "attention/v/bias": (4, 8),
         "attention/v/kernel": (16, 4, 8),
         "attention_norm/scale": (16,),
+        "attention_post_norm/scale": (16,),
         "mlp/down/bias": (16,),
         "mlp/down/kernel": (48, 16),
         "mlp/gate/bias": (48,),
@@ -86,14 +90,35 @@ def test_every_parameter_by_name_and_shape() -> None:
         "mlp/up/bias": (48,),
         "mlp/up/kernel": (16, 48),
         "mlp_norm/scale": (16,),
+        "mlp_post_norm/scale": (16,),
+    }
+    odd_block = {
+        "attention/k/kernel": (16, 2, 8),
+        "attention/k_norm/scale": (2, 8),
+        "attention/o/kernel": (4, 8, 16),
+        "attention/q/kernel": (16, 4, 8),
+        "attention/q_norm/scale": (4, 8),
+        "attention/v/kernel": (16, 2, 8),
+        "attention_post_norm/scale": (16,),
+        "mlp/down/kernel": (40, 16),
+        "mlp/up/kernel": (16, 40),
+        "mlp_post_norm/scale": (16,),
     }
     expected = {"embed/table": (64, 16), "final_norm/scale": (16,)}
     expected |= {f"stack_0/layer_0/{name}": (3, *shape) for name, shape in block.items()}
     expected |= {f"stack_1/layer_0/{name}": (1, *shape) for name, shape in fancy_block.items()}
+    expected |= {f"stack_1/layer_1/{name}": (1, *shape) for name, shape in odd_block.items()}
     shapes = {name: leaf.shape for name, leaf in named(decoder.abstract(tied, jnp.float32)).items()}
     assert shapes == expected
     untied = ModelSpec(64, 16, tied.stacks, 1e-5, False, 64)
     assert named(decoder.abstract(untied, jnp.float32))["head/kernel"].shape == (16, 64)
+    biases = {
+        name.removesuffix("bias")
+        for name in named(decoder.abstract(replace(tied, norm="layer"), jnp.float32))
+        if name.endswith("norm/bias")
+    }
+    norms = {name.removesuffix("scale") for name in expected if name.endswith("/scale")}
+    assert biases == {name for name in norms if "/q_norm/" not in name and "/k_norm/" not in name}
 
 
 def test_axes_name_every_dimension_by_its_meaning() -> None:
@@ -119,8 +144,8 @@ def test_start_values(params: Params) -> None:
         if name.endswith("/bias"):
             assert np.all(leaf == 0), name
         elif name.endswith("/scale"):
-            assert np.all(leaf == 1), name
-        else:
+            assert np.all(leaf == 1 - SPEC.norm_offset), name
+        elif not name.endswith("/sinks"):
             # At least 256 numbers: their spread is within a seventh of the true one (3 sigma).
             assert np.std(leaf) == pytest.approx(SPEC.init_scale, rel=1 / 7), name
             assert abs(np.mean(leaf)) < SPEC.init_scale / 5, name
@@ -259,9 +284,7 @@ def test_unknown_policy_names_the_known_ones(params: Params, packed: Rows) -> No
 
 def test_scanned_layers_are_the_layers_in_a_row(params: Params, packed: Rows) -> None:
     """Two repeats of (plain, fancy) are one repeat of (plain, fancy, plain, fancy)."""
-    unrolled_spec = ModelSpec(
-        64, 16, (Stack((PLAIN, FANCY, PLAIN, FANCY), 1), SPEC.stacks[1]), 1e-5, False, 64
-    )
+    unrolled_spec = replace(SPEC, stacks=(Stack((PLAIN, FANCY, PLAIN, FANCY), 1), SPEC.stacks[1]))
     unrolled = params | {
         "stack_0": {
             f"layer_{j}": jax.tree.map(
@@ -293,7 +316,7 @@ def test_half_precision_compute_over_f32_parameters(params: Params, packed: Rows
         dtype=jnp.bfloat16,
     )
     assert output.hidden.dtype == jnp.bfloat16
-    assert output.head.dtype == jnp.float32
+    assert output.head.kernel.dtype == jnp.float32
     error = np.abs(np.asarray(output.hidden, np.float32) - np.asarray(exact))
     assert 0 < error.mean() < 0.05  # hidden states have size one
     gradient = jax.jit(jax.grad(lambda p: loss(p, packed, dtype=jnp.bfloat16)))(params)

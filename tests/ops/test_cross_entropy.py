@@ -10,7 +10,7 @@ from jax.test_util import check_grads
 
 from jaxtune import mesh
 from jaxtune.ops import cross_entropy
-from jaxtune.ops.cross_entropy import linear_cross_entropy
+from jaxtune.ops.cross_entropy import Head, Sums
 
 B, T, D, V = 2, 7, 6, 19
 CHUNKS = [None, 1, 3, 7, 50]  # one chunk, one position each, a ragged last one, exact, too long
@@ -24,6 +24,11 @@ def batch(seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     targets = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
     weights = jnp.asarray(rng.choice([0.0, 0.0, 0.5, 1.0, 2.0], (B, T)), jnp.float32)
     return hidden, head, targets, weights
+
+
+def linear_cross_entropy(hidden, kernel, targets, weights, *, chunk=None, **head) -> Sums:  # type: ignore[no-untyped-def]
+    head = Head(kernel, **head)
+    return cross_entropy.linear_cross_entropy(hidden, head, targets, weights, chunk=chunk)
 
 
 def mean_loss(hidden, head, targets, weights, **options):  # type: ignore[no-untyped-def]
@@ -79,10 +84,13 @@ def test_gradients_are_the_slopes(chunk: int | None, softcap: float | None) -> N
     check_grads(f, (hidden, head), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
 
 
-def test_softcap_bounds_the_logits() -> None:
+def test_logits_are_scaled_then_bounded() -> None:
     hidden, head, targets, weights = batch()
-    capped = linear_cross_entropy(hidden, head, targets, weights, softcap=0.5)
-    logits = 0.5 * np.tanh(np.asarray(hidden @ head, np.float64) / 0.5)
+    capped = linear_cross_entropy(hidden, head, targets, weights, scale=0.25, softcap=0.5)
+    logits = 0.5 * np.tanh(np.asarray(hidden @ head, np.float64) / 4 / 0.5)
+    np.testing.assert_allclose(
+        cross_entropy.logits(hidden, Head(head, scale=0.25, softcap=0.5)), logits, atol=1e-6
+    )
     losses = (
         np.log(np.exp(logits).sum(-1))
         - np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]

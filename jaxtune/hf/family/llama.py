@@ -1,0 +1,98 @@
+"""Llama and its relatives: norms before each part, a gated MLP."""
+
+from typing import Any
+
+from jaxtune.hf.family.family import (
+    ATTENTION,
+    GATED_MLP,
+    HEAD_NORMS,
+    MLP_BIAS,
+    OUT_BIAS,
+    PRE_NORMS,
+    QKV_BIAS,
+    TABLES,
+    Family,
+    Ropes,
+    layer,
+)
+from jaxtune.hf.family.read import Config, layer_types, number, optional_size, size
+from jaxtune.hf.family.rope import ALL
+from jaxtune.spec import LayerSpec
+
+DECODER = TABLES + PRE_NORMS + ATTENTION + GATED_MLP
+
+
+def _llama(config: Config, ropes: Ropes) -> list[LayerSpec]:
+    one = layer(config, ropes[ALL], **biases(config), mlp_bias=bool(config["mlp_bias"]))
+    return [one] * size(config, "num_hidden_layers")
+
+
+def _mistral(config: Config, ropes: Ropes) -> list[LayerSpec]:
+    one = layer(config, ropes[ALL], window=optional_size(config, "sliding_window"))
+    return [one] * size(config, "num_hidden_layers")
+
+
+def _qwen2(config: Config, ropes: Ropes) -> list[LayerSpec]:
+    return [layer(config, ropes[ALL], window=w, qkv_bias=True) for w in _qwen_windows(config)]
+
+
+def _qwen3(config: Config, ropes: Ropes) -> list[LayerSpec]:
+    return [
+        layer(config, ropes[ALL], window=window, qk_norm="head", **biases(config))
+        for window in _qwen_windows(config)
+    ]
+
+
+def biases(config: Config) -> dict[str, Any]:
+    """`attention_bias` is that of all four projections."""
+    bias = bool(config["attention_bias"])
+    return {"qkv_bias": bias, "out_bias": bias}
+
+
+def _qwen_windows(config: Config) -> list[int | None]:
+    """Each layer's window: `layer_types` where stated, else from `max_window_layers` on."""
+    window = size(config, "sliding_window") if config["use_sliding_window"] else None
+    if config.get("layer_types") is None:
+        first = int(number(config, "max_window_layers"))
+        return [window if n >= first else None for n in range(size(config, "num_hidden_layers"))]
+    return [window if kind == "sliding_attention" else None for kind in layer_types(config)]
+
+
+_QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        architecture="LlamaForCausalLM",
+        rows=DECODER + QKV_BIAS + OUT_BIAS + MLP_BIAS,
+        defaults={"max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False},
+        layers=_llama,
+    ),
+    "mistral": Family(
+        architecture="MistralForCausalLM",
+        rows=DECODER,
+        defaults={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+        layers=_mistral,
+    ),
+    "qwen2": Family(
+        architecture="Qwen2ForCausalLM",
+        rows=DECODER + QKV_BIAS,
+        defaults=_QWEN,
+        layers=_qwen2,
+    ),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        rows=DECODER + QKV_BIAS + OUT_BIAS + HEAD_NORMS,
+        defaults={**_QWEN, "head_dim": 128, "attention_bias": False},
+        layers=_qwen3,
+    ),
+}

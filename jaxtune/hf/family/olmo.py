@@ -1,0 +1,74 @@
+"""OLMo 2 and 3: norms after each part, and over all heads of queries and keys together."""
+
+from jaxtune.hf.family.family import (
+    ATTENTION,
+    GATED_MLP,
+    OUT_BIAS,
+    POST_NORMS,
+    QKV_BIAS,
+    TABLES,
+    Family,
+    Ropes,
+    layer,
+    layer_rows,
+)
+from jaxtune.hf.family.llama import biases
+from jaxtune.hf.family.read import Config, layer_types, optional_size, size
+from jaxtune.hf.family.rope import ALL, RopeKeys
+from jaxtune.spec import LayerSpec
+
+_ROWS = (
+    *(TABLES + ATTENTION + GATED_MLP + POST_NORMS + QKV_BIAS + OUT_BIAS),
+    *layer_rows(
+        ("self_attn.q_norm.weight", "attention/q_norm/scale", "(H K) -> L H K"),
+        ("self_attn.k_norm.weight", "attention/k_norm/scale", "(G K) -> L G K"),
+    ),
+)
+
+
+def _olmo2(config: Config, ropes: Ropes) -> list[LayerSpec]:
+    one = layer(config, ropes[ALL], norms="post", qk_norm="full", **biases(config))
+    return [one] * size(config, "num_hidden_layers")
+
+
+def _olmo3(config: Config, ropes: Ropes) -> list[LayerSpec]:
+    windows = {
+        "sliding_attention": optional_size(config, "sliding_window"),
+        "full_attention": None,
+    }
+    return [
+        layer(
+            config,
+            ropes[kind],
+            window=windows[kind],
+            norms="post",
+            qk_norm="full",
+            **biases(config),
+        )
+        for kind in layer_types(config, full_every=4)
+    ]
+
+
+_DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "attention_bias": False}
+
+FAMILIES: dict[str, Family] = {
+    "olmo2": Family(
+        architecture="Olmo2ForCausalLM",
+        rows=_ROWS,
+        defaults=_DEFAULTS,
+        layers=_olmo2,
+    ),
+    "olmo3": Family(
+        architecture="Olmo3ForCausalLM",
+        rows=_ROWS,
+        defaults={**_DEFAULTS, "sliding_window": 4096},
+        layers=_olmo3,
+        # Version 4 has one base for all layers, and stretches those of full attention.
+        rope=RopeKeys(
+            thetas={
+                "full_attention": ("rope_theta", 500_000.0),
+                "sliding_attention": ("rope_theta", 500_000.0),
+            }
+        ),
+    ),
+}

@@ -1,0 +1,51 @@
+"""Phi-3 and Phi-4: Llama with queries, keys and values in one tensor, gate and up in another."""
+
+from jaxtune.hf.family.family import (
+    ATTENTION,
+    GATED_MLP,
+    PRE_NORMS,
+    TABLES,
+    Family,
+    Ropes,
+    layer,
+    layer_rows,
+)
+from jaxtune.hf.family.read import Config, optional_size, size
+from jaxtune.hf.family.rope import ALL, RopeKeys
+from jaxtune.spec import LayerSpec
+
+_FUSED = layer_rows(
+    ("self_attn.qkv_proj.weight", "attention/q/kernel", "(* H K) D -> L D H K"),
+    ("self_attn.qkv_proj.weight", "attention/k/kernel", "(* G K) D -> L D G K"),
+    ("self_attn.qkv_proj.weight", "attention/v/kernel", "(* G K) D -> L D G K"),
+    ("mlp.gate_up_proj.weight", "mlp/gate/kernel", "(* F) D -> L D F"),
+    ("mlp.gate_up_proj.weight", "mlp/up/kernel", "(* F) D -> L D F"),
+)
+_WHOLE = tuple(
+    row for row in ATTENTION + GATED_MLP if "o_proj" in row.source or "down_proj" in row.source
+)
+
+
+def _phi3(config: Config, ropes: Ropes) -> list[LayerSpec]:
+    one = layer(config, ropes[ALL], window=optional_size(config, "sliding_window"))
+    return [one] * size(config, "num_hidden_layers")
+
+
+FAMILIES: dict[str, Family] = {
+    "phi3": Family(
+        architecture="Phi3ForCausalLM",
+        rows=TABLES + PRE_NORMS + _FUSED + _WHOLE,
+        defaults={
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
+        layers=_phi3,
+        rope=RopeKeys(
+            aliases={"su": "longrope", "yarn": "longrope"},  # the first files' names for it
+            type_key="type",
+            beside=("original_max_position_embeddings",),
+            partial=True,
+        ),
+    ),
+}
