@@ -31,6 +31,7 @@ RULES: Mapping[str | None, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
+    "expert": (),
     "norm": (),
     "batch": ROWS,
     "length": ("context",),
@@ -107,6 +108,33 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))
+
+
+def spread(axis: str, size: int) -> tuple[str, ...]:
+    """The mesh axes that a dimension of `size` and this logical axis is cut along, for `local`."""
+    mesh = _mesh_in_context()
+    entry = None if mesh is None else partition_spec((axis,), (size,), mesh)[0]
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def local(
+    f: Callable[..., jax.Array], args: Sequence[jax.Array | None], axes: Sequence[Axes], out: Axes
+) -> jax.Array:
+    """`f(*args)` on every device for its own slices; with no mesh, plainly `f(*args)`.
+
+    `axes` name the dimensions of each argument, `out` those of the result, which has the shape of
+    the first argument. For what the compiler cannot cut by itself, as sorting each device's own
+    tokens; `f` adds up over `spread(...)` what only the slices together are.
+    """
+    mesh = _mesh_in_context()
+    if mesh is None:
+        return f(*args)
+    shapes = [x.shape for x in args if x is not None]
+    specs = tuple(
+        None if x is None else partition_spec(names, x.shape, mesh)
+        for x, names in zip(args, axes, strict=True)
+    )
+    return jax.shard_map(f, in_specs=specs, out_specs=partition_spec(out, shapes[0], mesh))(*args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -18,9 +18,11 @@ import numpy as np
 
 from jaxtune import hub
 from jaxtune.config import ModelError
+from jaxtune.hf import mxfp4
 from jaxtune.hf.families import Family, config_dtype, family_of
 from jaxtune.hf.layout import Index, Placed, place
-from jaxtune.hf.tensors import DTYPES, Tensor, fetch, open_tensors
+from jaxtune.hf.mxfp4 import fetch
+from jaxtune.hf.tensors import DTYPES, open_tensors
 from jaxtune.model import decoder
 from jaxtune.spec import ModelSpec, parameter_count
 from jaxtune.tree import map_named, named
@@ -58,7 +60,7 @@ class HfModel:
     family: Family
     spec: ModelSpec
     dtype: str
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, mxfp4.Source]
     new: NewTokens | None = None
 
     @cached_property
@@ -101,8 +103,10 @@ def open_model(
             f"family {shown(config.get('model_type'))}."
         )
     family, spec = _understood(config, file)
-    tensors = open_tensors(folder) if weights else {}
+    tensors: Mapping[str, mxfp4.Source] = {}
     if weights:
+        stored = open_tensors(folder)
+        tensors = mxfp4.unpacked(stored) if config.get("quantization_config") else stored
         _check_size(spec, tensors, file)
     dtype = config_dtype(config) or _widest_use(tensors)
     beside = file.with_name("generation_config.json")
@@ -117,7 +121,11 @@ def _understood(config: Mapping[str, Any], file: Path) -> tuple[Family, ModelSpe
     """What `config` describes, when it is something of a size that can exist."""
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise ModelError(f"{file}: weights quantised by {plain(str(method))} are not supported.")
+        if method != mxfp4.METHOD:
+            raise ModelError(
+                f"{file}: weights quantised by {plain(str(method))} are not supported; only "
+                f"{mxfp4.METHOD} is read. Use a revision in bfloat16."
+            )
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > _MOST_LAYERS:
         raise ModelError(f"{file}: num_hidden_layers is {layers}; at most {_MOST_LAYERS}.")
@@ -135,7 +143,7 @@ def _understood(config: Mapping[str, Any], file: Path) -> tuple[Family, ModelSpe
     return family, spec
 
 
-def _check_size(spec: ModelSpec, tensors: Mapping[str, Tensor], file: Path) -> None:
+def _check_size(spec: ModelSpec, tensors: Mapping[str, mxfp4.Source], file: Path) -> None:
     """Before anything is made of the spec's size: the weights must be of about that size."""
     stored = sum(math.prod(tensor.shape) for tensor in tensors.values())
     count = parameter_count(spec)
@@ -204,7 +212,7 @@ def _read_rows(model: HfModel, name: str, index: Index) -> np.ndarray:
     return values
 
 
-def _mean_row(tensor: Tensor, rows: int, block: int = 8192) -> np.ndarray:
+def _mean_row(tensor: mxfp4.Source, rows: int, block: int = 8192) -> np.ndarray:
     total = np.zeros(tensor.shape[1:], np.float64)
     for start in range(0, rows, block):
         cut = (slice(start, min(start + block, rows)), slice(None))
@@ -291,7 +299,7 @@ def _ignored(model: HfModel, name: str) -> bool:
     return name.endswith(_DERIVED) or (name == "lm_head.weight" and model.spec.tie_head)
 
 
-def _widest_use(tensors: Mapping[str, Tensor]) -> str:
+def _widest_use(tensors: Mapping[str, mxfp4.Source]) -> str:
     """The dtype most values are stored in; float32 where there are none."""
     values: dict[str, int] = {}
     for tensor in tensors.values():

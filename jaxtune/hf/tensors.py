@@ -35,6 +35,7 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
+_BYTES = "U8"  # no number by itself: what quantised formats pack theirs in
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 SINGLE = "model.safetensors"
@@ -108,10 +109,21 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 def fetch(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
     """The values in `index` (unit steps), as a read-only view of the mapped file."""
+    return _mapped(tensor, tensor.dtype)[index]
+
+
+def fetch_bytes(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
+    """The same of a tensor of packed bytes."""
+    if tensor.code != _BYTES:
+        raise ModelError(f"{tensor.file}: holds {plain(tensor.code)} values; expected {_BYTES}.")
+    return _mapped(tensor, np.dtype(np.uint8))[index]
+
+
+def _mapped(tensor: Tensor, dtype: np.dtype) -> np.ndarray:
     if 0 in tensor.shape:
-        return np.empty(tensor.shape, tensor.dtype)[index]
-    mapped = np.memmap(tensor.file, tensor.dtype, "r", tensor.start, tensor.shape or (1,))
-    return np.asarray(mapped).reshape(tensor.shape)[index]
+        return np.empty(tensor.shape, dtype)
+    mapped = np.memmap(tensor.file, dtype, "r", tensor.start, tensor.shape or (1,))
+    return np.asarray(mapped).reshape(tensor.shape)
 
 
 def _open_sharded(folder: Path) -> dict[str, Tensor]:
@@ -149,7 +161,9 @@ def _check_extent(file: Path, size: int, entries: Mapping[str, _Entry]) -> None:
     """Tensors fill the `size` bytes behind the header, none over another, nothing between them."""
     reached = 0
     for name, (code, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        dtype = DTYPES.get(code)  # others may lie in the file as long as nobody wants them
+        dtype = (
+            np.dtype(np.uint8) if code == _BYTES else DTYPES.get(code)
+        )  # others may lie in the file as long as nobody wants them
         fault = None
         if end < begin:
             fault = "ends before it begins"

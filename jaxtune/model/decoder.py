@@ -16,10 +16,14 @@ stored along one leading axis and scanned, so a model compiles as fast with 80 l
     stack_{i}/layer_{j}/attention_post_norm/scale [L D]  norms after the part, also mlp_post_norm
     stack_{i}/layer_{j}/mlp_norm/scale [L D]
     stack_{i}/layer_{j}/mlp/gate/kernel [L D F]          also up [L D F] and down [L F D]
+    stack_{i}/layer_{j}/moe/router/kernel [L D E]        in place of mlp; also bias
+    stack_{i}/layer_{j}/moe/gate/kernel [L E D F]        also up, down [L E F D], and biases
+    stack_{i}/layer_{j}/moe/shared/gate/kernel [L D F]   also up and down, and shared_gate [L D 1]
     final_norm/scale [D]                                 a LayerNorm also has bias
     head/kernel [D V]                                    absent when the head is the table
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -35,9 +39,11 @@ from jaxtune.model import lora as adapters
 from jaxtune.model.attention import Attention, KeyValues, Places
 from jaxtune.model.layers import Build, Declared, GatedMLP, LayerNorm, Matrix, PlainMLP, RMSNorm
 from jaxtune.model.lora import Lora
+from jaxtune.model.moe import LOADS, Mixture, total_load
 from jaxtune.ops import cross_entropy, rope
 from jaxtune.ops.attention import choose
 from jaxtune.ops.cross_entropy import Head
+from jaxtune.ops.moe import Load
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec
 from jaxtune.tree import named
 
@@ -54,11 +60,13 @@ Cache = dict[str, dict[str, KeyValues]]  # stack_{i} -> layer_{j} -> [L B S G K]
 
 class Output(NamedTuple):
     """`hidden` `[B T D]` after the final norm, in compute dtype; `head`, ready for use, its kernel
-    `[D V]` in the dtype it is stored in; the cache that came, with these tokens in it."""
+    `[D V]` in the dtype it is stored in; the cache that came, with these tokens in it; the `load`
+    of all mixtures of experts together, None where there are none."""
 
     hidden: jax.Array
     head: Head
     cache: Cache | None
+    load: Load | None = None
 
 
 def forward(
@@ -94,8 +102,9 @@ def forward(
     module = Decoder(spec, Build(dtype, dtype, spec.init_scale, lora), remat, attention)
     rngs = {} if key is None else {"dropout": key}
     places = (inputs, segment_ids, positions, cache)
-    hidden, kernel, cache = module.apply(variables, *places, rngs=rngs)
-    return Output(hidden, Head(kernel, spec.logit_scale, spec.logit_softcap), cache)
+    (hidden, kernel, cache), left = module.apply(variables, *places, rngs=rngs, mutable=[LOADS])
+    head = Head(kernel, spec.logit_scale, spec.logit_softcap)
+    return Output(hidden, head, cache, total_load(left[LOADS]) if LOADS in left else None)
 
 
 def logits(
@@ -199,7 +208,7 @@ class Decoder(nn.Module):
             name = f"stack_{i}"
             scanned = nn.scan(
                 Pattern,
-                variable_axes={"params": 0, adapters.COLLECTION: 0},
+                variable_axes={"params": 0, adapters.COLLECTION: 0, LOADS: 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),
                 out_axes=0,
@@ -295,8 +304,13 @@ class Block(nn.Module):
             self.attention,
             name="attention",
         )
-        kind = GatedMLP if layer.gated else PlainMLP
-        mlp = kind(layer.activation, sizes, self.build, layer.mlp_bias, name="mlp")
+        mlp: Any
+        if layer.moe is None:
+            kind = GatedMLP if layer.gated else PlainMLP
+            mlp = kind(layer.activation, sizes, self.build, layer.mlp_bias, name="mlp")
+        else:
+            mixture: Any = Mixture(layer, sizes, self.build, name="moe")
+            mlp = functools.partial(mixture, segment_ids_BT=places.segment_ids)
         mixed_BTD, cache = attention(before("attention", x_BTD), cache, places)
         x_BTD = after("attention", x_BTD, mixed_BTD)
         x_BTD = after("mlp", x_BTD, mlp(before("mlp", x_BTD)))

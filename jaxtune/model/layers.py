@@ -22,10 +22,12 @@ from jaxtune.model.lora import Lora
 
 WEIGHT_AXES = {
     "D": "embed",
+    "E": "expert",
     "F": "mlp",
     "G": "kv_heads",
     "H": "heads",
     "K": "head_dim",
+    "S": "norm",
     "V": "vocab",
 }
 ACTIVATION_AXES = {
@@ -35,6 +37,7 @@ ACTIVATION_AXES = {
     "G": "kv_heads",
     "H": "heads",
     "K": None,
+    "S": None,
     "T": "length",
 }
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {

@@ -28,7 +28,7 @@ class Experts(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """The experts of each token and their shares, `[N k]` int32 and float32."""
+    """The experts of each token and their shares, `[... k]` int32 and float32."""
 
     experts: jax.Array
     shares: jax.Array
@@ -49,28 +49,27 @@ Clamp = tuple[float, float] | None
 
 
 def route(logits: jax.Array, *, per_token: int, softmax_over: str) -> Chosen:
-    """Router logits `[N E]` -> the `per_token` largest of each token; softmax in float32.
+    """Router logits `[... E]` -> the `per_token` largest of each token; softmax in float32.
 
     Shares are of the softmax over "all" experts, and then sum to less than one, or over the
     "chosen" ones. Of equal logits the lower expert is chosen.
     """
-    logits_NE = logits.astype(jnp.float32)
-    best_Nk, experts_Nk = jax.lax.top_k(logits_NE, per_token)
+    logits = logits.astype(jnp.float32)
+    best, experts = jax.lax.top_k(logits, per_token)
     if softmax_over == "chosen":
-        return Chosen(experts_Nk, jax.nn.softmax(best_Nk, axis=-1))
-    total_N1 = jax.nn.logsumexp(logits_NE, axis=-1, keepdims=True)
-    return Chosen(experts_Nk, jnp.exp(best_Nk - total_N1))
+        return Chosen(experts, jax.nn.softmax(best, axis=-1))
+    return Chosen(experts, jnp.exp(best - jax.nn.logsumexp(logits, axis=-1, keepdims=True)))
 
 
 def load(logits: jax.Array, chosen: Chosen, counts: jax.Array) -> Load:
-    """What `balance` needs of router logits `[N E]`, over the tokens where `counts` `[N]` holds."""
-    probability_NE = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    counts_N = counts.astype(jnp.float32)
-    hits_NE = jax.nn.one_hot(chosen.experts, logits.shape[-1], dtype=jnp.float32).sum(axis=1)
+    """What `balance` needs of router logits `[... E]`, over the tokens where `counts` `[...]`."""
+    probability = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    counts = counts.astype(jnp.float32)
+    hits = jax.nn.one_hot(chosen.experts, logits.shape[-1], dtype=jnp.float32)
     return Load(
-        jnp.einsum("NE,N->E", hits_NE, counts_N),
-        jnp.einsum("NE,N->E", probability_NE, counts_N),
-        counts_N.sum(),
+        jnp.einsum("...kE,...->E", hits, counts),
+        jnp.einsum("...E,...->E", probability, counts),
+        counts.sum(),
     )
 
 

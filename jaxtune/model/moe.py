@@ -1,0 +1,136 @@
+"""The MLP of a layer as a mixture of experts; `ops/moe.py` has the mathematics.
+
+Every device sorts and multiplies the tokens it holds, with the experts gathered over `fsdp` and
+cut along their width over `tensor`: no token travels, so how the experts are loaded changes no
+communication. The axis "expert" of the weights is not cut.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from jaxtune import mesh
+from jaxtune.model.layers import ACTIVATIONS, WEIGHT_AXES, Build, GatedMLP, Projection, weight
+from jaxtune.ops import moe
+from jaxtune.spec import LayerSpec
+
+LOADS = "loads"  # the collection in which a layer leaves its `ops.moe.Load`, where it is mutable
+
+
+class Mixture(nn.Module):
+    """The experts that each token's router chooses, `[B T D]` -> `[B T D]`; router in float32.
+
+    Tokens of segment 0 (padding) go through the experts too but are left out of the loads.
+    """
+
+    layer: LayerSpec
+    sizes: Mapping[str, int]
+    build: Build
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
+        layer, spec = self.layer, self.layer.moe
+        assert spec is not None
+        sizes = {**self.sizes, "E": spec.experts}
+
+        def bank(name: str, letters: str) -> tuple[jax.Array, jax.Array | None]:
+            return Bank(letters, sizes, self.build, layer.mlp_bias, self.build.compute, name=name)()
+
+        router = Bank("DE", sizes, self.build, spec.router_bias, jnp.float32, name="router")
+        logits_BTE = _scores(x_BTD, *router())
+        chosen = moe.route(logits_BTE, per_token=spec.per_token, softmax_over=spec.softmax_over)
+        self.sow(LOADS, "load", moe.load(logits_BTE, chosen, segment_ids_BT != 0))
+        (gate, gate_bias), (up, up_bias) = bank("gate", "EDF"), bank("up", "EDF")
+        down, down_bias = bank("down", "EFD")
+        cut = mesh.spread("mlp", sizes["F"])
+
+        def mixed(x_BTD: jax.Array, *arrays: Any) -> jax.Array:
+            (B, T, D), k = x_BTD.shape, spec.per_token
+            choice, experts = moe.Chosen(*arrays[:2]), moe.Experts(*arrays[2:])
+            if cut and experts.down_bias is not None:
+                first = jax.lax.axis_index(cut) == 0
+                experts = experts._replace(down_bias=jnp.where(first, experts.down_bias, 0))
+            y_ND = moe.mix(
+                x_BTD.reshape(B * T, D),
+                experts,
+                moe.Chosen(*(part.reshape(B * T, k) for part in choice)),
+                activation=ACTIVATIONS[layer.activation],
+                clamp=spec.clamp,
+            )
+            return (jax.lax.psum(y_ND, cut) if cut else y_ND).reshape(B, T, D)
+
+        token = ("batch", "length", None)
+        kernels = ((None, None, "mlp"), (None, None, "mlp"), (None, "mlp", None))
+        y_BTD = mesh.local(
+            mixed,
+            (x_BTD, *chosen, gate, up, down, gate_bias, up_bias, down_bias),
+            (token, token, token, *kernels, (None, "mlp"), (None, "mlp"), (None, None)),
+            out=token,
+        )
+        if spec.shared_width:
+            y_BTD = y_BTD + self._shared(x_BTD, {**sizes, "F": spec.shared_width})
+        return mesh.constrain(y_BTD, "batch", "length", "act_embed")
+
+    def _shared(self, x_BTD: jax.Array, sizes: Mapping[str, int]) -> jax.Array:
+        """The expert that every token uses, times the sigmoid of a number per token."""
+        shared = GatedMLP(self.layer.activation, sizes, self.build, name="shared")(x_BTD)
+        one = {**sizes, "S": 1}
+        share_BTS = Projection("BTD,DS->BTS", one, self.build, name="shared_gate")(x_BTD)
+        return jnp.broadcast_to(jax.nn.sigmoid(share_BTS), shared.shape) * shared
+
+
+class Bank(nn.Module):
+    """A `kernel` of `letters`, the last but one of which is summed over, and perhaps a `bias` of
+    the others; handed out in dtype `compute`."""
+
+    letters: str
+    sizes: Mapping[str, int]
+    build: Build
+    bias: bool
+    compute: DTypeLike
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array | None]:
+        axes = tuple(WEIGHT_AXES[letter] for letter in self.letters)
+        spread = nn.initializers.normal(self.build.init_scale)
+        kernel = self._declared("kernel", self.letters, axes, spread)
+        if not self.bias:
+            return kernel, None
+        kept = self.letters[:-2] + self.letters[-1]
+        axes = tuple("norm" if letter == "D" else WEIGHT_AXES[letter] for letter in kept)
+        return kernel, self._declared("bias", kept, axes, nn.initializers.zeros)
+
+    def _declared(
+        self, leaf: str, letters: str, axes: tuple[str, ...], initialiser: Callable[..., jax.Array]
+    ) -> jax.Array:
+        return weight(
+            self,
+            leaf,
+            shape=tuple(self.sizes[letter] for letter in letters),
+            axes=axes,
+            new=self.build.new,
+            compute=self.compute,
+            initialiser=initialiser,
+        )
+
+
+def total_load(loads: Mapping[str, Any]) -> moe.Load:
+    """All that the layers left in the collection `LOADS` of one forward pass, added up."""
+    layers = jax.tree.leaves(loads, is_leaf=lambda x: isinstance(x, moe.Load))
+    chosen, probability, tokens = zip(*layers, strict=True)  # [L E], [L E], [L] of each
+    return moe.Load(
+        sum(part.sum(axis=0) for part in chosen),
+        sum(part.sum(axis=0) for part in probability),
+        sum(part.sum() for part in tokens),
+    )
+
+
+def _scores(x_BTD: jax.Array, kernel_DE: jax.Array, bias_E: jax.Array | None) -> jax.Array:
+    logits_BTE = jnp.einsum(
+        "BTD,DE->BTE", x_BTD.astype(jnp.float32), kernel_DE, precision=jax.lax.Precision.HIGHEST
+    )
+    return logits_BTE if bias_E is None else logits_BTE + jnp.broadcast_to(bias_E, logits_BTE.shape)
