@@ -201,7 +201,9 @@ def _kind(field: FieldInfo) -> str:
 
 
 def _choices_and_default(field: FieldInfo) -> str:
-    choices = [c for c in typing.get_args(field.annotation) if isinstance(c, str)]
+    options = typing.get_args(field.annotation)
+    options += tuple(c for option in options for c in typing.get_args(option))  # `Literal | None`
+    choices = [c for c in options if isinstance(c, str)]
     default = "none" if field.default in (None, (), {}) else field.default
     return (f" [{' | '.join(choices)}]" if choices else "") + f" (default: {default})"
 

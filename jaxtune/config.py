@@ -19,6 +19,8 @@ import pydantic
 import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from jaxtune import methods
+
 M = TypeVar("M", bound=pydantic.BaseModel)
 
 
@@ -136,6 +138,43 @@ class MeshConfig(_Strict):
         return self
 
 
+class SchedulerConfig(_Strict):
+    """Options of a schedule under their Hugging Face names; `methods.SCHEDULES` says whose."""
+
+    num_cycles: PositiveFloat | None = Field(
+        None, description="waves of a cosine (default 0.5); restarts (default 1)"
+    )
+    min_lr: NonNegativeFloat | None = Field(
+        None, description="cosine_with_min_lr: the learning rate it ends at"
+    )
+    min_lr_rate: float | None = Field(
+        None, ge=0, le=1, description="cosine_with_min_lr: the same as a share of learning_rate"
+    )
+    lr_end: NonNegativeFloat | None = Field(
+        None, description="polynomial: the learning rate it ends at (default 1e-7)"
+    )
+    power: PositiveFloat | None = Field(None, description="polynomial: default 1")
+    timescale: PositiveInt | None = Field(
+        None, description="inverse_sqrt: steps; default: the warmup's, else 10000"
+    )
+    num_decay_steps: PositiveFloat | None = Field(
+        None, description="warmup_stable_decay: the last steps; below 1 a share of all"
+    )
+    num_stable_steps: PositiveFloat | None = Field(
+        None, description="warmup_stable_decay: default: all between warmup and decay"
+    )
+    decay_type: Literal["linear", "cosine", "1-sqrt"] | None = Field(
+        None, description="warmup_stable_decay: default cosine"
+    )
+    warmup_type: Literal["linear", "cosine", "1-sqrt"] | None = Field(
+        None, description="warmup_stable_decay: default linear"
+    )
+    min_lr_ratio: float | None = Field(
+        None, ge=0, le=1,
+        description="warmup_stable_decay: share of learning_rate at both ends; default 0",
+    )  # fmt: skip
+
+
 class Config(_Strict):
     """All of a run. Names and defaults are those Hugging Face users know."""
 
@@ -199,7 +238,9 @@ class Config(_Strict):
     )
 
     learning_rate: NonNegativeFloat = Field(
-        2e-5, description="peak; the default is 2e-4 when lora.r > 0"
+        2e-5,
+        description="peak; the default goes by optim and is another with lora.r: adamw, adafactor, "
+        "muon, schedule_free 2e-5 and 2e-4, lion 4e-6 and 4e-5, sgd 0.03",
     )
     num_train_epochs: PositiveFloat = Field(3, description="passes over the data, may be 0.5")
     max_steps: int = Field(-1, description="optimiser steps; overrides num_train_epochs when > 0")
@@ -214,21 +255,48 @@ class Config(_Strict):
     )
     per_device_eval_batch_size: PositiveInt = Field(8, description="rows; never changes results")
     optim: Literal["adamw", "adafactor", "lion", "sgd", "muon", "schedule_free"] = Field(
-        "adamw", description="optimiser"
+        "adamw",
+        description="bytes of state a trained parameter: adamw, schedule_free 8, lion, muon 4, "
+        "sgd 0 (4 with momentum), adafactor near 0",
     )
-    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled; skips norms and biases")
+    optim_state_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of first moments; bfloat16 saves 2 bytes a trained parameter and rounds the "
+        "momentum to 3 digits; second moments stay float32",
+    )
+    momentum: float | None = Field(
+        None, ge=0, lt=1, description="of sgd (default 0) and muon (default 0.95)"
+    )
+    muon_adjust_lr: Literal["match_rms_adamw", "original"] | None = Field(
+        None,
+        description="length of muon's steps: match_rms_adamw (default) takes AdamW's learning "
+        "rates; original takes about 0.02 for the matrices, and AdamW's rest gets that too",
+    )
+    weight_decay: NonNegativeFloat = Field(
+        0.0, description="decoupled (sgd: through its momentum); skips norms and biases"
+    )
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the second moment")
+    adam_beta2: float = Field(
+        0.999, ge=0, lt=1, description="decay of the second moment; of lion's momentum 0.99"
+    )
     adam_epsilon: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="clips the global norm; 0 = off")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "linear", description="after the warmup; linear and cosine end at 0"
-    )
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial",
+        "inverse_sqrt", "warmup_stable_decay", "constant", "constant_with_warmup",
+    ] = Field(
+        "linear",
+        description="after the warmup; linear and cosine end at 0; with schedule_free "
+        "constant_with_warmup",
+    )  # fmt: skip
+    lr_scheduler_kwargs: SchedulerConfig = SchedulerConfig()
     warmup_steps: NonNegativeFloat = Field(
         0.03, description="below 1 a share of all steps, else a number of steps"
     )
     neftune_noise_alpha: PositiveFloat | None = Field(
-        None, description="noise on embeddings while training"
+        None,
+        description="NEFTune: uniform noise of alpha / sqrt(length x width) on the embeddings of "
+        "each example, while training; its authors use 5 to 15",
     )
     gradient_checkpointing: Literal["none", "full", "dots"] = Field(
         "full", description="what the backward pass recomputes: full = least memory, ~1/3 slower"
@@ -253,6 +321,18 @@ class Config(_Strict):
     export: bool = Field(True, description="write OUT/hf when training ends")
     output_dir: str | None = Field(None, description="the run directory; made if missing")
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _by_method(cls, values: Any) -> Any:
+        return {**method_defaults(values), **values} if isinstance(values, dict) else values
+
+    @pydantic.field_validator("optim", mode="before")
+    @classmethod
+    def _known(cls, name: Any) -> Any:
+        if reason := methods.advice(str(name)):
+            raise ValueError(reason)
+        return name
+
     @pydantic.model_validator(mode="after")
     def _agree(self) -> Config:
         if self.max_steps == 0 or self.max_steps < -1:
@@ -263,7 +343,59 @@ class Config(_Strict):
             raise ValueError(
                 "eval_datasets have no weight and no proportions: each example counts once"
             )
+        self._optimiser_agrees()
+        self._schedule_agrees()
         return self
+
+    def _optimiser_agrees(self) -> None:
+        for name, owners in methods.ONLY_OF.items():
+            if getattr(self, name) is not None and self.optim not in owners:
+                raise ValueError(f"{name} is of optim {' and '.join(owners)}, not {self.optim}")
+        keeps = methods.METHODS[self.optim].first_moment and self.momentum != 0
+        if self.optim_state_dtype != "float32" and not keeps:
+            raise ValueError(
+                f"optim_state_dtype is of first moments, and {self.optim} keeps none"
+                + (" without momentum" if self.optim == "sgd" else "; leave it at float32")
+            )
+        if self.optim == "schedule_free" and self.lr_scheduler_type not in methods.STEADY:
+            raise ValueError(
+                "optim schedule_free averages in place of a falling learning rate; "
+                f"lr_scheduler_type is {' or '.join(methods.STEADY)}, not {self.lr_scheduler_type}"
+            )
+
+    def _schedule_agrees(self) -> None:
+        kind, given = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        names = [name for name, value in given.model_dump().items() if value is not None]
+        for name in names:
+            if name not in methods.SCHEDULES[kind]:
+                known = ", ".join(methods.SCHEDULES[kind]) or "none"
+                raise ValueError(
+                    f"lr_scheduler_kwargs.{name} is no option of {kind}; it has: {known}"
+                )
+        if kind == "cosine_with_min_lr" and (given.min_lr is None) == (given.min_lr_rate is None):
+            raise ValueError(
+                "cosine_with_min_lr needs one of lr_scheduler_kwargs.min_lr and min_lr_rate"
+            )
+        if kind == "warmup_stable_decay" and given.num_decay_steps is None:
+            raise ValueError(
+                "warmup_stable_decay needs lr_scheduler_kwargs.num_decay_steps, a number of steps "
+                "or a share below 1"
+            )
+        lowest = given.min_lr if kind == "cosine_with_min_lr" else given.lr_end
+        if lowest is not None and lowest > self.learning_rate:
+            raise ValueError(
+                f"lr_scheduler_kwargs: ends at {lowest:g}, above learning_rate "
+                f"{self.learning_rate:g}"
+            )
+
+
+def method_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that go by optimiser, and with adapters, of what `values` leave unset."""
+    lora = values.get("lora")
+    rank = lora.get("r", 0) if isinstance(lora, Mapping) else getattr(lora, "r", 0)
+    found = methods.defaults(str(values.get("optim", "adamw")), lora=str(rank) not in ("0", "None"))
+    fields = Config.model_fields
+    return {n: v for n, v in found.items() if n not in values and v != fields[n].default}
 
 
 class _Alias(NamedTuple):
@@ -293,7 +425,13 @@ def _one_dataset(value: Any) -> Any:
 
 
 def _optimiser(value: Any) -> Any:
-    return "adamw" if value in ("adamw_torch", "adamw_torch_fused", "adamw_hf") else value
+    return methods.SAME.get(str(value), value)
+
+
+def _scheduler(value: Any) -> Any:
+    return {"wsd": "warmup_stable_decay", "cosine_with_hard_restarts": "cosine_with_restarts"}.get(
+        str(value), value
+    )
 
 
 # What people type elsewhere -> the field here. A name that is a field itself may be listed too:
@@ -322,7 +460,8 @@ ALIASES: Mapping[str, _Alias] = {
     "eval_batch_size": _Alias("per_device_eval_batch_size"),
     "optimizer": _Alias("optim", _optimiser),
     "optim": _Alias("optim", _optimiser),
-    "lr_scheduler": _Alias("lr_scheduler_type"),
+    **dict.fromkeys(("lr_scheduler", "lr_scheduler_type"), _Alias("lr_scheduler_type", _scheduler)),
+    "neftune_alpha": _Alias("neftune_noise_alpha"),
     **dict.fromkeys(("warmup_ratio", "num_warmup_steps"), _Alias("warmup_steps")),
     **dict.fromkeys(("clip_grad_norm", "gradient_clipping"), _Alias("max_grad_norm")),
     **dict.fromkeys(
@@ -366,10 +505,12 @@ def load(
     if values.get("dataset") is not None:
         values["datasets"] = [{"path": values["dataset"]}]
     values.pop("dataset", None)
-    if "learning_rate" not in values and str(values.get("lora.r", 0)) not in ("0", "None"):
-        values["learning_rate"] = 2e-4
-        note("learning_rate: 2e-4, the default with LoRA")
-    config = parse_model(Config, _nested(values), where=where)
+    nested = _nested(values)
+    config = parse_model(Config, nested, where=where)
+    for name, value in method_defaults(nested).items():
+        shown = value if isinstance(value, str) else f"{value:g}"
+        lora = " and LoRA" if name == "learning_rate" and config.lora.r else ""
+        note(f"{name}: {shown}, the default with {config.optim}{lora}")
     _refuse_what_is_not_built(config)
     return config
 
@@ -440,11 +581,14 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     return values
 
 
+GROUPS = ("lora", "mesh", "lr_scheduler_kwargs")
+
+
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Opens the groups of the model (not free dicts such as `columns`) into dotted names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        is_group = name in ("lora", "mesh") and isinstance(value, Mapping)
+        is_group = name in GROUPS and isinstance(value, Mapping)
         flat.update({f"{name}.{k}": v for k, v in value.items()} if is_group else {name: value})
     return flat
 
@@ -497,8 +641,6 @@ def _refuse_what_is_not_built(config: Config) -> None:
     """A knob that would be silently ignored is an error instead."""
     wanted = {
         "lora.r": config.lora.r > 0,
-        f"optim={config.optim}": config.optim != "adamw",
-        "neftune_noise_alpha": config.neftune_noise_alpha is not None,
         "mesh.context": config.mesh.context != 1,
         "report_to=wandb": "wandb" in config.report_to,
         "sample_prompts": bool(config.sample_prompts),

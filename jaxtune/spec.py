@@ -5,7 +5,7 @@ The spec knows no weights, no arrays and no model brand: `hf/families.py` writes
 Impossible combinations raise ValueError here, so that nothing below has to check again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -256,6 +256,38 @@ class ModelSpec:
         return tuple(
             layer for stack in self.stacks for _ in range(stack.repeats) for layer in stack.pattern
         )
+
+
+def apart(spec: ModelSpec, last: int) -> tuple[ModelSpec, int]:
+    """The same model with its `last` layers in stacks of their own, and the first one's number.
+
+    Layers of a stack share one leaf; what is to be trained alone must be a leaf alone. Of Gemma's
+    (local x5, global) x10 the last 8 are (local x4, global) of the ninth repeat, then the tenth.
+
+    >>> spec = ModelSpec(8, 4, (Stack((LayerSpec(1, 1, 4, 4, None),), 5),), 1e-6, True, 8)
+    >>> split, first = apart(spec, 2)
+    >>> [stack.repeats for stack in split.stacks], first
+    ([3, 2], 1)
+    """
+    _check(
+        1 <= last <= len(spec.layers),
+        f"the last {last} layers are asked for; the model has {len(spec.layers)}",
+    )
+    before: list[Stack] = []
+    after: list[Stack] = []
+    left = len(spec.layers) - last
+    for stack in spec.stacks:
+        size = len(stack.pattern) * stack.repeats
+        whole, part = divmod(min(left, size), len(stack.pattern))
+        left -= min(left, size)
+        before += _stacks((stack.pattern, whole), (stack.pattern[:part], 1))
+        rest = stack.repeats - whole - (part > 0)
+        after += _stacks((stack.pattern[part:], int(part > 0)), (stack.pattern, rest))
+    return replace(spec, stacks=(*before, *after)), len(before)
+
+
+def _stacks(*pieces: tuple[tuple[LayerSpec, ...], int]) -> list[Stack]:
+    return [Stack(pattern, repeats) for pattern, repeats in pieces if pattern and repeats]
 
 
 def parameter_count(spec: ModelSpec) -> int:

@@ -227,23 +227,29 @@ def _microbatches(config: Config, mesh: Mesh) -> int:
 
 
 def _build(config: Config, model: HfModel, mesh: Mesh, total_steps: int) -> Program:
-    from jaxtune.learn import optim, program
+    from jaxtune.learn import program, schedules
+    from jaxtune.learn.optim import Hyper
 
-    warmup = optim.warmup_length(config.warmup_steps, total_steps)
+    warmup = schedules.warmup_length(config.warmup_steps, total_steps)
     return program.build(
         model.spec,
         mesh,
-        hyper=optim.AdamW(
+        hyper=Hyper(
+            config.optim,
             beta1=config.adam_beta1,
             beta2=config.adam_beta2,
             epsilon=config.adam_epsilon,
             weight_decay=config.weight_decay,
+            momentum=config.momentum or 0.0,
+            adjust=config.muon_adjust_lr or "match_rms_adamw",
+            state_dtype=config.optim_state_dtype,
         ),
-        learning_rate=optim.schedule(
+        learning_rate=schedules.schedule(
             config.lr_scheduler_type,
             learning_rate=config.learning_rate,
             warmup_steps=warmup,
             total_steps=total_steps,
+            **config.lr_scheduler_kwargs.model_dump(),
         ),
         max_grad_norm=config.max_grad_norm,
         microbatches=_microbatches(config, mesh),
@@ -251,6 +257,7 @@ def _build(config: Config, model: HfModel, mesh: Mesh, total_steps: int) -> Prog
         param_dtype=config.param_dtype,
         remat=config.gradient_checkpointing,
         seed=config.seed,
+        noise_alpha=config.neftune_noise_alpha,
     )
 
 

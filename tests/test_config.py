@@ -64,6 +64,15 @@ def test_every_alias_names_a_field_and_is_announced() -> None:
         ({"activation_checkpointing": "false"}, "gradient_checkpointing", "none"),
         ({"train_on_inputs": True}, "train_on", "all"),
         ({"optim": "adamw_torch"}, "optim", "adamw"),
+        ({"optimizer": "paged_adamw_32bit"}, "optim", "adamw"),
+        ({"optim": "lion_32bit"}, "optim", "lion"),
+        ({"optim": "schedule_free_adamw"}, "optim", "schedule_free"),
+        (
+            {"lr_scheduler": "wsd", "lr_scheduler_kwargs": {"num_decay_steps": 5}},
+            "lr_scheduler_type",
+            "warmup_stable_decay",
+        ),
+        ({"neftune_alpha": 5}, "neftune_noise_alpha", 5),
         ({"resume_from_checkpoint": True}, "resume", "must"),
     ],
 )
@@ -94,6 +103,72 @@ def test_mistakes_are_named(given: dict, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         load(overrides=given)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"optim": "paged_adamw_8bit"},
+            "moments of 8 or 4 bits are not built. Nearest: adamw with",
+        ),
+        ({"optim": "lion_8bit"}, "Nearest: lion with optim_state_dtype bfloat16"),
+        ({"optim": "galore_adamw"}, "Nearest in memory: adafactor, or adamw with lora.r"),
+        ({"optim": "schedule_free_sgd"}, "schedule_free is the one of AdamW"),
+        ({"optim": "adamax"}, "'muon' or 'schedule_free'; got 'adamax'"),
+        ({"momentum": 0.5}, "momentum is of optim sgd and muon, not adamw"),
+        ({"optim": "sgd", "momentum": 1.0}, "momentum: Input should be less than 1"),
+        (
+            {"optim": "sgd", "muon_adjust_lr": "original"},
+            "muon_adjust_lr is of optim muon, not sgd",
+        ),
+        ({"optim": "muon", "muon_adjust_lr": "none!"}, "'match_rms_adamw' or 'original'"),
+        ({"optim_state_dtype": "int8"}, "'float32' or 'bfloat16'; got 'int8'"),
+        ({"optim": "adafactor", "optim_state_dtype": "bfloat16"}, "adafactor keeps none"),
+        ({"optim": "sgd", "optim_state_dtype": "bfloat16"}, "sgd keeps none without momentum"),
+        (
+            {"optim": "schedule_free", "lr_scheduler_type": "linear"},
+            "lr_scheduler_type is constant or constant_with_warmup, not linear",
+        ),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type: Input should be"),
+        (
+            {"lr_scheduler_kwargs.min_lr": 1e-6},
+            "lr_scheduler_kwargs.min_lr is no option of linear; it has: none",
+        ),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "needs one of lr_scheduler_kwargs.min_lr"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "needs lr_scheduler_kwargs.num_decay_steps"),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs.lr_end": 1},
+            "ends at 1, above learning_rate 2e-05",
+        ),
+        ({"lr_scheduler_kwargs.minlr": 1}, "Did you mean 'lr_scheduler_kwargs.min_lr'?"),
+        ({"neftune_noise_alpha": 0}, "neftune_noise_alpha: Input should be greater than 0"),
+    ],
+)
+def test_what_an_optimiser_or_a_schedule_cannot_be_is_named(given: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(overrides=given)
+    assert message in str(error.value)
+
+
+def test_defaults_go_by_method_are_announced_and_yield_to_what_is_set() -> None:
+    said: list[str] = []
+    lion = load(overrides={"optim": "lion"}, note=said.append)
+    assert (lion.learning_rate, lion.adam_beta2) == (4e-6, 0.99)
+    assert said == [
+        "learning_rate: 4e-06, the default with lion", "adam_beta2: 0.99, the default with lion",
+    ]  # fmt: skip
+    said.clear()
+    given = {"optim": "lion", "learning_rate": 2e-5, "adam_beta2": 0.999}
+    chosen = load(overrides=given, note=said.append)
+    assert (chosen.learning_rate, chosen.adam_beta2, said) == (2e-5, 0.999, [])
+    muon = load(overrides={"optim": "muon"})
+    assert (muon.momentum, muon.muon_adjust_lr) == (0.95, "match_rms_adamw")
+    assert load(overrides={"optim": "schedule_free"}).lr_scheduler_type == "constant_with_warmup"
+    assert load(overrides={"optim": "sgd"}).learning_rate == 0.03
+    assert Config(optim="lion") == lion  # from Python too
+    assert load(overrides={}, note=said.append) == Config()
+    assert said == []
 
 
 def test_broken_files_are_named_with_their_line(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ PACKAGE = Path(jaxtune.__file__).parent
 
 # room -> the rooms it may import. A room may import itself; doors import every room, no door.
 ROOMS: dict[str, set[str]] = {
-    "config": set(),
+    "methods": set(),
+    "config": {"methods"},
     "spec": set(),
     "command": {"config"},
     "tree": {"config"},
@@ -37,6 +38,7 @@ DOORS = {"train", "preview", "convert", "evaluate", "chat"}
 # room -> third-party packages it must not know.
 BANNED = {
     "config": {"jax", "flax", "numpy", "transformers"},
+    "methods": {"jax", "flax", "numpy", "transformers"},
     "command": {"jax", "flax", "numpy", "transformers"},
     "spec": {"jax", "flax", "numpy", "transformers"},
     "untrusted": {"jax", "flax", "numpy", "transformers"},

@@ -9,6 +9,7 @@ from jaxtune.spec import (
     MoeSpec,
     RopeSpec,
     Stack,
+    apart,
     flops_per_token,
     parameter_count,
 )
@@ -274,3 +275,23 @@ def test_equal_specs_are_one_static_argument() -> None:
 def test_impossible_models_are_refused(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("last", range(1, 16))
+def test_the_last_layers_set_apart_are_the_same_layers(last: int) -> None:
+    """Every cut of (three kinds x4), (one kind x2), one: before, inside and between repeats."""
+    kinds = [LayerSpec(1, 1, 4, width, None) for width in (4, 8, 12, 16, 20)]
+    stacks = (Stack(tuple(kinds[:3]), 4), Stack((kinds[3],), 2), Stack((kinds[4],), 1))
+    spec = ModelSpec(8, 4, stacks, 1e-6, True, 8)
+    split, first = apart(spec, last)
+    assert split.layers == spec.layers
+    behind = replace(spec, stacks=split.stacks[first:]).layers
+    assert len(behind) == last
+    assert parameter_count(split) == parameter_count(spec)
+
+
+def test_more_last_layers_than_there_are_is_an_error() -> None:
+    spec = model(LayerSpec(1, 1, 4, 4, None), vocab=8, width=4, repeats=3, tie_head=True)
+    assert apart(spec, 3) == (spec, 0)
+    with pytest.raises(ValueError, match="the last 4 layers are asked for; the model has 3"):
+        apart(spec, 4)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
+from jaxtune.ops import neftune
 from jaxtune.ops.cross_entropy import Sums, linear_cross_entropy
 from jaxtune.spec import ModelSpec
 
@@ -37,13 +38,25 @@ Variables = Mapping[str, Any]  # {"params": ...}, with adapters {"params": ..., 
 Objective = Callable[[Variables, Tokens, jax.Array | None], Sums]  # no key: nothing random
 
 
-def next_token(spec: ModelSpec, *, dtype: Any, remat: str, lora: Lora | None = None) -> Objective:
+def next_token(
+    spec: ModelSpec,
+    *,
+    dtype: Any,
+    remat: str,
+    lora: Lora | None = None,
+    noise_alpha: float | None = None,
+) -> Objective:
     """Weighted next-token cross-entropy: loss = sum(w * -log p(target)), weight = sum(w).
 
     `targets` at weight 0 may be any id in range; nothing is inferred from token values.
+    `noise_alpha` is NEFTune's; its noise, like all that is random, is absent without a key.
     """
 
     def objective(variables: Variables, batch: Tokens, key: jax.Array | None) -> Sums:
+        noise = None
+        if noise_alpha is not None and key is not None:
+            key, own = jax.random.split(key)
+            noise = neftune.noise(own, batch.segment_ids, spec.width, noise_alpha)
         output = decoder.forward(
             spec,
             variables,
@@ -54,6 +67,7 @@ def next_token(spec: ModelSpec, *, dtype: Any, remat: str, lora: Lora | None = N
             remat=remat,
             key=key,
             lora=lora,
+            noise=noise,
         )
         return linear_cross_entropy(output.hidden, output.head, batch.targets, batch.weights)
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from jaxtune.learn import optim
 from jaxtune.learn.objectives import next_token
+from jaxtune.learn.schedules import Schedule
 from jaxtune.learn.state import TrainState, abstract_state, init_opt_state, state_shardings
 from jaxtune.learn.step import Evaluate, Train, eval_step, train_step
 from jaxtune.mesh import replicated, shardings
@@ -55,23 +56,24 @@ def build(
     spec: ModelSpec,
     mesh: Mesh,
     *,
-    hyper: optim.AdamW,
-    learning_rate: optim.Schedule,
+    hyper: optim.Hyper,
+    learning_rate: Schedule,
     max_grad_norm: float,
     microbatches: int,
     dtype: Any,
     param_dtype: Any,
     remat: str,
     seed: int = 0,
+    noise_alpha: float | None = None,
     is_trained: Callable[[str], bool] | None = None,
     lora: Lora | None = None,
 ) -> Program:
-    """`dtype` is of the computation, `param_dtype` of what is stored; moments are f32.
+    """`dtype` is of the computation, `param_dtype` of what is stored, `hyper` of the optimiser.
 
     `is_trained` decides by the names of the variables, `params/embed/table`; without it everything
-    is trained, or with `lora` its adapters alone. `seed` is of what is random while training.
+    is trained, or with `lora` its adapters alone. `seed` is of what is random while training,
+    `noise_alpha` NEFTune's.
     """
-    tx = optim.transform(hyper)
     axes = {"params": decoder.axes(spec)}
     variables = {"params": decoder.abstract(spec, param_dtype)}
     if lora is not None:
@@ -81,13 +83,14 @@ def build(
         is_trained = _everything if lora is None else is_adapter
     trained_axes, _ = split(axes, is_trained)
     trained, _ = split(variables, is_trained)
-    abstract = abstract_state(trained, tx)
-    state_placed = state_shardings(abstract, shardings(trained_axes, trained, mesh), tx, mesh)
+    optimiser = optim.optimiser(hyper, trained_axes)
+    abstract = abstract_state(trained, optimiser)
+    state_placed = state_shardings(abstract, shardings(trained_axes, trained, mesh), mesh)
     everywhere = replicated(mesh)
     step = functools.partial(
         train_step,
-        objective=next_token(spec, dtype=dtype, remat=remat, lora=lora),
-        tx=tx,
+        objective=next_token(spec, dtype=dtype, remat=remat, lora=lora, noise_alpha=noise_alpha),
+        optimiser=optimiser,
         learning_rate=learning_rate,
         max_grad_norm=max_grad_norm,
         microbatches=microbatches,
@@ -106,7 +109,7 @@ def build(
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(state_placed, everywhere)),
         eval_step=jax.jit(evaluate, out_shardings=everywhere),
         init_opt_state=jax.jit(
-            functools.partial(init_opt_state, tx), out_shardings=state_placed.opt_state
+            functools.partial(init_opt_state, optimiser), out_shardings=state_placed.opt_state
         ),
     )
 

@@ -7,16 +7,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxtune.learn.optim import Optimiser
 from jaxtune.mesh import replicated
+from jaxtune.tree import named
 
 
 class TrainState(NamedTuple):
     """`step` i32[]: updates attempted, which is also the position in the data; `trained`:
     the part of the variables that is trained, `{"params": ...}` or `{"lora": ...}`; `opt_state`:
-    the optimiser's, moments like `trained` and placed like them.
+    the optimiser's, moments placed like the leaves of `trained` they belong to.
     """
 
     step: jax.Array
@@ -24,33 +25,40 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def init_opt_state(tx: optax.GradientTransformation, trained: Any) -> Any:
+def init_opt_state(optimiser: Optimiser, trained: Any) -> Any:
     """Fresh optimiser state, f32 even where parameters are stored in bfloat16."""
-    return tx.init(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained))
+    return optimiser.init(jax.tree.map(lambda p: p.astype(jnp.float32), trained))
 
 
-def abstract_state(trained: Any, tx: optax.GradientTransformation) -> TrainState:
+def abstract_state(trained: Any, optimiser: Optimiser) -> TrainState:
     """Shapes only: `trained` is a tree of ShapeDtypeStruct."""
     return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32),  # type: ignore[arg-type]
         trained=trained,
-        opt_state=jax.eval_shape(functools.partial(init_opt_state, tx), trained),
+        opt_state=jax.eval_shape(functools.partial(init_opt_state, optimiser), trained),
     )
 
 
-def state_shardings(
-    abstract: TrainState, trained_shardings: Any, tx: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
-    """Moments live where their parameters live; counters everywhere."""
+def state_shardings(abstract: TrainState, trained_shardings: Any, mesh: Mesh) -> TrainState:
+    """Moments live where their parameters live; counters everywhere.
+
+    A leaf of the optimiser's state belongs to the parameter whose name ends its path. Where it has
+    the parameter's size along a dimension it is cut like the parameter, elsewhere not at all.
+    """
+    sizes, where = named(abstract.trained), named(trained_shardings)
     everywhere = replicated(mesh)
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        name = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        if not name:
+            return everywhere
+        axes = [*where[name].spec, *[None] * leaf.ndim]
+        same = [a == b for a, b in zip(leaf.shape, sizes[name].shape, strict=True)]
+        kept = [axis if cut else None for axis, cut in zip(axes, same, strict=False)]
+        return NamedSharding(mesh, PartitionSpec(*kept))
+
     return TrainState(
         step=everywhere,  # type: ignore[arg-type]
         trained=trained_shardings,
-        opt_state=optax.tree_map_params(
-            tx,
-            lambda _, sharding: sharding,
-            abstract.opt_state,
-            trained_shardings,
-            transform_non_params=lambda _: everywhere,
-        ),
+        opt_state=jax.tree.map_with_path(place, abstract.opt_state),
     )

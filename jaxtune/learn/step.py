@@ -2,7 +2,7 @@
 
 microbatch m  ->  gradient of sum(w * ce), and Sums         lax.scan over M, f32 accumulators
 all           ->  gradients / sum(w)                        ONE division, by the global weight
-              ->  clip -> AdamW -> * learning_rate(step)
+              ->  clip -> the optimiser, with learning_rate(step)
 guard         ->  a step with no weight, or with anything non-finite, changes no parameter
 
 The variables are two trees: `trained`, which the step owns and for which gradients exist, and
@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxtune.learn import optim
 from jaxtune.learn.objectives import Objective, Tokens, add, zero_sums
+from jaxtune.learn.schedules import Schedule
 from jaxtune.learn.state import TrainState
 from jaxtune.mesh import constrain
 from jaxtune.ops.cross_entropy import Sums
@@ -57,8 +57,8 @@ def train_step(
     batch: Tokens,
     *,
     objective: Objective,
-    tx: optax.GradientTransformation,
-    learning_rate: optim.Schedule,
+    optimiser: optim.Optimiser,
+    learning_rate: Schedule,
     max_grad_norm: float,
     microbatches: int,
     trained_axes: Any,
@@ -74,6 +74,7 @@ def train_step(
         return sums.loss, sums
 
     gradient = jax.grad(loss, has_aux=True)
+    point = optimiser.point(state.trained, state.opt_state)
 
     def as_stored(grads: Any) -> Any:
         """f32, placed as the parameters are: what makes the compiler scatter, not replicate."""
@@ -83,12 +84,12 @@ def train_step(
         )  # fmt: skip
 
     if microbatches == 1:
-        grads, sums = gradient(state.trained, batch, 0)
+        grads, sums = gradient(point, batch, 0)
         grads = as_stored(grads)
     else:
 
         def accumulate(total: Any, part: Any) -> tuple[Any, None]:
-            new_grads, new_sums = gradient(state.trained, *part)
+            new_grads, new_sums = gradient(point, *part)
             grads = as_stored(jax.tree.map(jnp.add, total[0], as_stored(new_grads)))
             return (grads, add(total[1], new_sums)), None
 
@@ -105,20 +106,19 @@ def train_step(
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
     changes = finite & (sums.weight > 0)
 
-    updates, opt_state = tx.update(
-        optim.clip(grads, norm, max_grad_norm), state.opt_state, state.trained
-    )
     rate = learning_rate(state.step)
+    deltas, opt_state = optimiser.update(
+        optim.clip(grads, norm, max_grad_norm), state.opt_state, state.trained, rate
+    )
 
-    def move(p: jax.Array, update: jax.Array) -> jax.Array:
-        delta = rate * update.astype(jnp.float32)
+    def move(p: jax.Array, delta: jax.Array) -> jax.Array:
         # `p + 0.0` would turn a stored -0.0 into 0.0: at learning rate 0 every byte stays.
         moved = (p.astype(jnp.float32) + delta).astype(p.dtype)
         return jnp.where(changes & (delta != 0), moved, p)
 
     new = TrainState(
         step=state.step + 1,
-        trained=jax.tree.map(move, state.trained, updates),
+        trained=jax.tree.map(move, state.trained, deltas),
         opt_state=jax.tree.map(
             lambda after, before: jnp.where(changes, after, before), opt_state, state.opt_state
         ),

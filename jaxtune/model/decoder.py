@@ -82,6 +82,7 @@ def forward(
     attention: str | None = None,
     key: jax.Array | None = None,
     lora: Lora | None = None,
+    noise: jax.Array | None = None,
 ) -> Output:
     """Runs `inputs` `[B T]` int32 through the decoder `variables["params"]`, computing in `dtype`.
 
@@ -91,7 +92,7 @@ def forward(
     name of `REMAT`. `attention` names an implementation of `ops/attention.py`; None chooses by
     backend and length. `key` is for what is random while training; without it nothing is. `lora`
     says how the adapters in `variables["lora"]` are used; without that collection the base is what
-    runs.
+    runs. `noise` `[B T D]` is added to what the layers are given.
     """
     if remat not in REMAT:
         raise ConfigError(
@@ -101,7 +102,7 @@ def forward(
         attention, _ = choose(jax.default_backend(), inputs.shape[1])
     module = Decoder(spec, Build(dtype, dtype, spec.init_scale, lora), remat, attention)
     rngs = {} if key is None else {"dropout": key}
-    places = (inputs, segment_ids, positions, cache)
+    places = (inputs, segment_ids, positions, cache, noise)
     (hidden, kernel, cache), left = module.apply(variables, *places, rngs=rngs, mutable=[LOADS])
     head = Head(kernel, spec.logit_scale, spec.logit_softcap)
     return Output(hidden, head, cache, total_load(left[LOADS]) if LOADS in left else None)
@@ -190,6 +191,7 @@ class Decoder(nn.Module):
         segment_ids_BT: jax.Array,
         positions_BT: jax.Array,
         cache: Cache | None,
+        noise_BTD: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, Cache | None]:
         spec, sizes = self.spec, {"V": self.spec.vocab, "D": self.spec.width}
         table_VD = Matrix("table", "VD", sizes, self.build, name="embed")()
@@ -197,6 +199,8 @@ class Decoder(nn.Module):
         if spec.embed_scale != 1.0:
             # Rounded to compute dtype first, as the models were trained.
             x_BTD = x_BTD * jnp.asarray(spec.embed_scale, x_BTD.dtype)
+        if noise_BTD is not None:
+            x_BTD = x_BTD + noise_BTD.astype(x_BTD.dtype)
         x_BTD = mesh.constrain(x_BTD, "batch", "length", "act_embed")
 
         rotations = tuple(

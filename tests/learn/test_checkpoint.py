@@ -19,7 +19,7 @@ from jaxtune.learn.state import TrainState, abstract_state, init_opt_state, stat
 from jaxtune.mesh import make_mesh
 
 META = {"fingerprint": "abc", "total_steps": 9}
-TX = optim.transform(optim.AdamW())
+OPTIMISER = optim.optimiser(optim.Hyper(), {"w": {"kernel": ("embed", None)}})
 
 
 def state_on(axis: str, value: float) -> tuple[TrainState, TrainState, TrainState]:
@@ -28,9 +28,9 @@ def state_on(axis: str, value: float) -> tuple[TrainState, TrainState, TrainStat
     mesh = make_mesh(sizes)
     params = {"w": {"kernel": jnp.arange(32.0).reshape(16, 2) * value}}
     where = {"w": {"kernel": NamedSharding(mesh, P(axis, None))}}
-    shapes = abstract_state(jax.eval_shape(lambda: params), TX)
-    shardings = state_shardings(shapes, where, TX, mesh)
-    opt_state = init_opt_state(TX, params)
+    shapes = abstract_state(jax.eval_shape(lambda: params), OPTIMISER)
+    shardings = state_shardings(shapes, where, mesh)
+    opt_state = init_opt_state(OPTIMISER, params)
     opt_state = (opt_state[0]._replace(mu=jax.tree.map(lambda p: p / 3, params)), *opt_state[1:])
     step = jnp.asarray(4, jnp.int32)
     return jax.device_put(TrainState(step, params, opt_state), shardings), shapes, shardings

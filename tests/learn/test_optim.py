@@ -1,149 +1,265 @@
-"""Updates and schedules against torch, transformers and closed forms."""
+"""Optimisers against other people's (stored, and live where installed), stacked against apart,
+eight devices against one, and what their state holds."""
 
 from __future__ import annotations
 
-import math
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from golden import optimisers as golden
 
-from jaxtune.learn import optim
-from jaxtune.learn.state import abstract_state, init_opt_state
+from jaxtune import methods
+from jaxtune.learn import muon, optim
+from jaxtune.learn.matrices import Dims, dims, is_hidden, is_matrix
+from jaxtune.learn.state import abstract_state, init_opt_state, state_shardings
+from jaxtune.mesh import make_mesh, shardings
+from jaxtune.model import decoder
+from jaxtune.model.lora import Lora
+from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack
+from jaxtune.tree import named, unnamed
 
-
-def rates(kind: str, steps: int, *, warmup: int, total: int, lr: float = 0.2) -> list[float]:
-    at = optim.schedule(kind, learning_rate=lr, warmup_steps=warmup, total_steps=total)
-    return [float(at(jnp.asarray(step))) for step in range(steps)]
-
-
-def test_linear_and_cosine_points() -> None:
-    linear = rates("linear", 101, warmup=10, total=100)
-    assert linear[0] == 0.0
-    assert linear[5] == pytest.approx(0.1)
-    assert linear[10] == pytest.approx(0.2)
-    assert linear[55] == pytest.approx(0.1)
-    assert linear[100] == 0.0
-    cosine = rates("cosine", 101, warmup=10, total=100)
-    assert cosine[55] == pytest.approx(0.1)
-    assert cosine[32] == pytest.approx(0.1 * (1 + math.cos(math.pi * 22 / 90)), rel=1e-5)
-    assert cosine[100] == pytest.approx(0.0, abs=1e-8)
+STORED = np.load(golden.FILE)
+AXES = {name: leaf[1] for name, leaf in golden.LEAVES.items()}
 
 
-def test_constant_has_no_warmup_but_its_sister_has() -> None:
-    assert rates("constant", 3, warmup=2, total=9) == pytest.approx([0.2] * 3)
-    assert rates("constant_with_warmup", 4, warmup=2, total=9) == pytest.approx([0, 0.1, 0.2, 0.2])
+def hyper_of(key: str, **changes: Any) -> optim.Hyper:
+    case = golden.CASES[key]
+    beta1, beta2 = golden.BETAS.get(case.method, (0.8, 0.95))
+    hyper = optim.Hyper(
+        case.method, beta1, beta2, epsilon=golden.EPSILON, weight_decay=golden.DECAY,
+        **case.options,
+    )  # fmt: skip
+    return hyper._replace(**changes)
 
 
-def test_no_warmup_starts_at_the_peak_and_past_the_end_stays_at_zero() -> None:
-    assert rates("linear", 7, warmup=0, total=4) == pytest.approx([0.2, 0.15, 0.1, 0.05, 0, 0, 0])
+def arrays(leaves: dict[str, np.ndarray]) -> Any:
+    return unnamed({name: jnp.asarray(value) for name, value in leaves.items()})
 
 
-def test_warmup_is_a_share_below_one_and_a_number_above() -> None:
-    assert optim.warmup_length(0.03, 100) == 3
-    assert optim.warmup_length(0.03, 101) == 4  # rounded up, as transformers does
-    assert optim.warmup_length(0, 100) == 0
-    assert optim.warmup_length(1, 100) == 1
-    assert optim.warmup_length(50, 100) == 50
+@functools.cache
+def stepper(hyper: optim.Hyper, names: tuple[tuple[str, tuple], ...]) -> tuple[Any, Any]:
+    made = optim.optimiser(hyper, unnamed(dict(names)))
+
+    @jax.jit
+    def step(params: Any, state: Any, grads: Any, norm: jax.Array, rate: jax.Array) -> Any:
+        deltas, state = made.update(
+            optim.clip(grads, norm, golden.MAX_GRAD_NORM), state, params, rate
+        )
+        return jax.tree.map(lambda p, d: (p + d).astype(p.dtype), params, deltas), state
+
+    return made, step
 
 
-@pytest.mark.torch
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])
-@pytest.mark.parametrize(("warmup", "total"), [(0, 13), (5, 20), (20, 20)])
-def test_schedules_equal_those_of_transformers(kind: str, warmup: int, total: int) -> None:
-    torch = pytest.importorskip("torch")
-    from transformers import get_scheduler
-
-    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.2)
-    theirs = get_scheduler(kind, optimiser, num_warmup_steps=warmup, num_training_steps=total)
-    expected = []
-    for _ in range(total):  # after the last step theirs differ (cosine rises again)
-        expected.append(optimiser.param_groups[0]["lr"])
-        optimiser.step()
-        theirs.step()
-    ours = rates(kind, total, warmup=warmup, total=total)
-    np.testing.assert_allclose(ours, expected, atol=1e-7)
-
-
-PARAMS = {
-    "stack_0": {"layer_0": {"attention_norm": {"scale": (2, 3)}, "q": {"kernel": (2, 3, 4)}}},
-    "embed": {"table": (5, 3)},
-}
-
-
-def random_tree(seed: int) -> dict:
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
-        PARAMS,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-
-
-@pytest.mark.torch
-def test_adamw_with_clipping_equals_torch() -> None:
-    torch = pytest.importorskip("torch")
-    params = random_tree(0)
-    hyper = optim.AdamW(beta1=0.8, beta2=0.95, epsilon=1e-6, weight_decay=0.1)
-    tx = optim.transform(hyper)
-    opt_state = init_opt_state(tx, params)
-    leaves, structure = jax.tree.flatten(params)
-    theirs = [torch.nn.Parameter(torch.tensor(np.array(leaf))) for leaf in leaves]
-    names = [
-        "/".join(str(k.key) for k in path) for path, _ in jax.tree.flatten_with_path(params)[0]
-    ]
-    groups = [
-        {"params": [p], "weight_decay": 0.1 if optim.is_decayed(name) else 0.0}
-        for name, p in zip(names, theirs, strict=True)
-    ]
-    optimiser = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.95), eps=1e-6)
-    for step in range(5):
-        grads = random_tree(step + 1)
+def trained(
+    key: str, cut: Any = lambda leaves: leaves, place: Any = lambda tree: tree, **changes: Any
+) -> tuple[dict[str, np.ndarray], Any]:
+    """(parameters, state) after the golden problem; `cut` renames and splits its leaves."""
+    made, step = stepper(hyper_of(key, **changes), tuple(cut_axes_of(cut).items()))
+    params = place(arrays(cut(golden.start())))
+    state = jax.jit(made.init)(params)
+    for number in range(golden.STEPS):
+        grads = arrays(golden.gradients(number))
         norm = optim.global_norm(grads)
-        updates, opt_state = tx.update(optim.clip(grads, norm, 1.0), opt_state, params)
-        params = jax.tree.map(lambda p, u: p + 0.01 * u, params, updates)
-        for p, g in zip(theirs, jax.tree.leaves(grads), strict=True):
-            p.grad = torch.tensor(np.array(g))
-        their_norm = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
-        assert float(norm) == pytest.approx(float(their_norm), rel=1e-6)
-        optimiser.step()
-    for ours, p in zip(jax.tree.leaves(params), theirs, strict=True):
-        np.testing.assert_allclose(ours, p.detach().numpy(), atol=2e-7)
-    assert structure == jax.tree.structure(params)
+        grads = place(arrays(cut(golden.gradients(number))))
+        rate = jnp.float32(golden.rate(golden.CASES[key], number))
+        params, state = step(params, state, grads, norm, rate)
+    return jax.device_get(named(params)), state
 
 
-def test_weight_decay_skips_norms_where_layers_are_stacked() -> None:
-    params = random_tree(0)
-    tx = optim.transform(optim.AdamW(weight_decay=0.5))
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = tx.update(zeros, init_opt_state(tx, params), params)
-    layer, kept = updates["stack_0"]["layer_0"], params["stack_0"]["layer_0"]
-    np.testing.assert_array_equal(layer["attention_norm"]["scale"], 0.0)
-    np.testing.assert_allclose(layer["q"]["kernel"], -0.5 * kept["q"]["kernel"], rtol=1e-6)
-    np.testing.assert_allclose(
-        updates["embed"]["table"], -0.5 * params["embed"]["table"], rtol=1e-6
+def apart(leaves: dict[str, Any]) -> dict[str, Any]:
+    """Every layer and expert a parameter of its own."""
+    cut = {}
+    for name, value in leaves.items():
+        group, _, last = name.rpartition("/")
+        for part in golden.parts(name):
+            number = "".join(f"_{i}" for i in part)
+            cut[f"{group}{number}/{last}"] = value[part]
+    return cut
+
+
+def cut_axes_of(cut: Any) -> dict[str, tuple]:
+    if cut is not apart:
+        return AXES
+    return {
+        name: AXES[whole][golden.LEAVES[whole][2] :]
+        for whole in AXES
+        for name in apart({whole: golden.start()[whole]})
+    }
+
+
+@pytest.mark.parametrize("key", golden.CASES)
+def test_six_steps_equal_those_of_the_library_people_use(key: str) -> None:
+    """Warmup from 0, clipping, weight decay; 1e-6 is a few roundings of parameters near 3."""
+    found, _ = trained(key)
+    for name, value in found.items():
+        moved = np.abs(STORED[f"{key}:{name}"] - golden.start()[name]).max()
+        assert moved > 0.01, name
+        np.testing.assert_allclose(value, STORED[f"{key}:{name}"], atol=1e-6, err_msg=name)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("key", golden.CASES)
+def test_the_stored_values_are_those_of_the_library(key: str) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip({"lion": "lion_pytorch", "schedule_free": "schedulefree"}.get(key, "torch"))
+    for name, value in golden.reference(key).items():
+        np.testing.assert_allclose(value, STORED[f"{key}:{name}"], atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("key", golden.CASES)
+def test_a_stack_is_exactly_its_layers_and_experts_apart(key: str) -> None:
+    whole, _ = trained(key)
+    cut, _ = trained(key, cut=apart)
+    for name, value in apart(whole).items():
+        # Newton-Schulz multiplies alone what it multiplies in a batch: another order of sums.
+        tolerance = 1e-6 if golden.CASES[key].method == "muon" else 0.0
+        np.testing.assert_allclose(cut[name], value, atol=tolerance, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("key", ["adafactor", "muon", "schedule_free"])
+def test_eight_devices_equal_one_and_state_lies_with_its_parameter(key: str) -> None:
+    mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2, "context": 2})
+    params = arrays(golden.start())
+    known = {name: tuple(None if a == "experts" else a for a in AXES[name]) for name in AXES}
+    where = shardings(unnamed(known), params, mesh)
+    one, _ = trained(key)
+    with jax.set_mesh(mesh):
+        many, state = trained(key, place=lambda tree: jax.device_put(tree, where))
+    for name, value in one.items():
+        np.testing.assert_allclose(many[name], value, atol=2e-6, err_msg=name)
+    made = optim.optimiser(hyper_of(key), unnamed(AXES))
+    abstract = abstract_state(jax.eval_shape(lambda: params), made)
+    placed = state_shardings(abstract, where, mesh)
+    assert jax.tree.structure(placed.opt_state) == jax.tree.structure(state)
+    held = [
+        (path, leaf, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree.leaves_with_path(abstract.opt_state), jax.tree.leaves(placed.opt_state),
+            strict=True,
+        )
+        if jax.tree_util.keystr(path).endswith("['q']['kernel']")
+    ]  # fmt: skip
+    assert held
+    for _, leaf, sharding in held:
+        spec = where["stack_0"]["layer_0"]["attention"]["q"]["kernel"].spec
+        expected = [s if n == full else None
+                    for s, n, full in zip(spec, leaf.shape, (2, 6, 2, 4), strict=True)]  # fmt: skip
+        assert list(sharding.spec) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "bytes_each"),
+    [("adamw", 6), ("lion", 2), ("sgd_momentum", 2), ("muon", None)],
+)
+def test_bfloat16_state_holds_first_moments_alone(key: str, bytes_each: int | None) -> None:
+    found, state = trained(key, state_dtype="bfloat16")
+    sizes = {leaf.dtype: 0 for leaf in jax.tree.leaves(state)}
+    for leaf in jax.tree.leaves(state):
+        sizes[leaf.dtype] += leaf.nbytes if leaf.ndim else 0
+    count = sum(value.size for value in golden.start().values())
+    assert sizes[jnp.dtype("bfloat16")] == 2 * count
+    if bytes_each is not None:
+        assert sum(sizes.values()) == bytes_each * count
+    exact, _ = trained(key)
+    start = golden.start()
+    moved = np.concatenate([(exact[n] - start[n]).ravel() for n in exact])
+    other = np.concatenate([(found[n] - start[n]).ravel() for n in exact])
+    assert np.abs(moved - other).max() > 0
+    assert np.linalg.norm(moved - other) < 0.1 * np.linalg.norm(moved)
+
+
+def test_state_is_float32_for_bfloat16_parameters() -> None:
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), arrays(golden.start()))
+    for method in methods.METHODS:
+        made = optim.optimiser(optim.Hyper(method, momentum=0.9), unnamed(AXES))
+        state = jax.jit(lambda p, made=made: init_opt_state(made, p))(params)
+        shapes = abstract_state(jax.eval_shape(lambda: params), made).opt_state
+        for leaf, shape in zip(jax.tree.leaves(state), jax.tree.leaves(shapes), strict=True):
+            assert leaf.dtype == shape.dtype
+            assert leaf.dtype in (jnp.float32, jnp.int32), method
+
+
+def test_weight_decay_skips_norms_and_biases_where_layers_are_stacked() -> None:
+    start, none = arrays(golden.start()), jax.tree.map(jnp.zeros_like, arrays(golden.start()))
+    for method in methods.METHODS:
+        made = optim.optimiser(optim.Hyper(method, weight_decay=0.5), unnamed(AXES))
+        update = jax.jit(
+            lambda p, made=made: made.update(none, made.init(p), p, jnp.float32(0.1))[0]
+        )
+        deltas = update(start)
+        for name, delta in named(deltas).items():
+            expected = -0.05 * named(start)[name] if is_matrix(name) else 0.0 * delta
+            np.testing.assert_allclose(delta, expected, atol=1e-6, err_msg=f"{method} {name}")
+
+
+def test_schedule_free_trains_at_y_and_keeps_the_average() -> None:
+    """x is the mean of z weighted by squared rates; y lies between x and z."""
+    made = optim.optimiser(
+        optim.Hyper("schedule_free", beta1=0.7), {"w": {"kernel": ("embed",) * 2}}
     )
+    params = {"w": {"kernel": jnp.ones((2, 2))}}
+    state, seen = made.init(params), []
+    for number, rate in enumerate((0.0, 0.1, 0.2, 0.2)):
+        grads = {"w": {"kernel": jnp.full((2, 2), 1.0 + number)}}
+        deltas, state = made.update(grads, state, params, jnp.float32(rate))
+        params = jax.tree.map(jnp.add, params, deltas)
+        seen.append((rate**2, state.z["w"]["kernel"]))
+    mean = sum(weight * z for weight, z in seen) / sum(weight for weight, _ in seen)
+    np.testing.assert_allclose(params["w"]["kernel"], mean, rtol=1e-6)
+    y = made.point(params, state)["w"]["kernel"]
+    np.testing.assert_allclose(y, 0.7 * mean + 0.3 * seen[-1][1], rtol=1e-6)
+    assert np.abs(y - mean).max() > 1e-3
 
 
-def test_the_decay_rule_is_total() -> None:
-    with pytest.raises(ValueError, match="no weight decay rule covers parameter 'router/gain'"):
-        optim.is_decayed("router/gain")
+def test_muon_makes_singular_values_near_one_of_each_matrix() -> None:
+    x = (
+        jax.random.normal(jax.random.key(0), (2, 3, 8, 4))
+        * jnp.array([1e-6, 1e3])[:, None, None, None]
+    )
+    found = muon.orthogonalised(x, Dims((0, 1), (2,), (3,)))
+    values = np.linalg.svd(np.asarray(found), compute_uv=False)
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    np.testing.assert_array_equal(muon.orthogonalised(0.0 * x, Dims((0, 1), (2,), (3,))), 0.0)
 
 
-def test_moments_are_f32_for_bfloat16_parameters() -> None:
-    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), random_tree(0))
-    tx = optim.transform(optim.AdamW())
-    state = init_opt_state(tx, params)
-    shapes = abstract_state(jax.eval_shape(lambda: params), tx).opt_state
-    for leaf, shape in zip(jax.tree.leaves(state), jax.tree.leaves(shapes), strict=True):
-        assert leaf.dtype == shape.dtype
-        assert leaf.dtype in (jnp.float32, jnp.int32)
+def test_the_rules_are_total() -> None:
+    with pytest.raises(ValueError, match="no rule says whether parameter 'router/gain' is"):
+        is_matrix("router/gain")
+    with pytest.raises(ValueError, match=r"which matrix parameter 'x/kernel' with axes \('mlp'"):
+        dims("x/kernel", ("mlp", "heads", "head_dim"))
+    with pytest.raises(ValueError, match="optim 'adam'; there are: adamw, adafactor"):
+        optim.optimiser(optim.Hyper("adam"), {})
+    assert set(optim.METHODS) == set(methods.METHODS)
+    assert dims("router/kernel", ("layers", "embed", "experts")) == Dims((0,), (1,), (2,))
+    assert dims("q/b", ("layers", None, "heads", "head_dim")) == Dims((0,), (1,), (2, 3))
+    assert dims("o/a", ("layers", "heads", "head_dim", None)) == Dims((0,), (1, 2), (3,))
+
+
+def test_the_rules_cover_every_parameter_and_adapter_there_is() -> None:
+    layer = LayerSpec(4, 2, 8, 32, RopeSpec(100.0), qkv_bias=True, mlp_bias=True, qk_norm="head")
+    spec = ModelSpec(64, 16, (Stack((layer,), 2),), 1e-6, False, 128)
+    lora = Lora(r=4, alpha=8.0, dora=True, tokens=(3, 4))
+    hidden, seen = set(), set()
+    for axes in (decoder.axes(spec), decoder.adapter_axes(spec, lora)):
+        for name, logical in named(axes).items():
+            place = dims(name, logical)
+            seen.add(name.rpartition("/")[2])
+            assert place.stack == ((0,) if name.startswith("stack_") else ()), name
+            assert bool(place.columns) == is_matrix(name)
+            if is_hidden(name, logical):
+                hidden.add(name.rpartition("/")[2])
+    assert hidden == {"kernel", "a", "b"}
+    assert seen == {"kernel", "table", "scale", "bias", "a", "b", "magnitude", "rows"}
 
 
 def test_clip_off_and_below_the_limit_change_nothing() -> None:
-    grads = random_tree(3)
+    grads = arrays(golden.gradients(0))
     norm = optim.global_norm(grads)
     assert float(norm) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-6)
     for limit in (0.0, float(norm) * 2):

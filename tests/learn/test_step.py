@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune.learn import optim, program
+from jaxtune.learn import optim, program, schedules
 from jaxtune.learn.state import TrainState
 from jaxtune.learn.step import StepMetrics, eval_step, train_step
 from jaxtune.mesh import make_mesh, put_batch
@@ -100,8 +100,10 @@ def run(
     count = int(np.prod(list(sizes.values())))
     mesh = make_mesh(sizes, jax.devices()[:count])
     built = program.build(
-        SPEC, mesh, hyper=optim.AdamW(weight_decay=0.1),
-        learning_rate=optim.schedule("constant", learning_rate=lr, warmup_steps=0, total_steps=9),
+        SPEC, mesh, hyper=optim.Hyper(weight_decay=0.1),
+        learning_rate=schedules.schedule(
+            "constant", learning_rate=lr, warmup_steps=0, total_steps=9
+        ),
         max_grad_norm=max_grad_norm, microbatches=microbatches,
         dtype=jnp.float32, param_dtype=jnp.float32, remat=remat, is_trained=is_trained,
     )  # fmt: skip
@@ -284,10 +286,10 @@ def test_a_step_draws_by_seed_step_and_microbatch_alone() -> None:
         return Sums(drawn, jnp.float32(1), jnp.float32(0))
 
     def loss(seed: int, step: int, microbatches: int = 1) -> float:
-        tx = optim.transform(optim.AdamW())
-        state = TrainState(jnp.int32(step), {}, tx.init({}))
+        optimiser = optim.optimiser(optim.Hyper(), {})
+        state = TrainState(jnp.int32(step), {}, optimiser.init({}))
         _, metrics = train_step(
-            state, {}, one_per_row(), objective=objective, tx=tx,
+            state, {}, one_per_row(), objective=objective, optimiser=optimiser,
             learning_rate=lambda step: jnp.float32(0), max_grad_norm=0.0,
             microbatches=microbatches, trained_axes={}, seed=seed,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 from golden.cases import VOCAB, write_folder
 
 from jaxtune.hf.load import load_params, open_model
-from jaxtune.learn import optim, program
+from jaxtune.learn import optim, program, schedules
 from jaxtune.mesh import make_mesh, put_batch
 
 STEPS, ROWS, LENGTH = 20, 8, 16
@@ -78,8 +78,8 @@ def losses_of_ours(folder: Path) -> list[float]:
     model = open_model(folder)
     mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2, "context": 1}, jax.devices()[:4])
     built = program.build(
-        model.spec, mesh, hyper=optim.AdamW(weight_decay=DECAY),
-        learning_rate=optim.schedule(
+        model.spec, mesh, hyper=optim.Hyper(weight_decay=DECAY),
+        learning_rate=schedules.schedule(
             "linear", learning_rate=LR, warmup_steps=WARMUP, total_steps=STEPS
         ),
         max_grad_norm=CLIP, microbatches=2, dtype=jnp.float32, param_dtype=jnp.float32,

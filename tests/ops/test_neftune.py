@@ -1,0 +1,43 @@
+"""The noise against its definition: bound, mean, variance, and whose length it goes by."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtune.ops.neftune import noise
+
+WIDTH, ALPHA = 400, 5.0
+# Two packed examples and padding; one whole row; one example of one token.
+SEGMENTS = np.array([[1] * 40 + [2] * 10 + [0] * 14, [1] * 64, [1] + [0] * 63])
+LENGTHS = [(0, 0, 40), (0, 40, 10), (1, 0, 64), (2, 0, 1)]  # row, begin, length
+
+
+@pytest.fixture(scope="module")
+def drawn() -> np.ndarray:
+    return np.asarray(noise(jax.random.key(0), jnp.asarray(SEGMENTS), WIDTH, ALPHA))
+
+
+@pytest.mark.parametrize(("row", "begin", "length"), LENGTHS)
+def test_each_example_has_the_noise_of_its_own_length(
+    drawn: np.ndarray, row: int, begin: int, length: int
+) -> None:
+    """Uniform within +-b has mean 0 and variance b^2 / 3: five standard errors of each."""
+    part = drawn[row, begin : begin + length].ravel() / (ALPHA / np.sqrt(length * WIDTH))
+    assert np.abs(part).max() <= 1.0 + 1e-6
+    assert np.abs(part).max() > 1.0 - 5 / part.size
+    assert abs(part.mean()) < 5 * np.sqrt(1 / 3 / part.size)
+    assert abs(part.var() - 1 / 3) < 5 * np.sqrt(4 / 45 / part.size)
+
+
+def test_padding_has_none_and_no_two_tokens_the_same(drawn: np.ndarray) -> None:
+    assert (drawn[SEGMENTS == 0] == 0).all()
+    tokens = drawn[SEGMENTS > 0]
+    assert len(np.unique(tokens, axis=0)) == len(tokens)
+
+
+def test_it_follows_its_key_and_nothing_else(drawn: np.ndarray) -> None:
+    again = jax.jit(noise, static_argnums=(2, 3))(jax.random.key(0), SEGMENTS, WIDTH, ALPHA)
+    np.testing.assert_allclose(again, drawn, rtol=1e-6)
+    other = noise(jax.random.key(1), jnp.asarray(SEGMENTS), WIDTH, ALPHA)
+    assert np.abs(np.asarray(other) - drawn).max() > 0.01
