@@ -8,7 +8,7 @@ docs/families.md is the recipe for another one.
 """
 
 from jaxtune.config import ModelError, nearest
-from jaxtune.hf.family import gemma, llama, olmo, phi
+from jaxtune.hf.family import gemma, granite, llama, olmo, phi, smollm, starcoder
 from jaxtune.hf.family.family import Family, stacked
 from jaxtune.hf.family.read import Config, config_dtype
 
@@ -19,6 +19,9 @@ FAMILIES: dict[str, Family] = {
     **gemma.FAMILIES,
     **phi.FAMILIES,
     **olmo.FAMILIES,
+    **granite.FAMILIES,
+    **smollm.FAMILIES,
+    **starcoder.FAMILIES,
 }
 
 

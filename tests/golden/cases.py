@@ -139,6 +139,26 @@ CASES: dict[str, dict[str, Any]] = {
     "olmo3": _case(
         "olmo3", torch_dtype="float32", rope_scaling=_YARN, num_hidden_layers=4, sliding_window=4
     ),
+    "granite": _case(
+        "granite",
+        **_V5,
+        attention_bias=True,
+        mlp_bias=True,
+        embedding_multiplier=3.0,
+        logits_scaling=0.7,
+        residual_multiplier=0.6,
+        attention_multiplier=0.5,
+    ),
+    "smollm3": _case(
+        "smollm3",
+        **_V4,
+        num_hidden_layers=3,
+        no_rope_layer_interval=2,
+        use_sliding_window=True,
+        sliding_window=4,
+        tie_word_embeddings=True,
+    ),
+    "starcoder2": _case("starcoder2", **_V5, hidden_act="gelu_pytorch_tanh", sliding_window=5),
 }
 
 _random = np.random.RandomState(0)

@@ -180,6 +180,9 @@ def test_every_switch_matters():
         "phi3-longrope": {"original_max_position_embeddings": 18},
         "olmo2": {"rope_scaling": {**CASES["olmo2"]["rope_scaling"], "attention_factor": 1.0}},
         "olmo3": {"rope_theta": 400_000.0},
+        "granite": {"residual_multiplier": 0.601},
+        "smollm3": {"no_rope_layer_interval": 3},
+        "starcoder2": {"norm_epsilon": 2e-3},
     }
     for name, change in switches.items():
         with tempfile.TemporaryDirectory() as folder:

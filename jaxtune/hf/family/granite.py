@@ -1,0 +1,47 @@
+"""Granite 3: Llama with a number on the embeddings, the scores, each residual and the logits."""
+
+from typing import Any
+
+from jaxtune.hf.family.family import MLP_BIAS, OUT_BIAS, QKV_BIAS, Family, Ropes, layer
+from jaxtune.hf.family.llama import DECODER, biases
+from jaxtune.hf.family.read import Config, number, size
+from jaxtune.hf.family.rope import ALL
+from jaxtune.spec import LayerSpec
+
+
+def _granite(config: Config, ropes: Ropes) -> list[LayerSpec]:
+    one = layer(
+        config,
+        ropes[ALL],
+        **biases(config),
+        mlp_bias=bool(config["mlp_bias"]),
+        scale=number(config, "attention_multiplier"),
+        residual_scale=number(config, "residual_multiplier"),
+    )
+    return [one] * size(config, "num_hidden_layers")
+
+
+def _model(config: Config) -> dict[str, Any]:
+    return {
+        "embed_scale": number(config, "embedding_multiplier"),
+        "logit_scale": 1 / number(config, "logits_scaling"),
+    }
+
+
+FAMILIES: dict[str, Family] = {
+    "granite": Family(
+        architecture="GraniteForCausalLM",
+        rows=DECODER + QKV_BIAS + OUT_BIAS + MLP_BIAS,
+        defaults={
+            "max_position_embeddings": 2048,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "embedding_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+        },
+        layers=_granite,
+        model=_model,
+    )
+}
