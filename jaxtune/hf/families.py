@@ -11,6 +11,7 @@ from jaxtune.config import ModelError, nearest
 from jaxtune.hf.family import gemma, granite, llama, olmo, phi, smollm, starcoder
 from jaxtune.hf.family.family import Family, stacked
 from jaxtune.hf.family.read import Config, config_dtype
+from jaxtune.hf.family.wrapped import WRAPPERS
 
 __all__ = ["FAMILIES", "Config", "Family", "config_dtype", "family_of", "stacked"]
 
@@ -30,9 +31,10 @@ def family_of(config: Config, *, where: str = "config.json") -> Family:
     kind = config.get("model_type")
     if kind in FAMILIES:
         return FAMILIES[kind]
-    known = ", ".join(FAMILIES)
+    known = ", ".join([*FAMILIES, *WRAPPERS])
     if kind is None:
         raise ModelError(f"{where}: no 'model_type'; expected one of {known}.")
     raise ModelError(
-        f"{where}: model_type '{kind}' is unknown; known are {known}.{nearest(str(kind), FAMILIES)}"
+        f"{where}: model_type '{kind}' is unknown; known are {known}."
+        f"{nearest(str(kind), [*FAMILIES, *WRAPPERS])}"
     )

@@ -20,6 +20,7 @@ from jaxtune import hub
 from jaxtune.config import ModelError
 from jaxtune.hf import mxfp4
 from jaxtune.hf.families import Family, config_dtype, family_of
+from jaxtune.hf.family.wrapped import WRAPPERS
 from jaxtune.hf.layout import Index, Placed, place
 from jaxtune.hf.mxfp4 import fetch
 from jaxtune.hf.tensors import DTYPES, open_tensors
@@ -91,7 +92,8 @@ def open_model(
     """Reads what a model is. `weights=False` needs only `config.json` (also given as the file).
 
     `path_or_id` is a folder in HF format, a run directory (its `hf/` is meant), or a hub id. `note`
-    is told of a config that asks for code of its own, which is never run.
+    is told of a config that asks for code of its own, which is never run, and of tensors that are
+    left out because they are not the text half's.
     Raises `ModelError`: not found, no config.json, unknown or unsupported family, no weights, or
     tensors missing, left over or of another shape.
     """
@@ -102,10 +104,21 @@ def open_model(
             f"{file}: asks for code of its own (auto_map); it is never run. The model is read as "
             f"family {shown(config.get('model_type'))}."
         )
+    wrapper = WRAPPERS.get(str(config.get("model_type")))
+    if wrapper is not None:
+        config = wrapper.config(config, where=str(file))
     family, spec = _understood(config, file)
     tensors: Mapping[str, mxfp4.Source] = {}
     if weights:
         stored = open_tensors(folder)
+        if wrapper is not None:
+            stored, left_out = wrapper.tensors(stored, where=str(folder))
+            if note is not None and left_out:
+                note(
+                    f"{folder}: of a model of text and more, the text half is read, as family "
+                    f"'{wrapper.family}', and will be exported as such. Left out: "
+                    f"{_fault(left_out, 'of the other half')}."
+                )
         tensors = mxfp4.unpacked(stored) if config.get("quantization_config") else stored
         _check_size(spec, tensors, file)
     dtype = config_dtype(config) or _widest_use(tensors)

@@ -101,16 +101,21 @@ def test_absent_keys_have_the_values_of_transformers():
         for key, value in family.defaults.items():
             if key == "sliding_window" and kind.startswith("qwen"):
                 continue  # transformers forgets it unless use_sliding_window is set
-            assert getattr(theirs, key) == value, (kind, key)
+            private = getattr(theirs, f"_{key}", None)  # of Gemma 3
+            assert getattr(theirs, key, private) == value, (kind, key)
         small = {"vocab_size": 9, "hidden_size": 512, "intermediate_size": 8, "model_type": kind}
         config = {**small, "num_hidden_layers": 2, "num_attention_heads": 32}
         theirs, layer = transformers.AutoConfig.for_model(**config), _spec(config).layers[0]
         for key, name in defaults.items():
             assert getattr(theirs, key, None) == getattr(layer, name), (kind, key)
         assert layer.head_dim == (getattr(theirs, "head_dim", None) or 512 // 32)
-        assert layer.rope.theta == 10_000.0
-        assert _spec(config).tie_head is theirs.tie_word_embeddings
-        assert _spec(config).norm_eps == theirs.rms_norm_eps
+        ropes = theirs.rope_parameters
+        rope = ropes.get("sliding_attention", ropes)  # the first layer slides where some do
+        assert layer.rope.theta == rope["rope_theta"], kind
+        assert _spec(config).tie_head is theirs.tie_word_embeddings, kind
+        norm_eps = getattr(theirs, "rms_norm_eps", None) or theirs.norm_epsilon
+        assert _spec(config).norm_eps == norm_eps, kind
+        assert _spec(config).init_scale == theirs.initializer_range, kind
 
 
 def test_windows_of_qwen():
@@ -155,6 +160,49 @@ def test_what_cannot_be_represented_is_refused(change, message):
     config = {**LLAMA, **change}
     with pytest.raises(ModelError, match=message):
         family_of(config).to_spec(config, where="here.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gemma", {"use_bidirectional_attention": True}, "'use_bidirectional_attention' is True"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' is 50.0, which is"),
+        (
+            "gemma3",
+            {"rope_parameters": {"rope_type": "default"}},
+            "rope_parameters has 'rope_type'; expected settings of full_attention, sliding_",
+        ),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers names 1 of 3 layers"),
+        ("granite", {"logits_scaling": 0.0}, "float division by zero"),
+        (
+            "phi3-longrope",
+            {"partial_rotary_factor": 1.0},
+            "rope has 2 short_factors; 8 rotated features need 4",
+        ),
+    ],
+)
+def test_what_a_family_cannot_be_is_refused(name, change, message):
+    with pytest.raises(ModelError, match=message):
+        _spec({**CASES[name], **change})
+
+
+def test_ropes_by_type_of_layer():
+    full, sliding = (_spec(CASES["gemma3"]).layers[n].rope for n in (2, 0))
+    assert (full.theta, full.scaling, full.factor) == (100.0, "linear", 2.5)
+    assert (sliding.theta, sliding.scaling) == (10.0, "none")
+    named = {"type": "linear", "factor": 2.5}  # as older files call it
+    assert _spec({**CASES["gemma3"], "rope_scaling": named}) == _spec(CASES["gemma3"])
+
+
+@pytest.mark.parametrize("name", ["su", "yarn", "longrope"])
+def test_longrope_by_its_earlier_names(name):
+    config = CASES["phi3-longrope"]
+    spec = _spec({**config, "rope_scaling": {**config["rope_scaling"], "type": name}})
+    assert spec == _spec(config)
+    out = family_of(config).to_hf_config(config, spec, dtype="float32")
+    # Version 4 wants these three keys and no other.
+    assert out["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}
+    assert out["rope_scaling"]["type"] == out["rope_parameters"]["rope_type"] == "longrope"
 
 
 def test_layer_types_are_checked():

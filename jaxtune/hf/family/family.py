@@ -99,7 +99,7 @@ class Family:
                 "init_scale": number(config, "initializer_range"),
             }
             return ModelSpec(**{**fields, **self.model(config)})
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ArithmeticError) as error:
             raise ModelError(f"{where}: {error}.") from None
 
     def to_hf_config(self, config: Config, spec: ModelSpec, *, dtype: str) -> dict[str, Any]:

@@ -55,9 +55,8 @@ class RopeKeys:
             rope = {**stated, **scaling} if kind == "full_attention" else dict(stated)
         if any(isinstance(value, Mapping) for value in rope.values()):
             raise ValueError("rope settings that differ by layer type are unknown in this family")
-        name = scaling.get("type") if rope.get("rope_type") is None else rope["rope_type"]
-        name = name or rope.get("type") or "default"
-        rope.pop("type", None)
+        older_name = rope.pop("type", None)
+        name = rope.get("rope_type") or older_name or "default"
         rope["rope_type"] = self.aliases.get(name, name)
         key, default = self.thetas[kind]
         theta = config.get(key)
