@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import difflib
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -293,6 +294,14 @@ class Config(_Strict):
     warmup_steps: NonNegativeFloat = Field(
         0.03, description="below 1 a share of all steps, else a number of steps"
     )
+    trainable: str | None = Field(
+        None,
+        description="regex searched in parameter names; only what matches is trained, e.g. "
+        "'/mlp/|final_norm'; a name that does not exist shows those that do",
+    )
+    train_last_layers: PositiveInt | None = Field(
+        None, description="train the last n layers only, and what trainable adds to them"
+    )
     neftune_noise_alpha: PositiveFloat | None = Field(
         None,
         description="NEFTune: uniform noise of alpha / sqrt(length x width) on the embeddings of "
@@ -343,9 +352,21 @@ class Config(_Strict):
             raise ValueError(
                 "eval_datasets have no weight and no proportions: each example counts once"
             )
+        self._part_agrees()
         self._optimiser_agrees()
         self._schedule_agrees()
         return self
+
+    def _part_agrees(self) -> None:
+        try:
+            re.compile(self.trainable or "")
+        except re.error as error:
+            raise ValueError(
+                f"trainable: '{self.trainable}' is no regular expression: {error}"
+            ) from None
+        for name in ("trainable", "train_last_layers"):
+            if getattr(self, name) is not None and self.lora.r > 0:
+                raise ValueError(f"lora.r trains adapters beside frozen weights; unset {name}")
 
     def _optimiser_agrees(self) -> None:
         for name, owners in methods.ONLY_OF.items():
@@ -462,6 +483,7 @@ ALIASES: Mapping[str, _Alias] = {
     "optim": _Alias("optim", _optimiser),
     **dict.fromkeys(("lr_scheduler", "lr_scheduler_type"), _Alias("lr_scheduler_type", _scheduler)),
     "neftune_alpha": _Alias("neftune_noise_alpha"),
+    "freeze_trainable_layers": _Alias("train_last_layers"),
     **dict.fromkeys(("warmup_ratio", "num_warmup_steps"), _Alias("warmup_steps")),
     **dict.fromkeys(("clip_grad_norm", "gradient_clipping"), _Alias("max_grad_norm")),
     **dict.fromkeys(
@@ -641,6 +663,8 @@ def _refuse_what_is_not_built(config: Config) -> None:
     """A knob that would be silently ignored is an error instead."""
     wanted = {
         "lora.r": config.lora.r > 0,
+        "trainable": config.trainable is not None,
+        "train_last_layers": config.train_last_layers is not None,
         "mesh.context": config.mesh.context != 1,
         "report_to=wandb": "wandb" in config.report_to,
         "sample_prompts": bool(config.sample_prompts),

@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxtune.config import ConfigError
 
+SHOWN = 40  # names that an error lists; the layers of a stack share theirs
 Tree = Any  # nested dicts with string keys; leaves are arrays, shapes or anything not a dict
 
 
@@ -73,6 +74,7 @@ def select(tree: Tree, pattern: str) -> Tree:
     """A tree of booleans: does `pattern` (a regex, searched) match the leaf's name?"""
     chosen = map_named(lambda name, _: re.search(pattern, name) is not None, tree)
     if not any(named(chosen).values()):
-        names = ", ".join(list(named(tree))[:6])
-        raise ConfigError(f"pattern '{pattern}' matches no parameter. There are: {names}, ...")
+        names = list(named(tree))
+        shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+        raise ConfigError(f"pattern '{pattern}' matches no parameter. There are: {shown}.")
     return chosen

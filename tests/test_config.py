@@ -143,6 +143,10 @@ def test_mistakes_are_named(given: dict, message: str) -> None:
         ),
         ({"lr_scheduler_kwargs.minlr": 1}, "Did you mean 'lr_scheduler_kwargs.min_lr'?"),
         ({"neftune_noise_alpha": 0}, "neftune_noise_alpha: Input should be greater than 0"),
+        ({"trainable": "mlp("}, "trainable: 'mlp(' is no regular expression: missing )"),
+        ({"train_last_layers": 0}, "train_last_layers: Input should be greater than 0"),
+        ({"train_last_layers": 2, "lora": {"r": 4}}, "unset train_last_layers"),
+        ({"trainable": "norm", "lora.r": 4}, "beside frozen weights; unset trainable"),
     ],
 )
 def test_what_an_optimiser_or_a_schedule_cannot_be_is_named(given: dict, message: str) -> None:

@@ -17,7 +17,7 @@ Axes = tuple[str | None, ...]
 
 MATRIX = re.compile(r"(^|/)(kernel|table|rows|a|b)$")  # a, b: the two factors of an adapter
 VECTOR = re.compile(r"(^|/)(scale|bias|sinks|magnitude)$")
-STACKED = ("layers", "experts")  # as leading axes they count separate weights
+STACKED = ("layers", "expert")  # as leading axes they count separate weights
 # Alone a side of a matrix (None is an adapter's rank); heads and head_dim are one together.
 ONE_SIDE = ("embed", None)
 LOOKED_UP = re.compile(r"(^|/)(table|rows)$")

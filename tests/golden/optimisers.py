@@ -28,7 +28,7 @@ LEAVES: dict[str, tuple[tuple[int, ...], tuple[str | None, ...], int]] = {
     f"{LAYER}/attention/q/kernel": ((2, 6, 2, 4), ("layers", "embed", "heads", "head_dim"), 1),
     f"{LAYER}/attention/q/bias": ((2, 2, 4), ("layers", "heads", "head_dim"), 1),
     f"{LAYER}/attention/o/kernel": ((2, 2, 4, 6), ("layers", "heads", "head_dim", "embed"), 1),
-    f"{LAYER}/experts/up/kernel": ((2, 3, 6, 4), ("layers", "experts", "embed", "mlp"), 2),
+    f"{LAYER}/experts/up/kernel": ((2, 3, 6, 4), ("layers", "expert", "embed", "mlp"), 2),
     "head/kernel": ((6, 7), ("embed", "vocab"), 0),
 }
 # Dimensions, after the stacked ones, that are the rows of the matrix; None of a vector.

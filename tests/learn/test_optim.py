@@ -125,7 +125,7 @@ def test_a_stack_is_exactly_its_layers_and_experts_apart(key: str) -> None:
 def test_eight_devices_equal_one_and_state_lies_with_its_parameter(key: str) -> None:
     mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2, "context": 2})
     params = arrays(golden.start())
-    known = {name: tuple(None if a == "experts" else a for a in AXES[name]) for name in AXES}
+    known = {name: tuple(None if a == "expert" else a for a in AXES[name]) for name in AXES}
     where = shardings(unnamed(known), params, mesh)
     one, _ = trained(key)
     with jax.set_mesh(mesh):
@@ -236,7 +236,7 @@ def test_the_rules_are_total() -> None:
     with pytest.raises(ValueError, match="optim 'adam'; there are: adamw, adafactor"):
         optim.optimiser(optim.Hyper("adam"), {})
     assert set(optim.METHODS) == set(methods.METHODS)
-    assert dims("router/kernel", ("layers", "embed", "experts")) == Dims((0,), (1,), (2,))
+    assert dims("router/kernel", ("layers", "embed", "expert")) == Dims((0,), (1,), (2,))
     assert dims("q/b", ("layers", None, "heads", "head_dim")) == Dims((0,), (1,), (2, 3))
     assert dims("o/a", ("layers", "heads", "head_dim", None)) == Dims((0,), (1, 2), (3,))
 

@@ -1,0 +1,71 @@
+"""Training a part of the parameters: which leaves, and a spec in which they stand alone.
+
+What is not trained is frozen for real: it is outside the optimiser, the checkpoint and the
+differentiation, and a backward pass ends at the first layer that is trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxtune.config import ConfigError
+from jaxtune.model import decoder
+from jaxtune.spec import ModelSpec, apart
+from jaxtune.tree import named, select
+
+
+class Part(NamedTuple):
+    """`spec` is the model as it is to be built; `names` are the trained parameters', `head/kernel`;
+    `asked` is what `part` was asked for, as a checkpoint keeps it.
+    """
+
+    spec: ModelSpec
+    names: frozenset[str]
+    asked: Mapping[str, Any]
+
+    def is_trained(self, variable: str) -> bool:
+        """By the name of a variable, `params/head/kernel`."""
+        return variable.removeprefix("params/") in self.names
+
+
+def part(spec: ModelSpec, *, trainable: str | None, train_last_layers: int | None) -> Part | None:
+    """What the two fields of the config choose together; None when neither is set.
+
+    The layers of a stack are one leaf, so its last ones become a stack of their own; `trainable`,
+    a regex, is searched in the names that result. Raises `ConfigError` when a pattern matches
+    nothing or there are not so many layers.
+    """
+    if trainable is None and train_last_layers is None:
+        return None
+    first = len(spec.stacks)
+    if train_last_layers is not None:
+        try:
+            spec, first = apart(spec, train_last_layers)
+        except ValueError as error:
+            raise ConfigError(f"train_last_layers: {error}.") from None
+    params = decoder.abstract(spec, jnp.float32)
+    last = tuple(f"stack_{i}/" for i in range(first, len(spec.stacks)))
+    names = {name for name in named(params) if name.startswith(last)}
+    if trainable is not None:
+        try:
+            chosen = named(select(params, trainable))
+        except ConfigError as error:
+            raise ConfigError(f"trainable: {error}") from None
+        names |= {name for name, matches in chosen.items() if matches}
+    asked = {"trainable": trainable, "train_last_layers": train_last_layers}
+    return Part(spec, frozenset(names), asked)
+
+
+def share(trained: Any, variables: Any) -> str:
+    """`1,234 of 56,789 parameters (2.17%)`, of trees of shapes or arrays."""
+
+    def count(tree: Any) -> int:
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+    n, total = count(trained), count(variables)
+    return f"{n:,} of {total:,} parameters ({100 * n / total:.3g}%)"
