@@ -3,7 +3,7 @@
     python configs/quickstart/make_data.py
 
 writes, beside this file, `train.jsonl` (2,000 dialogues), `eval.jsonl` (200) and the tokenizer in
-`model/`. The same bytes come out each time. Everything the desk knows stands in the tables below;
+`model/`. The same bytes come out each time; `make_data.py FOLDER SEED` makes other ones elsewhere. Everything the desk knows stands in the tables below;
 an answer is a function of one `Case` (a policy, what it is applied to, and the number, place or
 symptom that decides), so a generated answer is either right or wrong.
 
@@ -12,6 +12,7 @@ not the dialogues.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
@@ -380,9 +381,9 @@ def draw_dialogues(pool: Pool, number: int, random: Random) -> list[Dialogue]:
     return list(dialogues.values())
 
 
-def make_dialogues() -> tuple[list[Dialogue], list[Dialogue]]:
+def make_dialogues(seed: int = SEED) -> tuple[list[Dialogue], list[Dialogue]]:
     """(train, eval)"""
-    random = Random(SEED)
+    random = Random(seed)
     trained, held_out = split_cases(random)
     return (
         draw_dialogues(trained, TRAIN_DIALOGUES, random),
@@ -443,8 +444,8 @@ def texts_of(dialogues: Iterable[Dialogue]) -> Iterator[str]:
             yield message["content"]
 
 
-def write(folder: Path) -> None:
-    train, held_out = make_dialogues()
+def write(folder: Path, seed: int = SEED) -> None:
+    train, held_out = make_dialogues(seed)
     (folder / "train.jsonl").write_text(json_lines(train))
     (folder / "eval.jsonl").write_text(json_lines(held_out))
     model = folder / "model"
@@ -455,4 +456,7 @@ def write(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(__file__).parent)
+    if len(sys.argv) > 2:
+        write(Path(sys.argv[1]), int(sys.argv[2]))
+    else:
+        write(Path(__file__).parent)
