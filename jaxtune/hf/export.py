@@ -111,15 +111,15 @@ def export_model(
                 for _ in _values(model, params, dtypes):
                     pass
         else:
-            with _replacing(out, size) as folder:
+            with replacing(out, size) as folder:
                 with ShardWriter(folder, plans) as writer:
                     for name, values in _values(model, params, dtypes):
                         writer.write(name, values)
                 if len(plans) > 1:
-                    _write_json(folder / INDEX, index_of(plans))
+                    write_json(folder / INDEX, index_of(plans))
                 _write_configs(folder, model, save_dtype, tokenizer, stop_ids)
-                _write_tokenizer(folder, model, tokenizer, template)
-                _write(folder / "README.md", card.encode())
+                write_tokenizer(folder, model, tokenizer, template)
+                write(folder / "README.md", card.encode())
                 _verify(folder, _values(model, params, dtypes))
         multihost_utils.sync_global_devices("export")
     except OSError as error:
@@ -193,11 +193,13 @@ def _values(
         yield name, _cast(name, tensor, dtypes[name])
 
 
-def _gather(leaf: jax.Array, at: Mapping[int, int]) -> np.ndarray:
+def _gather(leaf: Any, at: Mapping[int, int]) -> np.ndarray:
     """The part of a sharded parameter at `at` (axis -> index), whole, on this host.
 
     Always a part or a copy: JAX keeps the host's view of an array as long as the array lives.
     """
+    if callable(leaf):  # made when asked for, as merged weights are
+        return leaf(at)
     part = leaf if at else jax.numpy.copy(leaf)
     for axis in sorted(at, reverse=True):
         part = _take(part, at[axis], axis)
@@ -256,9 +258,9 @@ def _write_configs(
     ids = _special_ids(model.config, tokenizer, stop_ids) if tokenizer is not None else {}
     config = model.family.to_hf_config(model.config, model.spec, dtype=dtype)
     config.pop("auto_map", None)  # names code that does not come along, or code of a stranger
-    _write_json(folder / "config.json", {**config, **ids})
+    write_json(folder / "config.json", {**config, **ids})
     if model.generation or ids:
-        _write_json(folder / "generation_config.json", {**model.generation, **ids})
+        write_json(folder / "generation_config.json", {**model.generation, **ids})
 
 
 def _special_ids(
@@ -280,7 +282,7 @@ def _special_ids(
     return {key: value for key, value in ids.items() if value is not None or key in config}
 
 
-def _write_tokenizer(
+def write_tokenizer(
     folder: Path, model: HfModel, tokenizer: Tokenizer | None, template: Template | None
 ) -> None:
     """The tokenizer's files, byte for byte unless tokens were added to it; its chat template
@@ -290,18 +292,18 @@ def _write_tokenizer(
     changed = {} if tokenizer is None else tokenizer.changed_files
     for name in _TOKENIZER_FILES:
         if name in changed:
-            _write(folder / name, changed[name])
+            write(folder / name, changed[name])
         elif (source / name).exists():
-            _write(folder / name, read_bytes(source / name, source))
+            write(folder / name, read_bytes(source / name, source))
     text = None if template is None else template.chat_template
     if text is not None:
-        _write(folder / _CHAT_TEMPLATE, text.encode())
+        write(folder / _CHAT_TEMPLATE, text.encode())
         _drop_chat_template(folder / "tokenizer_config.json")
     elif (source / _CHAT_TEMPLATE).exists():
-        _write(folder / _CHAT_TEMPLATE, read_bytes(source / _CHAT_TEMPLATE, source))
+        write(folder / _CHAT_TEMPLATE, read_bytes(source / _CHAT_TEMPLATE, source))
     if tokenizer is not None and not (folder / "tokenizer_config.json").is_file():
         tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-        _write_json(
+        write_json(
             folder / "tokenizer_config.json",
             {
                 "tokenizer_class": "PreTrainedTokenizerFast",
@@ -316,11 +318,11 @@ def _drop_chat_template(file: Path) -> None:
     if file.is_file():
         config = read_object(file, file.parent, limit=MAX_TABLE)
         if config.pop("chat_template", None) is not None:
-            _write_json(file, config)
+            write_json(file, config)
 
 
 @contextlib.contextmanager
-def _replacing(out: Path, size: int) -> Iterator[Path]:
+def replacing(out: Path, size: int) -> Iterator[Path]:
     """A new folder beside `out` that takes its place when the block ends without an error."""
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -351,11 +353,11 @@ def _replacing(out: Path, size: int) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    _write(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    write(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _write(file: Path, content: bytes) -> None:
+def write(file: Path, content: bytes) -> None:
     with file.open("wb") as handle:
         handle.write(content)
         handle.flush()

@@ -196,9 +196,7 @@ def load_params(model: HfModel, shardings: Any | None, dtype: Any) -> Any:
     where = named(shardings) if shardings is not None else {}
 
     def read(name: str, index: Index) -> np.ndarray:
-        if model.new is not None and name in model.mean_rows:
-            return _read_rows(model, name, index)
-        return fetch(model.tensors[name], index)
+        return _read_tensor(model, name, index)
 
     def load(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if name not in where:
@@ -206,6 +204,21 @@ def load_params(model: HfModel, shardings: Any | None, dtype: Any) -> Any:
         return _assemble(leaf.shape, where[name], lambda at: placed[name].read(read, at, target))
 
     return map_named(load, _abstract(model.spec))
+
+
+def read_part(model: HfModel, name: str, index: Index) -> np.ndarray:
+    """`index` of parameter `name` in float32, on this host, as `load_params` would give it."""
+
+    def read(tensor: str, cut: Index) -> np.ndarray:
+        return _read_tensor(model, tensor, cut)
+
+    return model.placed[name].read(read, index, np.dtype(np.float32))
+
+
+def _read_tensor(model: HfModel, name: str, index: Index) -> np.ndarray:
+    if model.new is not None and name in model.mean_rows:
+        return _read_rows(model, name, index)
+    return fetch(model.tensors[name], index)
 
 
 def _read_rows(model: HfModel, name: str, index: Index) -> np.ndarray:

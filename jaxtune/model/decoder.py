@@ -154,6 +154,7 @@ def adapter_axes(spec: ModelSpec, lora: Lora) -> Params:
     )
 
 
+@functools.cache
 def projections(spec: ModelSpec) -> tuple[str, ...]:
     """Names of all that can have an adapter: `stack_0/layer_0/attention/q`."""
     leaves = named(abstract_adapters(spec, Lora(r=1, alpha=1.0)))

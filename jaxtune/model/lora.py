@@ -16,10 +16,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 COLLECTION = "lora"
@@ -146,15 +146,14 @@ def with_rows(lora: Lora, letters: str, table: jax.Array, *, declare: Declare) -
 
 
 def merged_kernel(
-    leaves: Mapping[str, Any], kernel: Any, letters: str, shared: str, lora: Lora
-) -> Any:
-    """One kernel (numpy or jax, f32, axes `letters`) with its adapter `leaves` in it."""
+    leaves: Mapping[str, np.ndarray], kernel: np.ndarray, letters: str, shared: str, lora: Lora
+) -> np.ndarray:
+    """One layer's kernel of axes `letters` with the adapter `leaves` in it, f32, on the host."""
     added = "".join(letter for letter in letters if letter not in shared)
-    a, b = leaves["a"], leaves["b"]
-    delta = jnp.einsum(f"{shared}R,R{added}->{letters}", a, b, precision=jax.lax.Precision.HIGHEST)
-    whole = jnp.asarray(kernel, jnp.float32) + lora.scale * delta
+    delta = np.einsum(f"{shared}R,R{added}->{letters}", leaves["a"], leaves["b"], optimize=True)
+    whole = kernel.astype(np.float32) + np.float32(lora.scale) * delta
     if "magnitude" not in leaves:
         return whole
     axes = tuple(letters.index(letter) for letter in shared)
-    length = jnp.sqrt(jnp.sum(jnp.square(whole), axis=axes, keepdims=True))
-    return whole * (jnp.expand_dims(leaves["magnitude"], axes) / length)
+    length = np.sqrt(np.sum(np.square(whole), axis=axes, keepdims=True))
+    return whole * (np.expand_dims(leaves["magnitude"], axes) / length)

@@ -14,7 +14,9 @@ from jaxtune.config import Config, load
 sentencepiece = pytest.importorskip("sentencepiece")
 
 PLACES = ["Rome", "Oslo", "Paris", "Lima", "Kyiv", "Bern", "Doha", "Cork"]
-ROWS = [{"instruction": f"Where is number {i}?", "output": f"In {p}."} for i, p in enumerate(PLACES)]
+ROWS = [
+    {"instruction": f"Where is number {i}?", "output": f"In {p}."} for i, p in enumerate(PLACES)
+]
 CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 320,
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
