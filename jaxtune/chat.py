@@ -59,8 +59,9 @@ def run(config: Config, options: ChatOptions | None = None) -> Result:
     asked = _asked(options)
     _check_output(options.output)
 
-    from jaxtune.inference import check_base, load_model, open_mesh, open_words
+    from jaxtune.inference import check_base, load_model, open_mesh, open_words, resolved
 
+    config = resolved(config)
     words = open_words(config)
     mesh = open_mesh(config)
     assert config.model_name_or_path is not None

@@ -113,14 +113,22 @@ class DatasetConfig(_Strict):
 
 
 class LoraConfig(_Strict):
-    """Low-rank adapters; r = 0 trains all parameters."""
+    """Low-rank adapters beside frozen weights; r = 0 trains all parameters."""
 
-    r: NonNegativeInt = Field(0, description="rank; 0 = full fine-tuning")
+    r: NonNegativeInt = Field(
+        0, description="rank; 0 = full fine-tuning; adapters are float32 whatever the base is"
+    )
     alpha: PositiveFloat | None = Field(None, description="scale is alpha / r; default 2 r")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
-    targets: str | tuple[str, ...] = Field("all-linear", description="which projections")
-    rslora: bool = Field(False, description="scale alpha / sqrt(r)")
-    dora: bool = Field(False, description="weight-decomposed LoRA")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's input, while training")
+    targets: str | tuple[str, ...] = Field(
+        "all-linear",
+        description="all-linear = every projection but the head and experts | names of modules, "
+        "q_proj,v_proj | a regex of whole module names",
+    )
+    rslora: bool = Field(False, description="scale alpha / sqrt(r): steady at high ranks")
+    dora: bool = Field(
+        False, description="learns the length of each output's weights apart; slower, more memory"
+    )
 
 
 class MeshConfig(_Strict):
@@ -183,6 +191,11 @@ class Config(_Strict):
         None, description="hub id, Hugging Face folder, or a jaxtune run directory"
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    adapter_name_or_path: str | None = Field(
+        None,
+        description="adapter in PEFT's format (folder or hub id) to go on training from; brings "
+        "its r, alpha, targets and kind",
+    )
     tokenizer_name: str | None = Field(None, description="folder or hub id; default: the model's")
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="random needs only config.json and trains from scratch"
@@ -346,6 +359,9 @@ class Config(_Strict):
     def _agree(self) -> Config:
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError("max_steps is positive, or -1 for num_train_epochs")
+        adapted = self.lora.r > 0 or self.adapter_name_or_path is not None
+        if adapted and self.init == "random":
+            raise ValueError("lora.r and adapters need a trained base; set init: pretrained")
         if self.eval_split and self.eval_datasets:
             raise ValueError("eval_split and eval_datasets exclude each other; set one")
         if any(entry.weight != 1 or entry.proportions for entry in self.eval_datasets):
@@ -414,7 +430,8 @@ def method_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """The defaults that go by optimiser, and with adapters, of what `values` leave unset."""
     lora = values.get("lora")
     rank = lora.get("r", 0) if isinstance(lora, Mapping) else getattr(lora, "r", 0)
-    found = methods.defaults(str(values.get("optim", "adamw")), lora=str(rank) not in ("0", "None"))
+    adapted = str(rank) not in ("0", "None") or values.get("adapter_name_or_path") is not None
+    found = methods.defaults(str(values.get("optim", "adamw")), lora=adapted)
     fields = Config.model_fields
     return {n: v for n, v in found.items() if n not in values and v != fields[n].default}
 
@@ -497,6 +514,7 @@ ALIASES: Mapping[str, _Alias] = {
     **dict.fromkeys(("lora_target", "lora_target_modules"), _Alias("lora.targets")),
     "use_rslora": _Alias("lora.rslora"),
     "use_dora": _Alias("lora.dora"),
+    **dict.fromkeys(("adapter", "adapter_path"), _Alias("adapter_name_or_path")),
     **dict.fromkeys(("resume_from_checkpoint", "resume"), _Alias("resume", _resume)),
     "log_interval": _Alias("logging_steps"),
     "out_dir": _Alias("output_dir"),
@@ -531,7 +549,8 @@ def load(
     config = parse_model(Config, nested, where=where)
     for name, value in method_defaults(nested).items():
         shown = value if isinstance(value, str) else f"{value:g}"
-        lora = " and LoRA" if name == "learning_rate" and config.lora.r else ""
+        adapted = config.lora.r > 0 or config.adapter_name_or_path is not None
+        lora = " and LoRA" if name == "learning_rate" and adapted else ""
         note(f"{name}: {shown}, the default with {config.optim}{lora}")
     _refuse_what_is_not_built(config)
     return config
@@ -662,7 +681,6 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_what_is_not_built(config: Config) -> None:
     """A knob that would be silently ignored is an error instead."""
     wanted = {
-        "lora.r": config.lora.r > 0,
         "trainable": config.trainable is not None,
         "train_last_layers": config.train_last_layers is not None,
         "mesh.context": config.mesh.context != 1,

@@ -2,8 +2,9 @@
 
     python -m jaxtune.convert RUN_OR_CHECKPOINT OUT_DIR [--step N] [--save_dtype bfloat16]
 
-RUN is a run directory (its newest checkpoint, or that of `--step`), RUN/checkpoints/STEP, or a
-folder in Hugging Face format, which is saved anew. Flags overrule the run's own config.
+RUN is a run directory (its newest checkpoint, or that of `--step`), RUN/checkpoints/STEP, a folder
+in Hugging Face format, which is saved anew, or an adapter in PEFT's format, which is merged into
+its base. `--merge_lora false` writes adapters as a PEFT folder. Flags overrule the run's config.
 """
 
 from __future__ import annotations
@@ -18,18 +19,24 @@ from pydantic import Field
 
 from jaxtune import command
 from jaxtune.command import note
-from jaxtune.config import Config, ConfigError, dump, load
+from jaxtune.config import Config, ConfigError, dump
 
 if TYPE_CHECKING:
+    from jaxtune.data.template import Template
+    from jaxtune.data.tokenizer import Tokenizer
+    from jaxtune.hf.adapter import WrittenAdapter
     from jaxtune.hf.export import Exported
     from jaxtune.hf.load import HfModel
+    from jaxtune.weights import Restored
 
 
 class ConvertOptions(command.Options):
-    run_or_checkpoint: str = Field(description="run directory, checkpoint or model folder")
+    run_or_checkpoint: str = Field(description="run directory, checkpoint, model folder or adapter")
     out_dir: str = Field(description="folder to write; an earlier export there is replaced")
     step: int | None = Field(None, ge=1, description="checkpoint to take; default: the newest")
-    merge_lora: bool = Field(True, description="adapters into the weights, where the run has any")
+    merge_lora: bool = Field(
+        True, description="adapters into the weights; false writes them as a PEFT folder"
+    )
 
     @classmethod
     def positional(cls) -> tuple[str, ...]:
@@ -37,7 +44,8 @@ class ConvertOptions(command.Options):
 
 
 class Result(NamedTuple):
-    """`step` is the checkpoint's, None for a model folder."""
+    """`step` is the checkpoint's, None for a folder; `model_dir` is an adapter's folder with
+    `merge_lora: false`."""
 
     model_dir: Path
     step: int | None
@@ -45,17 +53,23 @@ class Result(NamedTuple):
 
 def run(config: Config, options: ConvertOptions) -> Result:
     """Raises `ConfigError` and `ModelError`; what stood in `out_dir` before stays on failure."""
-    source, step = _checkpoint(Path(options.run_or_checkpoint), options.step)
+    from jaxtune.hf.adapter import WrittenAdapter, is_adapter
+    from jaxtune.weights import checkpoint_of
+
+    source, step = checkpoint_of(Path(options.run_or_checkpoint), options.step)
     out = Path(options.out_dir)
     if (source / "checkpoints").is_dir():
-        exported, step = _export_run(source, step, out, config)
+        exported, step = _export_run(source, step, out, config, options.merge_lora)
+    elif step is None and is_adapter(options.run_or_checkpoint):
+        exported = _export_adapter(options.run_or_checkpoint, out, config, options.merge_lora)
     elif step is not None:
         raise ConfigError(f"{source}: --step {step}, but there are no checkpoints in it.")
     else:
         exported = _export_folder(options.run_or_checkpoint, out, config)
+    kind = "adapter" if isinstance(exported, WrittenAdapter) else "model"
     of_step = "" if step is None else f"step {step}, "
     note(
-        f"model: {exported.folder} ({of_step}{exported.tensors} tensors, "
+        f"{kind}: {exported.folder} ({of_step}{exported.tensors} tensors, "
         f"{exported.size / 1e6:.1f} MB, read back and equal to the parameters)"
     )
     return Result(exported.folder, step)
@@ -66,37 +80,35 @@ def main(argv: list[str] | None = None) -> int:
     return command.execute("convert", description, ConvertOptions, run, argv)
 
 
-def _checkpoint(source: Path, step: int | None) -> tuple[Path, int | None]:
-    """RUN/checkpoints/STEP -> RUN and STEP; anything else as it is."""
-    if source.parent.name != "checkpoints" or not source.name.isdigit():
-        return source, step
-    if step not in (None, int(source.name)):
-        raise ConfigError(f"{source}: is step {source.name}, but --step is {step}. Drop one.")
-    return source.parent.parent, int(source.name)
-
-
-def _export_run(run_dir: Path, step: int | None, out: Path, flags: Config) -> tuple[Exported, int]:
+def _export_run(
+    run_dir: Path, step: int | None, out: Path, flags: Config, merge: bool
+) -> tuple[Exported | WrittenAdapter, int]:
     from jaxtune.data.asked import open_template, open_tokenizer, stop_ids
     from jaxtune.draw.card import model_card
     from jaxtune.hf.export import check_target, export_model
     from jaxtune.hf.load import open_model, with_tokens
+    from jaxtune.weights import restore, run_config, to_export
 
-    config = _overruled(load(run_dir / "config.yaml"), flags)
+    config = run_config(run_dir, flags)
     name = config.model_name_or_path
     if name is None:
         raise ConfigError(f"{run_dir / 'config.yaml'}: has no model_name_or_path.")
     pretrained = config.init == "pretrained"
     model = open_model(name, revision=config.revision, weights=pretrained, note=note)
-    check_target(out, model)
+    if merge:
+        check_target(out, model)
     tokenizer = open_tokenizer(config, config.tokenizer_name or name, note=note)
     template = open_template(config, tokenizer, note=note)
     added = tokenizer.added.values()
     model = with_tokens(model, added, trained=tokenizer.size - len(added))
-    params, step = _restore(run_dir, step, model, config.param_dtype)
+    restored = restore(model, run_dir, step, dtype=config.param_dtype)
+    model, step = restored.model, restored.step
+    if not merge:
+        return _write_adapter(out, restored, tokenizer, template), step
     exported = export_model(
         out,
         model=model,
-        params=params,
+        params=to_export(restored),
         save_dtype=config.save_dtype,
         tokenizer=tokenizer,
         template=template,
@@ -111,6 +123,64 @@ def _export_run(run_dir: Path, step: int | None, out: Path, flags: Config) -> tu
         ),
     )
     return exported, step
+
+
+def _write_adapter(
+    out: Path, restored: Restored, tokenizer: Tokenizer | None, template: Template | None
+) -> WrittenAdapter:
+    from jaxtune.hf.adapter import write_adapter
+
+    if restored.lora is None:
+        raise ConfigError(
+            "merge_lora: false, but the run trained all parameters; it has no adapters. Drop it."
+        )
+    return write_adapter(
+        out,
+        model=restored.model,
+        lora=restored.lora,
+        adapters=restored.trained["lora"],
+        tokenizer=tokenizer,
+        template=template,
+    )
+
+
+def _export_adapter(
+    source: str, out: Path, config: Config, merge: bool
+) -> Exported | WrittenAdapter:
+    """Of an adapter in PEFT's format, beside its base or the one that `model_name_or_path` says."""
+    from jaxtune.data.tokenizer import load_tokenizer
+    from jaxtune.hf.adapter import merged, open_adapter, read_adapter, with_rows_for, write_adapter
+    from jaxtune.hf.export import check_target, export_model
+    from jaxtune.hf.load import open_model
+
+    adapter = open_adapter(source)
+    name = config.model_name_or_path or adapter.base
+    model = open_model(name, revision=config.revision or adapter.revision, note=note)
+    model = with_rows_for(adapter, model)
+    lora, leaves = read_adapter(adapter, model)
+    own = (adapter.folder / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(str(adapter.folder)) if own else None
+    if not merge:
+        return write_adapter(
+            out, model=model, lora=lora, adapters=leaves, tokenizer=tokenizer, template=None
+        )
+    check_target(out, model)
+    return export_model(
+        out,
+        model=model,
+        params=merged(model, lora, leaves),
+        save_dtype=config.save_dtype,
+        tokenizer=tokenizer,
+        template=None,
+        stop_ids=_ends(model) if own else (),
+        card=f"# {Path(name).name} with {Path(source).name} merged into it\n",
+    )
+
+
+def _ends(model: HfModel) -> list[int]:
+    """What the base says ends a text."""
+    eos = model.generation.get("eos_token_id", model.config.get("eos_token_id"))
+    return [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None]
 
 
 def _export_folder(source: str, out: Path, config: Config) -> Exported:
@@ -130,21 +200,6 @@ def _export_folder(source: str, out: Path, config: Config) -> Exported:
         template=None,
         card=read_text(card, model.folder) if card.exists() else f"# {Path(source).name}\n",
     )
-
-
-def _overruled(config: Config, flags: Config) -> Config:
-    """The run's config with the fields that were given as flags."""
-    return config.model_copy(update={name: getattr(flags, name) for name in flags.model_fields_set})
-
-
-def _restore(run_dir: Path, step: int | None, model: HfModel, dtype: str) -> tuple[Any, int]:
-    from jaxtune.learn.checkpoint import restore_trained
-    from jaxtune.model import decoder
-
-    abstract = {"params": decoder.abstract(model.spec, dtype)}
-    shardings = {"params": _shardings(model, dtype)}
-    trained, meta = restore_trained(run_dir, abstract, shardings, step=step)
-    return trained["params"], int(meta["step"])
 
 
 def _shardings(model: HfModel, dtype: str) -> Any:

@@ -62,8 +62,9 @@ def run(config: Config, options: EvaluateOptions | None = None) -> Result:
     options = options or EvaluateOptions()
 
     # 1. What both models are asked.
-    from jaxtune.inference import check_base, load_model, open_mesh, open_words
+    from jaxtune.inference import check_base, load_model, open_mesh, open_words, resolved
 
+    config = resolved(config)
     words = open_words(config)
     if options.base is not None:
         check_base(options.base, words)

@@ -49,6 +49,27 @@ class Answer(NamedTuple):
     tokens: int
 
 
+def resolved(config: Config) -> Config:
+    """The config to ask a model with: for RUN/checkpoints/STEP that of the run, and for an adapter
+    the tokenizer that lies beside it, or its base's. Flags stand above both."""
+    from jaxtune.hf.adapter import is_adapter, open_adapter
+    from jaxtune.weights import checkpoint_of, is_checkpoint, run_config
+
+    name = config.model_name_or_path
+    if name is None:
+        return config
+    if is_checkpoint(name):
+        own = run_config(checkpoint_of(Path(name))[0], Config())
+        tokenizer = own.tokenizer_name or own.model_name_or_path
+        given = {field: getattr(config, field) for field in config.model_fields_set}
+        return own.model_copy(update={"tokenizer_name": tokenizer, **given})
+    if is_adapter(name) and config.tokenizer_name is None:
+        adapter = open_adapter(name)
+        beside = (adapter.folder / "tokenizer.json").is_file()
+        return config.model_copy(update={"tokenizer_name": name if beside else adapter.base})
+    return config
+
+
 def open_words(config: Config) -> Words:
     """Of the model, or of `tokenizer_name`. Raises `ConfigError`."""
     from jaxtune.data.asked import open_template, open_tokenizer
@@ -88,12 +109,15 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
     With `init: random` a folder without weights is filled with those that training with this seed
     began with. Raises `ModelError`.
     """
+    from jaxtune.hf.adapter import is_adapter
     from jaxtune.hf.load import open_model
     from jaxtune.learn.program import compute_dtype
     from jaxtune.mesh import shardings
     from jaxtune.model import decoder
-    from jaxtune.weights import base_params
+    from jaxtune.weights import base_params, is_checkpoint
 
+    if is_checkpoint(name) or is_adapter(name):
+        return _load_trained(name, config, words, mesh)
     random = config.init == "random" and not _has_weights(name)
     model = open_model(name, revision=config.revision, weights=not random, note=note)
     dtype = compute_dtype(config.dtype)
@@ -101,6 +125,44 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
     if random:
         note(f"{name}: no weights there; random ones of seed {config.seed}, as training began")
     params = base_params(model, config, placed, dtype)
+    stop_ids = {words.template.stop_id, *_eos_ids(model)}
+    return Model(name, model.spec, params, frozenset(stop_ids), dtype, mesh)
+
+
+def _load_trained(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
+    """A checkpoint of a run, or an adapter with its base: adapters merged into the weights."""
+    import jax
+
+    from jaxtune.hf.adapter import merged_params, open_adapter, read_adapter, with_rows_for
+    from jaxtune.hf.load import open_model, with_tokens
+    from jaxtune.learn.program import compute_dtype
+    from jaxtune.mesh import shardings
+    from jaxtune.model import decoder
+    from jaxtune.weights import checkpoint_of, is_checkpoint, restore, run_config
+
+    dtype = compute_dtype(config.dtype)
+    if is_checkpoint(name):
+        run_dir, step = checkpoint_of(Path(name))
+        own = run_config(run_dir, Config())
+        assert own.model_name_or_path is not None
+        pretrained = own.init == "pretrained"
+        model = open_model(own.model_name_or_path, revision=own.revision, weights=pretrained)
+        added = words.tokenizer.added.values()
+        model = with_tokens(model, added, trained=words.tokenizer.size - len(added))
+        restored = restore(model, run_dir, step, dtype=own.param_dtype)
+        model, lora = restored.model, restored.lora
+        leaves = restored.trained["params" if lora is None else "lora"]
+    else:
+        adapter = open_adapter(name)
+        model = open_model(adapter.base, revision=adapter.revision)
+        model = with_rows_for(adapter, model)
+        lora, leaves = read_adapter(adapter, model)
+    placed = shardings(decoder.axes(model.spec), decoder.abstract(model.spec, dtype), mesh)
+    if lora is None:
+        cast = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree))
+        params = jax.device_put(cast(leaves), placed)
+    else:
+        params = merged_params(model, lora, leaves, placed, dtype)
     stop_ids = {words.template.stop_id, *_eos_ids(model)}
     return Model(name, model.spec, params, frozenset(stop_ids), dtype, mesh)
 

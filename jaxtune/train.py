@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from jaxtune.learn.program import Program
     from jaxtune.learn.state import TrainState
     from jaxtune.learn.step import StepMetrics
+    from jaxtune.weights import Adapters
 
 
 class TrainOptions(command.Options):
@@ -40,13 +41,15 @@ class TrainOptions(command.Options):
 
 class Result(NamedTuple):
     """`model_dir` is the exported folder (None with `export: false`); `step` the last step;
-    `metrics` the last train and eval rows of metrics.jsonl, by kind.
+    `metrics` the last train and eval rows of metrics.jsonl, by kind; `adapter_dir` the adapter's
+    folder, where there is one.
     """
 
     output_dir: Path
     model_dir: Path | None
     step: int
     metrics: Mapping[str, Mapping[str, Any]]
+    adapter_dir: Path | None = None
 
 
 class Material(NamedTuple):
@@ -70,9 +73,10 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
 
     # 2. The model and the program for these devices.
     from jaxtune.data.position import largest_id
+    from jaxtune.hf.adapter import check_adapter_target
     from jaxtune.hf.export import check_target
     from jaxtune.hf.load import open_model, with_tokens
-    from jaxtune.weights import check_ids
+    from jaxtune.weights import adapters_of, check_ids
 
     pretrained = config.init == "pretrained"
     model = open_model(model_name, revision=config.revision, weights=pretrained, note=note)
@@ -81,12 +85,15 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     held_out = [material.held_out] if material.held_out is not None else []
     largest = max(largest_id(data) for data in (material.train, *held_out))
     check_ids(largest, model.name, model.spec, material.tokenizer)
+    model, adapters = adapters_of(config, model, note=note)
     if config.export:
         check_target(run_dir / "hf", model)
+        if adapters is not None:
+            check_adapter_target(run_dir / "adapter")
     mesh, batches = _plan(config, material.train)
     total_steps = batches.total_steps(config.num_train_epochs, config.max_steps)
     report = _announce(config, material, batches, mesh, total_steps)
-    program = _build(config, model, mesh, total_steps)
+    program = _build(config, model, adapters, mesh, total_steps)
 
     # 3. Where to begin.
     import jax
@@ -96,30 +103,37 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
         checkpoints = Checkpoints(run_dir, keep=config.save_total_limit)
         closing.callback(checkpoints.close)
-        start = _where_to_begin(config, checkpoints, batches, total_steps)
-        state, frozen = _first_state(config, model, program, checkpoints, start)
+        start = _where_to_begin(config, checkpoints, batches, model, adapters, total_steps)
+        state, frozen = _first_state(config, model, adapters, program, checkpoints, start)
         (run_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
 
         # 4. The loop.
         from jaxtune.data.position import fingerprint
         from jaxtune.learn.metrics import MetricsWriter
+        from jaxtune.weights import adapter_meta
 
         writer = MetricsWriter(run_dir, resumed_at=start, report_to=config.report_to)
         closing.callback(writer.close)
-        plan = Plan(batches, fingerprint(batches), total_steps, material.held_out)
+        meta = {"fingerprint": fingerprint(batches), "total_steps": total_steps}
+        plan = Plan(
+            batches, {**meta, **adapter_meta(model, adapters)}, total_steps, material.held_out
+        )
         loop = Loop(config, model, program, plan, checkpoints, writer, start)
         state = loop.run(state, frozen)
         checkpoints.wait()
 
         # 5. The export.
+        from jaxtune.hf.adapter import merged
         from jaxtune.tree import merge
 
-        model_dir = None
+        model_dir = adapter_dir = None
         if config.export:
-            model_dir = _export(
-                config, run_dir, model, merge(state.trained, frozen), material, report, loop.last
-            )
-    return Result(run_dir, model_dir, total_steps, loop.last)
+            variables = merge(state.trained, frozen)
+            if adapters is not None:
+                adapter_dir = _export_adapter(run_dir, model, adapters, variables, material)
+                variables = {"params": merged(model, adapters.lora, variables["lora"])}
+            model_dir = _export(config, run_dir, model, variables, material, report, loop.last)
+    return Result(run_dir, model_dir, total_steps, loop.last, adapter_dir)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -226,10 +240,13 @@ def _microbatches(config: Config, mesh: Mesh) -> int:
 # -- the program and its first state -------------------------------------------------------------
 
 
-def _build(config: Config, model: HfModel, mesh: Mesh, total_steps: int) -> Program:
+def _build(
+    config: Config, model: HfModel, adapters: Adapters | None, mesh: Mesh, total_steps: int
+) -> Program:
     from jaxtune.learn import program, schedules
     from jaxtune.learn.optim import Hyper
 
+    dtype = program.compute_dtype(config.dtype)
     warmup = schedules.warmup_length(config.warmup_steps, total_steps)
     return program.build(
         model.spec,
@@ -253,19 +270,27 @@ def _build(config: Config, model: HfModel, mesh: Mesh, total_steps: int) -> Prog
         ),
         max_grad_norm=config.max_grad_norm,
         microbatches=_microbatches(config, mesh),
-        dtype=program.compute_dtype(config.dtype),
-        param_dtype=config.param_dtype,
+        dtype=dtype,
+        # A frozen base is only read: kept as it is computed with, it takes half the memory.
+        param_dtype=config.param_dtype if adapters is None else dtype,
         remat=config.gradient_checkpointing,
         seed=config.seed,
         noise_alpha=config.neftune_noise_alpha,
+        lora=None if adapters is None else adapters.lora,
     )
 
 
 def _where_to_begin(
-    config: Config, checkpoints: Checkpoints, batches: Batches, total_steps: int
+    config: Config,
+    checkpoints: Checkpoints,
+    batches: Batches,
+    model: HfModel,
+    adapters: Adapters | None,
+    total_steps: int,
 ) -> int:
     """The step to go on from; 0 is the beginning. Refuses what would not be the same run."""
     from jaxtune.data.position import fingerprint
+    from jaxtune.weights import check_resumed
 
     latest = checkpoints.latest()
     if latest is None:
@@ -285,6 +310,7 @@ def _where_to_begin(
             f"run's is {now[:12]}. Restore what changed, or choose another "
             "output_dir to start anew."
         )
+    check_resumed(meta, model, adapters, where=f"{checkpoints.folder}: step {latest}")
     if latest > total_steps:
         raise ConfigError(
             f"{checkpoints.folder}: holds step {latest}, but this run ends at {total_steps}. "
@@ -300,32 +326,46 @@ def _where_to_begin(
 
 
 def _first_state(
-    config: Config, model: HfModel, program: Program, checkpoints: Checkpoints, start: int
+    config: Config,
+    model: HfModel,
+    adapters: Adapters | None,
+    program: Program,
+    checkpoints: Checkpoints,
+    start: int,
 ) -> tuple[TrainState, Any]:
     """The state to go on from, and what is frozen beside it; a resumed run reads only the latter
     from the model."""
+    import jax
+
     from jaxtune.tree import split
-    from jaxtune.weights import base_params
+    from jaxtune.weights import base_params, first_adapters
 
     _, frozen = split(program.placed, program.is_trained)
     if start:
         state, _ = checkpoints.restore(start, program.abstract, program.shardings)
         if not frozen:
             return state, frozen
-    params = base_params(model, config, program.placed["params"], config.param_dtype)
+    dtype = jax.tree.leaves(program.variables["params"])[0].dtype
+    variables = {"params": base_params(model, config, program.placed["params"], dtype)}
     if start:
-        return state, split({"params": params}, program.is_trained)[1]
-    return program.first_state({"params": params})
+        return state, split(variables, program.is_trained)[1]
+    if adapters is not None:
+        placed = program.placed["lora"]
+        variables["lora"] = first_adapters(
+            model.spec, adapters, variables["params"], placed, seed=config.seed
+        )
+    return program.first_state(variables)
 
 
 # -- the loop ------------------------------------------------------------------------------------
 
 
 class Plan(NamedTuple):
-    """What a run goes through: batches by step, and what it is evaluated on."""
+    """What a run goes through: batches by step, and what it is evaluated on. `meta` is what every
+    checkpoint says of the run."""
 
     batches: Batches
-    fingerprint: str
+    meta: Mapping[str, Any]
     total_steps: int
     held_out: Dataset | None
 
@@ -479,8 +519,7 @@ class Loop:
     def _save(self, state: TrainState, done: int) -> None:
         if done == self.checkpoints.latest():
             return
-        meta = {"fingerprint": self.plan.fingerprint, "total_steps": self.plan.total_steps}
-        self.checkpoints.save(state, meta, step=done)
+        self.checkpoints.save(state, self.plan.meta, step=done)
 
     def _record(self, row: dict[str, Any]) -> None:
         self.last[row["kind"]] = row
@@ -512,6 +551,30 @@ def _asked_to_stop() -> Iterator[list[str]]:
 
 
 # -- after the loop ------------------------------------------------------------------------------
+
+
+def _export_adapter(
+    run_dir: Path,
+    model: HfModel,
+    adapters: Adapters,
+    variables: Mapping[str, Any],
+    material: Material,
+) -> Path:
+    from jaxtune.hf.adapter import write_adapter
+
+    written = write_adapter(
+        run_dir / "adapter",
+        model=model,
+        lora=adapters.lora,
+        adapters=variables["lora"],
+        tokenizer=material.tokenizer,
+        template=material.template,
+    )
+    note(
+        f"adapter: {written.folder} ({written.tensors} tensors, {written.size / 1e6:.1f} MB, in "
+        "PEFT's format)"
+    )
+    return written.folder
 
 
 def _export(

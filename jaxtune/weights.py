@@ -1,15 +1,32 @@
-"""Where the weights of a run come from: a model folder, or a seed. The doors meet here."""
+"""Where the weights of a run come from: a model folder, a seed, an adapter, a checkpoint.
+
+The doors meet here, so that what is evaluated is what was trained.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxtune.config import Config, ConfigError
+from jaxtune.config import Config, ConfigError, load
 
 if TYPE_CHECKING:
     from jaxtune.data.tokenizer import Tokenizer
     from jaxtune.hf.load import HfModel
+    from jaxtune.model.lora import Lora
     from jaxtune.spec import ModelSpec
+
+
+class Adapters(NamedTuple):
+    """What a run trains beside a frozen base; `start` is where it goes on from, as numpy arrays, or
+    None for new adapters."""
+
+    lora: Lora
+    start: Any | None
+
+
+# -- a run's beginning ---------------------------------------------------------------------------
 
 
 def base_params(model: HfModel, config: Config, placed: Any, dtype: Any) -> Any:
@@ -40,3 +57,175 @@ def check_ids(largest: int, model: str, spec: ModelSpec, tokenizer: Tokenizer) -
             f"{model}: has {spec.vocab} embedding rows, but meets token id {largest} of tokenizer "
             f"{tokenizer.folder}. Use the model's own tokenizer."
         )
+
+
+def adapters_of(
+    config: Config, model: HfModel, *, note: Callable[[str], None]
+) -> tuple[HfModel, Adapters | None]:
+    """What `lora` and `adapter_name_or_path` ask for on `model`, and the model with rows for it.
+
+    New tokens (`with_tokens`) get trained rows. Raises `ConfigError` and `ModelError`.
+    """
+    from jaxtune.hf.adapter import open_adapter, read_adapter, resolve_targets, with_rows_for
+    from jaxtune.model.lora import Lora
+
+    asked = config.lora
+    new = tuple(sorted(model.new.ids)) if model.new is not None else ()
+    if config.adapter_name_or_path is None:
+        if asked.r == 0:
+            return model, None
+        lora = Lora(
+            r=asked.r,
+            alpha=2.0 * asked.r if asked.alpha is None else asked.alpha,
+            targets=resolve_targets(model, asked.targets),
+            dropout=asked.dropout,
+            rslora=asked.rslora,
+            dora=asked.dora,
+            tokens=new,
+        )
+        note(f"lora: {_described(lora)}")
+        return model, Adapters(lora, None)
+
+    name = config.adapter_name_or_path
+    adapter = open_adapter(name)
+    model = with_rows_for(adapter, model)
+    lora, start = read_adapter(adapter, model)
+    if asked.r not in (0, lora.r):
+        raise ConfigError(
+            f"lora.r: {asked.r}, but adapter {name} has rank {lora.r}, which it keeps. Drop lora.r."
+        )
+    if not set(new) <= set(lora.tokens):
+        raise ConfigError(
+            f"adapter_name_or_path {name}: has no rows for {len(set(new) - set(lora.tokens))} "
+            "tokens of add_tokens. Give its own tokenizer as tokenizer_name, or drop add_tokens."
+        )
+    lora = lora.__class__(**{**lora.__dict__, "dropout": asked.dropout})
+    if adapter.base != model.name:
+        note(f"{name}: was trained beside {adapter.base}; it goes on beside {model.name}")
+    note(f"lora: going on from {name}, {_described(lora)}")
+    return model, Adapters(lora, start)
+
+
+def _described(lora: Lora) -> str:
+    kind = ("rsLoRA" if lora.rslora else "LoRA") + (" with DoRA" if lora.dora else "")
+    tokens = f" and the rows of {len(lora.tokens)} tokens" if lora.tokens else ""
+    return f"{kind} of rank {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g}{tokens}"
+
+
+def first_adapters(
+    spec: ModelSpec, adapters: Adapters, params: Any, placed: Any, *, seed: int
+) -> Any:
+    """The collection "lora" a run begins with, in the shardings `placed`."""
+    import functools
+
+    import jax
+
+    from jaxtune.model import decoder
+
+    if adapters.start is not None:
+        return jax.tree.map(jax.device_put, adapters.start, placed)
+    make = functools.partial(decoder.init_adapters, spec, adapters.lora)
+    # Not the key of the base's random weights, nor of what is drawn while training.
+    key = jax.random.fold_in(jax.random.key(seed), 2**31)
+    return jax.jit(make, out_shardings=placed)(params, key)
+
+
+# -- what a checkpoint knows of its base ---------------------------------------------------------
+
+
+def adapter_meta(model: HfModel, adapters: Adapters | None) -> dict[str, Any]:
+    """What a checkpoint of adapters says of itself and of its base."""
+    from jaxtune.hf.adapter import base_meta, lora_meta
+
+    if adapters is None:
+        return {}
+    return {"lora": lora_meta(adapters.lora), "base": base_meta(model)}
+
+
+def check_resumed(
+    meta: Mapping[str, Any], model: HfModel, adapters: Adapters | None, *, where: str
+) -> None:
+    """Refuses to go on with other adapters, or beside another base. Raises `ConfigError`."""
+    from jaxtune.hf.adapter import check_base, lora_from_meta
+
+    before = lora_from_meta(meta["lora"]) if "lora" in meta else None
+    now = None if adapters is None else adapters.lora
+    if before != now:
+        names = [] if before is None or now is None else _different(before, now)
+        said = ", ".join(names) or ("none before" if before is None else "none now")
+        raise ConfigError(
+            f"{where}: was trained with other adapters ({said}). Restore lora's settings, or "
+            "choose another output_dir to start anew."
+        )
+    if now is not None:
+        check_base(meta, model, where=where)
+
+
+def _different(before: Lora, now: Lora) -> list[str]:
+    pairs = zip(before.__dict__.items(), now.__dict__.values(), strict=True)
+    return [f"lora.{name}" for (name, old), new in pairs if old != new]
+
+
+# -- trained weights as parameters ---------------------------------------------------------------
+
+
+class Restored(NamedTuple):
+    """A checkpoint's trained variables, for `model`; `lora` is None where all were trained."""
+
+    model: HfModel
+    trained: Any
+    lora: Lora | None
+    step: int
+
+
+def checkpoint_of(source: Path, step: int | None = None) -> tuple[Path, int | None]:
+    """RUN/checkpoints/STEP -> RUN and STEP; anything else as it is."""
+    if source.parent.name != "checkpoints" or not source.name.isdigit():
+        return source, step
+    if step not in (None, int(source.name)):
+        raise ConfigError(f"{source}: is step {source.name}, but --step is {step}. Drop one.")
+    return source.parent.parent, int(source.name)
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether `name` is RUN/checkpoints/STEP."""
+    run_dir, step = checkpoint_of(Path(name))
+    return step is not None and (run_dir / "config.yaml").is_file()
+
+
+def run_config(run_dir: Path, flags: Config) -> Config:
+    """The run's config with the fields that were given as flags."""
+    config = load(run_dir / "config.yaml")
+    return config.model_copy(update={name: getattr(flags, name) for name in flags.model_fields_set})
+
+
+def restore(model: HfModel, run_dir: Path, step: int | None, *, dtype: str) -> Restored:
+    """The trained part of a run's checkpoint, spread over the devices that are here."""
+    from jaxtune.hf.adapter import check_base, lora_from_meta, with_token_rows
+    from jaxtune.learn.checkpoint import read_meta, restore_trained
+    from jaxtune.mesh import make_mesh, shardings
+    from jaxtune.model import decoder
+
+    meta = read_meta(run_dir, step)
+    mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1, "context": 1})
+    lora = lora_from_meta(meta["lora"]) if "lora" in meta else None
+    if lora is None:
+        axes = {"params": decoder.axes(model.spec)}
+        abstract = {"params": decoder.abstract(model.spec, dtype)}
+    else:
+        check_base(meta, model, where=str(run_dir))
+        model = with_token_rows(model, lora.tokens)
+        axes = {"lora": decoder.adapter_axes(model.spec, lora)}
+        abstract = {"lora": decoder.abstract_adapters(model.spec, lora)}
+    placed = shardings(axes, abstract, mesh)
+    trained, meta = restore_trained(run_dir, abstract, placed, step=int(meta["step"]))
+    return Restored(model, trained, lora, int(meta["step"]))
+
+
+def to_export(restored: Restored) -> Any:
+    """The whole parameters as `export_model` takes them, adapters merged."""
+    from jaxtune.hf.adapter import merged
+
+    if restored.lora is None:
+        return restored.trained["params"]
+    return merged(restored.model, restored.lora, restored.trained["lora"])

@@ -96,7 +96,9 @@ def test_values_people_type_are_translated(given: dict, field: str, value: objec
         ({"warmup_ratio": 20}, "warmup_ratio is below 1; got 20"),
         ({"max_length": 9, "cutoff_len": 8}, "both set max_length"),
         ({"eval_split": 0.1, "eval_datasets": [{"path": "a"}]}, "exclude each other"),
-        ({"lora.r": 8}, "not in this version yet: lora.r"),
+        ({"lora.r": 8, "init": "random"}, "need a trained base; set init: pretrained"),
+        ({"lora.r": 8, "lora.dropout": 1}, "lora.dropout: Input should be less than 1"),
+        ({"lora.rank": 8}, "unknown key 'lora.rank'"),
     ],
 )
 def test_mistakes_are_named(given: dict, message: str) -> None:
@@ -252,3 +254,15 @@ def test_exit_codes(raised: type, code: int, capsys: pytest.CaptureFixture[str])
     shown = capsys.readouterr()
     assert shown.err == "jaxtune door: the one message\n"
     assert shown.out == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["lora: {r: 8}", "lora_r: 8", "lora: {r: '8'}", "adapter_name_or_path: somewhere"]
+)
+def test_the_learning_rate_of_adapters_is_another_and_said(tmp_path: Path, text: str) -> None:
+    file, said = tmp_path / "c.yaml", []
+    file.write_text(text)
+    assert load(file, note=said.append).learning_rate == 2e-4
+    assert any("learning_rate: 0.0002, the default with adamw and LoRA" in line for line in said)
+    file.write_text(f"{text}\nlearning_rate: 1e-5")
+    assert load(file).learning_rate == 1e-5

@@ -29,11 +29,11 @@ from jaxtune import __version__, hub
 from jaxtune.config import ConfigError, ModelError, nearest
 from jaxtune.hf.export import Template, Tokenizer, replacing, write, write_json, write_tokenizer
 from jaxtune.hf.layout import Placed
-from jaxtune.hf.load import HfModel, read_part
+from jaxtune.hf.load import HfModel, load_params, read_part, with_tokens
 from jaxtune.hf.tensors import fetch, read_header
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora, merged_kernel
-from jaxtune.tree import named, unnamed
+from jaxtune.tree import map_named, named, unnamed
 from jaxtune.untrusted import open_inside, plain, read_object, some
 
 CONFIG = "adapter_config.json"
@@ -149,8 +149,8 @@ class WrittenAdapter(NamedTuple):
 def on_host(adapters: Any) -> Leaves:
     """The collection as whole numpy arrays by name, on every host."""
 
-    def whole(leaf: jax.Array) -> np.ndarray:
-        if leaf.is_fully_addressable:
+    def whole(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable:
             return np.asarray(leaf)
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
@@ -480,8 +480,8 @@ def read_adapter(adapter: Adapter, model: HfModel) -> tuple[Lora, Any]:
         if not all(present):
             raise ModelError(
                 f"{file}: adapts {sum(present)} of {len(present)} layers as "
-                f"{modules[names[0]][0]}; layers that are repeated are adapted together here. Merge it with peft "
-                "(merge_and_unload) and start from the merged model."
+                f"{modules[names[0]][0]}; layers that are repeated are adapted together here. "
+                "Merge it with peft (merge_and_unload) and start from the merged model."
             )
         for module in modules[names[0]]:
             placed = model.placed[f"{names[0]}/kernel"]
@@ -595,6 +595,17 @@ def _is_named(module: str, names: Mapping[str, Any]) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
+def with_rows_for(adapter: Adapter, model: HfModel) -> HfModel:
+    """The model with rows for the tokens the adapter brings."""
+    return with_token_rows(model, adapter.tokens)
+
+
+def with_token_rows(model: HfModel, tokens: Sequence[int]) -> HfModel:
+    """The model with tables that reach all `tokens`, whose rows are an adapter's."""
+    rows = model.spec.vocab
+    return with_tokens(model, [token for token in tokens if token >= rows], trained=rows)
+
+
 # -- merging -------------------------------------------------------------------------------------
 
 
@@ -632,6 +643,25 @@ def merged(model: HfModel, lora: Lora, adapters: Any) -> Any:
         return part
 
     return unnamed({name: part_of(name, placed) for name, placed in model.placed.items()})
+
+
+def merged_params(model: HfModel, lora: Lora, adapters: Any, placed: Any, dtype: Any) -> Any:
+    """The merged parameters in `dtype`, each leaf in its sharding of the tree `placed`; one
+    adapted parameter at a time stands whole on the host."""
+    names = {f"{name}/kernel" for name in _adapted(on_host(adapters))}
+    names |= {"embed/table", "head/kernel"} if lora.tokens else set()
+    parts = named(merged(model, lora, adapters))
+    where = named(placed)
+
+    def replace(name: str, leaf: jax.Array) -> jax.Array:
+        if name not in names:
+            return leaf
+        layers = range(leaf.shape[0]) if "L" in model.placed[name].row.spread else None
+        part = parts[name]
+        whole = part({}) if layers is None else np.stack([part({0: at}) for at in layers])
+        return jax.device_put(whole.astype(np.dtype(dtype)), where[name])
+
+    return map_named(replace, load_params(model, placed, dtype))
 
 
 def base_meta(model: HfModel) -> dict[str, Any]:

@@ -129,19 +129,33 @@ def place(abstract: Any, shardings: Any) -> Any:
     )
 
 
-def restore_trained(
-    run_dir: Path, abstract: Any, shardings: Any, *, step: int | None = None
-) -> tuple[Any, dict[str, Any]]:
-    """The trained part of the variables, and the meta, of `step` or of the newest checkpoint."""
+def read_meta(run_dir: Path, step: int | None = None) -> dict[str, Any]:
+    """What the checkpoint of `step`, or the newest, says of itself; "step" is which it is."""
+    with _open(run_dir, step) as (manager, found):
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return dict(manager.restore(found, args=args)["meta"])
+
+
+@contextlib.contextmanager
+def _open(run_dir: Path, step: int | None) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+    """A run's checkpoints to read, and the step that is meant."""
     folder = (run_dir / FOLDER).absolute()
     if not folder.is_dir():
         raise ConfigError(f"{run_dir}: no checkpoints; expected {folder}.")
     with ocp.CheckpointManager(folder) as manager:
         steps = sorted(manager.all_steps())
         step = steps[-1] if step is None and steps else step
-        if step not in steps:
+        if step is None or step not in steps:
             known = ", ".join(map(str, steps)) or "none"
             raise ConfigError(f"{folder}: no checkpoint of step {step}; there are: {known}.")
+        yield manager, step
+
+
+def restore_trained(
+    run_dir: Path, abstract: Any, shardings: Any, *, step: int | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """The trained part of the variables, and the meta, of `step` or of the newest checkpoint."""
+    with _open(run_dir, step) as (manager, step):
         found = manager.restore(
             step,
             args=ocp.args.Composite(

@@ -1,0 +1,189 @@
+"""Adapters as a user meets them: trained, resumed, exported, merged, asked, gone on from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtune import convert, evaluate, train
+from jaxtune.config import Config, ConfigError, load
+from jaxtune.data.tokenizer import load_tokenizer
+from jaxtune.hf.export import export_model
+from jaxtune.hf.load import load_params, open_model
+from jaxtune.model import decoder
+from jaxtune.tree import named
+
+TOKENIZER = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model"
+TEMPLATE = "Q: {instruction}\nA: {output}"
+CONFIG = {
+    "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "hidden_act": "silu", "architectures": ["LlamaForCausalLM"], "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def write_base(folder: Path, seed: int) -> Path:
+    """A model folder of random weights with exactly one row per token of its tokenizer."""
+    start = folder.parent / f"{folder.name}-start"
+    start.mkdir()
+    tokenizer = load_tokenizer(str(TOKENIZER))
+    (start / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": tokenizer.size}))
+    model = open_model(start, weights=False)
+    params = decoder.init(model.spec, jax.random.key(seed), np.float32)
+    export_model(
+        folder, model=model, params=params, save_dtype="float32", tokenizer=tokenizer,
+        template=None, card="# base\n",
+    )  # fmt: skip
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data.jsonl and base/."""
+    folder = tmp_path_factory.mktemp("lora")
+    rows = [{"instruction": f"Where is {i}?", "output": f"In Rome, {i}."} for i in range(16)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_base(folder / "base", 1)
+    return folder
+
+
+def settings(root: Path, out: Path, **more: object) -> Config:
+    return load(
+        overrides={
+            "model_name_or_path": str(root / "base"), "dataset": str(root / "data.jsonl"),
+            "output_dir": str(out), "max_length": 64, "max_steps": 4, "learning_rate": 1e-2,
+            "mesh.fsdp": 2, "mesh.data": -1, "per_device_train_batch_size": 1, "packing": False,
+            "gradient_checkpointing": "full", "template": TEMPLATE, "save_steps": 2,
+            "save_total_limit": 5, "logging_steps": 1, "lora.r": 4, "lora.dropout": 0.1, **more,
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tuned(root: Path) -> Path:
+    """A whole run: four steps of DoRA with two new tokens."""
+    more = {"lora.dora": True, "add_tokens": ["<one>", "<two>"]}
+    result = train.run(settings(root, root / "run", **more))
+    assert result.adapter_dir == root / "run" / "adapter"
+    return root / "run"
+
+
+def losses(out: Path) -> list[float]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+def params_of(folder: Path) -> dict[str, np.ndarray]:
+    return {k: np.asarray(v) for k, v in named(load_params(open_model(folder), None, "f4")).items()}
+
+
+def evaluated(name: Path, root: Path) -> float:
+    config = load(overrides={
+        "model_name_or_path": str(name), "template": TEMPLATE, "max_length": 64,
+    })  # fmt: skip
+    options = evaluate.EvaluateOptions(dataset=str(root / "data.jsonl"))
+    return evaluate.run(config, options).scores["eval_loss"]
+
+
+def test_a_run_trains_adapters_alone_and_writes_both_folders(root: Path, tuned: Path) -> None:
+    found = losses(tuned)
+    assert found[-1] < found[0]
+    base, merged = params_of(root / "base"), params_of(tuned / "hf")
+    size = len(base["embed/table"])
+    for name, before in base.items():
+        after = merged[name]
+        if name == "embed/table":
+            np.testing.assert_array_equal(after[:size], before)
+            assert len(after) == size + 2
+        elif name == "head/kernel":
+            np.testing.assert_array_equal(after[:, :size], before)
+        else:
+            assert (after != before).any() == name.endswith("kernel"), name
+    head = merged["head/kernel"][:, size:]
+    mean = base["head/kernel"].mean(axis=1)
+    assert (np.abs(head - mean[:, None]) > 1e-4).any(), "rows of new tokens are trained"
+    stored = sum(f.stat().st_size for f in (tuned / "checkpoints" / "4").rglob("*") if f.is_file())
+    assert stored < 400_000  # the base alone has 1024 x 16 x 2 x 4 bytes, with moments 390 kB
+    config = json.loads((tuned / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(root / "base")
+    assert config["trainable_token_indices"] == {
+        "embed_tokens": [size, size + 1], "lm_head": [size, size + 1],
+    }  # fmt: skip
+    card = (tuned / "adapter" / "README.md").read_text()
+    assert "model.safetensors" in card
+    assert "library_name: peft" in card
+
+
+def test_a_killed_run_goes_on_bit_for_bit(root: Path, tuned: Path, tmp_path: Path) -> None:
+    """Dropout included: its masks are of seed, step and microbatch."""
+    again = tmp_path / "again"
+    shutil.copytree(tuned, again)
+    for gone in ("hf", "adapter", "checkpoints/4"):
+        shutil.rmtree(again / gone)
+    more = {"lora.dora": True, "add_tokens": ["<one>", "<two>"], "resume": "must"}
+    train.run(settings(root, again, **more))
+    assert losses(again) == losses(tuned)
+    for folder, file in (("adapter", "adapter_model.safetensors"), ("hf", "model.safetensors")):
+        assert (again / folder / file).read_bytes() == (tuned / folder / file).read_bytes()
+
+
+def test_another_base_or_other_adapters_are_refused(
+    root: Path, tuned: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "base"
+    write_base(other, 2)
+    more: dict[str, object] = {"lora.dora": True, "add_tokens": ["<one>", "<two>"]}
+    with pytest.raises(ConfigError, match=r"with other adapters \(lora.r, lora.alpha\)"):
+        train.run(settings(root, tuned, **{**more, "lora.r": 2}))
+    with pytest.raises(ConfigError, match=r"with other adapters \(none now\)"):
+        train.run(settings(root, tuned, **{**more, "lora.r": 0}))
+    with pytest.raises(ConfigError, match=r"whose weights are not those of .* now"):
+        train.run(settings(root, tuned, **more, model_name_or_path=str(other)))
+
+
+def test_convert_goes_both_ways(tuned: Path, tmp_path: Path) -> None:
+    for source, flags, file, expected in [
+        (tuned, [], "model.safetensors", tuned / "hf"),
+        (tuned / "checkpoints" / "4", ["--merge_lora", "false"], "adapter_model.safetensors",
+         tuned / "adapter"),
+        (tuned / "adapter", [], "model.safetensors", tuned / "hf"),
+        (tuned / "adapter", ["--merge_lora", "false"], "adapter_model.safetensors",
+         tuned / "adapter"),
+    ]:  # fmt: skip
+        out = tmp_path / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        assert convert.main([str(source), str(out), *flags]) == 0
+        assert (out / file).read_bytes() == (expected / file).read_bytes(), (source, flags)
+        assert (out / "tokenizer.json").read_bytes() == (
+            tuned / "hf" / "tokenizer.json"
+        ).read_bytes()
+
+
+def test_a_run_a_checkpoint_and_an_adapter_are_evaluated_alike(root: Path, tuned: Path) -> None:
+    merged = evaluated(tuned, root)
+    assert evaluated(tuned / "adapter", root) == pytest.approx(merged, abs=1e-6)
+    assert evaluated(tuned / "checkpoints" / "4", root) == pytest.approx(merged, abs=1e-6)
+    assert evaluated(root / "base", root) > merged + 0.01
+
+
+def test_training_goes_on_from_an_adapter(root: Path, tuned: Path, tmp_path: Path) -> None:
+    config = settings(
+        root, tmp_path / "on", adapter_name_or_path=str(tuned / "adapter"), max_steps=1,
+        tokenizer_name=str(tuned / "adapter"), learning_rate=0.0, **{"lora.r": 0},
+    )  # fmt: skip
+    train.run(config)
+    file = "adapter_model.safetensors"
+    written = (tmp_path / "on" / "adapter" / file).read_bytes()
+    assert written == (tuned / "adapter" / file).read_bytes()
+    with pytest.raises(ConfigError, match=r"lora.r: 2, but adapter .* has rank 4"):
+        train.run(settings(
+            root, tmp_path / "no", adapter_name_or_path=str(tuned / "adapter"),
+            tokenizer_name=str(tuned / "adapter"), **{"lora.r": 2},
+        ))  # fmt: skip
