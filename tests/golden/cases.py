@@ -159,6 +159,57 @@ CASES: dict[str, dict[str, Any]] = {
         tie_word_embeddings=True,
     ),
     "starcoder2": _case("starcoder2", **_V5, hidden_act="gelu_pytorch_tanh", sliding_window=5),
+    "mixtral": _case(
+        "mixtral", **_V4, num_local_experts=5, num_experts_per_tok=2, sliding_window=5
+    ),
+    "qwen2-moe": _case(
+        "qwen2_moe",
+        **_V4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=12,
+        shared_expert_intermediate_size=20,
+        use_sliding_window=True,
+        sliding_window=4,
+    ),
+    "qwen3-moe": _case(
+        "qwen3_moe",
+        **_V4,
+        num_hidden_layers=4,
+        head_dim=12,
+        num_experts=6,
+        num_experts_per_tok=3,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+    ),
+    "qwen3-moe-v5": _case(
+        "qwen3_moe",
+        **_V5,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=5,
+        tie_word_embeddings=True,
+    ),
+    "olmoe": _case("olmoe", **_V4, num_experts=4, num_experts_per_tok=2),
+    # Limits that random weights reach; a window on the first and third layer.
+    "gpt-oss": _case(
+        "gpt_oss",
+        torch_dtype="float32",
+        rope_theta=100.0,
+        rope_scaling={**_YARN, "truncate": False},
+        num_hidden_layers=4,
+        head_dim=12,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        intermediate_size=20,
+        swiglu_limit=0.8,
+        sliding_window=4,
+    ),
 }
 
 _random = np.random.RandomState(0)

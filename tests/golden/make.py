@@ -34,6 +34,7 @@ def reference(folder: Path) -> Reference:
     """Runs transformers on the model in `folder`, each text alone."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
     torch.set_num_threads(1)  # tiny products: more threads only wait for each other
     model = AutoModelForCausalLM.from_pretrained(
@@ -49,7 +50,9 @@ def reference(folder: Path) -> Reference:
         losses.append((token_losses * torch.tensor(weights[1:], dtype=torch.float32)).sum())
     loss = sum(losses) / float(sum(weights[1:].sum() for weights in WEIGHTS))
     loss.backward()
-    gradients = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    found = {name: p.grad for name, p in model.named_parameters()}
+    # Under the names and shapes of the file: in memory all experts of a layer are one tensor.
+    gradients = {name: g.numpy() for name, g in revert_weight_conversion(model, found).items()}
     generated = []
     for prompt in PROMPTS:
         model.generation_config.eos_token_id = None

@@ -183,6 +183,9 @@ def test_every_switch_matters():
         "granite": {"residual_multiplier": 0.601},
         "smollm3": {"no_rope_layer_interval": 3},
         "starcoder2": {"norm_epsilon": 2e-3},
+        "mixtral": {"num_experts_per_tok": 3},
+        "qwen3-moe": {"norm_topk_prob": False},
+        "gpt-oss": {"swiglu_limit": 0.9},
     }
     for name, change in switches.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -67,6 +67,10 @@ HEAD_NORMS = layer_rows(
     ("self_attn.q_norm.weight", "attention/q_norm/scale", "K -> L K"),
     ("self_attn.k_norm.weight", "attention/k_norm/scale", "K -> L K"),
 )
+FULL_NORMS = layer_rows(
+    ("self_attn.q_norm.weight", "attention/q_norm/scale", "(H K) -> L H K"),
+    ("self_attn.k_norm.weight", "attention/k_norm/scale", "(G K) -> L G K"),
+)
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,12 @@ class Family:
             raise ModelError(f"{where}: {error}.") from None
 
     def to_hf_config(self, config: Config, spec: ModelSpec, *, dtype: str) -> dict[str, Any]:
-        """`config` as a causal model of `spec`, readable by transformers 4 and 5, no key lost."""
+        """`config` as a causal model of `spec`, readable by transformers 4 and 5, no key lost.
+
+        But for `quantization_config`: what is written is not quantised.
+        """
         return {
-            **config,
+            **{key: value for key, value in config.items() if key != "quantization_config"},
             "architectures": [self.architecture],
             "vocab_size": spec.vocab,
             "tie_word_embeddings": spec.tie_head,

@@ -2,6 +2,7 @@
 
 from jaxtune.hf.family.family import (
     ATTENTION,
+    FULL_NORMS,
     GATED_MLP,
     OUT_BIAS,
     POST_NORMS,
@@ -10,20 +11,13 @@ from jaxtune.hf.family.family import (
     Family,
     Ropes,
     layer,
-    layer_rows,
 )
 from jaxtune.hf.family.llama import biases
 from jaxtune.hf.family.read import Config, layer_types, optional_size, size
 from jaxtune.hf.family.rope import ALL, RopeKeys
 from jaxtune.spec import LayerSpec
 
-_ROWS = (
-    *(TABLES + ATTENTION + GATED_MLP + POST_NORMS + QKV_BIAS + OUT_BIAS),
-    *layer_rows(
-        ("self_attn.q_norm.weight", "attention/q_norm/scale", "(H K) -> L H K"),
-        ("self_attn.k_norm.weight", "attention/k_norm/scale", "(G K) -> L G K"),
-    ),
-)
+_ROWS = TABLES + ATTENTION + GATED_MLP + POST_NORMS + QKV_BIAS + OUT_BIAS + FULL_NORMS
 
 
 def _olmo2(config: Config, ropes: Ropes) -> list[LayerSpec]:
