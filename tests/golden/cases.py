@@ -182,7 +182,6 @@ CASES: dict[str, dict[str, Any]] = {
         moe_intermediate_size=16,
         norm_topk_prob=True,
         decoder_sparse_step=2,
-        mlp_only_layers=[3],
     ),
     "qwen3-moe-v5": _case(
         "qwen3_moe",

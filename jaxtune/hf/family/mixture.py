@@ -143,9 +143,10 @@ def _gpt_oss(config: Config, ropes: Ropes) -> list[LayerSpec]:
     ]
 
 
-_ROUTER = {"output_router_logits": False, "router_aux_loss_coef": 0.001, "norm_topk_prob": False}
+_ROUTER = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
 _QWEN = {
     **_ROUTER,
+    "norm_topk_prob": False,
     "max_position_embeddings": 32768,
     "use_sliding_window": False,
     "sliding_window": 4096,
@@ -205,6 +206,7 @@ FAMILIES: dict[str, Family] = {
             "attention_bias": False,
             "num_experts": 64,
             "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
             "router_aux_loss_coef": 0.01,
         },
         layers=_olmoe,
