@@ -102,12 +102,16 @@ def test_absent_keys_have_the_values_of_transformers():
             if key == "sliding_window" and kind.startswith("qwen"):
                 continue  # transformers forgets it unless use_sliding_window is set
             private = getattr(theirs, f"_{key}", None)  # of Gemma 3
-            assert getattr(theirs, key, private) == value, (kind, key)
+            stated = getattr(theirs, key, private)
+            if key == "rope_parameters":  # theirs has the base too
+                stated = {name: stated[name] for name in value}
+            assert stated == value, (kind, key)
         small = {"vocab_size": 9, "hidden_size": 512, "intermediate_size": 8, "model_type": kind}
         config = {**small, "num_hidden_layers": 2, "num_attention_heads": 32}
         theirs, layer = transformers.AutoConfig.for_model(**config), _spec(config).layers[0]
         for key, name in defaults.items():
-            assert getattr(theirs, key, None) == getattr(layer, name), (kind, key)
+            stated = getattr(theirs, key, None) or None  # Qwen2 MoE has 0 for no window
+            assert stated == getattr(layer, name), (kind, key)
         assert layer.head_dim == (getattr(theirs, "head_dim", None) or 512 // 32)
         ropes = theirs.rope_parameters
         rope = ropes.get("sliding_attention", ropes)  # the first layer slides where some do
@@ -116,6 +120,31 @@ def test_absent_keys_have_the_values_of_transformers():
         norm_eps = getattr(theirs, "rms_norm_eps", None) or theirs.norm_epsilon
         assert _spec(config).norm_eps == norm_eps, kind
         assert _spec(config).init_scale == theirs.initializer_range, kind
+
+
+def test_which_layers_are_mixtures():
+    """As transformers 5 decides it, in `Qwen3MoeDecoderLayer.__init__`."""
+    base = {**CASES["qwen3-moe"], "num_hidden_layers": 6}
+
+    def sparse(**keys):
+        return [n for n, layer in enumerate(_spec({**base, **keys}).layers) if layer.moe]
+
+    assert sparse(decoder_sparse_step=1) == [0, 1, 2, 3, 4, 5]
+    assert sparse(decoder_sparse_step=2) == [1, 3, 5]
+    assert sparse(decoder_sparse_step=2, mlp_only_layers=[0, 3]) == [1, 5]
+    widths = [layer.mlp_width for layer in _spec(base).layers]
+    assert widths == [48, 16, 48, 16, 48, 16]
+    windows = _spec({**CASES["qwen2-moe"], "num_hidden_layers": 4, "max_window_layers": 2}).layers
+    assert [layer.window for layer in windows] == [4, None, None, None]
+
+
+def test_the_routers_loss_counts_where_the_config_asks_for_it():
+    for name in ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "gpt-oss"):
+        config = {**CASES[name], "router_aux_loss_coef": 0.03}
+        for asked in (False, True):
+            spec = _spec({**config, "output_router_logits": asked})
+            found = {layer.moe.aux_coef for layer in spec.layers if layer.moe}
+            assert found == ({0.03} if asked else {0.0})
 
 
 def test_windows_of_qwen():
