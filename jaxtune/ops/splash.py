@@ -51,9 +51,7 @@ def splash(
         raise ValueError(f"splash attention: {reason}")
     rest = -T % TILE
     q_BTHK = (q.astype(jnp.float32) * scale).astype(q.dtype)
-    q_BHTK, k_BGTK, v_BGTK = (
-        jnp.swapaxes(_filled(x, rest), 1, 2) for x in (q_BTHK, k, v)
-    )
+    q_BHTK, k_BGTK, v_BGTK = (jnp.swapaxes(_filled(x, rest), 1, 2) for x in (q_BTHK, k, v))
     segments_BT = _filled(segments.query, rest)
     kernel = _kernel(T + rest, H, window, softcap, interpret)
 

@@ -1,0 +1,117 @@
+"""What a chip can do and what a slice is called: published figures, nothing measured, no JAX.
+
+Names are those people rent by: `v5e-16`, `v5litepod-16`, `v6e-8`, `v5p-128`, `v4-8`, `tpu7x-8`, or
+a shape, `v5e:4x4`; several slices as `2 x v5e-256`. A v4, v5p or tpu7x name counts TensorCores, two
+to a chip; a v5e or v6e name counts chips.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from jaxtune.config import ConfigError, nearest
+
+
+class Chip(NamedTuple):
+    """One chip. `flops`: dense bf16 a second; `hbm`: bytes a program may use; `hbm_rate` and
+    `link_rate` (all links of a chip, one way): bytes a second; `kinds`: what JAX calls its device.
+    """
+
+    flops: float
+    hbm: int
+    hbm_rate: float
+    link_rate: float
+    kinds: tuple[str, ...]
+    cores_in_name: int = 1  # what a name counts, for each chip
+    devices: int = 1  # that JAX shows for each chip (a v4 shows its two cores as one)
+    dimensions: int = 2  # of the torus
+
+
+_GIB = 2**30
+
+# Sources: cloud.google.com/tpu/docs (system architecture pages; `hbm` is what the TPU compiler
+# accepts, libtpu 0.0.51), NVIDIA data sheets (dense, without sparsity).
+CHIPS: Mapping[str, Chip] = {
+    "v4": Chip(275e12, 31 * _GIB, 1228e9, 300e9, ("TPU v4",), 2, 1, 3),
+    "v5e": Chip(197e12, int(15.75 * _GIB), 819e9, 180e9, ("TPU v5 lite", "TPU v5e")),
+    "v5p": Chip(459e12, int(95.74 * _GIB), 2765e9, 540e9, ("TPU v5", "TPU v5p"), 2, 1, 3),
+    "v6e": Chip(918e12, int(31.25 * _GIB), 1640e9, 360e9, ("TPU v6 lite", "TPU v6e")),
+    "tpu7x": Chip(2307e12, 192 * _GIB, 7380e9, 600e9, ("TPU7x",), 2, 2, 3),
+    "a100-40": Chip(312e12, 39 * _GIB, 1555e9, 300e9, ("NVIDIA A100-SXM4-40GB",)),
+    "a100-80": Chip(312e12, 79 * _GIB, 2039e9, 300e9, ("NVIDIA A100-SXM4-80GB",)),
+    "h100": Chip(989e12, 79 * _GIB, 3350e9, 450e9, ("NVIDIA H100 80GB HBM3",)),
+    "h200": Chip(989e12, 140 * _GIB, 4800e9, 450e9, ("NVIDIA H200",)),
+}
+_OTHER_NAMES = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "v7x": "tpu7x", "7x": "tpu7x"}
+
+# Shapes the compiler accepts, by chips.
+_FLAT = {1: (1, 1), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16),
+         256: (16, 16)}  # fmt: skip
+_CUBE = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4), 128: (4, 4, 8),
+         256: (4, 8, 8), 512: (8, 8, 8), 1024: (8, 8, 16), 2048: (8, 16, 16),
+         4096: (16, 16, 16)}  # fmt: skip
+
+
+class Slice(NamedTuple):
+    """`shape` of one slice in chips; `slices` of them, joined by the data-centre network."""
+
+    kind: str  # a key of CHIPS
+    shape: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.kind]
+
+    @property
+    def chips(self) -> int:
+        return self.slices * math.prod(self.shape)
+
+    @property
+    def topology(self) -> str:
+        """The compiler's name for one slice: `v5e:4x4`."""
+        return f"{self.kind}:{'x'.join(map(str, self.shape))}"
+
+
+def parse_slice(name: str) -> Slice:
+    """The slice that `name` means. Raises `ConfigError` with what there is.
+
+    >>> parse_slice("v5p-16").topology
+    'v5p:2x2x2'
+    """
+    count, _, one = name.strip().lower().replace(" ", "").rpartition("*")
+    if match := re.fullmatch(r"(\d+)x(?=[a-z])(.*)", one):  # 2 x v5e-256
+        count, one = match[1], match[2]
+    slices = int(count) if count else 1
+    kind, _, size = one.partition(":") if ":" in one else one.rpartition("-")
+    kind = _OTHER_NAMES.get(kind, kind)
+    tpus = [known for known in CHIPS if known.startswith(("v", "tpu"))]
+    if kind not in tpus or slices < 1:
+        raise ConfigError(
+            f"topology: '{name}' is not known.{nearest(kind, tpus)} Write v5e-16, v5p-8, v6e-8, "
+            "v4-8, tpu7x-8, a shape such as v5e:4x4, or several slices as 2xv5e-256."
+        )
+    chip = CHIPS[kind]
+    shapes = _CUBE if chip.dimensions == 3 else _FLAT
+    if ":" in one:
+        shape = tuple(int(n) for n in size.split("x")) if re.fullmatch(r"\d+(x\d+)*", size) else ()
+        if len(shape) != chip.dimensions or 0 in shape:
+            example = "x".join(map(str, shapes[8]))
+            raise ConfigError(f"topology: '{name}': a {kind} slice is written as {kind}:{example}.")
+        return Slice(kind, shape, slices)
+    wanted = int(size) / chip.cores_in_name if size.isdigit() else 0
+    if wanted not in shapes:
+        sizes = ", ".join(f"{kind}-{chips * chip.cores_in_name}" for chips in shapes)
+        raise ConfigError(f"topology: there is no '{name}'. There are: {sizes}.")
+    return Slice(kind, shapes[int(wanted)], slices)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bf16 a second of one JAX device of that kind, or None."""
+    for chip in CHIPS.values():
+        if device_kind in chip.kinds:
+            return chip.flops / chip.devices
+    return None
