@@ -1,0 +1,404 @@
+"""What a compiled program costs, read from its optimised HLO: FLOPs, wire bytes, scheduled cycles.
+
+XLA's own `cost_analysis` counts the body of a loop once and knows no network; here every
+computation is walked from the entry, loops as often as they turn. Text in, numbers out: no JAX, no
+devices. All figures are of one chip.
+
+    matmul_flops     every dot and convolution, those inside fusions too
+    kernel_flops     Pallas attention and grouped matmul (by shape, or by the cost they declare)
+    cycles           the compiler's schedule: `estimated_cycles` of every fusion
+    wire             bytes a chip sends, by kind of collective (ring algorithm), and of those the
+                     exposed: in collectives that nothing is scheduled beside
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+COLLECTIVES = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+)
+_BYTES = {
+    "pred": 1, "s8": 1, "u8": 1, "s4": 0.5, "u4": 0.5, "s16": 2, "u16": 2, "bf16": 2, "f16": 2,
+    "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1,
+    "f8e4m3b11fnuz": 1, "token": 0,
+}  # fmt: skip
+_SHAPE = re.compile(rf"\b({'|'.join(_BYTES)})\[([0-9,]*)\]")
+_NAMES = re.compile(r"%([^\s,(){}]+)")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|async_execution_computation|called_computation)=%([^\s,]+)"
+)
+
+
+class Shape(NamedTuple):
+    dtype: str
+    sizes: tuple[int, ...]
+
+    @property
+    def bytes(self) -> float:
+        return _BYTES[self.dtype] * math.prod(self.sizes)
+
+
+class Instruction(NamedTuple):
+    """One line of HLO; `rest` is what stands behind its operands."""
+
+    name: str
+    op: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    inside: str  # the parentheses of the operation: an index or a constant's value
+    rest: str
+
+    def attribute(self, name: str) -> str | None:
+        found = re.search(rf"\b{name}=%?([^\s,]+)", self.rest)
+        return found[1] if found else None
+
+
+class Computation(NamedTuple):
+    name: str
+    instructions: Mapping[str, Instruction]
+    root: Instruction
+
+    def shapes(self, instruction: Instruction) -> Iterator[Shape]:
+        """Of all operands."""
+        for name in instruction.operands:
+            if name in self.instructions:
+                yield from self.instructions[name].shapes
+
+
+class Module(NamedTuple):
+    computations: Mapping[str, Computation]
+    entry: Computation
+
+
+def parse(text: str) -> Module:
+    """Optimised HLO as `compiled.as_text()` gives it."""
+    computations: dict[str, Computation] = {}
+    entry, name, found, root = "", "", {}, None
+    for line in _lines(text):
+        if opening := re.match(r"(ENTRY )?%?([^\s(]+) \(.*\{$", line):
+            name, found, root = opening[2], {}, None
+            entry = name if opening[1] else entry
+        elif line.startswith("}") and root is not None:
+            computations[name] = Computation(name, found, root)
+        elif instruction := _instruction(line):
+            found[instruction.name] = instruction
+            if line.lstrip().startswith("ROOT") or root is None:
+                root = instruction
+    return Module(computations, computations[entry])
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Lines, those joined that a kernel's attributes have broken."""
+    whole = ""
+    for line in text.splitlines():
+        if re.match(r"(\s+(ROOT )?%|%|ENTRY |\}|HloModule|\s*$)", line):
+            yield whole
+            whole = line
+        else:
+            whole += " " + line
+    yield whole
+
+
+def _instruction(line: str) -> Instruction | None:
+    head = re.match(r"\s+(?:ROOT )?%(\S+) = ", line)
+    if head is None:
+        return None
+    body = line[head.end() :]
+    end = _closing(body, 0) if body[0] == "(" else body.index(" ")
+    kind, body = body[:end], body[end:].lstrip()
+    opening = body.index("(")
+    closing = _closing(body, opening)
+    inside = body[opening + 1 : closing - 1]
+    shapes = tuple(
+        Shape(dtype, tuple(int(n) for n in sizes.split(",") if n))
+        for dtype, sizes in _SHAPE.findall(kind)
+    )
+    return Instruction(
+        head[1], body[:opening], shapes, tuple(_NAMES.findall(inside)), inside, body[closing:]
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Just behind the parenthesis that closes the one at `start`."""
+    depth = 0
+    for at in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[at], 0)
+        if depth == 0:
+            return at + 1
+    raise ValueError(f"no closing parenthesis in {text[start : start + 80]!r}")
+
+
+class Wire(NamedTuple):
+    """Of one kind of collective: how often, bytes sent, and of those the exposed."""
+
+    count: int = 0
+    bytes: float = 0.0
+    exposed: float = 0.0
+
+
+@dataclass
+class Cost:
+    """Of one chip and one run of the program."""
+
+    matmul_flops: float = 0.0
+    kernel_flops: float = 0.0
+    cycles: float = 0.0
+    wire: dict[str, Wire] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
+    loops: list[int] = field(default_factory=list)
+    loops_unread: int = 0  # counted as one turn each
+
+    @property
+    def wire_bytes(self) -> float:
+        return sum(kind.bytes for kind in self.wire.values())
+
+    @property
+    def exposed_bytes(self) -> float:
+        return sum(kind.exposed for kind in self.wire.values())
+
+
+def cost(text: str, devices: int) -> Cost:
+    """The figures of a program for `devices` devices."""
+    walk = _Walk(parse(text), devices)
+    walk.visit(walk.module.entry, 1, fused=False, hidden=False, seen=set())
+    return walk.cost
+
+
+class _Walk:
+    def __init__(self, module: Module, devices: int) -> None:
+        self.module = module
+        self.devices = devices
+        self.cost = Cost()
+
+    def visit(
+        self, at: Computation, times: int, *, fused: bool, hidden: bool, seen: set[str]
+    ) -> None:
+        """`fused`: part of a scheduled instruction, whose cycles are counted already; `hidden`:
+        work is scheduled beside it; `seen`: channels of split collectives that were counted."""
+        for each in at.instructions.values():
+            if each.op.endswith(("-done", "-update")):
+                continue
+            kind = each.op.removesuffix("-start")
+            if kind in COLLECTIVES:
+                self._collective(at, each, kind, times, hidden, seen)
+            elif each.op in ("dot", "convolution"):
+                self.cost.matmul_flops += times * _flops(at, each)
+            elif each.op == "custom-call" and each.attribute("custom_call_target") == (
+                '"tpu_custom_call"'
+            ):
+                self._kernel(at, each, times)
+            if not fused and (found := re.search(r'"estimated_cycles":"(\d+)"', each.rest)):
+                self.cost.cycles += times * int(found[1])
+            if each.op == "while":
+                turns = turns_of(self.module, at, each)
+                self.cost.loops_unread += turns is None
+                turns = 1 if turns is None else turns
+                self.cost.loops.append(turns)
+                body = self.module.computations[each.attribute("body") or ""]
+                self.visit(body, times * turns, fused=fused, hidden=hidden, seen=set())
+            elif each.op in ("fusion", "call", "call-start", "async-start", "conditional"):
+                for name in self._called(each):
+                    # A fusion around a collective is one that hides it behind the rest of it,
+                    # but for the reduce-scatter, which XLA writes as a fusion of its own.
+                    around = each.op == "fusion" and self._communicates(name)
+                    beside = around and "all-reduce-scatter" not in name
+                    scheduled = "estimated_cycles" in each.rest or not around
+                    self.visit(
+                        self.module.computations[name],
+                        times,
+                        fused=fused or (each.op == "fusion" and scheduled),
+                        hidden=hidden or beside or each.op.endswith("-start"),
+                        seen=seen,
+                    )
+
+    def _called(self, each: Instruction) -> list[str]:
+        """What an instruction runs; of a conditional the longer branch."""
+        known = self.module.computations
+        branches = re.findall(r"(?:true|false)_computation=%([^\s,]+)", each.rest)
+        for listed in re.findall(r"branch_computations=\{([^}]*)\}", each.rest):
+            branches += _NAMES.findall(listed)
+        if branches:
+            return [max(branches, key=lambda name: len(known[name].instructions))]
+        return [name for name in _CALLED.findall(each.rest) if name in known]
+
+    def _communicates(self, name: str) -> bool:
+        at = self.module.computations[name]
+        return any(
+            each.op.startswith(COLLECTIVES) or any(map(self._communicates, self._called(each)))
+            for each in at.instructions.values()
+            if each.op != "while"
+        )
+
+    def _collective(
+        self,
+        at: Computation,
+        each: Instruction,
+        kind: str,
+        times: int,
+        hidden: bool,
+        seen: set[str],
+    ) -> None:
+        channel = each.attribute("channel_id")
+        if hidden and channel is not None:
+            if channel in seen:
+                return
+            seen.add(channel)
+        if kind == "all-reduce" and "all-reduce-scatter" in at.name:
+            kind = "reduce-scatter"
+        sent = times * _sent(kind, sum(s.bytes for s in at.shapes(each)), self._group(each))
+        before = self.cost.wire.get(kind, Wire())
+        exposed = 0.0 if hidden or each.op.endswith("-start") else sent
+        self.cost.wire[kind] = Wire(
+            before.count + times, before.bytes + sent, before.exposed + exposed
+        )
+
+    def _group(self, each: Instruction) -> int:
+        """How many devices take part in one group of a collective."""
+        if found := re.search(r"replica_groups=\{\{([0-9,]+)\}", each.rest):
+            return len(found[1].split(","))
+        if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", each.rest):
+            return int(found[2])
+        if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", each.rest):
+            sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+            parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
+            return math.prod(int(part) if part else sizes.get(name, 1) for name, part in parts)
+        return self.devices
+
+    def _kernel(self, at: Computation, each: Instruction, times: int) -> None:
+        name = re.sub(r"[.\d]+$", "", each.name)
+        self.cost.kernels[name] = self.cost.kernels.get(name, 0) + times
+        self.cost.kernel_flops += times * _kernel_flops(at, each, name)
+
+
+def _sent(kind: str, operands: float, group: int) -> float:
+    """Bytes one device sends, by the ring algorithm, of `operands` bytes it holds."""
+    if kind == "collective-permute":
+        return operands
+    if kind == "all-gather":
+        return operands * (group - 1)
+    return operands * (group - 1) / group * (2 if kind == "all-reduce" else 1)
+
+
+def turns_of(module: Module, at: Computation, loop: Instruction) -> int | None:
+    """How often `for (i = start; i < end; i += step)` turns, or None where it is another loop."""
+    condition, body = (
+        module.computations[loop.attribute(name) or ""] for name in ("condition", "body")
+    )
+    compared = [_through(module, condition, name) for name in _compared(module, condition)]
+    ends = [int(each.inside) for each in compared if each.op == "constant"]
+    counters = [each for each in compared if each.op == "get-tuple-element"]
+    if len(ends) != 1 or len(counters) != 1:
+        return None
+    index = int(counters[0].attribute("index") or 0)
+    start = _element(at, at.instructions[loop.operands[0]], index)
+    following = _element(body, body.root, index)
+    steps = [
+        int(each.inside)
+        for name in (following.operands if following.op == "add" else ())
+        if (each := body.instructions[name]).op == "constant"
+    ]
+    first = int(start.inside) if start.op == "constant" else 0
+    return max(0, -(-(ends[0] - first) // (steps[0] if steps else 1)))
+
+
+def _compared(module: Module, condition: Computation) -> tuple[str, ...]:
+    """The two values that decide whether a loop goes on, by their names in its condition."""
+    root = condition.root
+    if root.op != "fusion":
+        return root.operands
+    inner = module.computations[root.attribute("calls") or ""]
+    return tuple(
+        root.operands[int(part.inside)] if part.op == "parameter" else f"{inner.name}/{part.name}"
+        for part in (inner.instructions[name] for name in inner.root.operands)
+    )
+
+
+def _through(module: Module, condition: Computation, name: str) -> Instruction:
+    inner, _, part = name.rpartition("/")
+    return (module.computations[inner] if inner else condition).instructions[part]
+
+
+def _element(at: Computation, value: Instruction, index: int) -> Instruction:
+    """Element `index` of a tuple, seen through copies."""
+    while value.op in ("tuple", "copy", "bitcast"):
+        value = at.instructions[value.operands[index if value.op == "tuple" else 0]]
+    return value
+
+
+def _flops(at: Computation, each: Instruction) -> float:
+    left, right = (at.instructions[name].shapes[0].sizes for name in each.operands[:2])
+    out = each.shapes[0].sizes
+    if each.op == "dot":
+        found = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", each.rest)
+        summed = [left[int(n)] for n in (found[1] if found else "").split(",") if n]
+        return 2.0 * math.prod(out) * math.prod(summed)
+    labels = re.search(r"dim_labels=(\S+?)_(\S+?)->([^\s,]+)", each.rest)
+    if labels is None:
+        return 0.0
+    of_left, of_right, of_out = labels[1], labels[2], labels[3]
+    flops = 2.0 * out[of_out.index("b")] * out[of_out.index("f")] * right[of_right.index("i")]
+    window = dict(re.findall(r"(\w+)=(\S+)", (re.search(r"window=\{([^}]*)\}", each.rest) or "0")[0]))
+    for n in range(len(of_left) - 2):
+        flops *= _pairs(
+            left[of_left.index(str(n))],
+            right[of_right.index(str(n))],
+            out[of_out.index(str(n))],
+            {name: value.strip("{}").split("x")[n] for name, value in window.items()},
+        )
+    return flops
+
+
+def _pairs(data: int, kernel: int, out: int, window: Mapping[str, str]) -> int:
+    """Pairs of (output, kernel) positions of one spatial dimension that meet data, not padding."""
+    stride, left_step, right_step = (
+        int(window.get(name, 1)) for name in ("stride", "lhs_dilate", "rhs_dilate")
+    )
+    padding = int(window.get("pad", "0_0").split("_")[0])
+    last = (data - 1) * left_step
+    return sum(
+        0 <= place <= last and place % left_step == 0
+        for o in range(out)
+        for k in range(kernel)
+        if (place := o * stride + k * right_step - padding) is not None
+    )
+
+
+def _kernel_flops(at: Computation, each: Instruction, name: str) -> float:
+    """Grouped matmul and attention by their shapes, causal attention counted by half; other
+    kernels by the cost they declare."""
+    arrays = [
+        part.shapes[0].sizes
+        for operand in each.operands
+        if (part := at.instructions.get(operand)) is not None
+        and part.shapes
+        and part.shapes[0].dtype in ("bf16", "f32")
+        and len(part.shapes[0].sizes) >= 2
+    ]
+    if "gmm" in name and len(arrays) >= 2:
+        left, right = arrays[:2]
+        if len(right) == 2:
+            return 2.0 * math.prod(left) * right[-1]
+        return 2.0 * math.prod(left) * (right[-1] if right[-2] in left else right[-2])
+    if declared := re.search(r'"cost_estimate":\{"flops":"(\d+)"', each.rest):
+        return float(declared[1])
+    products = 0
+    if "dkv" in name:
+        products = 5 if len(each.shapes) >= 3 else 4
+    elif "dq" in name:
+        products = 3
+    elif re.search("splash|flash|attention", name):
+        products = 2
+    arrays = [sizes for sizes in arrays if len(sizes) >= 3]
+    if not products or len(arrays) < 2:
+        return 0.0
+    return float(products * math.prod(arrays[0]) * arrays[1][-2])
