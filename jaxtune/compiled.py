@@ -347,7 +347,9 @@ def _flops(at: Computation, each: Instruction) -> float:
         return 0.0
     of_left, of_right, of_out = labels[1], labels[2], labels[3]
     flops = 2.0 * out[of_out.index("b")] * out[of_out.index("f")] * right[of_right.index("i")]
-    window = dict(re.findall(r"(\w+)=(\S+)", (re.search(r"window=\{([^}]*)\}", each.rest) or "0")[0]))
+    window = dict(
+        re.findall(r"(\w+)=(\S+)", (re.search(r"window=\{([^}]*)\}", each.rest) or "0")[0])
+    )
     for n in range(len(of_left) - 2):
         flops *= _pairs(
             left[of_left.index(str(n))],

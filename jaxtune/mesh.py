@@ -118,13 +118,19 @@ def spread(axis: str, size: int) -> tuple[str, ...]:
 
 
 def local(
-    f: Callable[..., jax.Array], args: Sequence[jax.Array | None], axes: Sequence[Axes], out: Axes
+    f: Callable[..., jax.Array],
+    args: Sequence[jax.Array | None],
+    axes: Sequence[Axes],
+    out: Axes,
+    *,
+    kernel: bool = False,
 ) -> jax.Array:
     """`f(*args)` on every device for its own slices; with no mesh, plainly `f(*args)`.
 
     `axes` name the dimensions of each argument, `out` those of the result, which has the shape of
     the first argument. For what the compiler cannot cut by itself, as sorting each device's own
-    tokens; `f` adds up over `spread(...)` what only the slices together are.
+    tokens; `f` adds up over `spread(...)` what only the slices together are. `kernel`: `f` holds one
+    that JAX cannot follow, and adds nothing up.
     """
     mesh = _mesh_in_context()
     if mesh is None:
@@ -134,7 +140,8 @@ def local(
         None if x is None else partition_spec(names, x.shape, mesh)
         for x, names in zip(args, axes, strict=True)
     )
-    return jax.shard_map(f, in_specs=specs, out_specs=partition_spec(out, shapes[0], mesh))(*args)
+    result = partition_spec(out, shapes[0], mesh)
+    return jax.shard_map(f, in_specs=specs, out_specs=result, check_vma=not kernel)(*args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

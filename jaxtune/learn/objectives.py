@@ -45,6 +45,7 @@ def next_token(
     remat: str,
     lora: Lora | None = None,
     noise_alpha: float | None = None,
+    platform: str | None = None,
 ) -> Objective:
     """Weighted next-token cross-entropy: loss = sum(w * -log p(target)), weight = sum(w).
 
@@ -65,6 +66,7 @@ def next_token(
             positions=batch.positions,
             dtype=dtype,
             remat=remat,
+            platform=platform,
             key=key,
             lora=lora,
             noise=noise,

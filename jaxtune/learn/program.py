@@ -74,6 +74,7 @@ def build(
     is trained, or with `lora` its adapters alone. `seed` is of what is random while training,
     `noise_alpha` NEFTune's.
     """
+    platform = _platform(mesh)
     axes = {"params": decoder.axes(spec)}
     variables = {"params": decoder.abstract(spec, param_dtype)}
     if lora is not None:
@@ -89,7 +90,9 @@ def build(
     everywhere = replicated(mesh)
     step = functools.partial(
         train_step,
-        objective=next_token(spec, dtype=dtype, remat=remat, lora=lora, noise_alpha=noise_alpha),
+        objective=next_token(
+            spec, dtype=dtype, remat=remat, lora=lora, noise_alpha=noise_alpha, platform=platform
+        ),
         optimiser=optimiser,
         learning_rate=learning_rate,
         max_grad_norm=max_grad_norm,
@@ -97,7 +100,7 @@ def build(
         trained_axes=trained_axes,
         seed=seed,
     )
-    objective = next_token(spec, dtype=dtype, remat="none", lora=lora)
+    objective = next_token(spec, dtype=dtype, remat="none", lora=lora, platform=platform)
     evaluate = functools.partial(eval_step, objective=objective)
     return Program(
         mesh=mesh,
@@ -119,13 +122,19 @@ def is_adapter(name: str) -> bool:
     return name.startswith(f"{COLLECTION}/")
 
 
+def _platform(mesh: Mesh) -> str:
+    """Of the devices the program is for, which need not be those of this machine."""
+    return str(mesh.devices.flat[0].platform)
+
+
 def _everything(name: str) -> bool:
     return True
 
 
 def build_eval(spec: ModelSpec, mesh: Mesh, *, dtype: Any, lora: Lora | None = None) -> Evaluate:
     """The evaluation half alone, for those who train nothing."""
-    objective = next_token(spec, dtype=dtype, remat="none", lora=lora)
+    platform = _platform(mesh)
+    objective = next_token(spec, dtype=dtype, remat="none", lora=lora, platform=platform)
     evaluate = functools.partial(eval_step, objective=objective)
     return jax.jit(evaluate, out_shardings=replicated(mesh))
 

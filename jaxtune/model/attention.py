@@ -1,7 +1,7 @@
 """The attention of one layer: projections, positions, and the keys and values kept for decoding."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtune import mesh
 from jaxtune.model.layers import Build, Projection, RMSNorm, weight
 from jaxtune.ops import rope
-from jaxtune.ops.attention import attend
+from jaxtune.ops.attention import OPAQUE, attend
 from jaxtune.spec import LayerSpec
 
 
@@ -76,20 +76,53 @@ class Attention(nn.Module):
             B, S = keys_BSGK.shape[:2]
             key_segments = jnp.ones((B, S), segment_ids.dtype)
             key_positions = jnp.broadcast_to(jnp.arange(S, dtype=positions.dtype), (B, S))
-        mixed_BTHK = attend(
+        mixed_BTHK = self._attend(
             q_BTHK,
             keys_BSGK,
             values_BSGK,
-            segments=(segment_ids, key_segments),
-            positions=(positions, key_positions),
-            window=layer.window,
-            softcap=layer.softcap,
-            sinks=self._sinks() if layer.sinks else None,
-            scale=layer.scale,
-            impl=self.impl,
+            (segment_ids, key_segments),
+            (positions, key_positions),
+            self._sinks() if layer.sinks else None,
         )
         mixed_BTHK = mesh.constrain(mixed_BTHK, "batch", "length", "heads", None)
         return project("o", "BTHK,HKD->BTD", mixed_BTHK, layer.out_bias), cache
+
+    def _attend(
+        self,
+        q_BTHK: jax.Array,
+        k_BSGK: jax.Array,
+        v_BSGK: jax.Array,
+        segments: tuple[jax.Array, jax.Array],
+        positions: tuple[jax.Array, jax.Array],
+        sinks_H: jax.Array | None,
+    ) -> jax.Array:
+        """`ops.attention.attend`, on each device's own rows and heads where it must be."""
+
+        def mix(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> jax.Array:
+            of_q, of_k, at_q, at_k, sinks = rest
+            return attend(
+                q,
+                k,
+                v,
+                segments=(of_q, of_k),
+                positions=(at_q, at_k),
+                window=self.layer.window,
+                softcap=self.layer.softcap,
+                sinks=sinks,
+                scale=self.layer.scale,
+                impl=self.impl,
+            )
+
+        rest = (*segments, *positions, sinks_H)
+        if self.impl not in OPAQUE:
+            return mix(q_BTHK, k_BSGK, v_BSGK, *rest)
+        H, G = self.layer.heads, self.layer.kv_heads
+        if mesh.spread("kv_heads", G) != mesh.spread("heads", H):
+            # Heads are spread wider than their keys: every head gets keys of its own.
+            k_BSGK, v_BSGK = (jnp.repeat(x, H // G, axis=2) for x in (k_BSGK, v_BSGK))
+        rows, heads = ("batch", None), ("batch", None, "heads", None)
+        axes = (*3 * [heads], *4 * [rows], ("heads",))
+        return mesh.local(mix, (q_BTHK, k_BSGK, v_BSGK, *rest), axes, heads, kernel=True)
 
     def _sinks(self) -> jax.Array:
         return weight(

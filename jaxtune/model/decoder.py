@@ -80,6 +80,7 @@ def forward(
     remat: str = "full",
     cache: Cache | None = None,
     attention: str | None = None,
+    platform: str | None = None,
     key: jax.Array | None = None,
     lora: Lora | None = None,
     noise: jax.Array | None = None,
@@ -90,22 +91,34 @@ def forward(
     0. With a `cache` a row is one text: each token is kept in the slot of its position and sees all
     slots up to it; a text that outgrows a limit of `rope_limits` must be read again. `remat` is a
     name of `REMAT`. `attention` names an implementation of `ops/attention.py`; None chooses by
-    backend and length. `key` is for what is random while training; without it nothing is. `lora`
-    says how the adapters in `variables["lora"]` are used; without that collection the base is what
-    runs. `noise` `[B T D]` is added to what the layers are given.
+    length and `platform`, which is this process's own where nothing is said. `key` is for what is
+    random while training; without it nothing is. `lora` says how the adapters in
+    `variables["lora"]` are used; without that collection the base is what runs. `noise`
+    `[B T D]` is added to what the layers are given.
     """
     if remat not in REMAT:
         raise ConfigError(
             f"gradient_checkpointing: there is no policy {remat!r}. Use one of {', '.join(REMAT)}."
         )
     if attention is None:
-        attention, _ = choose(jax.default_backend(), inputs.shape[1])
+        attention, _ = attention_for(
+            spec, platform or jax.default_backend(), inputs.shape[1], cache
+        )
     module = Decoder(spec, Build(dtype, dtype, spec.init_scale, lora), remat, attention)
     rngs = {} if key is None else {"dropout": key}
     places = (inputs, segment_ids, positions, cache, noise)
     (hidden, kernel, cache), left = module.apply(variables, *places, rngs=rngs, mutable=[LOADS])
     head = Head(kernel, spec.logit_scale, spec.logit_softcap)
     return Output(hidden, head, cache, total_load(left[LOADS]) if LOADS in left else None)
+
+
+def attention_for(
+    spec: ModelSpec, platform: str, length: int, cache: Cache | None = None
+) -> tuple[str, str]:
+    """The implementation of attention for rows of `length` tokens, and why it is that one."""
+    keys = length if cache is None else jax.tree.leaves(cache)[0].shape[2]
+    head_dims = sorted({layer.head_dim for layer in spec.layers})
+    return choose(platform, queries=length, keys=keys, head_dims=head_dims)
 
 
 def logits(

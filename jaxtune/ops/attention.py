@@ -10,11 +10,13 @@ Every implementation has the signature of `reference` and joins the same tests. 
 for a platform and says why; a name that was asked for is never replaced by another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from jaxtune.ops.splash import refuses, splash
 
 LONGEST_REFERENCE_ROW = 512
 QUERY_BLOCK = 256
@@ -65,13 +67,20 @@ def attend(
     )
 
 
-def choose(platform: str, length: int) -> tuple[str, str]:
-    """The implementation for rows of `length` tokens on `platform`, and the reason in words."""
-    if length <= LONGEST_REFERENCE_ROW:
-        return "reference", f"rows of {length} tokens on {platform}: all scores of a layer fit"
+def choose(platform: str, *, queries: int, keys: int, head_dims: Iterable[int]) -> tuple[str, str]:
+    """The implementation for rows of that many queries and keys, and the reason in words."""
+    if platform == "tpu":
+        against = [why for K in head_dims if (why := refuses(queries, keys, K))]
+        if not against:
+            return "splash", f"rows of {queries} tokens on tpu: no scores are kept"
+        no_splash = f"; not splash: {against[0]}"
+    else:
+        no_splash = f"; splash is for tpu, here is {platform}"
+    if queries <= LONGEST_REFERENCE_ROW:
+        return "reference", f"{queries} queries: all scores of a layer fit{no_splash}"
     return "blocked", (
-        f"rows of {length} tokens on {platform}: above {LONGEST_REFERENCE_ROW} the scores of a "
-        f"layer are held for {QUERY_BLOCK} queries at a time"
+        f"{queries} queries: above {LONGEST_REFERENCE_ROW} the scores of a layer are held for "
+        f"{QUERY_BLOCK} queries at a time{no_splash}"
     )
 
 
@@ -170,7 +179,10 @@ def blocked(
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference,
     "blocked": blocked,
+    "splash": splash,
 }
+# Kernels that the partitioner cannot look into: run on each device's own rows and heads.
+OPAQUE = frozenset({"splash"})
 
 
 def _visible(segments: Tokens, positions: Tokens, window: int | None) -> jax.Array:

@@ -6,7 +6,6 @@ Rows are filled up to whole tiles with segment 0. Under a mesh it must be run pe
 is opaque to the partitioner.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -64,7 +63,6 @@ def splash(
     return jnp.where((segments.query != 0)[:, :, None, None], mixed_BTHK, 0).astype(q.dtype)
 
 
-@functools.lru_cache(maxsize=64)
 def _kernel(
     length: int, heads: int, window: int | None, softcap: float | None, interpret: bool
 ) -> Any:
@@ -77,20 +75,19 @@ def _kernel(
     if window is not None and window < length:
         mask = masks.LocalMask(shape, (window - 1, 0), 0)
     block = math.gcd(length, BLOCK)
-    with jax.ensure_compile_time_eval():  # kept between traces: must hold no tracer
-        return kernels.make_splash_mha_single_device(
-            mask=masks.MultiHeadMask([mask] * heads),
-            block_sizes=kernels.BlockSizes(
-                block_q=block,
-                block_kv=block,
-                block_q_dkv=block,
-                block_kv_dkv=block,
-                use_fused_bwd_kernel=True,
-            ),
-            attn_logits_soft_cap=softcap,
-            residual_checkpoint_name="attention",
-            interpret=interpret,
-        )
+    return kernels.make_splash_mha_single_device(
+        mask=masks.MultiHeadMask([mask] * heads),
+        block_sizes=kernels.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            use_fused_bwd_kernel=True,
+        ),
+        attn_logits_soft_cap=softcap,
+        residual_checkpoint_name="attention",
+        interpret=interpret,
+    )
 
 
 def _filled(x_BT: jax.Array, rest: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""A model whose only tokenizer file is SentencePiece's: trained, exported, opened by transformers."""
+"""A model whose only tokenizer file is SentencePiece's, from training to transformers."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import pytest
 from jax.test_util import check_grads
 
 from jaxtune.ops import attention
-from jaxtune.ops.attention import IMPLEMENTATIONS, attend, choose
+from jaxtune.ops.attention import IMPLEMENTATIONS, OPAQUE, attend, choose
 
 B, T, H, G, K = 2, 11, 4, 2, 8
 SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0], [1] * T], np.int32)
@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=sorted(IMPLEMENTATIONS))
+@pytest.fixture(params=sorted(IMPLEMENTATIONS.keys() - OPAQUE))  # those: test_splash
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(attention, "QUERY_BLOCK", 4)  # T = 11: three blocks, the last one ragged
     return request.param
@@ -200,13 +200,14 @@ def test_blocked_never_holds_all_scores(
 
 def test_unknown_name_is_refused_not_replaced() -> None:
     places = {"segments": both(SEGMENTS), "positions": both(POSITIONS)}
-    with pytest.raises(ValueError, match=r"'flash'; expected one of blocked, reference"):
+    with pytest.raises(ValueError, match=r"'flash'; expected one of blocked, reference, splash"):
         attend(*qkv(), **places, impl="flash")
 
 
 def test_choice_by_length_with_its_reason() -> None:
-    short, why_short = choose("cpu", 512)
-    long, why_long = choose("cpu", 513)
+    short, why_short = choose("cpu", queries=512, keys=512, head_dims=[8])
+    long, why_long = choose("cpu", queries=513, keys=513, head_dims=[8])
     assert (short, long) == ("reference", "blocked")
-    assert "512 tokens on cpu" in why_short
-    assert "513 tokens on cpu" in why_long
+    assert "512 queries" in why_short
+    assert "513 queries" in why_long
+    assert "splash is for tpu, here is cpu" in why_long
