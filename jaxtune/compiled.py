@@ -83,7 +83,8 @@ class Module(NamedTuple):
 def parse(text: str) -> Module:
     """Optimised HLO as `compiled.as_text()` gives it."""
     computations: dict[str, Computation] = {}
-    entry, name, found, root = "", "", {}, None
+    found: dict[str, Instruction] = {}
+    entry, name, root = "", "", None
     for line in _lines(text):
         if opening := re.match(r"(ENTRY )?%?([^\s(]+) \(.*\{$", line):
             name, found, root = opening[2], {}, None
@@ -141,7 +142,7 @@ def _closing(text: str, start: int) -> int:
 class Wire(NamedTuple):
     """Of one kind of collective: how often, bytes sent, and of those the exposed."""
 
-    count: int = 0
+    times: int = 0
     bytes: float = 0.0
     exposed: float = 0.0
 
@@ -259,7 +260,7 @@ class _Walk:
         before = self.cost.wire.get(kind, Wire())
         exposed = 0.0 if hidden or each.op.endswith("-start") else sent
         self.cost.wire[kind] = Wire(
-            before.count + times, before.bytes + sent, before.exposed + exposed
+            before.times + times, before.bytes + sent, before.exposed + exposed
         )
 
     def _group(self, each: Instruction) -> int:

@@ -129,8 +129,8 @@ def local(
 
     `axes` name the dimensions of each argument, `out` those of the result, which has the shape of
     the first argument. For what the compiler cannot cut by itself, as sorting each device's own
-    tokens; `f` adds up over `spread(...)` what only the slices together are. `kernel`: `f` holds one
-    that JAX cannot follow, and adds nothing up.
+    tokens; `f` adds up over `spread(...)` what only the slices together are. `kernel`: `f` holds
+    one that JAX cannot follow, and adds nothing up.
     """
     mesh = _mesh_in_context()
     if mesh is None:

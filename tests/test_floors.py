@@ -18,6 +18,8 @@ ROOMS: dict[str, set[str]] = {
     "methods": set(),
     "config": {"methods"},
     "spec": set(),
+    "chips": {"config"},
+    "compiled": set(),
     "command": {"config"},
     "tree": {"config"},
     "untrusted": {"config"},
@@ -27,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "draw": {"config"},
     "ops": {"spec"},
     "model": {"config", "spec", "tree", "mesh", "ops"},
-    "learn": {"config", "spec", "tree", "mesh", "ops", "model"},
+    "learn": {"config", "chips", "spec", "tree", "mesh", "ops", "model"},
     "hf": {"config", "untrusted", "hub", "spec", "tree", "mesh", "model"},
     "weights": {"config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf"},
     "inference": {

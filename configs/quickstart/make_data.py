@@ -3,9 +3,10 @@
     python configs/quickstart/make_data.py
 
 writes, beside this file, `train.jsonl` (2,000 dialogues), `eval.jsonl` (200) and the tokenizer in
-`model/`. The same bytes come out each time; `make_data.py FOLDER SEED` makes other ones elsewhere. Everything the desk knows stands in the tables below;
-an answer is a function of one `Case` (a policy, what it is applied to, and the number, place or
-symptom that decides), so a generated answer is either right or wrong.
+`model/`. The same bytes come out each time; `make_data.py FOLDER SEED` makes other ones elsewhere.
+Everything the desk knows stands in the tables below; an answer is a function of one `Case` (a
+policy, what it is applied to, and the number, place or symptom that decides), so a generated answer
+is either right or wrong.
 
 No case of `eval.jsonl` occurs in `train.jsonl`: a model that answers them has learnt the policies,
 not the dialogues.

@@ -1,6 +1,6 @@
 """What is written about a run: metrics.jsonl always, TensorBoard where asked for.
 
-The meter is the only clock. Peaks are the chips' published dense bf16 figures.
+The meter is the only clock. Peaks are those of `chips`: published, dense, bfloat16.
 """
 
 from __future__ import annotations
@@ -12,23 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxtune.chips import peak_flops
 from jaxtune.config import ConfigError
-
-# device_kind -> peak bf16 FLOP/s of one device. Sources: cloud.google.com/tpu/docs (per chip; the
-# v4 and 7x figures are per chip too), NVIDIA data sheets (dense, without sparsity).
-PEAK_FLOPS: Mapping[str, float] = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 class MetricsWriter:
@@ -87,7 +72,7 @@ class Meter:
 
     def __init__(self, *, flops_per_token: float, device_kind: str, devices: int) -> None:
         self._flops_per_token = flops_per_token
-        self._peak = PEAK_FLOPS.get(device_kind)
+        self._peak = peak_flops(device_kind)
         self._devices = devices
         self._since: float | None = None
         self._tokens = 0

@@ -71,7 +71,7 @@ def _kernel(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     shape = (length, length)
-    mask = masks.CausalMask(shape)
+    mask: masks.Mask = masks.CausalMask(shape)
     if window is not None and window < length:
         mask = masks.LocalMask(shape, (window - 1, 0), 0)
     block = math.gcd(length, BLOCK)
