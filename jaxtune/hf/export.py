@@ -6,12 +6,13 @@ half of one. Host memory holds one tensor at a time. What the model stops at is 
 the same in `config.json`, `generation_config.json` and the tokenizer.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,9 +21,21 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxtune.config import ConfigError
-from jaxtune.hf.layout import Piece, Placed
+from jaxtune.hf.layout import Index, Placed
 from jaxtune.hf.load import HfModel
-from jaxtune.hf.tensors import CODES, INDEX, ShardWriter, fetch, index_of, open_tensors, plan_shards
+from jaxtune.hf.moving import once, run_ahead
+from jaxtune.hf.tensors import (
+    CODES,
+    INDEX,
+    Plan,
+    ShardWriter,
+    Written,
+    flush,
+    index_of,
+    open_tensors,
+    plan_shards,
+    read_back,
+)
 from jaxtune.tree import named
 from jaxtune.untrusted import MAX_TABLE, read_bytes, read_object
 
@@ -107,20 +120,15 @@ def export_model(
     size = index_of(plans)["metadata"]["total_size"]
     try:
         if jax.process_index() != 0:
-            for _ in range(2):  # once to be written, once to be verified
-                for _ in _values(model, params, dtypes):
+            for plan in plans:
+                for _ in _blocks(plan.tensors, model, params):
                     pass
         else:
             with replacing(out, size) as folder:
-                with ShardWriter(folder, plans) as writer:
-                    for name, values in _values(model, params, dtypes):
-                        writer.write(name, values)
-                if len(plans) > 1:
-                    write_json(folder / INDEX, index_of(plans))
+                _write_tensors(folder, plans, dtypes, model, params)
                 _write_configs(folder, model, save_dtype, tokenizer, stop_ids)
                 write_tokenizer(folder, model, tokenizer, template)
                 write(folder / "README.md", card.encode())
-                _verify(folder, _values(model, params, dtypes))
         multihost_utils.sync_global_devices("export")
     except OSError as error:
         raise ConfigError(
@@ -173,78 +181,194 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(word.isdigit(), int(word) if word.isdigit() else 0, word) for word in name.split(".")]
 
 
-def _values(
-    model: HfModel, params: Any, dtypes: Mapping[str, np.dtype]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor as it will stand in the file, gathered one at a time on every host."""
+class Block(NamedTuple):
+    """Rows of a tensor, from `first` on, that `fill` writes into an array of `shape`."""
+
+    name: str
+    first: int
+    shape: tuple[int, ...]
+    fill: Callable[[np.ndarray], None]
+
+
+def _blocks(names: Iterable[str], model: HfModel, params: Any) -> Iterator[Block]:
+    """Tensors by rows. On several hosts each block is gathered here, in the same order."""
     leaves = named(params)
     if leaves.keys() != model.placed.keys():
         raise ValueError(f"not the model's parameters: {sorted(leaves.keys() ^ model.placed)[:4]}")
-    parts: dict[str, list[tuple[Placed, Piece]]] = {}
-    for placed in model.placed.values():
-        for piece in placed.pieces():
-            parts.setdefault(piece.name, []).append((placed, piece))
-    for name, made_of in parts.items():
-        tensor = None
-        for placed, piece in made_of:
-            at = {placed.row.axes.index(axis): where for axis, where in piece.place.items()}
-            tensor = placed.write(_gather(leaves[placed.parameter], at), tensor)
-        assert tensor is not None
-        yield name, _cast(name, tensor, dtypes[name])
+    parts: dict[str, list[Part]] = {}
+    for parameter, placed in model.placed.items():
+        for index in placed.blocks(step=max(placed.shape)):
+            (piece,) = placed.pieces(index)
+            part = Part(placed, index, _getter(leaves[parameter], piece.place, placed))
+            parts.setdefault(piece.name, []).append(part)
+    for name in names:
+        for together in _with_common_rows(parts.pop(name)):
+            step = min(part.placed.step(part.where) for part in together)
+            cuts = [part.placed.blocks(part.where, step) for part in together]
+            for at in zip(*cuts, strict=True):
+                yield _block(name, together, at)
 
 
-def _gather(leaf: Any, at: Mapping[int, int]) -> np.ndarray:
-    """The part of a sharded parameter at `at` (axis -> index), whole, on this host.
-
-    Always a part or a copy: JAX keeps the host's view of an array as long as the array lives.
+class Part(NamedTuple):
+    """The part of a parameter that one tensor holds; `get` gives blocks of it when called twice:
+    first where hosts must act together, then wherever the values are wanted.
     """
-    if callable(leaf):  # made when asked for, as merged weights are
-        return leaf(at)
-    part = leaf if at else jax.numpy.copy(leaf)
-    for axis in sorted(at, reverse=True):
-        part = _take(part, at[axis], axis)
-    if part.is_fully_addressable:
-        return np.asarray(part)
-    return np.asarray(multihost_utils.process_allgather(part, tiled=True))
+
+    placed: Placed
+    where: Index
+    get: Callable[[Index], Callable[[], np.ndarray]]
 
 
-@functools.partial(jax.jit, static_argnames="axis")
-def _take(values: jax.Array, index: int, axis: int) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(values, index, axis, keepdims=False)
+def _with_common_rows(parts: list[Part]) -> list[list[Part]]:
+    """Parts one behind another have rows of their own; parts side by side are written at once."""
+    one_behind_another = parts[0].placed.row.shared == 0 and not parts[0].placed.row.takes_turns
+    return [[part] for part in parts] if one_behind_another else [parts]
 
 
-def _cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if values.dtype == dtype:
-        return values
-    with np.errstate(over="ignore"):
-        cast = values.astype(dtype)
-    if np.isinf(cast).any() and np.isfinite(values).all():
+def _block(name: str, parts: list[Part], indices: Sequence[Index]) -> Block:
+    rows = [part.placed.rows(index) for part, index in zip(parts, indices, strict=True)]
+    first, stop = min(r.start for r in rows), max(r.stop for r in rows)
+    values = [part.get(index) for part, index in zip(parts, indices, strict=True)]
+
+    def fill(target: np.ndarray) -> None:
+        for part, index, own, get in zip(parts, indices, rows, values, strict=True):
+            part.placed.fill(target[own.start - first : own.stop - first], get(), index)
+
+    return Block(name, first, (stop - first, *parts[0].placed.tensor_shape[1:]), fill)
+
+
+def _getter(
+    leaf: Any, place: Mapping[str, int], placed: Placed
+) -> Callable[[Index], Callable[[], np.ndarray]]:
+    """How to get blocks of one tensor's part of a parameter, whole, on this host."""
+    if callable(leaf):  # made when asked for, as merged weights are: a tensor's part at once
+        at = {placed.row.axes.index(axis): where for axis, where in place.items()}
+        made = once(lambda: np.expand_dims(leaf(at), tuple(at)))
+
+        def cut(index: Index) -> Callable[[], np.ndarray]:
+            inside = tuple(slice(0, 1) if n in at else part for n, part in enumerate(index))
+            return lambda: made()[inside]
+
+        return cut
+    if leaf.is_fully_addressable:
+        return lambda index: lambda: _from_shards(leaf, index)
+
+    def gather(index: Index) -> Callable[[], np.ndarray]:
+        gathered = np.asarray(multihost_utils.process_allgather(_cut(leaf, index), tiled=True))
+        return lambda: gathered
+
+    return gather
+
+
+def _from_shards(leaf: jax.Array, index: Index) -> np.ndarray:
+    """Part `index` of a parameter whose shards are all on this host's devices, without a copy of
+    more than that part; none at all where one shard in the host's memory has it.
+    """
+    whole = None
+    for shard in leaf.addressable_shards:
+        if shard.replica_id != 0:
+            continue
+        bounds = [cut.indices(n)[:2] for cut, n in zip(shard.index, leaf.shape, strict=True)]
+        shared = [
+            (max(cut.start, start), min(cut.stop, stop))
+            for cut, (start, stop) in zip(index, bounds, strict=True)
+        ]
+        if any(start >= stop for start, stop in shared):
+            continue
+        inside = zip(shared, bounds, strict=True)
+        values = _cut_shard(shard.data, tuple(slice(a - s, b - s) for (a, b), (s, _) in inside))
+        if all(cut == slice(a, b) for cut, (a, b) in zip(index, shared, strict=True)):
+            return values
+        if whole is None:
+            whole = np.empty([cut.stop - cut.start for cut in index], leaf.dtype)
+        here = zip(index, shared, strict=True)
+        whole[tuple(slice(a - cut.start, b - cut.start) for cut, (a, b) in here)] = values
+    assert whole is not None
+    return whole
+
+
+def _cut_shard(data: jax.Array, index: Index) -> np.ndarray:
+    if data.devices().pop().platform == "cpu":
+        return np.asarray(data)[index]  # a view of the device's memory
+    return np.asarray(_cut(data, index))
+
+
+def _cut(values: jax.Array, index: Index) -> jax.Array:
+    """`values[index]` on the devices; compiled once for a shape, wherever the part begins."""
+    return _slice(
+        values,
+        np.array([cut.start for cut in index], np.int32),
+        sizes=tuple(cut.stop - cut.start for cut in index),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="sizes")
+def _slice(values: jax.Array, starts: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_slice(values, starts, sizes)
+
+
+def _write_tensors(
+    folder: Path,
+    plans: Sequence[Plan],
+    dtypes: Mapping[str, np.dtype],
+    model: HfModel,
+    params: Any,
+) -> None:
+    """Transposed, cast and written by a few threads. While one file is written, the one before is
+    flushed to the disk and read back from it.
+    """
+
+    def write_block(block: Block) -> None:
+        values = np.empty(block.shape, dtypes[block.name])
+        with np.errstate(over="ignore"):
+            block.fill(values)
+        _check_finite(block, values)
+        writer.write(block.name, values, block.first)
+
+    if len(plans) > 1:
+        write_json(folder / INDEX, index_of(plans))
+    with concurrent.futures.ThreadPoolExecutor(1) as behind:
+        checks = []
+        for plan in plans:
+            with ShardWriter(folder, [plan]) as writer:
+                for _ in run_ahead(write_block, _blocks(plan.tensors, model, params)):
+                    pass
+            checks.append(behind.submit(_verify, sorted(writer.written, key=lambda run: run.start)))
+        for check in checks:
+            check.result()
+    _verify_headers(folder, plans)
+
+
+def _check_finite(block: Block, values: np.ndarray) -> None:
+    """A finite value that the file's dtype turned into infinity is an error."""
+    if values.dtype == np.float32 or not np.isinf(values).any():
+        return
+    exact = np.empty(block.shape, np.float32)
+    block.fill(exact)
+    lost = np.isinf(values) & np.isfinite(exact)
+    if lost.any():
         raise ConfigError(
-            f"{name}: has a value of {float(np.abs(values).max()):.3g}, which {dtype} cannot hold. "
-            "Set save_dtype to bfloat16 or float32."
+            f"{block.name}: has a value of {float(np.abs(exact[lost]).max()):.3g}, which "
+            f"{values.dtype} cannot hold. Set save_dtype to bfloat16 or float32."
         )
-    return cast
 
 
-def _verify(folder: Path, values: Iterator[tuple[str, np.ndarray]]) -> None:
-    written = open_tensors(folder)
-    count = 0
-    for name, expected in values:
-        found = fetch(written[name], tuple(slice(0, n) for n in expected.shape))
-        if found.dtype != expected.dtype or not _same_bytes(found, expected):
+def _verify(written: Sequence[Written]) -> None:
+    """Reads a file from the disk, not from the system's copy of it."""
+    flush(written[0].file)
+    for run, same in zip(written, run_ahead(read_back, written), strict=True):
+        if not same:
             raise ConfigError(
-                f"{folder}: {name} reads back other than it was written. Check the disk."
+                f"{run.file}: {run.name} reads back other than it was written. Check the disk."
             )
-        count += 1
-    if count != len(written):
-        raise ValueError(f"{len(written)} tensors written, {count} verified")
 
 
-def _same_bytes(a: np.ndarray, b: np.ndarray, block: int = 1 << 24) -> bool:
-    """Bit for bit, a block at a time: comparing floats would call two NaNs different."""
-    a, b = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b))
-    cuts = (slice(start, start + block) for start in range(0, a.size, block))
-    return a.size == b.size and all(np.array_equal(a[cut], b[cut]) for cut in cuts)
+def _verify_headers(folder: Path, plans: Sequence[Plan]) -> None:
+    """Opens the folder as anyone will."""
+    planned = {name: place for plan in plans for name, place in plan.tensors.items()}
+    found = {name: (t.dtype, t.shape, t.start) for name, t in open_tensors(folder).items()}
+    if found != planned:
+        raise ConfigError(f"{folder}: its headers read back other than written. Check the disk.")
 
 
 def _write_configs(
@@ -341,11 +465,11 @@ def replacing(out: Path, size: int) -> Iterator[Path]:
     try:
         fresh.mkdir()
         yield fresh
-        _sync(fresh)
+        flush(fresh)
         if out.exists():
             out.rename(old)
         fresh.rename(out)
-        _sync(out.parent)
+        flush(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         if old.is_dir() and not out.exists():
@@ -362,11 +486,3 @@ def write(file: Path, content: bytes) -> None:
         handle.write(content)
         handle.flush()
         os.fsync(handle.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -19,13 +19,16 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxtune.hf.moving import empty, move
+
+BLOCK = 1 << 20  # values read or written at a time: they stay in a core's cache until done
 Index = tuple[slice, ...]
 Fetch = Callable[[str, Index], np.ndarray]  # (tensor name, slices of it) -> its values there
 
@@ -164,35 +167,85 @@ class Placed:
             number = {axis: self.numbers[axis][where] for axis, where in at.items()}
             yield Piece(self.row.source.format(**number), at)
 
-    def read(self, fetch: Fetch, index: Index, dtype: np.dtype) -> np.ndarray:
+    def step(self, index: Index | None = None) -> int:
+        """Of how many indices of the tensor's first axis a block has about `BLOCK` values."""
+        ranges = self._ranges(index)
+        kept = [len(ranges[axis]) for axis in self._kept if axis != self._unfolded[0]]
+        return max(1, BLOCK // max(1, math.prod(kept)))
+
+    def blocks(self, index: Index | None = None, step: int | None = None) -> Iterator[Index]:
+        """Cuts `index` of the parameter into parts of one tensor each, whole rows of it.
+
+        A block has `step` indices of the tensor's first axis, so that it lies together in the file
+        where its other axes are whole.
+        """
+        ranges = self._ranges(index)
+        first = self._unfolded[0]
+        steps = {first: step or self.step(index), **dict.fromkeys(self.row.spread, 1)}
+        cuts = []
+        for axis, of in ranges.items():
+            by = steps.get(axis, max(1, len(of)))
+            cuts.append([slice(n, min(n + by, of.stop)) for n in range(of.start, of.stop, by)])
+        yield from itertools.product(*cuts)
+
+    def read(
+        self, fetch: Fetch, index: Index, dtype: np.dtype, run: Callable[..., Iterable] = map
+    ) -> np.ndarray:
         """`index` of the parameter (unit steps) in `dtype`, through the fewest contiguous slices.
 
         What a slice of a folded dimension cannot express (part of K in several H, one of two parts
-        that take turns) is read as the covering range and cut.
+        that take turns) is read as the covering range and cut. `run` may be the `map` of a pool.
         """
-        ranges = self._ranges(index)
-        out = np.empty([len(ranges[axis]) for axis in self.row.axes], dtype)
-        own, unfolded, cut = self._source_slices(ranges)
-        source, every = self._in_tensor(own)
-        for name, place in self.pieces(index):
-            block = fetch(name, source)[every].reshape(unfolded)[cut]
-            out[self._position(place, ranges)] = block.transpose(self._permutation)
+        out = empty([len(of) for of in self._ranges(index).values()], np.dtype(dtype))
+        origin = [of.start for of in self._ranges(index).values()]
+
+        def read_block(at: Index) -> None:
+            (piece,) = self.pieces(at)
+            own, unfolded, cut = self._source_slices(self._ranges(at))
+            source, every = self._in_tensor(own)
+            values = fetch(piece.name, source)[every].reshape(unfolded)[cut]
+            here = tuple(slice(c.start - o, c.stop - o) for c, o in zip(at, origin, strict=True))
+            move(self._unspread(out[here]), values.transpose(self._permutation))
+
+        blocks = list(self.blocks(index))
+        for _ in run(read_block, blocks) if len(blocks) > 1 else map(read_block, blocks):
+            pass
         return out
 
+    def rows(self, index: Index) -> slice:
+        """The rows of its tensor that a block of the parameter lies in, or takes turns in."""
+        own, _, _ = self._source_slices(self._ranges(index))
+        return self._in_tensor(own)[0][0]
+
+    def fill(self, rows: np.ndarray, values: np.ndarray, index: Index) -> None:
+        """Writes `values`, block `index` of the parameter, into the `rows(index)` of its tensor.
+
+        Of a tensor in parts, only this one is touched.
+        """
+        own, unfolded, cut = self._source_slices(self._ranges(index))
+        source, every = self._in_tensor(own)
+        first = slice(0, source[0].stop - source[0].start)
+        place = rows[(first, *source[1:])][every].reshape(unfolded)
+        if not np.may_share_memory(place, rows):
+            raise ValueError(f"{self.parameter}: its values do not lie in rows as blocks")
+        move(place[cut].transpose(self._permutation), self._unspread(values))
+
     def write(self, values: np.ndarray, tensor: np.ndarray | None = None) -> np.ndarray:
-        """One tensor as it stands in the file, from the parameter's values at its place.
+        """One whole tensor as it stands in the file, from the parameter's values at its place.
 
         `values` has the parameter's axes without the spread ones, in the parameter's order. Of a
         tensor in parts, this one is filled in: in `tensor`, or in a new one, which is returned.
         """
-        inverse = np.argsort(self._permutation)
-        own = np.ascontiguousarray(values.transpose(inverse)).reshape(self._own_shape)
-        if self.part is None:
-            return own
         tensor = np.empty(self.tensor_shape, values.dtype) if tensor is None else tensor
-        source, every = self._in_tensor(tuple(slice(0, n) for n in self._own_shape))
-        tensor[source][every] = own
+        spread = [n for n, axis in enumerate(self.row.axes) if axis in self.row.spread]
+        index = tuple(slice(0, 1 if n in spread else size) for n, size in enumerate(self.shape))
+        self.fill(tensor[self.rows(index)], np.expand_dims(values, tuple(spread)), index)
         return tensor
+
+    def _unspread(self, values: np.ndarray) -> np.ndarray:
+        """Without the axes that are spread over tensors, of which a block has one index each."""
+        spread = [n for n, axis in enumerate(self.row.axes) if axis in self.row.spread]
+        return values.squeeze(tuple(spread))
 
     def _in_tensor(self, own: Index) -> tuple[Index, Index]:
         """Slices of this part alone -> unit-step slices of the tensor, and the cut to make then."""
@@ -212,12 +265,6 @@ class Placed:
         slices = index if index is not None else (slice(None),) * len(self.shape)
         bounds = zip(self.row.axes, slices, self.shape, strict=True)
         return {axis: range(size)[cut] for axis, cut, size in bounds}
-
-    def _position(self, place: Mapping[str, int], ranges: Mapping[str, range]) -> tuple:
-        return tuple(
-            place[axis] - ranges[axis].start if axis in place else slice(None)
-            for axis in self.row.axes
-        )
 
     def _source_slices(self, ranges: Mapping[str, range]) -> tuple[Index, list[int], Index]:
         """Slices of the tensor; the shape they unfold to; and the cut to make after unfolding."""

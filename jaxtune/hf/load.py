@@ -22,6 +22,7 @@ from jaxtune.hf import mxfp4
 from jaxtune.hf.families import Family, config_dtype, family_of
 from jaxtune.hf.family.wrapped import WRAPPERS
 from jaxtune.hf.layout import Index, Placed, place
+from jaxtune.hf.moving import run_ahead
 from jaxtune.hf.mxfp4 import fetch
 from jaxtune.hf.tensors import DTYPES, open_tensors
 from jaxtune.model import decoder
@@ -199,9 +200,12 @@ def load_params(model: HfModel, shardings: Any | None, dtype: Any) -> Any:
         return _read_tensor(model, name, index)
 
     def load(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        def values(index: Index) -> np.ndarray:
+            return placed[name].read(read, index, target, run_ahead)
+
         if name not in where:
-            return jax.device_put(placed[name].read(read, _whole(leaf.shape), target))
-        return _assemble(leaf.shape, where[name], lambda at: placed[name].read(read, at, target))
+            return jax.device_put(values(_whole(leaf.shape)))
+        return _assemble(leaf.shape, where[name], values)
 
     return map_named(load, _abstract(model.spec))
 

@@ -11,6 +11,7 @@ Format (huggingface/safetensors): 8 bytes little-endian header length, a JSON he
 import json
 import math
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -235,36 +236,54 @@ def index_of(plans: Sequence[Plan]) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-class ShardWriter:
-    """Writes tensors in any order into files whose headers stand first; holds no values.
+class Written(NamedTuple):
+    """A run of bytes of a file, and the CRC-32 that they had when they were handed over."""
 
-    Leaving the `with` block without an error checks that every planned tensor came once and
-    flushes to the disk. `OSError` passes through.
+    name: str  # the tensor's
+    file: Path
+    start: int
+    size: int
+    checksum: int
+
+
+class ShardWriter:
+    """Writes tensors, whole or by rows and in any order, into files whose headers stand first.
+
+    Holds no values; may be used by several threads. Leaving the `with` block without an error
+    checks that every byte planned came once; `flush` then brings a file to the disk. `OSError`
+    passes through.
     """
 
     def __init__(self, folder: Path, plans: Sequence[Plan]) -> None:
         self._files: dict[str, int] = {}
-        self._places: dict[str, tuple[str, np.dtype, tuple[int, ...], int]] = {}
+        self._places: dict[str, tuple[Path, np.dtype, tuple[int, ...], int]] = {}
+        self.written: list[Written] = []
         try:
             for plan in plans:
-                handle = os.open(folder / plan.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+                file = folder / plan.file
+                handle = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
                 self._files[plan.file] = handle
                 _write_at(handle, plan.header, 0)
                 os.ftruncate(handle, plan.size)
                 for name, (dtype, shape, start) in plan.tensors.items():
-                    self._places[name] = (plan.file, dtype, shape, start)
+                    self._places[name] = (file, dtype, shape, start)
         except OSError:
             self._close()
             raise
 
-    def write(self, name: str, values: np.ndarray) -> None:
-        """One whole tensor, in the dtype and shape it was planned with."""
+    def write(self, name: str, values: np.ndarray, first_row: int = 0) -> None:
+        """Rows of a tensor from `first_row` on, in the dtype and the other sizes planned."""
         file, dtype, shape, start = self._places[name]
-        if values.dtype != dtype or values.shape != shape:
+        rows = shape[:1]
+        fits = values.dtype == dtype and values.shape[1:] == shape[1:] and values.ndim == len(shape)
+        if not fits or any(
+            first_row + n > most for n, most in zip(values.shape, rows, strict=False)
+        ):
             raise ValueError(f"{name}: {values.dtype}{values.shape}; planned {dtype}{shape}")
-        del self._places[name]
         flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        _write_at(self._files[file], flat.data, start)
+        place = start + first_row * math.prod(shape[1:]) * dtype.itemsize
+        self.written.append(Written(name, file, place, flat.size, zlib.crc32(flat.data)))
+        _write_at(self._files[file.name], flat.data, place)
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -272,17 +291,54 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
-                if self._places:
-                    raise ValueError(f"never written: {some(list(self._places))}")
-                for handle in self._files.values():
-                    os.fsync(handle)
+                self._check_complete()
         finally:
             self._close()
+
+    def _check_complete(self) -> None:
+        ends = {name: start for name, (_, _, _, start) in self._places.items()}
+        for run in sorted(self.written, key=lambda run: (run.file, run.start)):
+            if run.start != ends[run.name]:
+                raise ValueError(f"{run.name}: bytes {ends[run.name]} to {run.start} do not fit")
+            ends[run.name] += run.size
+        lacking = [
+            name
+            for name, (_, dtype, shape, start) in self._places.items()
+            if ends[name] != start + math.prod(shape) * dtype.itemsize
+        ]
+        if lacking:
+            raise ValueError(f"never written: {some(lacking)}")
 
     def _close(self) -> None:
         for handle in self._files.values():
             os.close(handle)
         self._files = {}
+
+
+def flush(file: Path) -> None:
+    """Returns when the disk has all of `file`."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_back(run: Written) -> bool:
+    """Whether the disk gives the bytes that were written: not the system's copy of them."""
+    handle = os.open(run.file, os.O_RDONLY)
+    try:
+        os.posix_fadvise(handle, run.start, run.size, os.POSIX_FADV_DONTNEED)
+        found, checksum, block = 0, 0, 1 << 20
+        while found < run.size:
+            part = os.pread(handle, min(block, run.size - found), run.start + found)
+            if not part:
+                return False
+            checksum = zlib.crc32(part, checksum)
+            found += len(part)
+        return checksum == run.checksum
+    finally:
+        os.close(handle)
 
 
 def _plan(file: str, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> Plan:

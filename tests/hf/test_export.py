@@ -22,7 +22,8 @@ from jaxtune.data.schema import Message
 from jaxtune.data.spans import render_prompt
 from jaxtune.data.template import resolve
 from jaxtune.data.tokenizer import load_tokenizer
-from jaxtune.hf import export
+from jaxtune.hf import export, layout
+from jaxtune.hf import tensors as safetensors_io
 from jaxtune.hf.export import check_target, export_model
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.hf.tensors import open_tensors
@@ -152,8 +153,16 @@ def test_a_value_too_large_for_float16_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["llama-biases", "qwen3-windows"])
-def test_sharded_parameters_are_gathered(name, tmp_path):
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize(
+    ("name", "block"), [("llama-biases", 1 << 20), ("qwen3-windows", 100), ("llama-biases", 7)]
+)
+def test_sharded_parameters_are_gathered(name, block, on_device, tmp_path, monkeypatch):
+    """Also in blocks smaller than a row, and cut out on the device as where memory is apart."""
+    monkeypatch.setattr(layout, "BLOCK", block)
+    if on_device:
+        cut = lambda data, index: np.asarray(export._cut(data, index))  # noqa: E731
+        monkeypatch.setattr(export, "_cut_shard", cut)
     model = open_model(write_folder(name, tmp_path / "source"))
     mesh = meshes.make_mesh({"data": 1, "fsdp": 4, "tensor": 2, "context": 1})
     abstract = decoder.abstract(model.spec, jnp.float32)
@@ -297,7 +306,7 @@ def _crash(*args, **options):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("step", ["_write_configs", "_write_tokenizer", "_verify", "_sync"])
+@pytest.mark.parametrize("step", ["_write_configs", "write_tokenizer", "_verify", "flush"])
 def test_a_failed_export_leaves_the_earlier_one(step, tmp_path, monkeypatch):
     model = open_model(write_folder("llama", tmp_path / "source"))
     out = tmp_path / "runs" / "hf"
@@ -367,14 +376,14 @@ def test_only_an_export_is_replaced(tmp_path):
 def test_a_disk_that_lies_is_found_out(tmp_path, monkeypatch):
     model = open_model(write_folder("llama", tmp_path / "source"))
 
-    def flip(self, name, values):
-        if name == "model.norm.weight":
-            values = values.copy()
-            values[7] = np.nextafter(values[7], 2)
-        write(self, name, values)
+    def flip(handle, values, start):
+        if bytes(values[:4]) == marked.tobytes()[:4]:
+            values = bytes([values[0] ^ 1]) + bytes(values[1:])
+        write(handle, values, start)
 
-    write = export.ShardWriter.write
-    monkeypatch.setattr(export.ShardWriter, "write", flip)
+    marked = tensors("llama")["model.norm.weight"]
+    write = safetensors_io._write_at
+    monkeypatch.setattr(safetensors_io, "_write_at", flip)
     with pytest.raises(
         ConfigError, match=r"model.norm.weight reads back other than it was written"
     ):

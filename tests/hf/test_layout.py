@@ -3,10 +3,13 @@
 import itertools
 import math
 import re
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtune.hf import export
 from jaxtune.hf.families import FAMILIES
 from jaxtune.hf.layout import Placed, Row, place
 
@@ -18,7 +21,8 @@ PATTERNS += ["(A B C) D -> D C A B", "A (B C) -> C A B", "(A B) (C D) -> B D A C
 
 
 def _row(layout: str) -> Row:
-    spread = [axis for axis in ("L", "E") if re.search(rf"-> .*\b{axis}\b", layout)]
+    left, right = (set(re.findall(r"\w", side)) for side in layout.split("->"))
+    spread = [axis for axis in ("L", "E") if axis in right - left]
     return Row("t" + "".join(f".{{{axis}}}" for axis in spread), "p", layout)
 
 
@@ -56,9 +60,10 @@ def _tensors(placed: Placed, rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("layout", [*PATTERNS, "F D -> L E D F"])
-def test_read_any_slice_and_write_back(layout):
+def test_read_any_slice_and_write_back(layout, monkeypatch):
     rng = np.random.default_rng(PATTERNS.index(layout) if layout in PATTERNS else 99)
-    for _ in range(20):
+    for trial in range(20):
+        monkeypatch.setattr("jaxtune.hf.layout.BLOCK", 5 if trial % 2 else 1 << 20)
         placed = _placed(_row(layout), rng)
         tensors = _tensors(placed, rng)
         whole = _brute_force(placed, tensors)
@@ -144,6 +149,37 @@ def test_parts_of_a_tensor_are_read_by_slices_and_fill_it_again(kind):
                 rebuilt[piece.name] = part.write(mine, rebuilt.get(piece.name))
         for name, tensor in tensors.items():
             np.testing.assert_array_equal(rebuilt[name], tensor)
+
+
+@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize("block", [1, 7, 40])
+def test_blocks_cover_each_tensor_once_and_together(kind, block, monkeypatch):
+    """What the export writes, a few rows at a time, is what is written at once."""
+    monkeypatch.setattr("jaxtune.hf.layout.BLOCK", block)
+    rng = np.random.default_rng(block)
+    rows = [Row("t.{L}", f"p{n}_{{i}}_{{j}}", text) for n, text in enumerate(SHARED[kind])]
+    sizes = {"D": 5, "E": 3, "F": 4, "G": 2, "H": 3, "K": 4, "L": 2}
+    shapes = {f"p{n}_0_0": tuple(sizes[a] for a in row.axes) for n, row in enumerate(rows)}
+    placed = place(rows, shapes, {(0, 0): (0, 1)})
+    params = {name: jnp.asarray(rng.normal(size=shape), "f4") for name, shape in shapes.items()}
+    expected: dict[str, np.ndarray] = {}
+    for name, part in placed.items():
+        for piece in part.pieces():
+            values = np.asarray(params[name][piece.place["L"]])
+            expected[piece.name] = part.write(values, expected.get(piece.name))
+    found = {name: np.full_like(tensor, np.nan) for name, tensor in expected.items()}
+    count = 0
+    for each in export._blocks(found, SimpleNamespace(placed=placed), params):
+        values = np.full(each.shape, np.nan, np.float32)
+        each.fill(values)
+        assert np.isfinite(values).all()
+        target = found[each.name][each.first : each.first + len(values)]
+        assert np.isnan(target).all()
+        target[...] = values
+        count += 1
+    assert count > len(found) or block == 40
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(found[name], tensor)
 
 
 def test_a_part_reads_only_its_range():
