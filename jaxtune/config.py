@@ -270,7 +270,8 @@ class Config(_Strict):
     per_device_eval_batch_size: PositiveInt = Field(8, description="rows; never changes results")
     optim: Literal["adamw", "adafactor", "lion", "sgd", "muon", "schedule_free"] = Field(
         "adamw",
-        description="bytes of state a trained parameter: adamw, schedule_free 8, lion, muon 4, "
+        description="bytes of state a trained parameter: adamw, schedule_free 8, muon 4.5, "
+        "lion 4, "
         "sgd 0 (4 with momentum), adafactor near 0",
     )
     optim_state_dtype: Literal["float32", "bfloat16"] = Field(
