@@ -382,8 +382,12 @@ class Config(_Strict):
                 f"trainable: '{self.trainable}' is no regular expression: {error}"
             ) from None
         for name in ("trainable", "train_last_layers"):
-            if getattr(self, name) is not None and self.lora.r > 0:
-                raise ValueError(f"lora.r trains adapters beside frozen weights; unset {name}")
+            if getattr(self, name) is None:
+                continue
+            if self.lora.r > 0 or self.adapter_name_or_path is not None:
+                raise ValueError(f"adapters are trained beside frozen weights; unset {name}")
+            if self.init == "random":
+                raise ValueError(f"{name}: frozen weights need init: pretrained")
 
     def _optimiser_agrees(self) -> None:
         for name, owners in methods.ONLY_OF.items():
@@ -682,8 +686,6 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_what_is_not_built(config: Config) -> None:
     """A knob that would be silently ignored is an error instead."""
     wanted = {
-        "trainable": config.trainable is not None,
-        "train_last_layers": config.train_last_layers is not None,
         "mesh.context": config.mesh.context != 1,
         "report_to=wandb": "wandb" in config.report_to,
         "sample_prompts": bool(config.sample_prompts),

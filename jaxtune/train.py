@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from jaxtune.hf.load import HfModel
     from jaxtune.learn.checkpoint import Checkpoints
     from jaxtune.learn.metrics import MetricsWriter
+    from jaxtune.learn.partial import Part
     from jaxtune.learn.program import Program
     from jaxtune.learn.state import TrainState
     from jaxtune.learn.step import StepMetrics
@@ -76,7 +77,8 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     from jaxtune.hf.adapter import check_adapter_target
     from jaxtune.hf.export import check_target
     from jaxtune.hf.load import open_model, with_tokens
-    from jaxtune.weights import adapters_of, check_ids
+    from jaxtune.learn.partial import share
+    from jaxtune.weights import adapters_of, check_ids, part_of
 
     pretrained = config.init == "pretrained"
     model = open_model(model_name, revision=config.revision, weights=pretrained, note=note)
@@ -86,6 +88,7 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     largest = max(largest_id(data) for data in (material.train, *held_out))
     check_ids(largest, model.name, model.spec, material.tokenizer)
     model, adapters = adapters_of(config, model, note=note)
+    model, chosen = part_of(config, model)
     if config.export:
         check_target(run_dir / "hf", model)
         if adapters is not None:
@@ -93,7 +96,8 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     mesh, batches = _plan(config, material.train)
     total_steps = batches.total_steps(config.num_train_epochs, config.max_steps)
     report = _announce(config, material, batches, mesh, total_steps)
-    program = _build(config, model, adapters, mesh, total_steps)
+    program = _build(config, model, adapters, chosen, mesh, total_steps)
+    note(f"trained: {share(program.abstract.trained, program.variables)}")
 
     # 3. Where to begin.
     import jax
@@ -103,21 +107,20 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
         checkpoints = Checkpoints(run_dir, keep=config.save_total_limit)
         closing.callback(checkpoints.close)
-        start = _where_to_begin(config, checkpoints, batches, model, adapters, total_steps)
+        start = _where_to_begin(config, checkpoints, batches, model, adapters, chosen, total_steps)
         state, frozen = _first_state(config, model, adapters, program, checkpoints, start)
         (run_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
 
         # 4. The loop.
         from jaxtune.data.position import fingerprint
         from jaxtune.learn.metrics import MetricsWriter
-        from jaxtune.weights import adapter_meta
+        from jaxtune.weights import base_and_part
 
         writer = MetricsWriter(run_dir, resumed_at=start, report_to=config.report_to)
         closing.callback(writer.close)
         meta = {"fingerprint": fingerprint(batches), "total_steps": total_steps}
-        plan = Plan(
-            batches, {**meta, **adapter_meta(model, adapters)}, total_steps, material.held_out
-        )
+        meta.update(base_and_part(model, adapters, chosen))
+        plan = Plan(batches, meta, total_steps, material.held_out)
         loop = Loop(config, model, program, plan, checkpoints, writer, start)
         state = loop.run(state, frozen)
         checkpoints.wait()
@@ -241,7 +244,12 @@ def _microbatches(config: Config, mesh: Mesh) -> int:
 
 
 def _build(
-    config: Config, model: HfModel, adapters: Adapters | None, mesh: Mesh, total_steps: int
+    config: Config,
+    model: HfModel,
+    adapters: Adapters | None,
+    chosen: Part | None,
+    mesh: Mesh,
+    total_steps: int,
 ) -> Program:
     from jaxtune.learn import program, schedules
     from jaxtune.learn.optim import Hyper
@@ -277,6 +285,7 @@ def _build(
         seed=config.seed,
         noise_alpha=config.neftune_noise_alpha,
         lora=None if adapters is None else adapters.lora,
+        is_trained=None if chosen is None else chosen.is_trained,
     )
 
 
@@ -286,6 +295,7 @@ def _where_to_begin(
     batches: Batches,
     model: HfModel,
     adapters: Adapters | None,
+    chosen: Part | None,
     total_steps: int,
 ) -> int:
     """The step to go on from; 0 is the beginning. Refuses what would not be the same run."""
@@ -310,7 +320,7 @@ def _where_to_begin(
             f"run's is {now[:12]}. Restore what changed, or choose another "
             "output_dir to start anew."
         )
-    check_resumed(meta, model, adapters, where=f"{checkpoints.folder}: step {latest}")
+    check_resumed(meta, model, adapters, chosen, where=f"{checkpoints.folder}: step {latest}")
     if latest > total_steps:
         raise ConfigError(
             f"{checkpoints.folder}: holds step {latest}, but this run ends at {total_steps}. "

@@ -6,6 +6,7 @@ The doors meet here, so that what is evaluated is what was trained.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jaxtune.config import Config, ConfigError, load
 if TYPE_CHECKING:
     from jaxtune.data.tokenizer import Tokenizer
     from jaxtune.hf.load import HfModel
+    from jaxtune.learn.partial import Part
     from jaxtune.model.lora import Lora
     from jaxtune.spec import ModelSpec
 
@@ -106,6 +108,22 @@ def adapters_of(
     return model, Adapters(lora, start)
 
 
+def part_of(config: Config, model: HfModel) -> tuple[HfModel, Part | None]:
+    """What `trainable` and `train_last_layers` choose, and the model cut for it."""
+    from jaxtune.learn.partial import part
+
+    fields = ("trainable", "train_last_layers")
+    chosen = part(model.spec, **{name: getattr(config, name) for name in fields})
+    if chosen is None:
+        return model, None
+    if model.new is not None and "embed/table" not in chosen.names:
+        raise ConfigError(
+            f"add_tokens: the rows of {len(model.new.ids)} new tokens would stay as they begin, "
+            "since embed/table is frozen. Add 'embed' (and 'head') to trainable."
+        )
+    return replace(model, spec=chosen.spec), chosen
+
+
 def _described(lora: Lora) -> str:
     kind = ("rsLoRA" if lora.rslora else "LoRA") + (" with DoRA" if lora.dora else "")
     tokens = f" and the rows of {len(lora.tokens)} tokens" if lora.tokens else ""
@@ -133,19 +151,27 @@ def first_adapters(
 # -- what a checkpoint knows of its base ---------------------------------------------------------
 
 
-def adapter_meta(model: HfModel, adapters: Adapters | None) -> dict[str, Any]:
-    """What a checkpoint of adapters says of itself and of its base."""
+def base_and_part(model: HfModel, adapters: Adapters | None, chosen: Part | None) -> dict[str, Any]:
+    """What a checkpoint that holds not all parameters says of itself and of its base."""
     from jaxtune.hf.adapter import base_meta, lora_meta
 
-    if adapters is None:
-        return {}
-    return {"lora": lora_meta(adapters.lora), "base": base_meta(model)}
+    if adapters is not None:
+        return {"lora": lora_meta(adapters.lora), "base": base_meta(model)}
+    if chosen is not None:
+        return {"part": dict(chosen.asked), "base": base_meta(model)}
+    return {}
 
 
 def check_resumed(
-    meta: Mapping[str, Any], model: HfModel, adapters: Adapters | None, *, where: str
+    meta: Mapping[str, Any],
+    model: HfModel,
+    adapters: Adapters | None,
+    chosen: Part | None,
+    *,
+    where: str,
 ) -> None:
-    """Refuses to go on with other adapters, or beside another base. Raises `ConfigError`."""
+    """Refuses to go on with other adapters, another part of the parameters, or beside another base.
+    Raises `ConfigError`."""
     from jaxtune.hf.adapter import check_base, lora_from_meta
 
     before = lora_from_meta(meta["lora"]) if "lora" in meta else None
@@ -157,7 +183,16 @@ def check_resumed(
             f"{where}: was trained with other adapters ({said}). Restore lora's settings, or "
             "choose another output_dir to start anew."
         )
-    if now is not None:
+    trained = meta.get("part")
+    if trained != (None if chosen is None else dict(chosen.asked)):
+        said = "all parameters" if trained is None else " and ".join(
+            f"{name} {value!r}" for name, value in trained.items() if value is not None
+        )  # fmt: skip
+        raise ConfigError(
+            f"{where}: was trained with {said}. Restore trainable and train_last_layers, or choose "
+            "another output_dir to start anew."
+        )
+    if now is not None or chosen is not None:
         check_base(meta, model, where=where)
 
 
@@ -170,7 +205,8 @@ def _different(before: Lora, now: Lora) -> list[str]:
 
 
 class Restored(NamedTuple):
-    """A checkpoint's trained variables, for `model`; `lora` is None where all were trained."""
+    """A checkpoint's trained variables, for `model`; without `lora` all parameters, those that
+    were frozen read from the base."""
 
     model: HfModel
     trained: Any
@@ -200,15 +236,22 @@ def run_config(run_dir: Path, flags: Config) -> Config:
 
 
 def restore(model: HfModel, run_dir: Path, step: int | None, *, dtype: str) -> Restored:
-    """The trained part of a run's checkpoint, spread over the devices that are here."""
+    """What a run's checkpoint trained, spread over the devices that are here."""
     from jaxtune.hf.adapter import check_base, lora_from_meta, with_token_rows
+    from jaxtune.hf.load import load_params
     from jaxtune.learn.checkpoint import read_meta, restore_trained
+    from jaxtune.learn.partial import part
     from jaxtune.mesh import make_mesh, shardings
     from jaxtune.model import decoder
+    from jaxtune.tree import merge, split
 
     meta = read_meta(run_dir, step)
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1, "context": 1})
     lora = lora_from_meta(meta["lora"]) if "lora" in meta else None
+    chosen = part(model.spec, **meta["part"]) if "part" in meta else None
+    if chosen is not None:
+        check_base(meta, model, where=str(run_dir))
+        model = replace(model, spec=chosen.spec)
     if lora is None:
         axes = {"params": decoder.axes(model.spec)}
         abstract = {"params": decoder.abstract(model.spec, dtype)}
@@ -217,9 +260,14 @@ def restore(model: HfModel, run_dir: Path, step: int | None, *, dtype: str) -> R
         model = with_token_rows(model, lora.tokens)
         axes = {"lora": decoder.adapter_axes(model.spec, lora)}
         abstract = {"lora": decoder.abstract_adapters(model.spec, lora)}
-    placed = shardings(axes, abstract, mesh)
-    trained, meta = restore_trained(run_dir, abstract, placed, step=int(meta["step"]))
-    return Restored(model, trained, lora, int(meta["step"]))
+    step, placed = int(meta["step"]), shardings(axes, abstract, mesh)
+    if chosen is None:
+        trained, _ = restore_trained(run_dir, abstract, placed, step=step)
+        return Restored(model, trained, lora, step)
+    abstract, _ = split(abstract, chosen.is_trained)
+    moved, _ = restore_trained(run_dir, abstract, split(placed, chosen.is_trained)[0], step=step)
+    base = {"params": load_params(model, placed["params"], dtype)}
+    return Restored(model, merge(moved, split(base, chosen.is_trained)[1]), None, step)
 
 
 def to_export(restored: Restored) -> Any:

@@ -148,6 +148,8 @@ def test_mistakes_are_named(given: dict, message: str) -> None:
         ({"trainable": "mlp("}, "trainable: 'mlp(' is no regular expression: missing )"),
         ({"train_last_layers": 0}, "train_last_layers: Input should be greater than 0"),
         ({"train_last_layers": 2, "lora": {"r": 4}}, "unset train_last_layers"),
+        ({"trainable": "norm", "adapter_name_or_path": "a"}, "weights; unset trainable"),
+        ({"trainable": "norm", "init": "random"}, "trainable: frozen weights need init"),
         ({"trainable": "norm", "lora.r": 4}, "beside frozen weights; unset trainable"),
     ],
 )

@@ -66,6 +66,9 @@ def test_a_resumed_run_is_the_same_run(method: str, tmp_path: Path) -> None:
         restored, _ = saved.restore(2, built.abstract, built.shardings)
         resumed, again = go_on(restored, 2)
         saved.close()
+        measured = built.eval_step(whole.trained, {}, rows)
+        without = program.build_eval(SPEC, mesh, dtype=jnp.float32)(whole.trained, {}, rows)
+    assert_bytes(measured, without)  # no noise in evaluation
     assert again == last
     assert first[0] != second[0]  # the same rows and parameters: another step's noise
     assert_bytes(whole, resumed)
