@@ -250,6 +250,12 @@ class ModelSpec:
             f"logit_softcap is {self.logit_softcap}; expected a positive number, or none",
         )
 
+        mixtures = {(moe.experts, moe.aux_coef) for layer in self.layers if (moe := layer.moe)}
+        _check(
+            len(mixtures) <= 1,
+            "the mixtures of one model differ in experts or aux_coef; their loads are added up",
+        )
+
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
         """Every layer in the order a token meets them."""

@@ -484,6 +484,7 @@ class Loop:
                 "epoch": round(epoch_at(self.plan.batches, done), 4),
                 "loss": float(metrics.loss),
                 "token_accuracy": float(metrics.token_accuracy),
+                **({"router_loss": float(metrics.penalty)} if metrics.penalty else {}),
                 "grad_norm": float(metrics.grad_norm),
                 "learning_rate": float(metrics.learning_rate),
                 "tokens_total": self._seen.tokens,

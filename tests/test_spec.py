@@ -266,6 +266,17 @@ def test_equal_specs_are_one_static_argument() -> None:
             lambda: LayerSpec(4, 4, 8, 32, ROPE, gated=False, moe=MoeSpec(4, 1)),
             "experts are gated MLPs; this layer's are not",
         ),
+        (
+            lambda: ModelSpec(
+                64,
+                16,
+                tuple(Stack((LayerSpec(4, 4, 8, 32, ROPE, moe=MoeSpec(n, 1)),), 1) for n in (4, 6)),
+                1e-6,
+                True,
+                128,
+            ),
+            "the mixtures of one model differ in experts or aux_coef",
+        ),
         (lambda: Stack((), 2), "a stack needs at least one layer"),
         (lambda: Stack((LayerSpec(4, 4, 8, 32, ROPE),), 0), "a stack repeats 0 times"),
         (lambda: ModelSpec(64, 16, (), 1e-6, True, 128), "a model needs at least one stack"),

@@ -16,6 +16,7 @@ from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
 from jaxtune.ops import neftune
 from jaxtune.ops.cross_entropy import Sums, linear_cross_entropy
+from jaxtune.ops.moe import balance
 from jaxtune.spec import ModelSpec
 
 
@@ -51,7 +52,15 @@ def next_token(
 
     `targets` at weight 0 may be any id in range; nothing is inferred from token values.
     `noise_alpha` is NEFTune's; its noise, like all that is random, is absent without a key.
+
+    Where the model asks for it (`MoeSpec.aux_coef`), penalty = coef * balance * sum(w): a step
+    minimises the mean loss plus coef * balance, as transformers does. The balance of routers
+    (`ops.moe.balance`) is over all tokens of the batch given here that are not padding, trained or
+    not, of all mixtures and devices together; rows and packing do not matter. It is no sum over
+    tokens: with microbatches a step has the mean of their balances by trained weight, which is not
+    quite that of all their tokens at once.
     """
+    coef = router_coef(spec)
 
     def objective(variables: Variables, batch: Tokens, key: jax.Array | None) -> Sums:
         noise = None
@@ -71,9 +80,17 @@ def next_token(
             lora=lora,
             noise=noise,
         )
-        return linear_cross_entropy(output.hidden, output.head, batch.targets, batch.weights)
+        sums = linear_cross_entropy(output.hidden, output.head, batch.targets, batch.weights)
+        if coef and output.load is not None:
+            sums = sums._replace(penalty=coef * balance(output.load) * sums.weight)
+        return sums
 
     return objective
+
+
+def router_coef(spec: ModelSpec) -> float:
+    """What the balance of the routers counts in training; 0 where nothing asks for it."""
+    return next((layer.moe.aux_coef for layer in spec.layers if layer.moe is not None), 0.0)
 
 
 OBJECTIVES = {"next_token": next_token}
@@ -81,8 +98,8 @@ OBJECTIVES = {"next_token": next_token}
 
 def zero_sums() -> Sums:
     zero = jnp.zeros((), jnp.float32)
-    return Sums(zero, zero, zero)
+    return Sums(zero, zero, zero, zero)
 
 
 def add(a: Sums, b: Sums) -> Sums:
-    return Sums(*(x + y for x, y in zip(a, b, strict=True)))
+    return Sums(*(jnp.add(x, y) for x, y in zip(a, b, strict=True)))

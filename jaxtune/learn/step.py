@@ -1,6 +1,6 @@
 """One optimiser step as a pure function, and its evaluation twin.
 
-microbatch m  ->  gradient of sum(w * ce), and Sums         lax.scan over M, f32 accumulators
+microbatch m  ->  gradient of loss + penalty, and Sums      lax.scan over M, f32 accumulators
 all           ->  gradients / sum(w)                        ONE division, by the global weight
               ->  clip -> the optimiser, with learning_rate(step)
 guard         ->  a step with no weight, or with anything non-finite, changes no parameter
@@ -29,7 +29,7 @@ from jaxtune.tree import merge
 
 class StepMetrics(NamedTuple):
     """Scalars of one step, f32: `loss` = sum(w*ce)/sum(w); `finite` is 1.0 unless loss or gradient
-    norm is not finite; `weight` is sum(w).
+    norm is not finite; `weight` is sum(w). `penalty` is what else was minimised: the routers'.
     """
 
     loss: jax.Array
@@ -38,6 +38,7 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array
     learning_rate: jax.Array
     finite: jax.Array
+    penalty: jax.Array
 
 
 def split_microbatches(batch: Tokens, count: int) -> Any:
@@ -71,7 +72,7 @@ def train_step(
     def loss(trained: Any, rows: Tokens, number: Any) -> tuple[jax.Array, Sums]:
         key = jax.random.fold_in(key_of_step, number)
         sums = objective(merge(trained, frozen), rows, key)
-        return sums.loss, sums
+        return sums.loss + sums.penalty, sums
 
     gradient = jax.grad(loss, has_aux=True)
     point = optimiser.point(state.trained, state.opt_state)
@@ -130,6 +131,7 @@ def train_step(
         grad_norm=norm,
         learning_rate=rate,
         finite=finite.astype(jnp.float32),
+        penalty=sums.penalty * per_weight,
     )
 
 

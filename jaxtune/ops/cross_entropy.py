@@ -34,11 +34,15 @@ class Head:
 
 
 class Sums(NamedTuple):
-    """Float32 scalars over tokens: sum(w * loss), sum(w), sum(w * [the best guess is right])."""
+    """Float32 scalars over tokens: sum(w * loss), sum(w), sum(w * [the best guess is right]).
+
+    `penalty` is what an objective has minimised beside `loss`, on the same scale; none from here.
+    """
 
     loss: jax.Array
     weight: jax.Array
     correct: jax.Array
+    penalty: jax.Array | float = 0.0
 
 
 def logits(hidden: jax.Array, head: Head) -> jax.Array:
