@@ -21,7 +21,7 @@ from jaxtune.model import decoder
 from jaxtune.tree import named
 
 VOCAB, NEW_TOKENS = 61, 32
-_BASE = {
+BASE = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -55,7 +55,7 @@ _LLAMA3 = {
 
 
 def _case(kind: str, **keys: Any) -> dict[str, Any]:
-    return {"model_type": kind, **_BASE, **keys}
+    return {"model_type": kind, **BASE, **keys}
 
 
 CASES: dict[str, dict[str, Any]] = {

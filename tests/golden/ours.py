@@ -1,0 +1,115 @@
+"""What this project computes for a case: the other side of `make.reference`."""
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from golden.cases import NEW_TOKENS, PROMPTS, TEXTS, WEIGHTS, write_folder
+
+from jaxtune.hf.load import HfModel, load_params, open_model
+from jaxtune.model import decoder
+from jaxtune.model.sample import generate
+from jaxtune.ops.cross_entropy import linear_cross_entropy, logits
+from jaxtune.tree import named
+
+# Two correct programs in float32 differ by reassociated sums of at most 48 terms.
+LOGITS, EXPERT_LOGITS, LOSS, GRADIENT = 2e-5, 5e-5, 1e-5, 1e-4
+
+PACKED = ((0, 1), (2,), ())  # texts of each row; as many rows, so that one program serves both
+ALONE = ((0,), (1,), (2,))
+
+
+class Ours(NamedTuple):
+    logits: tuple[np.ndarray, ...]  # of each text
+    loss: float
+    gradients: dict[str, np.ndarray]  # under the checkpoint's names
+
+
+def rows(layout: tuple[tuple[int, ...], ...]) -> dict[str, np.ndarray]:
+    """Texts laid out in rows of 30; targets shifted within each text, padding in segment 0."""
+    names = ("inputs", "targets", "segment_ids", "positions")
+    batch = {name: np.zeros((len(layout), 30), np.int32) for name in names}
+    batch["weights"] = np.zeros((len(layout), 30), np.float32)
+    for row, texts in enumerate(layout):
+        at = 0
+        for segment, text in enumerate(texts, start=1):
+            size = len(TEXTS[text])
+            cut = slice(at, at + size)
+            batch["inputs"][row, cut] = TEXTS[text]
+            batch["targets"][row, at : at + size - 1] = TEXTS[text][1:]
+            batch["weights"][row, at : at + size - 1] = WEIGHTS[text][1:]
+            batch["segment_ids"][row, cut] = segment
+            batch["positions"][row, cut] = np.arange(size)
+            at += size
+    return batch
+
+
+@functools.cache
+def _program(name: str) -> tuple[HfModel, functools.partial[Any]]:
+    """The imported model and batch -> ((loss, logits), gradients), compiled once."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = open_model(write_folder(name, Path(folder)))
+        params = load_params(model, None, jnp.float32)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def run(params, batch):
+        output = decoder.forward(
+            model.spec,
+            {"params": params},
+            batch["inputs"],
+            segment_ids=batch["segment_ids"],
+            positions=batch["positions"],
+            dtype=jnp.float32,
+            remat="none",
+        )
+        sums = linear_cross_entropy(
+            output.hidden, output.head, batch["targets"], batch["weights"], chunk=11
+        )
+        return sums.loss / sums.weight, logits(output.hidden, output.head)
+
+    return model, functools.partial(run, params)
+
+
+@functools.cache
+def ours(name: str, layout: tuple[tuple[int, ...], ...]) -> Ours:
+    model, run = _program(name)
+    (loss, logits), grads = run(rows(layout))
+    by_text, leaves = {}, named(grads)
+    for row, texts in enumerate(layout):
+        at = 0
+        for text in texts:
+            by_text[text] = np.asarray(logits[row, at : at + len(TEXTS[text])])
+            at += len(TEXTS[text])
+    gradients = {}
+    for parameter, placed in model.placed.items():
+        values = np.asarray(leaves[parameter])
+        for piece in placed.pieces():
+            at = tuple(piece.place.get(axis, slice(None)) for axis in placed.row.axes)
+            gradients[piece.name] = placed.write(values[at], gradients.get(piece.name))
+    return Ours(tuple(by_text[i] for i in range(len(TEXTS))), float(loss), gradients)
+
+
+def greedy(name: str) -> list[list[int]]:
+    """The likeliest NEW_TOKENS after each prompt, all prompts in one batch, with the cache."""
+    model, run = _program(name)
+    (params,) = run.args
+    generations = generate(
+        model.spec,
+        params,
+        [prompt.tolist() for prompt in PROMPTS],
+        max_new_tokens=NEW_TOKENS,
+        stop_ids=(),
+        dtype=jnp.float32,
+    )
+    return [generation.tokens for generation in generations]
+
+
+def logits_tolerance(name: str) -> float:
+    """Wider for experts: their sums are taken in an order that depends on the routing."""
+    model, _ = _program(name)
+    return EXPERT_LOGITS if any(layer.moe for layer in model.spec.layers) else LOGITS
