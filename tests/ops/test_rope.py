@@ -1,3 +1,5 @@
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +12,24 @@ KINDS = {
     "linear": RopeSpec(10_000.0, "linear", factor=4.0),
     # Llama 3.1's own numbers, but for a context small enough that all three branches are met.
     "llama3": RopeSpec(500_000.0, "llama3", 8.0, 1.0, 4.0, original_max_positions=64),
+    "yarn": RopeSpec(
+        10_000.0,
+        "yarn",
+        4.0,
+        original_max_positions=512,
+        beta_fast=16.0,
+        attention_factor=0.1 * math.log(4.0) + 1,
+    ),
 }
+LONGROPE = RopeSpec(
+    100.0,
+    "longrope",
+    original_max_positions=4,
+    short_factors=(1.0, 1.5),
+    long_factors=(2.0, 8.0),
+    attention_factor=1.25,
+    fraction=0.5,
+)
 
 
 def test_one_pair_turns_by_position_times_frequency() -> None:
@@ -52,6 +71,42 @@ def test_scaling_stretches_long_waves_and_keeps_short_ones() -> None:
     assert np.all(np.diff(between) < 0)
 
 
+def test_yarn_keeps_what_turns_often_and_stretches_what_hardly_turns() -> None:
+    spec = KINDS["yarn"]
+    plain = rope.frequencies(KINDS["none"], 64)
+    ratio = rope.frequencies(spec, 64) / plain
+    turns = spec.original_max_positions * plain / (2 * np.pi)
+    np.testing.assert_allclose(ratio[turns > 1.5 * spec.beta_fast], 1, rtol=1e-6)
+    np.testing.assert_allclose(ratio[turns < spec.beta_slow / 1.5], 1 / 4, rtol=1e-6)
+    between = ratio[(ratio < 1 - 1e-6) & (ratio > 1 / 4 + 1e-6)]
+    assert len(between) >= 3
+    assert np.all(np.diff(between) < 0)
+
+
+def test_each_text_of_a_row_is_rotated_by_its_own_length() -> None:
+    positions = jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 0]])
+    segments = jnp.array([[1, 1, 1, 1, 1, 2, 2, 2, 2, 0]])
+    assert rope.last_positions(positions, segments).tolist() == [[4] * 5 + [3] * 4 + [0]]
+    assert rope.last_positions(positions[:, :5], None).tolist() == [[4] * 5]
+    cos, sin = rope.angles(LONGROPE, 8, positions, segments)
+    # Five tokens are more than 4, four are not.
+    plain = 100.0 ** -(np.arange(0, 4, 2) / 4)
+    for cut, factors in ((slice(0, 5), (2.0, 8.0)), (slice(5, 9), (1.0, 1.5))):
+        angle = np.asarray(positions)[0, cut, None] * plain / np.array(factors)
+        np.testing.assert_allclose(cos[0, cut], 1.25 * np.cos(angle), atol=1e-6)
+        np.testing.assert_allclose(sin[0, cut], 1.25 * np.sin(angle), atol=1e-6)
+
+
+def test_the_rest_of_a_head_is_left_alone() -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 2, 8)), jnp.float32)
+    cos, sin = rope.angles(LONGROPE, 8, jnp.arange(5)[None])
+    assert cos.shape == (1, 5, 2)
+    turned = rope.rotate(x, cos, sin)
+    np.testing.assert_array_equal(turned[..., 4:], x[..., 4:])
+    np.testing.assert_allclose(turned[..., :4], rope.rotate(x[..., :4], cos, sin), atol=1e-6)
+    assert np.abs(turned[:, 1:, :, :4] - x[:, 1:, :, :4]).min() > 0
+
+
 def test_half_precision_is_turned_in_f32() -> None:
     positions = jnp.array([[100_000]])
     cos, sin = rope.angles(KINDS["none"], 8, positions)
@@ -78,6 +133,8 @@ def test_equals_transformers(kind: str) -> None:
         "low_freq_factor": spec.low_freq_factor,
         "high_freq_factor": spec.high_freq_factor,
         "original_max_position_embeddings": spec.original_max_positions,
+        "beta_fast": spec.beta_fast,
+        "beta_slow": spec.beta_slow,
     }
     config = LlamaConfig(
         hidden_size=64,
