@@ -58,6 +58,23 @@ def label(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
 
 
+def shard_bytes(size: str) -> int:
+    """`max_shard_size` in bytes; a unit is a power of ten, or with an i of two.
+
+    >>> [shard_bytes(size) for size in ("5GB", "1.5 MiB", "300")]
+    [5000000000, 1572864, 300]
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B|B)?\s*", size, re.IGNORECASE)
+    if found is None:
+        raise ValueError("expected a number of bytes, with a unit such as 5GB, 500MB or 2GiB")
+    number, unit, binary = found.groups()
+    scale = (1024 if binary else 1000) ** " KMGT".index((unit or " ").upper())
+    count = int(float(number) * scale)
+    if count < 1:
+        raise ValueError("expected at least one byte")
+    return count
+
+
 class ProportionsConfig(_Strict):
     """What share of a dataset's examples each value of a column makes up, by drawing anew."""
 
@@ -209,6 +226,11 @@ class Config(_Strict):
     save_dtype: Literal["source", "float32", "bfloat16", "float16"] = Field(
         "source", description="of the exported model; source = as the model came"
     )
+    max_shard_size: str = Field(
+        "5GB",
+        description="of a file of the exported model, as Hugging Face writes it: 5GB, 500MB, 2GiB; "
+        "a tensor larger than that has a file of its own",
+    )
 
     dataset: str | None = Field(None, description="short for one entry of datasets")
     datasets: tuple[DatasetConfig, ...] = Field((), description="what to train on; YAML list")
@@ -348,6 +370,12 @@ class Config(_Strict):
     @classmethod
     def _by_method(cls, values: Any) -> Any:
         return {**method_defaults(values), **values} if isinstance(values, dict) else values
+
+    @pydantic.field_validator("max_shard_size", mode="before")
+    @classmethod
+    def _of_bytes(cls, size: Any) -> str:
+        shard_bytes(str(size))
+        return str(size)
 
     @pydantic.field_validator("optim", mode="before")
     @classmethod

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from jaxtune import command
 from jaxtune.command import note
-from jaxtune.config import Config, ConfigError, dump
+from jaxtune.config import Config, ConfigError, dump, shard_bytes
 
 if TYPE_CHECKING:
     from jaxtune.data.template import Template
@@ -110,6 +110,7 @@ def _export_run(
         model=model,
         params=to_export(restored),
         save_dtype=config.save_dtype,
+        max_shard_bytes=shard_bytes(config.max_shard_size),
         tokenizer=tokenizer,
         template=template,
         stop_ids=stop_ids(config, tokenizer, template),
@@ -170,6 +171,7 @@ def _export_adapter(
         model=model,
         params=merged(model, lora, leaves),
         save_dtype=config.save_dtype,
+        max_shard_bytes=shard_bytes(config.max_shard_size),
         tokenizer=tokenizer,
         template=None,
         stop_ids=_ends(model) if own else (),
@@ -196,6 +198,7 @@ def _export_folder(source: str, out: Path, config: Config) -> Exported:
         model=model,
         params=load_params(model, _shardings(model, "float32"), "float32"),
         save_dtype=config.save_dtype,
+        max_shard_bytes=shard_bytes(config.max_shard_size),
         tokenizer=None,
         template=None,
         card=read_text(card, model.folder) if card.exists() else f"# {Path(source).name}\n",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxtune import command
 from jaxtune.command import Stopped, note
-from jaxtune.config import Config, ConfigError, Diverged, dump
+from jaxtune.config import Config, ConfigError, Diverged, dump, shard_bytes
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -606,6 +606,7 @@ def _export(
         model=model,
         params=variables["params"],
         save_dtype=config.save_dtype,
+        max_shard_bytes=shard_bytes(config.max_shard_size),
         tokenizer=material.tokenizer,
         template=material.template,
         stop_ids=stop_ids(config, material.tokenizer, material.template),

@@ -18,6 +18,7 @@ from jaxtune.config import (
     dump,
     field_names,
     load,
+    shard_bytes,
 )
 
 # Names, defaults: the contract's table.
@@ -80,6 +81,13 @@ def test_values_people_type_are_translated(given: dict, field: str, value: objec
     assert getattr(load(overrides=given), field) == value
 
 
+def test_the_size_of_a_shard_is_written_as_hugging_face_does() -> None:
+    sizes = {"5GB": 5 * 10**9, "200mb": 2 * 10**8, "1.5GiB": 3 * 2**29, "77": 77, "8 KB": 8000}
+    for text, expected in sizes.items():
+        assert shard_bytes(load(overrides={"max_shard_size": text}).max_shard_size) == expected
+    assert load(overrides={"max_shard_size": 1000}).max_shard_size == "1000"  # a number of a YAML
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -91,6 +99,9 @@ def test_values_people_type_are_translated(given: dict, field: str, value: objec
         ({"max_length": 1}, "max_length"),
         ({"truncation": "wrap"}, "'drop', 'truncate' or 'error'; got 'wrap'"),
         ({"max_steps": 0}, "max_steps is positive, or -1"),
+        ({"max_shard_size": "5 gigs"}, "with a unit such as 5GB, 500MB or 2GiB; got '5 gigs'"),
+        ({"max_shard_size": "-1GB"}, "max_shard_size: expected a number of bytes"),
+        ({"max_shard_size": 0}, "max_shard_size: expected at least one byte"),
         ({"mesh.fsdp": 0}, "axes are positive, or -1 for one of them"),
         ({"mesh": {"fsdp": -1, "data": -1}}, "axes are positive, or -1 for one of them"),
         ({"warmup_ratio": 20}, "warmup_ratio is below 1; got 20"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
@@ -26,7 +27,11 @@ def model_card(
     `metrics` holds the last "train" and "eval" rows; `data` is the data report; `config` the
     resolved config as YAML, which repeats the run.
     """
-    header: dict[str, Any] = {"library_name": "transformers", "tags": ["jaxtune", "sft"]}
+    header: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["jaxtune", "sft"],
+    }
     if not random_start and not PurePath(base).is_absolute() and base.count("/") == 1:
         header["base_model"] = base
     start = "random weights of the architecture" if random_start else "the weights"
@@ -40,11 +45,11 @@ def model_card(
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---
 
-# {PurePath(base).name}, instruction-tuned
+# {_plain(PurePath(base).name)}, instruction-tuned
 
-Trained with [jaxtune](https://pypi.org/project/jaxtune/) {__version__} from {start} of `{base}`,
-with the prompt template `{template}` (saved as `chat_template.jinja`). The loss was taken on the
-answers only, their end of turn included.
+Trained with [jaxtune](https://pypi.org/project/jaxtune/) {__version__} from {start} of
+{_code(base)}, with the prompt template {_code(template)} (saved as `chat_template.jinja`). The loss
+was taken on the answers only, their end of turn included.
 
 ## Result
 
@@ -54,13 +59,31 @@ answers only, their end of turn included.
 
 ## Data
 
-```json
-{json.dumps(data, indent=1, ensure_ascii=False)}
-```
+{_fenced("json", json.dumps(data, indent=1, ensure_ascii=False))}
 
 ## Config
 
-```yaml
-{config.strip()}
-```
+{_fenced("yaml", config.strip())}
 """
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is, on one line: names come from paths, hubs and users."""
+    return re.sub(r"([\\`*_{}\[\]<>()#|!&~$])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """A code span, which ends only where more backticks stand than anywhere in the text."""
+    ticks = "`" * (_longest_run(text) + 1)
+    text = " ".join(text.split())
+    return f"{ticks} {text} {ticks}" if len(ticks) > 1 else f"`{text}`"
+
+
+def _fenced(language: str, text: str) -> str:
+    """A block that no line of the text can close."""
+    fence = "`" * max(3, _longest_run(text) + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)

@@ -88,6 +88,16 @@ def test_a_model_folder_is_saved_anew(run_dir, tmp_path):
         assert (out / file).read_bytes() == (base / file).read_bytes()
 
 
+def test_shards_of_a_size(run_dir, tmp_path):
+    out = tmp_path / "out"
+    assert convert.main([str(run_dir), str(out), "--max_shard_size", "20KB"]) == 0
+    files = sorted(out.glob("model-*.safetensors"))
+    assert len(files) > 2
+    assert all(file.stat().st_size < 26_000 for file in files)
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    _equal_to_base_times(out, 3)
+
+
 def test_a_mistake_is_told(run_dir, tmp_path, capsys):
     base, out = run_dir.parent / "base", str(tmp_path / "out")
     (tmp_path / "full").mkdir()

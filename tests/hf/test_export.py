@@ -3,6 +3,9 @@
 import errno
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -339,6 +342,48 @@ def test_what_a_killed_export_left_is_cleared(tmp_path):
     with pytest.raises(ConfigError, match="cannot hold"):
         _export(model, out, params, save_dtype="float16")
     assert (out / "README.md").read_text() == "first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from jaxtune.hf import export, tensors
+from jaxtune.hf.load import load_params, open_model
+
+def killed(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+model = open_model(sys.argv[1])
+module, name = sys.argv[3].split(".")
+setattr({"export": export, "tensors": tensors}[module], name, killed)
+export.export_model(
+    Path(sys.argv[2]), model=model, params=load_params(model, None, "float32"), tokenizer=None,
+    template=None, card="second",
+)
+"""
+
+
+@pytest.mark.parametrize("when", ["tensors.zlib", "export.read_back", "export.write_tokenizer"])
+def test_a_process_killed_leaves_the_earlier_export(when, tmp_path):
+    """SIGKILL while it writes values, reads them back, or writes the small files."""
+    source, out = write_folder("llama", tmp_path / "source"), tmp_path / "out"
+    _export(open_model(source), out, card="first")
+    code = KILLED
+    if when == "tensors.zlib":  # the checksum of the first block, before it is written
+        code = KILLED.replace('"tensors": tensors', '"tensors": tensors.zlib')
+        when = "tensors.crc32"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(source), str(out), when],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (left,) = tmp_path.glob(".out.new-*")
+    assert not (left / "README.md").exists() or "second" in (left / "README.md").read_text()
+    assert (out / "README.md").read_text() == "first"
+    assert _bytes(out) == _bytes(source)
+    _export(open_model(source), out, card="third")
+    assert (out / "README.md").read_text() == "third"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 

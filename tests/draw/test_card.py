@@ -1,0 +1,67 @@
+"""A model card says all of a run, and no name in it becomes markup."""
+
+import json
+import re
+
+import yaml
+
+from jaxtune.draw.card import model_card
+
+CARD = {
+    "random_start": False,
+    "template": "chatml",
+    "metrics": {"train": {"step": 7, "loss": 0.5, "by_dataset": {}}, "eval": {"eval_loss": 0.25}},
+    "data": {"examples": 3},
+    "config": "seed: 0",
+}
+
+
+def _header(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_base_data_metrics_and_config_are_there():
+    card = model_card(base="acme/tiny", **CARD)
+    assert _header(card) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["jaxtune", "sft"],
+        "base_model": "acme/tiny",
+    }
+    assert "# tiny, instruction-tuned" in card
+    assert "the weights of\n`acme/tiny`, with the prompt template `chatml`" in card
+    assert "| loss | 0.5 |\n| eval_loss | 0.25 |" in card
+    assert '```json\n{\n "examples": 3\n}\n```' in card
+    assert "```yaml\nseed: 0\n```" in card
+    random = model_card(base="acme/tiny", **{**CARD, "random_start": True})
+    assert "base_model" not in _header(random)
+    assert "random weights of the architecture" in random
+    assert "base_model" not in _header(model_card(base="/home/me/tiny", **CARD))
+
+
+def test_hostile_names_stay_text():
+    name = "a/x\n---\nlicense: mit\n---\n<script>alert(1)</script> [now](http://b) `` | # *y*"
+    template = "USER: {x}\n```\n# not a heading\n<img src=x>"
+    data = {"dataset": "```\n# no heading", "text": "</code>"}
+    config = yaml.safe_dump({"template": template, "more": "````"})
+    card = model_card(base=name, **{**CARD, "template": template, "data": data, "config": config})
+    assert set(_header(card)) <= {"library_name", "pipeline_tag", "tags", "base_model"}
+    lines = card.split("\n")
+    headings = [line for line in lines if re.match(r" {0,3}#", line)]
+    begins = [n for n, line in enumerate(lines) if re.match(r" {0,3}`{3,}(json|yaml)$", line)]
+    assert len(begins) == 2
+    for begin in begins:
+        ticks = lines[begin].rstrip("jsonyaml")
+        closing = rf" {{0,3}}`{{{len(ticks)},}}\s*$"  # as long at least, and nothing else
+        end = next(n for n in range(begin + 1, len(lines)) if re.match(closing, lines[n]))
+        inside = "\n".join(lines[begin + 1 : end])
+        if "json" in lines[begin]:
+            assert json.loads(inside) == data
+        else:
+            assert yaml.safe_load(inside) == yaml.safe_load(config)
+        headings = [line for line in headings if line not in lines[begin:end]]
+    assert [line.split(",")[0] for line in headings[1:]] == ["## Result", "## Data", "## Config"]
+    assert headings[0].startswith("# ")
+    assert headings[0].endswith(", instruction-tuned")
+    outside = re.sub(r"(`+) .*? \1(?!`)", "", card.split("## Data")[0].split("---\n", 2)[2])
+    assert not re.search(r"(?<!\\)[<\[](script|now|img)", outside)
