@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import orbax.checkpoint as ocp
 import pytest
@@ -13,6 +14,8 @@ from test_adapters import TEMPLATE, losses, params_of, write_base
 
 from jaxtune import convert, train
 from jaxtune.config import Config, ConfigError, load
+from jaxtune.learn import program
+from jaxtune.learn.optim import Hyper
 from jaxtune.tree import named
 
 # Two layers: the second alone is stack_1 then.
@@ -112,3 +115,21 @@ def test_new_tokens_need_a_trained_embedding(root: Path, tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="rows of 1 new tokens would stay as they begin"):
         train.run(settings(root, tmp_path / "out", add_tokens=["<one>"]))
 
+
+def test_every_field_of_the_optimiser_reaches_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "build", lambda spec, mesh, **given: given)
+    config = load(overrides={
+        "optim": "muon", "momentum": 0.8, "muon_adjust_lr": "original", "adam_beta1": 0.7,
+        "adam_beta2": 0.6, "adam_epsilon": 1e-5, "weight_decay": 0.3, "max_grad_norm": 2,
+        "optim_state_dtype": "bfloat16", "neftune_noise_alpha": 7, "learning_rate": 0.5,
+        "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.25},
+        "warmup_steps": 2,
+    })  # fmt: skip
+    given = train._build(config, SimpleNamespace(spec=None), None, None, None, 10)
+    assert given["hyper"] == Hyper(
+        "muon", 0.7, 0.6, epsilon=1e-5, weight_decay=0.3, momentum=0.8, adjust="original",
+        state_dtype="bfloat16",
+    )  # fmt: skip
+    assert (given["noise_alpha"], given["max_grad_norm"], given["is_trained"]) == (7, 2, None)
+    rates = [float(given["learning_rate"](step)) for step in (0, 1, 2, 6, 10)]
+    assert rates == pytest.approx([0, 0.25, 0.5, 0.375, 0.25])

@@ -4,6 +4,7 @@ eight devices against one, and what their state holds."""
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jaxtune.learn.state import abstract_state, init_opt_state, state_shardings
 from jaxtune.mesh import make_mesh, shardings
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
-from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack
+from jaxtune.spec import LayerSpec, ModelSpec, MoeSpec, RopeSpec, Stack
 from jaxtune.tree import named, unnamed
 
 STORED = np.load(golden.FILE)
@@ -243,19 +244,23 @@ def test_the_rules_are_total() -> None:
 
 def test_the_rules_cover_every_parameter_and_adapter_there_is() -> None:
     layer = LayerSpec(4, 2, 8, 32, RopeSpec(100.0), qkv_bias=True, mlp_bias=True, qk_norm="head")
-    spec = ModelSpec(64, 16, (Stack((layer,), 2),), 1e-6, False, 128)
+    moe = MoeSpec(experts=4, per_token=2, router_bias=True, shared_width=16)
+    mixture = replace(layer, moe=moe, sinks=True)
+    spec = ModelSpec(64, 16, (Stack((layer, mixture), 2),), 1e-6, False, 128)
     lora = Lora(r=4, alpha=8.0, dora=True, tokens=(3, 4))
     hidden, seen = set(), set()
     for axes in (decoder.axes(spec), decoder.adapter_axes(spec, lora)):
         for name, logical in named(axes).items():
             place = dims(name, logical)
             seen.add(name.rpartition("/")[2])
-            assert place.stack == ((0,) if name.startswith("stack_") else ()), name
+            experts = "expert" in logical[:2] and is_matrix(name)
+            stack = (0, 1) if experts else (0,) if name.startswith("stack_") else ()
+            assert place.stack == stack or not is_matrix(name), name
             assert bool(place.columns) == is_matrix(name)
             if is_hidden(name, logical):
                 hidden.add(name.rpartition("/")[2])
     assert hidden == {"kernel", "a", "b"}
-    assert seen == {"kernel", "table", "scale", "bias", "a", "b", "magnitude", "rows"}
+    assert seen == {"kernel", "table", "scale", "bias", "sinks", "a", "b", "magnitude", "rows"}
 
 
 def test_clip_off_and_below_the_limit_change_nothing() -> None:

@@ -299,3 +299,23 @@ def test_a_step_draws_by_seed_step_and_microbatch_alone() -> None:
     draws = [loss(1, 7), loss(1, 8), loss(2, 7), loss(1, 7, 2), loss(1, 7, 4)]
     assert len(set(draws)) == len(draws)
     assert float(eval_step({}, {}, one_per_row(), objective=objective).loss) == -1
+
+
+def test_schedule_free_takes_its_gradient_between_average_and_fast_weights() -> None:
+    """Of w^2 / 2 the gradient is the point itself: the second moment shows where it was taken."""
+
+    def objective(variables: Any, rows: Any, key: Any) -> Sums:
+        w = variables["w"]["kernel"]
+        return Sums(0.5 * jnp.sum(w * w), jnp.float32(1), jnp.float32(0))
+
+    axes = {"w": {"kernel": ("embed", None)}}
+    x, z = jnp.full((2, 2), 3.0), jnp.full((2, 2), -1.0)
+    made = optim.optimiser(optim.Hyper("schedule_free", beta1=0.9, beta2=0.99), axes)
+    begun = made.init({"w": {"kernel": x}})._replace(z={"w": {"kernel": z}})
+    state, _ = train_step(
+        TrainState(jnp.int32(0), {"w": {"kernel": x}}, begun), {}, one_per_row(),
+        objective=objective, optimiser=made, learning_rate=lambda step: jnp.float32(0.1),
+        max_grad_norm=0.0, microbatches=1, trained_axes=axes, seed=0,
+    )  # fmt: skip
+    y = 0.9 * 3.0 + 0.1 * -1.0
+    np.testing.assert_allclose(state.opt_state.nu["w"]["kernel"], 0.01 * y**2, rtol=1e-5)
