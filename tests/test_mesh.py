@@ -12,7 +12,16 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.config import ConfigError
-from jaxtune.mesh import gathered, make_mesh, partition_spec, put_batch, row_shards, shardings
+from jaxtune.mesh import (
+    gathered,
+    local,
+    make_mesh,
+    partition_spec,
+    put_batch,
+    row_shards,
+    shardings,
+    spread,
+)
 
 ONES = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
 
@@ -90,3 +99,29 @@ def test_put_batch_asks_only_for_what_it_holds_and_places_rows() -> None:
     for ours, theirs in zip(placed, whole, strict=True):
         np.testing.assert_array_equal(ours, theirs)
         assert {s.data.shape for s in ours.addressable_shards} == {(2, 3)}
+
+
+@pytest.mark.parametrize("rows", [8, 3])
+@pytest.mark.parametrize("width", [8, 6])
+def test_local_work_adds_up_what_is_cut(rows: int, width: int) -> None:
+    """Rows over data and fsdp, a summed width over tensor; what does not divide is on all."""
+    rng = np.random.default_rng(0)
+    x, w = 0.3 * rng.normal(size=(rows, 4, 5)), 0.3 * rng.normal(size=(5, width))
+    x, w = (jnp.asarray(values, jnp.float32) for values in (x, w))
+
+    def squares(x_BTD: jax.Array, w_DF: jax.Array | None) -> jax.Array:
+        cut = spread("mlp", width)
+        y_BTD = jnp.einsum("BTF,DF->BTD", jnp.square(jnp.einsum("BTD,DF->BTF", x_BTD, w_DF)), w_DF)
+        return jax.lax.psum(y_BTD, cut) if cut else y_BTD
+
+    def loss(x: jax.Array, w: jax.Array) -> jax.Array:
+        token = ("batch", "length", None)
+        return jnp.sum(jnp.sin(local(squares, (x, w), (token, (None, "mlp")), token)))
+
+    expected = jax.value_and_grad(loss, argnums=(0, 1))(x, w)
+    assert spread("mlp", width) == ()
+    with jax.set_mesh(make_mesh({"data": 2, "fsdp": 1, "tensor": 4, "context": 1})):
+        assert spread("mlp", width) == (("tensor",) if width == 8 else ())
+        found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, w)
+    for want, got in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
