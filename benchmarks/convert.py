@@ -14,7 +14,7 @@ on in each tensor), then takes turns between
 each in a process of its own, the source in the system's cache. Imports of the libraries are not
 timed. Everybody keeps the dtype of the file, unless --param_dtype says otherwise for jaxtune.
 
-Memory is what the process alone holds (RssAnon + RssShmem of /proc/self/status, sampled every 5 ms)
+Memory is what the process alone holds (RssAnon + RssShmem of /proc/self/status, sampled every 20 ms)
 less the bytes of the parameters. Pages of the mapped source are not counted: they are the system's
 cache, which it takes back when it needs them. The interpreter and its libraries are counted.
 """
@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -154,17 +155,18 @@ def _fsync(folder: Path) -> None:
 def _measured(steps: Iterator[str]) -> dict[str, float]:
     """Seconds of each step, and its peak memory in bytes."""
     found: dict[str, float] = {}
-    now, started, peak, done = "start", time.perf_counter(), 0, False
+    now, started, peak, done = "start", (time.perf_counter(), _cpu()), 0, False
 
     def sample() -> None:
         nonlocal peak
         while not done:
             peak = max(peak, _held())
-            time.sleep(0.005)
+            time.sleep(0.02)
 
     def close() -> None:
         nonlocal peak
-        found[f"{now} seconds"] = time.perf_counter() - started
+        found[f"{now} seconds"] = time.perf_counter() - started[0]
+        found[f"{now} CPU"] = _cpu() - started[1]
         found[f"{now} peak"] = max(peak, _held())
         peak = 0
 
@@ -177,10 +179,17 @@ def _measured(steps: Iterator[str]) -> dict[str, float]:
         elif now != "start" and "parameters" not in found:
             close()
         if not step.startswith("held "):
-            now, started, peak = step, time.perf_counter(), 0
+            now, started, peak = step, (time.perf_counter(), _cpu()), 0
     close()
     done = True
     return found
+
+
+def _cpu() -> float:
+    """CPU seconds of this process and its children, the system's on their behalf included."""
+    return sum(
+        sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
 
 
 def _held() -> int:
@@ -242,21 +251,23 @@ def main() -> None:
 
 
 def _print(runs: dict[str, list[dict[str, float]]]) -> None:
+    steps = ("import", "export", "both")
     print(
-        "| tool | import, s | export, s | both, s | import holds more, MB | export holds more, MB |"
+        "| tool | import, s | export, s | both, s | CPU, s | import holds, MB | export holds, MB |"
     )
-    print("|---|--:|--:|--:|--:|--:|")
+    print("|---|--:|--:|--:|--:|--:|--:|")
     for name, found in runs.items():
         for run in found:
-            steps = [run.get(f"{step} seconds") for step in ("import", "export")]
-            both = run["both seconds"] if "both seconds" in run else sum(s or 0 for s in steps)
-            more = [
-                run[f"{step} peak"] - run["parameters"] if "parameters" in run else None
-                for step in ("import", "export")
-                if name != "cp" or step == "import" or step == "export"
-            ]
-            cells = [*(f"{s:.1f}" if s else "" for s in steps), f"{both:.1f}"]
-            cells += [f"{m / 1e6:,.0f}" if m is not None else "" for m in more]
+            seconds, cpu, peak = (
+                {step: run[f"{step} {what}"] for step in steps if f"{step} {what}" in run}
+                for what in ("seconds", "CPU", "peak")
+            )
+            seconds["both"] = sum(seconds.values())
+            cells = [f"{seconds[step]:.1f}" if step in seconds else "" for step in steps]
+            cells.append(f"{sum(cpu.values()):.1f}")
+            for step in steps[:2]:
+                more = peak[step] - run["parameters"] if step in peak else None
+                cells.append("" if more is None else f"{more / 1e6:,.0f}")
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

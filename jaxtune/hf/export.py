@@ -209,6 +209,10 @@ def _blocks(names: Iterable[str], model: HfModel, params: Any) -> Iterator[Block
                 yield _block(name, together, at)
 
 
+# Parts of a block: where each lies in the parameter, and its values.
+Shards = Iterable[tuple[Index, np.ndarray]]
+
+
 class Part(NamedTuple):
     """The part of a parameter that one tensor holds; `get` gives blocks of it when called twice:
     first where hosts must act together, then wherever the values are wanted.
@@ -216,7 +220,7 @@ class Part(NamedTuple):
 
     placed: Placed
     where: Index
-    get: Callable[[Index], Callable[[], np.ndarray]]
+    get: Callable[[Index], Callable[[], Shards]]
 
 
 def _with_common_rows(parts: list[Part]) -> list[list[Part]]:
@@ -231,60 +235,51 @@ def _block(name: str, parts: list[Part], indices: Sequence[Index]) -> Block:
     values = [part.get(index) for part, index in zip(parts, indices, strict=True)]
 
     def fill(target: np.ndarray) -> None:
-        for part, index, own, get in zip(parts, indices, rows, values, strict=True):
-            part.placed.fill(target[own.start - first : own.stop - first], get(), index)
+        for part, get in zip(parts, values, strict=True):
+            for index, shard in get():
+                own = part.placed.rows(index)
+                part.placed.fill(target[own.start - first : own.stop - first], shard, index)
 
     return Block(name, first, (stop - first, *parts[0].placed.tensor_shape[1:]), fill)
 
 
 def _getter(
     leaf: Any, place: Mapping[str, int], placed: Placed
-) -> Callable[[Index], Callable[[], np.ndarray]]:
+) -> Callable[[Index], Callable[[], Shards]]:
     """How to get blocks of one tensor's part of a parameter, whole, on this host."""
     if callable(leaf):  # made when asked for, as merged weights are: a tensor's part at once
         at = {placed.row.axes.index(axis): where for axis, where in place.items()}
         made = once(lambda: np.expand_dims(leaf(at), tuple(at)))
 
-        def cut(index: Index) -> Callable[[], np.ndarray]:
+        def cut(index: Index) -> Callable[[], Shards]:
             inside = tuple(slice(0, 1) if n in at else part for n, part in enumerate(index))
-            return lambda: made()[inside]
+            return lambda: [(index, made()[inside])]
 
         return cut
     if leaf.is_fully_addressable:
         return lambda index: lambda: _from_shards(leaf, index)
 
-    def gather(index: Index) -> Callable[[], np.ndarray]:
+    def gather(index: Index) -> Callable[[], Shards]:
         gathered = np.asarray(multihost_utils.process_allgather(_cut(leaf, index), tiled=True))
-        return lambda: gathered
+        return lambda: [(index, gathered)]
 
     return gather
 
 
-def _from_shards(leaf: jax.Array, index: Index) -> np.ndarray:
-    """Part `index` of a parameter whose shards are all on this host's devices, without a copy of
-    more than that part; none at all where one shard in the host's memory has it.
-    """
-    whole = None
+def _from_shards(leaf: jax.Array, index: Index) -> Shards:
+    """What each device of this host has of part `index` of a parameter, every value once."""
     for shard in leaf.addressable_shards:
         if shard.replica_id != 0:
             continue
         bounds = [cut.indices(n)[:2] for cut, n in zip(shard.index, leaf.shape, strict=True)]
-        shared = [
-            (max(cut.start, start), min(cut.stop, stop))
+        shared = tuple(
+            slice(max(cut.start, start), min(cut.stop, stop))
             for cut, (start, stop) in zip(index, bounds, strict=True)
-        ]
-        if any(start >= stop for start, stop in shared):
-            continue
-        inside = zip(shared, bounds, strict=True)
-        values = _cut_shard(shard.data, tuple(slice(a - s, b - s) for (a, b), (s, _) in inside))
-        if all(cut == slice(a, b) for cut, (a, b) in zip(index, shared, strict=True)):
-            return values
-        if whole is None:
-            whole = np.empty([cut.stop - cut.start for cut in index], leaf.dtype)
-        here = zip(index, shared, strict=True)
-        whole[tuple(slice(a - cut.start, b - cut.start) for cut, (a, b) in here)] = values
-    assert whole is not None
-    return whole
+        )
+        if all(cut.start < cut.stop for cut in shared):
+            inside = zip(shared, bounds, strict=True)
+            local = tuple(slice(cut.start - s, cut.stop - s) for cut, (s, _) in inside)
+            yield shared, _cut_shard(shard.data, local)
 
 
 def _cut_shard(data: jax.Array, index: Index) -> np.ndarray:

@@ -76,6 +76,26 @@ def test_the_library_reads_what_was_written_in_any_order(tmp_path, limit):
         assert [plan.file for plan in plans] == ["model.safetensors"]
 
 
+@pytest.mark.parametrize("size", [1, 4096, 10_000])
+def test_a_change_anywhere_changes_the_checksum(size, tmp_path):
+    rng = np.random.default_rng(size)
+    values = rng.integers(0, 256, size, np.uint8)
+    right = tensors.checksum(values)
+    assert np.array_equal(right, tensors.checksum(values.copy()))
+    for place in {0, size // 2, size - 1}:
+        for bit in range(8):
+            wrong = values.copy()
+            wrong[place] ^= 1 << bit
+            assert not np.array_equal(tensors.checksum(wrong), right)
+    file = tmp_path / "file"
+    file.write_bytes(b"head" + values.tobytes())
+    assert tensors.read_back(tensors.Written("a", file, 4, size, right))
+    file.write_bytes(b"head" + bytes([values[0] ^ 1]) + values.tobytes()[1:])
+    assert not tensors.read_back(tensors.Written("a", file, 4, size, right))
+    file.write_bytes(b"head" + values.tobytes()[:-1])
+    assert not tensors.read_back(tensors.Written("a", file, 4, size, right))
+
+
 def test_the_writer_takes_what_was_planned(tmp_path):
     values = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.float32)}
 
