@@ -20,9 +20,9 @@ class Method(NamedTuple):
     first_moment: bool
 
 
-# adamw: TRL's SFTConfig; adapters take ten times that (Schulman et al., "LoRA Without Regret").
+# adamw: TRL's SFTConfig; adapters take ten times that ("LoRA Without Regret": 9.8).
 # adafactor and muon: a step's root mean square is at most, or near, AdamW's, so its rates serve.
-# lion: 3 to 10 times less than AdamW (arXiv:2302.06675, section 5), here 5; its betas are its own.
+# lion: 3 to 10 times less than AdamW (arXiv:2302.06675), here 5; its betas are its own.
 # sgd: a clipped gradient has norm 1, spread over all parameters; the rate of LOMO's recipe for 7B
 #   (arXiv:2306.09782, config/args_lomo.yaml). It depends on the model: try others.
 # schedule_free: AdamW's or up to ten times more (its authors' README); no falling schedule.
@@ -49,8 +49,7 @@ SAME = {
     **dict.fromkeys(
         (
             "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused",
-            "adamw_apex_fused", "adamw_hf", "adamw_anyprecision", "paged_adamw",
-            "paged_adamw_32bit", "adam", "adamw_32bit",
+            "adamw_apex_fused", "adamw_hf", "paged_adamw", "paged_adamw_32bit", "adamw_32bit",
         ),
         "adamw",
     ),
