@@ -146,6 +146,20 @@ class LoraConfig(_Strict):
     dora: bool = Field(
         False, description="learns the length of each output's weights apart; slower, more memory"
     )
+    base: Literal["none", "int8", "nf4"] = Field(
+        "none",
+        description="bits of the frozen kernels: none = those of dtype, int8 = 8, nf4 = 4.5 "
+        "(QLoRA); merging goes into the unquantised weights",
+    )
+    double_quant: bool = Field(
+        False, description="nf4's scales in 8 bits too: 4.13 bits a weight instead of 4.5"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _base(self) -> LoraConfig:
+        if self.double_quant and self.base != "nf4":
+            raise ValueError("double_quant is of base nf4")
+        return self
 
 
 class MeshConfig(_Strict):
@@ -391,6 +405,8 @@ class Config(_Strict):
         adapted = self.lora.r > 0 or self.adapter_name_or_path is not None
         if adapted and self.init == "random":
             raise ValueError("lora.r and adapters need a trained base; set init: pretrained")
+        if self.lora.base != "none" and not adapted:
+            raise ValueError("lora.base is frozen and needs adapters; set lora.r")
         if self.eval_split and self.eval_datasets:
             raise ValueError("eval_split and eval_datasets exclude each other; set one")
         if any(entry.weight != 1 or entry.proportions for entry in self.eval_datasets):

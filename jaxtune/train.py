@@ -345,7 +345,6 @@ def _first_state(
 ) -> tuple[TrainState, Any]:
     """The state to go on from, and what is frozen beside it; a resumed run reads only the latter
     from the model."""
-    import jax
 
     from jaxtune.tree import split
     from jaxtune.weights import base_params, first_adapters
@@ -355,8 +354,11 @@ def _first_state(
         state, _ = checkpoints.restore(start, program.abstract, program.shardings)
         if not frozen:
             return state, frozen
-    dtype = jax.tree.leaves(program.variables["params"])[0].dtype
-    variables = {"params": base_params(model, config, program.placed["params"], dtype)}
+    # A table is never quantised: its dtype is that of the parameters.
+    dtype = program.variables["params"]["embed"]["table"].dtype
+    lora = None if adapters is None else adapters.lora
+    params = base_params(model, config, program.placed["params"], dtype, lora=lora)
+    variables = {"params": params}
     if start:
         return state, split(variables, program.is_trained)[1]
     if adapters is not None:

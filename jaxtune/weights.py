@@ -31,8 +31,11 @@ class Adapters(NamedTuple):
 # -- a run's beginning ---------------------------------------------------------------------------
 
 
-def base_params(model: HfModel, config: Config, placed: Any, dtype: Any) -> Any:
-    """The model's parameters in `dtype`, each leaf in its sharding of the tree `placed`.
+def base_params(
+    model: HfModel, config: Config, placed: Any, dtype: Any, *, lora: Lora | None = None
+) -> Any:
+    """The model's parameters in `dtype`, each leaf in its sharding of the tree `placed`; the
+    kernels of projections as `lora.base` says, made smaller one by one while loading.
 
     A model opened without weights (`init: random`) is filled from the seed, in `param_dtype` first,
     so that everybody who asks for another `dtype` begins with the same numbers.
@@ -42,6 +45,8 @@ def base_params(model: HfModel, config: Config, placed: Any, dtype: Any) -> Any:
     from jaxtune.hf.load import load_params
     from jaxtune.model import decoder
 
+    if lora is not None and lora.base != "none":
+        return _quantised_params(model, lora, placed, dtype)
     if model.tensors:
         return load_params(model, placed, dtype)
 
@@ -50,6 +55,40 @@ def base_params(model: HfModel, config: Config, placed: Any, dtype: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
     return jax.jit(first, out_shardings=placed)(jax.random.key(config.seed))
+
+
+def _quantised_params(model: HfModel, lora: Lora, placed: Any, dtype: Any) -> Any:
+    import functools
+
+    import jax
+
+    from jaxtune.hf.load import load_params
+    from jaxtune.mesh import shardings
+    from jaxtune.model import decoder, quantise
+    from jaxtune.tree import named
+
+    kernels = {f"{name}/kernel" for name in decoder.projections(model.spec)}
+    where = named(placed)
+    mesh = next(iter(where.values())).mesh
+    whole = shardings(decoder.axes(model.spec), decoder.abstract(model.spec, dtype), mesh)
+
+    def smaller(name: str, leaf: jax.Array) -> Any:
+        if name not in kernels:
+            return leaf
+        inputs = len(model.placed[name].row.groups[1])
+        kept = {
+            key.rpartition("/")[2]: sharding
+            for key, sharding in where.items()
+            if key.startswith(f"{name}/")
+        }
+        of_layer = functools.partial(
+            quantise.quantise, kind=lora.base, inputs=inputs, double=lora.double_quant
+        )
+        # A layer at a time: in float32 a whole stack would not fit beside the rest.
+        every = jax.jit(lambda leaf: jax.lax.map(of_layer, leaf), out_shardings=kept)
+        return jax.block_until_ready(every(leaf))
+
+    return load_params(model, whole, dtype, then=smaller)
 
 
 def check_ids(largest: int, model: str, spec: ModelSpec, tokenizer: Tokenizer) -> None:
@@ -84,6 +123,8 @@ def adapters_of(
             rslora=asked.rslora,
             dora=asked.dora,
             tokens=new,
+            base=asked.base,
+            double_quant=asked.double_quant,
         )
         note(f"lora: {_described(lora)}")
         return model, Adapters(lora, None)
@@ -101,7 +142,7 @@ def adapters_of(
             f"adapter_name_or_path {name}: has no rows for {len(set(new) - set(lora.tokens))} "
             "tokens of add_tokens. Give its own tokenizer as tokenizer_name, or drop add_tokens."
         )
-    lora = lora.__class__(**{**lora.__dict__, "dropout": asked.dropout})
+    lora = replace(lora, dropout=asked.dropout, base=asked.base, double_quant=asked.double_quant)
     if adapter.base != model.name:
         note(f"{name}: was trained beside {adapter.base}; it goes on beside {model.name}")
     note(f"lora: going on from {name}, {_described(lora)}")
@@ -127,7 +168,9 @@ def part_of(config: Config, model: HfModel) -> tuple[HfModel, Part | None]:
 def _described(lora: Lora) -> str:
     kind = ("rsLoRA" if lora.rslora else "LoRA") + (" with DoRA" if lora.dora else "")
     tokens = f" and the rows of {len(lora.tokens)} tokens" if lora.tokens else ""
-    return f"{kind} of rank {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g}{tokens}"
+    base = "" if lora.base == "none" else f"; base in {lora.base}"
+    base += ", its scales in 8 bits" if lora.double_quant else ""
+    return f"{kind} of rank {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g}{tokens}{base}"
 
 
 def first_adapters(

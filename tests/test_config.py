@@ -110,6 +110,9 @@ def test_the_size_of_a_shard_is_written_as_hugging_face_does() -> None:
         ({"lora.r": 8, "init": "random"}, "need a trained base; set init: pretrained"),
         ({"lora.r": 8, "lora.dropout": 1}, "lora.dropout: Input should be less than 1"),
         ({"lora.rank": 8}, "unknown key 'lora.rank'"),
+        ({"lora.r": 8, "lora.base": "nf3"}, "'none', 'int8' or 'nf4'; got 'nf3'"),
+        ({"lora.base": "nf4"}, "lora.base is frozen and needs adapters; set lora.r"),
+        ({"lora.r": 8, "lora.double_quant": True}, "double_quant is of base nf4"),
     ],
 )
 def test_mistakes_are_named(given: dict, message: str) -> None:

@@ -183,12 +183,19 @@ def with_tokens(model: HfModel, ids: Iterable[int], *, trained: int) -> HfModel:
     return replace(model, spec=replace(model.spec, vocab=rows), new=known)
 
 
-def load_params(model: HfModel, shardings: Any | None, dtype: Any) -> Any:
+def load_params(
+    model: HfModel,
+    shardings: Any | None,
+    dtype: Any,
+    *,
+    then: Callable[[str, jax.Array], Any] = lambda name, leaf: leaf,
+) -> Any:
     """The parameter tree in `dtype`, every leaf read by slices straight into its sharding.
 
     `shardings` is a tree of `NamedSharding`, or None for everything on the default device. Host
     memory holds one device's slice of one parameter at a time; a slice that several devices hold
-    is read once.
+    is read once. `then(name, leaf)` is what stands in the tree for a leaf: it is called for one
+    before the next is read.
     """
     if not model.tensors:
         raise ModelError(f"{model.folder}: was opened without weights; nothing to load.")
@@ -204,8 +211,8 @@ def load_params(model: HfModel, shardings: Any | None, dtype: Any) -> Any:
             return placed[name].read(read, index, target, run_ahead)
 
         if name not in where:
-            return jax.device_put(values(_whole(leaf.shape)))
-        return _assemble(leaf.shape, where[name], values)
+            return then(name, jax.device_put(values(_whole(leaf.shape))))
+        return then(name, _assemble(leaf.shape, where[name], values))
 
     return map_named(load, _abstract(model.spec))
 

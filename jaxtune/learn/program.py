@@ -75,8 +75,8 @@ def build(
     `noise_alpha` NEFTune's.
     """
     platform = _platform(mesh)
-    axes = {"params": decoder.axes(spec)}
-    variables = {"params": decoder.abstract(spec, param_dtype)}
+    axes = {"params": decoder.axes(spec, lora)}
+    variables = {"params": decoder.abstract(spec, param_dtype, lora)}
     if lora is not None:
         axes[COLLECTION] = decoder.adapter_axes(spec, lora)
         variables[COLLECTION] = decoder.abstract_adapters(spec, lora)

@@ -137,14 +137,16 @@ def init(spec: ModelSpec, key: jax.Array, dtype: DTypeLike) -> Params:
     return meta.unbox(_declare(spec, key, dtype))
 
 
-def abstract(spec: ModelSpec, dtype: DTypeLike) -> Params:
-    """The tree of `jax.ShapeDtypeStruct` that `init` would fill."""
-    return meta.unbox(jax.eval_shape(lambda key: _declare(spec, key, dtype), jax.random.key(0)))
+def abstract(spec: ModelSpec, dtype: DTypeLike, lora: Lora | None = None) -> Params:
+    """The tree of `jax.ShapeDtypeStruct` that `init` would fill; with `lora` as its `base` is
+    stored: a quantised kernel is a dict of leaves (`quantise.leaves`)."""
+    declared = jax.eval_shape(lambda key: _declare(spec, key, dtype, lora), jax.random.key(0))
+    return meta.unbox(declared)
 
 
-def axes(spec: ModelSpec) -> Params:
+def axes(spec: ModelSpec, lora: Lora | None = None) -> Params:
     """The same tree with each parameter's logical axes, for `mesh.shardings`."""
-    declared = jax.eval_shape(lambda key: _declare(spec, key, jnp.float32), jax.random.key(0))
+    declared = jax.eval_shape(lambda key: _declare(spec, key, jnp.float32, lora), jax.random.key(0))
     return jax.tree.map(lambda box: box.axes, declared, is_leaf=lambda x: isinstance(x, Declared))
 
 
@@ -352,9 +354,9 @@ def rope_limits(spec: ModelSpec) -> tuple[int, ...]:
     return tuple({kind.original_max_positions for kind in ropes if kind.scaling == "longrope"})
 
 
-def _declare(spec: ModelSpec, key: jax.Array, dtype: DTypeLike) -> Params:
+def _declare(spec: ModelSpec, key: jax.Array, dtype: DTypeLike, lora: Lora | None = None) -> Params:
     """The decoder's parameters as `Declared` leaves."""
-    module = Decoder(spec, Build(dtype, dtype, spec.init_scale), "none", "reference")
+    module = Decoder(spec, Build(dtype, dtype, spec.init_scale, lora), "none", "reference")
     one_token = jnp.zeros((1, 1), jnp.int32)
     return module.init(key, one_token, one_token, one_token, None)["params"]
 
@@ -370,7 +372,7 @@ def _declare_adapters(spec: ModelSpec, lora: Lora, params: Params, key: jax.Arra
 
 
 def _abstract_adapters(spec: ModelSpec, lora: Lora) -> Params:
-    params = abstract(spec, jnp.float32)
+    params = abstract(spec, jnp.float32, lora)
     return jax.eval_shape(
         lambda params, key: _declare_adapters(spec, lora, params, key), params, jax.random.key(0)
     )

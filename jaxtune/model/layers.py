@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from jaxtune import mesh
 from jaxtune.model import lora as adapters
+from jaxtune.model import quantise
 from jaxtune.model.lora import Lora
 
 WEIGHT_AXES = {
@@ -111,17 +112,9 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         operands, output = self.equation.split("->")
         letters = operands.split(",")[1]
-        kernel = weight(
-            self,
-            "kernel",
-            shape=tuple(self.sizes[letter] for letter in letters),
-            axes=tuple(WEIGHT_AXES[letter] for letter in letters),
-            new=self.build.new,
-            compute=self.build.compute,
-            initialiser=nn.initializers.normal(self.build.init_scale),
-        )
-        y = _product(self.equation, x, kernel)
         lora = self.build.lora
+        kernel, product = self._weights(letters, output)
+        y = product(x)
         if lora is not None and adapters.has_adapter(self, lora):
             y = adapters.adapt(
                 self,
@@ -129,8 +122,8 @@ class Projection(nn.Module):
                 self.equation,
                 x,
                 y,
-                kernel=lambda: kernel,
-                product=lambda x: _product(self.equation, x, kernel),
+                kernel=kernel,
+                product=product,
                 declare=_adapter_leaf(self, self.sizes, self.build),
             )
         if self.bias:
@@ -146,6 +139,52 @@ class Projection(nn.Module):
             )
             y = y + jnp.broadcast_to(bias, y.shape)
         return mesh.constrain(y, *(ACTIVATION_AXES[letter] for letter in output))
+
+    def _weights(
+        self, letters: str, output: str
+    ) -> tuple[Callable[[], jax.Array], Callable[[jax.Array], jax.Array]]:
+        """The kernel, and the product with it."""
+        shape = tuple(self.sizes[letter] for letter in letters)
+        lora = self.build.lora
+        if lora is None or lora.base == "none":
+            stored = weight(
+                self,
+                "kernel",
+                shape=shape,
+                axes=tuple(WEIGHT_AXES[letter] for letter in letters),
+                new=self.build.new,
+                compute=self.build.compute,
+                initialiser=nn.initializers.normal(self.build.init_scale),
+            )
+            return lambda: stored, lambda x: _product(self.equation, x, stored)
+
+        inputs = sum(letter not in output for letter in letters)
+        kept = self._quantised(lora, letters, letters[:inputs])
+
+        def dequantised(kept: quantise.Stored) -> jax.Array:
+            dtype = self.build.compute
+            return quantise.dequantise(kept, kind=lora.base, inputs=inputs, dtype=dtype)
+
+        # What the backward pass needs is made again from the codes, whatever `remat` keeps.
+        product = jax.checkpoint(lambda x, kept: _product(self.equation, x, dequantised(kept)))
+        return lambda: dequantised(kept), lambda x: product(x, kept)
+
+    def _quantised(self, lora: Lora, letters: str, shared: str) -> quantise.Stored:
+        """The leaves of the kernel, gathered over `fsdp` while they are small."""
+        found = quantise.leaves(lora.base, letters, shared, self.sizes, double=lora.double_quant)
+        axes = {
+            name: tuple(WEIGHT_AXES.get(letter) for letter in leaf.letters)
+            for name, leaf in found.items()
+        }
+
+        def new(key: jax.Array) -> dict[str, Declared]:
+            return {
+                name: Declared(jnp.zeros(leaf.shape, leaf.dtype), axes[name])
+                for name, leaf in found.items()
+            }
+
+        stored = self.param("kernel", new)
+        return {name: mesh.gathered(leaf, axes[name], leaf.dtype) for name, leaf in stored.items()}
 
 
 def _adapter_leaf(module: nn.Module, sizes: Mapping[str, int], build: Build) -> adapters.Declare:

@@ -31,7 +31,8 @@ class Lora:
 
     `targets` are names of projections, `stack_0/layer_0/attention/q`; None is all of them.
     `tokens` are ids whose rows of embedding and head are trained too. `dropout` is on the input of
-    the adapter, while training.
+    the adapter, while training. `base` is how the kernels of projections are stored, a name of
+    `quantise.KINDS`, and `double_quant` whether nf4's scales are made smaller too.
     """
 
     r: int
@@ -41,6 +42,8 @@ class Lora:
     rslora: bool = False
     dora: bool = False
     tokens: tuple[int, ...] = ()
+    base: str = "none"
+    double_quant: bool = False
 
     @property
     def scale(self) -> float:
