@@ -1,0 +1,232 @@
+"""Adapters in PEFT's format: its folders give its logits here, ours give our logits there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden.cases import TEXTS, write_folder
+from safetensors.numpy import load_file, save_file
+
+from jaxtune.config import ConfigError, ModelError
+from jaxtune.hf import adapter as adapters
+from jaxtune.hf.export import export_model
+from jaxtune.hf.load import HfModel, load_params, open_model
+from jaxtune.model import decoder
+from jaxtune.model.lora import Lora
+from jaxtune.tree import map_named, named
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "adapters"
+LOGITS = np.load(GOLDEN / "logits.npz")
+INPUTS = TEXTS[0][None]
+
+
+def logits(model: HfModel, params: Any, collection: Any = None, lora: Lora | None = None) -> Any:
+    variables = {"params": params} if collection is None else {"params": params, "lora": collection}
+    found = decoder.logits(
+        model.spec, variables, INPUTS, lora=lora, dtype=jnp.float32,
+        segment_ids=np.ones_like(INPUTS), positions=np.arange(INPUTS.shape[1])[None],
+    )  # fmt: skip
+    return np.asarray(found)[0]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> HfModel:
+    return open_model(write_folder("llama", tmp_path_factory.mktemp("base") / "llama"))
+
+
+@pytest.fixture(scope="module")
+def params(base: HfModel) -> Any:
+    return load_params(base, None, jnp.float32)
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_an_adapter_of_peft_gives_its_logits_beside_and_merged(
+    kind: str, base: HfModel, params: Any, tmp_path: Path
+) -> None:
+    """Stored by golden/make_adapters.py: patterns of ranks and scales and rows of tokens too."""
+    adapter = adapters.open_adapter(str(GOLDEN / kind))
+    lora, collection = adapters.read_adapter(adapter, base)
+    assert (lora.dora, lora.rslora, lora.dropout) == (kind == "dora", kind == "rslora", 0.1)
+    beside = logits(base, params, collection, lora)
+    np.testing.assert_allclose(beside, LOGITS[kind], atol=1e-4)
+    assert np.abs(beside - logits(base, params)).max() > 0.1
+    merged = adapters.merged(base, lora, collection)
+    out = tmp_path / "merged"
+    export_model(out, model=base, params=merged, tokenizer=None, template=None, card="#\n")
+    again = open_model(out)
+    whole = logits(again, load_params(again, None, jnp.float32))
+    np.testing.assert_allclose(whole, beside, atol=1e-5)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, params)
+    loaded = adapters.merged_params(base, lora, collection, placed, np.float32)
+    np.testing.assert_allclose(logits(base, loaded), beside, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_what_was_read_is_written_as_peft_wrote_it(
+    kind: str, base: HfModel, tmp_path: Path
+) -> None:
+    adapter = adapters.open_adapter(str(GOLDEN / kind))
+    lora, collection = adapters.read_adapter(adapter, base)
+    adapters.write_adapter(
+        tmp_path / "out", model=base, lora=lora, adapters=collection, tokenizer=None, template=None
+    )
+    ours, theirs = (
+        load_file(folder / adapters.WEIGHTS) for folder in (tmp_path / "out", GOLDEN / kind)
+    )
+    assert ours.keys() == theirs.keys()
+    for name, values in theirs.items():
+        np.testing.assert_array_equal(ours[name], values, err_msg=name)
+    said = json.loads((tmp_path / "out" / adapters.CONFIG).read_text())
+    stored = json.loads((GOLDEN / kind / adapters.CONFIG).read_text())
+    for key in ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "peft_type"):
+        assert said[key] == stored[key], key
+    assert said["trainable_token_indices"] == stored["trainable_token_indices"]
+    short = {name.rpartition(".")[2] for name in stored["target_modules"]}
+    assert set(said["target_modules"]) == short
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("case", "lora"),
+    [
+        ("llama", Lora(r=3, alpha=6.0)),
+        ("llama", Lora(r=4, alpha=6.0, rslora=True, dora=True, tokens=(9, 60))),
+        ("qwen2-tied", Lora(r=3, alpha=6.0, dora=True, tokens=(60,))),
+        ("phi3", Lora(r=2, alpha=3.0)),
+        ("phi3", Lora(r=2, alpha=3.0, rslora=True, dora=True)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_peft_loads_ours_and_gives_our_logits(case: str, lora: Lora, tmp_path: Path) -> None:
+    """phi3's q, k and v are one tensor, as are its gate and up: one module of PEFT each."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    folder = write_folder(case, tmp_path / "base")
+    model = open_model(folder)
+    params = load_params(model, None, jnp.float32)
+    fresh = decoder.init_adapters(model.spec, lora, params, jax.random.key(0))
+    moved = map_named(_moved, fresh)
+    out = tmp_path / "adapter"
+    adapters.write_adapter(
+        out, model=model, lora=lora, adapters=moved, tokenizer=None, template=None
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    adapted = peft.PeftModel.from_pretrained(theirs, out).eval()
+    with torch.no_grad():
+        found = adapted(torch.tensor(INPUTS)).logits[0].numpy()
+    ours = logits(model, params, moved, lora)
+    np.testing.assert_allclose(found, ours, atol=1e-4)
+    assert np.abs(ours - logits(model, params)).max() > 0.1
+    again, collection = adapters.read_adapter(adapters.open_adapter(str(out)), model)
+    assert again.r == lora.r
+    for name, values in named(collection).items():
+        np.testing.assert_array_equal(values, named(moved)[name], err_msg=name)
+
+
+def _moved(name: str, leaf: jax.Array) -> jax.Array:
+    random = np.random.RandomState(sum(map(ord, name)))
+    return leaf + 0.05 * random.normal(size=leaf.shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("all-linear", {"q", "k", "v", "o", "gate", "up", "down"}),
+        ("q_proj, v_proj", {"q", "v"}),
+        (("self_attn.o_proj", "mlp.up_proj"), {"o", "up"}),
+        (r"model\.layers\.\d+\.mlp\..*", {"gate", "up", "down"}),
+    ],
+)
+def test_targets(base: HfModel, targets: Any, expected: set[str]) -> None:
+    found = adapters.resolve_targets(base, targets)
+    assert {name.rpartition("/")[2] for name in found} == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("q_prj", "matches none of .* There are: down_proj, .*v_proj; or all-linear. Did you mean"),
+        ("lm_head", "'lm_head' matches none"),
+        ("q_proj,gate", "'gate' matches none"),
+        (r".*layers\.1\..*q_proj", "matches 1 of the 2 layers that are repeated"),
+        ("q_proj|(", "is no regex: missing"),
+    ],
+)
+def test_targets_that_match_nothing_or_some_layers(
+    base: HfModel, targets: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        adapters.resolve_targets(base, targets)
+
+
+def _changed(tmp_path: Path, config: dict[str, Any], drop: str = "", add: str = "") -> Path:
+    folder = tmp_path / "changed"
+    shutil.copytree(GOLDEN / "lora", folder)
+    file = folder / adapters.CONFIG
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    tensors = load_file(folder / adapters.WEIGHTS)
+    tensors = {name: values for name, values in tensors.items() if not drop or drop not in name}
+    if add:
+        tensors[add] = np.zeros((3, 32), np.float32)
+    save_file(tensors, folder / adapters.WEIGHTS)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "drop", "add", "message"),
+    [
+        ({"peft_type": "LOHA"}, "", "", "peft_type is LOHA, which is not supported"),
+        ({"bias": "all"}, "", "", "bias is all, which is not supported"),
+        ({"init_lora_weights": "pissa"}, "", "", "init_lora_weights is pissa"),
+        ({"modules_to_save": ["lm_head"]}, "", "", "Merge it with peft"),
+        ({"base_model_name_or_path": None}, "", "", "no base_model_name_or_path"),
+        ({}, "layers.1.self_attn.q_proj", "", "adapts 1 of 2 layers"),
+        ({}, "layers.1.self_attn.q_proj.lora_B", "", "q_proj.lora_B.weight is missing"),
+        ({"use_dora": True}, "", "", "lora_magnitude_vector is missing"),
+        ({}, "", "base_model.model.lm_head.lora_A.weight", "have no place in"),
+    ],
+)
+def test_adapters_that_would_be_misread_are_refused(
+    base: HfModel, tmp_path: Path, config: dict, drop: str, add: str, message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        adapters.read_adapter(
+            adapters.open_adapter(str(_changed(tmp_path, config, drop, add))), base
+        )
+
+
+def test_another_models_adapter_and_a_pickle_are_refused(base: HfModel, tmp_path: Path) -> None:
+    other = open_model(write_folder("llama-head-dim", tmp_path / "other"))
+    golden = adapters.open_adapter(str(GOLDEN / "lora"))
+    with pytest.raises(ModelError, match="It is another model's adapter"):
+        adapters.read_adapter(golden, other)
+    folder = _changed(tmp_path, {})
+    (folder / adapters.WEIGHTS).rename(folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"Pickled adapters .* are never read"):
+        adapters.open_adapter(str(folder))
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "a.tex").write_text("")
+    with pytest.raises(ConfigError, match="holds files that are no adapter"):
+        adapters.check_adapter_target(tmp_path / "thesis")
+
+
+def test_digests_tell_two_trainings_of_one_architecture_apart(tmp_path: Path) -> None:
+    folder = write_folder("llama", tmp_path / "a")
+    first = adapters.digests(open_model(folder))
+    assert first == adapters.digests(open_model(folder))
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: values * np.float32(1.001) for name, values in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert adapters.digests(open_model(folder)) != first
