@@ -305,7 +305,7 @@ def parameter_count(spec: ModelSpec) -> int:
     return embedding + matrices - tied + biases_and_norms + _norm_parameters(spec)
 
 
-def flops_per_token(spec: ModelSpec, seq_len: int) -> float:
+def flops_per_token(spec: ModelSpec, seq_len: int, *, frozen: bool = False) -> float:
     """Floating-point operations of one training token, forward and backward, without remat.
 
     Matrix weights: 2 per parameter forward and 4 backward, 6 x N_matmul; the head counts (also
@@ -313,13 +313,14 @@ def flops_per_token(spec: ModelSpec, seq_len: int) -> float:
     the experts that one token uses. Attention: scores and weighted sum
     are 2 x 2 x H x K per visible key forward, x 3 with the backward: 12 x H x K x keys, where
     `keys` is the mean number of keys a causal query of a `seq_len` row really sees: (T + 1) / 2
-    without a window (the causal half), the mean of min(t + 1, window) with one.
+    without a window (the causal half), the mean of min(t + 1, window) with one. With `frozen`
+    matrices (adapters) there is no gradient of them, 4 x N_matmul; the adapters' own are left out.
     """
     attention = sum(
         12.0 * layer.heads * layer.head_dim * _mean_visible_keys(seq_len, layer.window)
         for layer in spec.layers
     )
-    return 6.0 * _matmul_parameters(spec, active=True) + attention
+    return (4.0 if frozen else 6.0) * _matmul_parameters(spec, active=True) + attention
 
 
 def _mean_visible_keys(seq_len: int, window: int | None) -> float:

@@ -415,7 +415,9 @@ class Loop:
         self._progress = Progress(start, plan.total_steps)
         self._pending: tuple[int, StepMetrics] | None = None  # a step still on the device
         self._meter = Meter(
-            flops_per_token=flops_per_token(model.spec, plan.batches.row_length),
+            flops_per_token=flops_per_token(
+                model.spec, plan.batches.row_length, frozen="lora" in plan.meta
+            ),
             device_kind=jax.devices()[0].device_kind,
             devices=jax.device_count(),
         )

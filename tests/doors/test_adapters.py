@@ -187,3 +187,20 @@ def test_training_goes_on_from_an_adapter(root: Path, tuned: Path, tmp_path: Pat
             root, tmp_path / "no", adapter_name_or_path=str(tuned / "adapter"),
             tokenizer_name=str(tuned / "adapter"), **{"lora.r": 2},
         ))  # fmt: skip
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_a_quantised_base_is_trained_beside_and_never_merged_into(
+    root: Path, tmp_path: Path, base: str
+) -> None:
+    """At learning rate 0 the adapters add nothing: what is exported is the base, byte for byte."""
+    out = tmp_path / "out"
+    more = {"lora.base": base, "lora.double_quant": base == "nf4", "lora.dropout": 0.0}
+    train.run(settings(root, out, max_steps=1, learning_rate=0.0, **more))
+    exported, source = (folder / "model.safetensors" for folder in (out / "hf", root / "base"))
+    assert exported.read_bytes() == source.read_bytes()
+    (quantised,) = losses(out)
+    train.run(settings(root, tmp_path / "plain", max_steps=1, learning_rate=0.0))
+    (plain,) = losses(tmp_path / "plain")
+    assert plain != quantised
+    assert quantised == pytest.approx(plain, rel=0.02)
