@@ -1,8 +1,8 @@
 """Parameters -> a folder in Hugging Face format that transformers, vLLM and we load alike.
 
-The folder is written beside its place, read back and compared bit for bit with the parameters,
-and only then renamed into it: whatever kills an export leaves the previous folder or none, never
-half of one. Host memory holds one tensor at a time. What the model stops at is one list of ids,
+The folder is written beside its place, read back from the disk, compared by checksum with what the
+parameters gave, and only then renamed into it: whatever kills an export leaves the previous folder
+or none, never half of one. Host memory holds a few blocks of tensors at a time. What the model stops at is one list of ids,
 the same in `config.json`, `generation_config.json` and the tokenizer.
 """
 
@@ -80,7 +80,7 @@ class Template(Protocol):
 
 
 class Exported(NamedTuple):
-    """What was written: every tensor was read back and equals its parameter bit for bit."""
+    """What was written: every tensor was read back from the disk as its parameter gave it."""
 
     folder: Path
     files: tuple[str, ...]
