@@ -14,7 +14,7 @@ on in each tensor), then takes turns between
 each in a process of its own, the source in the system's cache. Imports of the libraries are not
 timed. Everybody keeps the dtype of the file, unless --param_dtype says otherwise for jaxtune.
 
-Memory is what the process alone holds (RssAnon + RssShmem of /proc/self/status, sampled every 20 ms)
+Memory is what the process alone holds (RssAnon + RssShmem of /proc/self/status, sampled each 20 ms)
 less the bytes of the parameters. Pages of the mapped source are not counted: they are the system's
 cache, which it takes back when it needs them. The interpreter and its libraries are counted.
 """

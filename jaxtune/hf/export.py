@@ -2,8 +2,8 @@
 
 The folder is written beside its place, read back from the disk, compared by checksum with what the
 parameters gave, and only then renamed into it: whatever kills an export leaves the previous folder
-or none, never half of one. Host memory holds a few blocks of tensors at a time. What the model stops at is one list of ids,
-the same in `config.json`, `generation_config.json` and the tokenizer.
+or none, never half of one. Host memory holds a few blocks of tensors at a time. What the model
+stops at is one list of ids, the same in `config.json`, `generation_config.json` and the tokenizer.
 """
 
 import concurrent.futures
