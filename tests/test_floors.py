@@ -32,6 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "learn": {"config", "chips", "spec", "tree", "mesh", "ops", "model"},
     "hf": {"config", "untrusted", "hub", "spec", "tree", "mesh", "model"},
     "weights": {"config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf"},
+    "loop": {"config", "command", "mesh", "data", "draw", "learn"},
     "inference": {
         *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "weights")
     },

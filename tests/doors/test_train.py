@@ -143,14 +143,14 @@ def test_the_same_command_again_finds_the_run_done(straight: Path, tmp_path: Pat
 # checkpoints are being written.
 KILL = """
 import os, signal
-from jaxtune import train
-read = train.Loop._read
+from jaxtune import loop
+read = loop.Loop._read
 def dying(self):
     if self._pending and self._pending[0] + 1 == {step}:
         if {settled}: self.checkpoints.wait()
         os.kill(os.getpid(), signal.SIGKILL)
     read(self)
-train.Loop._read = dying
+loop.Loop._read = dying
 """
 
 
