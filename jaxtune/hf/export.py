@@ -283,7 +283,7 @@ def _from_shards(leaf: jax.Array, index: Index) -> Shards:
 
 
 def _cut_shard(data: jax.Array, index: Index) -> np.ndarray:
-    if data.devices().pop().platform == "cpu":
+    if next(iter(data.devices())).platform == "cpu":
         return np.asarray(data)[index]  # a view of the device's memory
     return np.asarray(_cut(data, index))
 

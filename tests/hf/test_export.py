@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -172,6 +173,15 @@ def test_sharded_parameters_are_gathered(name, block, on_device, tmp_path, monke
     shardings = meshes.shardings(decoder.axes(model.spec), abstract, mesh)
     _export(model, tmp_path / "out", load_params(model, shardings, jnp.float32))
     assert _bytes(tmp_path / "out") == _bytes(tmp_path / "source")
+
+
+def test_a_part_is_cut_from_the_same_array_more_than_once():
+    """JAX hands out the set of an array's devices itself, not a copy."""
+    on = meshes.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
+    table = jax.device_put(np.arange(12.0).reshape(3, 4), meshes.replicated(on))
+    for _ in range(2):
+        cut = export._cut_shard(table, (slice(0, 2), slice(1, 3)))
+        np.testing.assert_array_equal(cut, [[1, 2], [5, 6]])
 
 
 def test_the_ids_agree_in_every_file(tmp_path, tokenizer_folder):
