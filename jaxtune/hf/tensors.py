@@ -8,6 +8,7 @@ Format (huggingface/safetensors): 8 bytes little-endian header length, a JSON he
 {name: {dtype, shape, data_offsets}}, then the values, row-major, little-endian.
 """
 
+import functools
 import json
 import math
 import os
@@ -122,8 +123,18 @@ def fetch_bytes(tensor: Tensor, index: tuple[slice, ...]) -> np.ndarray:
 def _mapped(tensor: Tensor, dtype: np.dtype) -> np.ndarray:
     if 0 in tensor.shape:
         return np.empty(tensor.shape, dtype)
-    mapped = np.memmap(tensor.file, dtype, "r", tensor.start, tensor.shape or (1,))
-    return np.asarray(mapped).reshape(tensor.shape)
+    now = tensor.file.stat()
+    whole = _map(tensor.file, (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns))
+    size = math.prod(tensor.shape) * dtype.itemsize
+    return whole[tensor.start : tensor.start + size].view(dtype).reshape(tensor.shape)
+
+
+@functools.lru_cache(maxsize=16)
+def _map(file: Path, identity: tuple[int, ...]) -> np.ndarray:
+    """The bytes of a file, mapped once: a page of a new mapping is a fault of its own, and eight
+    devices that each want some columns would touch every page eight times. A file that was replaced
+    has another identity."""
+    return np.asarray(np.memmap(file, np.uint8, "r"))
 
 
 def _open_sharded(folder: Path) -> dict[str, Tensor]:
