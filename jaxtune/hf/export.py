@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jaxtune.config import ConfigError
 from jaxtune.hf.layout import Index, Placed
 from jaxtune.hf.load import HfModel
-from jaxtune.hf.moving import once, run_ahead
+from jaxtune.hf.moving import Scratch, once, run_ahead
 from jaxtune.hf.tensors import (
     CODES,
     INDEX,
@@ -313,8 +313,10 @@ def _write_tensors(
     flushed to the disk and read back from it.
     """
 
+    scratch = Scratch()
+
     def write_block(block: Block) -> None:
-        values = np.empty(block.shape, dtypes[block.name])
+        values = scratch.empty(block.shape, dtypes[block.name])
         with np.errstate(over="ignore"):
             block.fill(values)
         _check_finite(block, values)
