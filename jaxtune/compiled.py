@@ -295,7 +295,7 @@ def turns_of(module: Module, at: Computation, loop: Instruction) -> int | None:
     condition, body = (
         module.computations[loop.attribute(name) or ""] for name in ("condition", "body")
     )
-    compared = [_through(module, condition, name) for name in _compared(module, condition)]
+    compared = _compared(module, condition)
     ends = [int(each.inside) for each in compared if each.op == "constant"]
     counters = [each for each in compared if each.op == "get-tuple-element"]
     if len(ends) != 1 or len(counters) != 1:
@@ -312,21 +312,16 @@ def turns_of(module: Module, at: Computation, loop: Instruction) -> int | None:
     return max(0, -(-(ends[0] - first) // (steps[0] if steps else 1)))
 
 
-def _compared(module: Module, condition: Computation) -> tuple[str, ...]:
-    """The two values that decide whether a loop goes on, by their names in its condition."""
+def _compared(module: Module, condition: Computation) -> list[Instruction]:
+    """The two values that decide whether a loop goes on; a fusion may hold their comparison."""
     root = condition.root
     if root.op != "fusion":
-        return root.operands
+        return [condition.instructions[name] for name in root.operands]
     inner = module.computations[root.attribute("calls") or ""]
-    return tuple(
-        root.operands[int(part.inside)] if part.op == "parameter" else f"{inner.name}/{part.name}"
+    return [
+        condition.instructions[root.operands[int(part.inside)]] if part.op == "parameter" else part
         for part in (inner.instructions[name] for name in inner.root.operands)
-    )
-
-
-def _through(module: Module, condition: Computation, name: str) -> Instruction:
-    inner, _, part = name.rpartition("/")
-    return (module.computations[inner] if inner else condition).instructions[part]
+    ]
 
 
 def _element(at: Computation, value: Instruction, index: int) -> Instruction:
@@ -368,12 +363,8 @@ def _pairs(data: int, kernel: int, out: int, window: Mapping[str, str]) -> int:
     )
     padding = int(window.get("pad", "0_0").split("_")[0])
     last = (data - 1) * left_step
-    return sum(
-        0 <= place <= last and place % left_step == 0
-        for o in range(out)
-        for k in range(kernel)
-        if (place := o * stride + k * right_step - padding) is not None
-    )
+    places = (o * stride + k * right_step - padding for o in range(out) for k in range(kernel))
+    return sum(0 <= place <= last and place % left_step == 0 for place in places)
 
 
 def _kernel_flops(at: Computation, each: Instruction, name: str) -> float:

@@ -174,15 +174,9 @@ def _export_adapter(
         max_shard_bytes=shard_bytes(config.max_shard_size),
         tokenizer=tokenizer,
         template=None,
-        stop_ids=_ends(model) if own else (),
+        stop_ids=model.eos_ids if own else (),
         card=f"# {Path(name).name} with {Path(source).name} merged into it\n",
     )
-
-
-def _ends(model: HfModel) -> list[int]:
-    """What the base says ends a text."""
-    eos = model.generation.get("eos_token_id", model.config.get("eos_token_id"))
-    return [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None]
 
 
 def _export_folder(source: str, out: Path, config: Config) -> Exported:

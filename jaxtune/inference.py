@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxtune.command import note
-from jaxtune.config import Config, ConfigError, ModelError
+from jaxtune.config import Config, ConfigError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from jaxtune.data.schema import Conversation, Message
     from jaxtune.data.template import Template
     from jaxtune.data.tokenizer import Tokenizer
-    from jaxtune.hf.load import HfModel
     from jaxtune.spec import ModelSpec
 
 
@@ -125,7 +124,7 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
     if random:
         note(f"{name}: no weights there; random ones of seed {config.seed}, as training began")
     params = base_params(model, config, placed, dtype)
-    stop_ids = {words.template.stop_id, *_eos_ids(model)}
+    stop_ids = {words.template.stop_id, *model.eos_ids}
     return Model(name, model.spec, params, frozenset(stop_ids), dtype, mesh)
 
 
@@ -163,7 +162,7 @@ def _load_trained(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
         params = jax.device_put(cast(leaves), placed)
     else:
         params = merged_params(model, lora, leaves, placed, dtype)
-    stop_ids = {words.template.stop_id, *_eos_ids(model)}
+    stop_ids = {words.template.stop_id, *model.eos_ids}
     return Model(name, model.spec, params, frozenset(stop_ids), dtype, mesh)
 
 
@@ -244,12 +243,3 @@ def _has_weights(name: str) -> bool:
     if not Path(name).expanduser().exists():  # a hub id
         return True
     return any(open_model(name, weights=False).folder.glob("*.safetensors"))
-
-
-def _eos_ids(model: HfModel) -> list[int]:
-    """What the folder itself says ends a text: generation_config.json, else config.json."""
-    eos = model.generation.get("eos_token_id", model.config.get("eos_token_id"))
-    ids = [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None]
-    if not all(type(i) is int for i in ids):
-        raise ModelError(f"{model.folder}: eos_token_id is {eos!r}; expected an id or a list.")
-    return ids

@@ -61,6 +61,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return jax.make_mesh(tuple(shape), AXES, axis_types=kinds, devices=devices)
 
 
+def platform_of(mesh: Mesh) -> str:
+    """Of the devices a program is for, which need not be those of this machine."""
+    return str(mesh.devices.flat[0].platform)
+
+
 def row_shards(mesh: Mesh) -> int:
     """How many ways the rows of a batch are divided."""
     return math.prod(mesh.shape[axis] for axis in ROWS)

@@ -74,6 +74,7 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     from jaxtune.hf.export import check_target
     from jaxtune.hf.load import open_model, with_tokens
     from jaxtune.learn.partial import share
+    from jaxtune.mesh import platform_of
     from jaxtune.model.decoder import attention_for
     from jaxtune.weights import adapters_of, check_ids, part_of
 
@@ -95,8 +96,7 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     report = _announce(config, material, batches, mesh, total_steps)
     program = _build(config, model, adapters, chosen, mesh, total_steps)
     note(f"trained: {share(program.abstract.trained, program.variables)}")
-    platform = mesh.devices.flat[0].platform
-    kind, why = attention_for(model.spec, platform, batches.row_length)
+    kind, why = attention_for(model.spec, platform_of(mesh), batches.row_length)
     note(f"attention: {kind} ({why})")
 
     # 3. Where to begin.

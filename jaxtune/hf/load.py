@@ -76,6 +76,15 @@ class HfModel:
             if placed.row.groups[0] == ("V",)
         }
 
+    @property
+    def eos_ids(self) -> list[int]:
+        """What the folder itself says ends a text: generation_config.json, else config.json."""
+        eos = self.generation.get("eos_token_id", self.config.get("eos_token_id"))
+        ids = [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None]
+        if not all(type(i) is int for i in ids):
+            raise ModelError(f"{self.folder}: eos_token_id is {eos!r}; expected an id or a list.")
+        return ids
+
     @cached_property
     def placed(self) -> dict[str, Placed]:
         """Parameter name -> the tensors it is made of."""

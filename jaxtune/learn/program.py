@@ -19,7 +19,7 @@ from jaxtune.learn.objectives import next_token
 from jaxtune.learn.schedules import Schedule
 from jaxtune.learn.state import TrainState, abstract_state, init_opt_state, state_shardings
 from jaxtune.learn.step import Evaluate, Train, eval_step, train_step
-from jaxtune.mesh import replicated, shardings
+from jaxtune.mesh import platform_of, replicated, shardings
 from jaxtune.model import decoder
 from jaxtune.model.lora import COLLECTION, Lora
 from jaxtune.spec import ModelSpec
@@ -74,7 +74,7 @@ def build(
     is trained, or with `lora` its adapters alone. `seed` is of what is random while training,
     `noise_alpha` NEFTune's.
     """
-    platform = _platform(mesh)
+    platform = platform_of(mesh)
     axes = {"params": decoder.axes(spec, lora)}
     variables = {"params": decoder.abstract(spec, param_dtype, lora)}
     if lora is not None:
@@ -122,18 +122,13 @@ def is_adapter(name: str) -> bool:
     return name.startswith(f"{COLLECTION}/")
 
 
-def _platform(mesh: Mesh) -> str:
-    """Of the devices the program is for, which need not be those of this machine."""
-    return str(mesh.devices.flat[0].platform)
-
-
 def _everything(name: str) -> bool:
     return True
 
 
 def build_eval(spec: ModelSpec, mesh: Mesh, *, dtype: Any, lora: Lora | None = None) -> Evaluate:
     """The evaluation half alone, for those who train nothing."""
-    platform = _platform(mesh)
+    platform = platform_of(mesh)
     objective = next_token(spec, dtype=dtype, remat="none", lora=lora, platform=platform)
     evaluate = functools.partial(eval_step, objective=objective)
     return jax.jit(evaluate, out_shardings=replicated(mesh))
