@@ -44,26 +44,35 @@ def write_base(folder: Path, seed: int) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data.jsonl and base/."""
-    folder = tmp_path_factory.mktemp("lora")
+def write_root(folder: Path) -> Path:
+    """`folder` with data.jsonl and base/."""
     rows = [{"instruction": f"Where is {i}?", "output": f"In Rome, {i}."} for i in range(16)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_base(folder / "base", 1)
     return folder
 
 
-def settings(root: Path, out: Path, **more: object) -> Config:
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_root(tmp_path_factory.mktemp("lora"))
+
+
+def run_settings(root: Path, out: Path, **more: object) -> Config:
+    """Four steps on `write_root`, a checkpoint at every second one."""
     return load(
         overrides={
             "model_name_or_path": str(root / "base"), "dataset": str(root / "data.jsonl"),
             "output_dir": str(out), "max_length": 64, "max_steps": 4, "learning_rate": 1e-2,
             "mesh.fsdp": 2, "mesh.data": -1, "per_device_train_batch_size": 1, "packing": False,
-            "gradient_checkpointing": "full", "template": TEMPLATE, "save_steps": 2,
-            "save_total_limit": 5, "logging_steps": 1, "lora.r": 4, "lora.dropout": 0.1, **more,
+            "template": TEMPLATE, "save_steps": 2, "save_total_limit": 5, "logging_steps": 1,
+            **more,
         }
     )  # fmt: skip
+
+
+def settings(root: Path, out: Path, **more: object) -> Config:
+    adapters = {"gradient_checkpointing": "full", "lora.r": 4, "lora.dropout": 0.1}
+    return run_settings(root, out, **{**adapters, **more})
 
 
 @pytest.fixture(scope="module")

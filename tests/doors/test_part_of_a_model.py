@@ -3,14 +3,13 @@ schedule-free averages and NEFTune's noise."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import orbax.checkpoint as ocp
 import pytest
-from test_adapters import TEMPLATE, losses, params_of, write_base
+from test_adapters import losses, params_of, run_settings, write_root
 
 from jaxtune import convert, train
 from jaxtune.config import Config, ConfigError, load
@@ -27,25 +26,16 @@ TRAINED = {"final_norm/scale", *(f"stack_1/layer_0/{leaf}" for leaf in (
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("part")
-    rows = [{"instruction": f"Where is {i}?", "output": f"In Rome, {i}."} for i in range(16)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_base(folder / "base", 1)
-    return folder
+    return write_root(tmp_path_factory.mktemp("part"))
 
 
 def settings(root: Path, out: Path, **more: object) -> Config:
-    return load(
-        overrides={
-            "model_name_or_path": str(root / "base"), "dataset": str(root / "data.jsonl"),
-            "output_dir": str(out), "max_length": 64, "max_steps": 4, "learning_rate": 1e-2,
-            "mesh.fsdp": 2, "mesh.data": -1, "per_device_train_batch_size": 1, "packing": False,
-            "gradient_checkpointing": "none", "template": TEMPLATE, "save_steps": 2,
-            "save_total_limit": 5, "logging_steps": 1, "warmup_steps": 1,
-            "optim": "schedule_free", "neftune_noise_alpha": 5, "weight_decay": 0.1,
-            "train_last_layers": 1, "trainable": "^final_norm", **more,
-        }
-    )  # fmt: skip
+    part = {
+        "gradient_checkpointing": "none", "warmup_steps": 1, "optim": "schedule_free",
+        "neftune_noise_alpha": 5, "weight_decay": 0.1, "train_last_layers": 1,
+        "trainable": "^final_norm",
+    }  # fmt: skip
+    return run_settings(root, out, **{**part, **more})
 
 
 @pytest.fixture(scope="module")
