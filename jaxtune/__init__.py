@@ -2,8 +2,8 @@
 
 The floor plan; imports only go down, siblings never import each other (`tests/test_floors.py`):
 
-    floor 5  doors    train  preview  convert  evaluate  chat      `python -m jaxtune.<door>`
-    floor 4  inference    a model folder opened to be asked
+    floor 5  doors    train  preview  plan  convert  evaluate  chat    `python -m jaxtune.<door>`
+    floor 4  inference  assemble  planning    a model asked | a program made | its cost
     floor 3  learn    hf                the step and its state | the outside world's checkpoints
     floor 2  model                      the only room with `nn.Module`
     floor 1  data  ops  mesh  draw      numpy only | jnp only | who holds which slice | pictures

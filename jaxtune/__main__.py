@@ -11,6 +11,7 @@ from jaxtune.config import nearest
 # door -> what it does, in the order a newcomer meets them
 DOORS = {
     "preview": "show exactly what would be trained, then the data report",
+    "plan": "does it fit, and what it costs, compiled for hardware that is not here",
     "train": "Hugging Face model in, fine-tuned Hugging Face model out",
     "evaluate": "loss, perplexity, token accuracy, generations; base and tuned side by side",
     "chat": "talk to a model in the terminal, or answer a file of prompts",

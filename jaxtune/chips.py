@@ -2,7 +2,7 @@
 
 Names are those people rent by: `v5e-16`, `v5litepod-16`, `v6e-8`, `v5p-128`, `v4-8`, `tpu7x-8`, or
 a shape, `v5e:4x4`; several slices as `2 x v5e-256`. A v4, v5p or tpu7x name counts TensorCores, two
-to a chip; a v5e or v6e name counts chips.
+to a chip; a v5e or v6e name counts chips. `h100-8` is eight GPUs of one machine, `cpu` this one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from jaxtune.config import ConfigError, nearest
 class Chip(NamedTuple):
     """One chip. `flops`: dense bf16 a second; `hbm`: bytes a program may use; `hbm_rate` and
     `link_rate` (all links of a chip, one way): bytes a second; `kinds`: what JAX calls its device.
+    `clock`: cycles a second, of those the TPU compiler counts.
     """
 
     flops: float
@@ -28,22 +29,36 @@ class Chip(NamedTuple):
     cores_in_name: int = 1  # what a name counts, for each chip
     devices: int = 1  # that JAX shows for each chip (a v4 shows its two cores as one)
     dimensions: int = 2  # of the torus
+    clock: float = 0.0
+    hosts_of: int = 4  # chips that share a host
 
 
 _GIB = 2**30
 
 # Sources: cloud.google.com/tpu/docs (system architecture pages; `hbm` is what the TPU compiler
-# accepts, libtpu 0.0.51), NVIDIA data sheets (dense, without sparsity).
+# accepts, libtpu 0.0.51), NVIDIA data sheets (dense, without sparsity). `clock` is the peak divided
+# by the FLOPs a cycle of the matrix units.
 CHIPS: Mapping[str, Chip] = {
-    "v4": Chip(275e12, 31 * _GIB, 1228e9, 300e9, ("TPU v4",), 2, 1, 3),
-    "v5e": Chip(197e12, int(15.75 * _GIB), 819e9, 180e9, ("TPU v5 lite", "TPU v5e")),
-    "v5p": Chip(459e12, int(95.74 * _GIB), 2765e9, 540e9, ("TPU v5", "TPU v5p"), 2, 1, 3),
-    "v6e": Chip(918e12, int(31.25 * _GIB), 1640e9, 360e9, ("TPU v6 lite", "TPU v6e")),
-    "tpu7x": Chip(2307e12, 192 * _GIB, 7380e9, 600e9, ("TPU7x",), 2, 2, 3),
-    "a100-40": Chip(312e12, 39 * _GIB, 1555e9, 300e9, ("NVIDIA A100-SXM4-40GB",)),
-    "a100-80": Chip(312e12, 79 * _GIB, 2039e9, 300e9, ("NVIDIA A100-SXM4-80GB",)),
-    "h100": Chip(989e12, 79 * _GIB, 3350e9, 450e9, ("NVIDIA H100 80GB HBM3",)),
-    "h200": Chip(989e12, 140 * _GIB, 4800e9, 450e9, ("NVIDIA H200",)),
+    "v4": Chip(275e12, 31 * _GIB, 1228e9, 300e9, ("TPU v4",), 2, 1, 3, 1.05e9),
+    "v5e": Chip(197e12, int(15.75 * _GIB), 819e9, 180e9, ("TPU v5 lite", "TPU v5e"), clock=1.503e9),
+    "v5p": Chip(459e12, int(95.74 * _GIB), 2765e9, 540e9, ("TPU v5", "TPU v5p"), 2, 1, 3, 1.751e9),
+    "v6e": Chip(
+        918e12, int(31.25 * _GIB), 1640e9, 360e9, ("TPU v6 lite", "TPU v6e"), clock=1.751e9
+    ),
+    "tpu7x": Chip(2307e12, 192 * _GIB, 7380e9, 600e9, ("TPU7x",), 2, 2, 3, 2.2e9),
+    "a100-40": Chip(312e12, 39 * _GIB, 1555e9, 300e9, ("NVIDIA A100-SXM4-40GB",), hosts_of=8),
+    "a100-80": Chip(312e12, 79 * _GIB, 2039e9, 300e9, ("NVIDIA A100-SXM4-80GB",), hosts_of=8),
+    "h100": Chip(989e12, 79 * _GIB, 3350e9, 450e9, ("NVIDIA H100 80GB HBM3",), hosts_of=8),
+    "h200": Chip(989e12, 140 * _GIB, 4800e9, 450e9, ("NVIDIA H200",), hosts_of=8),
+}
+# The machine at hand: how much memory it has is asked when it is wanted.
+CPU = Chip(0.0, 0, 0.0, 0.0, ("cpu",))
+DCN_RATE = 6.25e9  # bytes a second that a chip sends to other slices; an assumption, 50 Gbit/s
+
+# What the TPU compiler is told, by `plan` and by `train` alike: name -> value.
+TPU_FLAGS: Mapping[str, str] = {
+    # No matrix product is split to hide its own collective: slower in every case tried.
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
 }
 _OTHER_NAMES = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "v7x": "tpu7x", "7x": "tpu7x"}
 
@@ -55,6 +70,10 @@ _CUBE = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4)
          4096: (16, 16, 16)}  # fmt: skip
 
 
+_TPUS = tuple(kind for kind, chip in CHIPS.items() if chip.clock)
+_GPUS = tuple(kind for kind in CHIPS if kind not in _TPUS)
+
+
 class Slice(NamedTuple):
     """`shape` of one slice in chips; `slices` of them, joined by the data-centre network."""
 
@@ -64,11 +83,27 @@ class Slice(NamedTuple):
 
     @property
     def chip(self) -> Chip:
-        return CHIPS[self.kind]
+        return CPU if self.kind == "cpu" else CHIPS[self.kind]
+
+    @property
+    def platform(self) -> str:
+        """What JAX calls it: tpu, gpu or cpu."""
+        return "cpu" if self.kind == "cpu" else "tpu" if self.kind in _TPUS else "gpu"
 
     @property
     def chips(self) -> int:
         return self.slices * math.prod(self.shape)
+
+    @property
+    def name(self) -> str:
+        """As people rent it: v5e-16, 2xv5e-256."""
+        if self.kind == "cpu":
+            return "cpu"
+        size = math.prod(self.shape) * self.chip.cores_in_name
+        shapes = _CUBE if self.chip.dimensions == 3 else _FLAT
+        known = self.platform == "gpu" or shapes.get(math.prod(self.shape)) == self.shape
+        one = f"{self.kind}-{size}" if known else self.topology
+        return one if self.slices == 1 else f"{self.slices}x{one}"
 
     @property
     def topology(self) -> str:
@@ -86,13 +121,17 @@ def parse_slice(name: str) -> Slice:
     if match := re.fullmatch(r"(\d+)x(?=[a-z])(.*)", one):  # 2 x v5e-256
         count, one = match[1], match[2]
     slices = int(count) if count else 1
+    if one == "cpu":
+        return Slice("cpu", (1,))
+    if gpus := re.fullmatch(rf"({'|'.join(_GPUS)})(?:-(\d+))?", "h100" if one == "gpu" else one):
+        return _machine(name, gpus[1], int(gpus[2] or 1), slices)
     kind, _, size = one.partition(":") if ":" in one else one.rpartition("-")
     kind = _OTHER_NAMES.get(kind, kind)
-    tpus = [known for known in CHIPS if known.startswith(("v", "tpu"))]
-    if kind not in tpus or slices < 1:
+    if kind not in _TPUS or slices < 1:
         raise ConfigError(
-            f"topology: '{name}' is not known.{nearest(kind, tpus)} Write v5e-16, v5p-8, v6e-8, "
-            "v4-8, tpu7x-8, a shape such as v5e:4x4, or several slices as 2xv5e-256."
+            f"topology: '{name}' is not known.{nearest(kind, [*_TPUS, *_GPUS])} Write v5e-16, "
+            "v5p-8, v6e-8, v4-8, tpu7x-8, a shape such as v5e:4x4, several slices as 2xv5e-256, "
+            "h100-8 for GPUs, or cpu."
         )
     chip = CHIPS[kind]
     shapes = _CUBE if chip.dimensions == 3 else _FLAT
@@ -107,6 +146,38 @@ def parse_slice(name: str) -> Slice:
         sizes = ", ".join(f"{kind}-{chips * chip.cores_in_name}" for chips in shapes)
         raise ConfigError(f"topology: there is no '{name}'. There are: {sizes}.")
     return Slice(kind, shapes[int(wanted)], slices)
+
+
+def _machine(name: str, kind: str, count: int, machines: int) -> Slice:
+    if not 1 <= count <= CHIPS[kind].hosts_of or machines != 1:
+        raise ConfigError(
+            f"topology: '{name}': GPUs are planned for one machine of 1 to {CHIPS[kind].hosts_of}."
+        )
+    return Slice(kind, (count,))
+
+
+def larger(slice: Slice) -> Slice | None:
+    """One slice of the next size there is, or None."""
+    chip = slice.chip
+    if slice.platform == "gpu":
+        count = 2 * slice.chips
+        return Slice(slice.kind, (count,)) if count <= chip.hosts_of else None
+    if slice.platform == "cpu" or slice.slices > 1:
+        return None
+    shapes = _CUBE if chip.dimensions == 3 else _FLAT
+    more = [count for count in shapes if count > slice.chips]
+    return Slice(slice.kind, shapes[min(more)]) if more else None
+
+
+def libtpu_args(given: str) -> str:
+    """LIBTPU_INIT_ARGS with `TPU_FLAGS` added, but for those that `given` sets already.
+
+    >>> libtpu_args("--xla_jf_spmd_threshold_for_windowed_einsum_mib=0")
+    '--xla_jf_spmd_threshold_for_windowed_einsum_mib=0'
+    """
+    known = {word.lstrip("-").partition("=")[0] for word in given.split()}
+    added = [f"--{name}={value}" for name, value in TPU_FLAGS.items() if name not in known]
+    return " ".join([*given.split(), *added])
 
 
 def peak_flops(device_kind: str) -> float | None:

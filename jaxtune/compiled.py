@@ -9,13 +9,15 @@ devices. All figures are of one chip.
     cycles           the compiler's schedule: `estimated_cycles` of every fusion
     wire             bytes a chip sends, by kind of collective (ring algorithm), and of those the
                      exposed: in collectives that nothing is scheduled beside
+    axes             the same bytes by the mesh axes that a collective runs along
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -155,6 +157,7 @@ class Cost:
     kernel_flops: float = 0.0
     cycles: float = 0.0
     wire: dict[str, Wire] = field(default_factory=dict)
+    axes: dict[str, float] = field(default_factory=dict)
     kernels: dict[str, int] = field(default_factory=dict)
     loops: list[int] = field(default_factory=list)
     loops_unread: int = 0  # counted as one turn each
@@ -168,17 +171,18 @@ class Cost:
         return sum(kind.exposed for kind in self.wire.values())
 
 
-def cost(text: str, devices: int) -> Cost:
-    """The figures of a program for `devices` devices."""
-    walk = _Walk(parse(text), devices)
+def cost(text: str, devices: int, mesh: Mapping[str, int] | None = None) -> Cost:
+    """The figures of a program for `devices` devices, which `mesh` names the axes of, in order."""
+    walk = _Walk(parse(text), devices, mesh or {})
     walk.visit(walk.module.entry, 1, fused=False, hidden=False, seen=set())
     return walk.cost
 
 
 class _Walk:
-    def __init__(self, module: Module, devices: int) -> None:
+    def __init__(self, module: Module, devices: int, mesh: Mapping[str, int]) -> None:
         self.module = module
         self.devices = devices
+        self.mesh = mesh
         self.cost = Cost()
 
     def visit(
@@ -256,29 +260,85 @@ class _Walk:
             seen.add(channel)
         if kind == "all-reduce" and "all-reduce-scatter" in at.name:
             kind = "reduce-scatter"
-        sent = times * _sent(kind, sum(s.bytes for s in at.shapes(each)), self._group(each))
+        group = group_of(each.rest, self.devices)
+        sent = times * _sent(kind, sum(s.bytes for s in at.shapes(each)), len(group))
         before = self.cost.wire.get(kind, Wire())
         exposed = 0.0 if hidden or each.op.endswith("-start") else sent
         self.cost.wire[kind] = Wire(
             before.times + times, before.bytes + sent, before.exposed + exposed
         )
-
-    def _group(self, each: Instruction) -> int:
-        """How many devices take part in one group of a collective."""
-        if found := re.search(r"replica_groups=\{\{([0-9,]+)\}", each.rest):
-            return len(found[1].split(","))
-        if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", each.rest):
-            return int(found[2])
-        if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", each.rest):
-            sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-            parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
-            return math.prod(int(part) if part else sizes.get(name, 1) for name, part in parts)
-        return self.devices
+        if self.mesh and sent:
+            along = "+".join(axes_along(group, self.mesh))
+            self.cost.axes[along] = self.cost.axes.get(along, 0.0) + sent
 
     def _kernel(self, at: Computation, each: Instruction, times: int) -> None:
         name = re.sub(r"[.\d]+$", "", each.name)
         self.cost.kernels[name] = self.cost.kernels.get(name, 0) + times
         self.cost.kernel_flops += times * _kernel_flops(at, each, name)
+
+
+def group_of(rest: str, devices: int) -> tuple[int, ...]:
+    """The first group of devices that a collective runs in, numbered as the mesh counts them;
+    of a permutation all that pass on to each other from device 0."""
+    if found := re.search(r"source_target_pairs=\{(\{.*?\})\}", rest):
+        pairs = re.findall(r"\{(\d+),(\d+)\}", found[1])
+        return _cycle({int(source): int(target) for source, target in pairs})
+    if found := re.search(r"replica_groups=\{\{([0-9,]+)\}", rest):
+        return tuple(int(n) for n in found[1].split(","))
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        sizes = [int(n) for n in found[3].split(",")]
+        order = [int(n) for n in (found[4] or "").split(",") if n] or list(range(len(sizes)))
+        ids = _count(sizes, order)
+        return tuple(ids[: int(found[2])])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        return _group_on_mesh(found[1], found[2])
+    return tuple(range(devices))
+
+
+def _cycle(following: Mapping[int, int]) -> tuple[int, ...]:
+    at, seen = next(iter(following)), []
+    while at not in seen:
+        seen.append(at)
+        at = following.get(at, seen[0])
+    return tuple(seen)
+
+
+def _count(sizes: Sequence[int], order: Sequence[int]) -> list[int]:
+    """iota(sizes) transposed by `order`, flat."""
+    strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+    places = itertools.product(*(range(sizes[i]) for i in order))
+    return [sum(n * strides[i] for n, i in zip(place, order, strict=True)) for place in places]
+
+
+def _group_on_mesh(mesh: str, along: str) -> tuple[int, ...]:
+    """`'data'=2,'fsdp'=4` and `'fsdp'`, or a part of an axis: `'fsdp':(2)2`, the 2 inside of 2."""
+    axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
+    sizes: list[int] = []
+    chosen: list[int] = []
+    parts = {
+        name: (int(outer or 1), int(size or axes.get(name, 1)))
+        for name, outer, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", along)
+    }
+    for name, size in axes.items():
+        outer, part = parts.get(name, (1, 1))
+        chosen += [len(sizes) + 1] if name in parts else []
+        sizes += [outer, part, size // (outer * part)]
+    rest = [i for i in range(len(sizes)) if i not in chosen]
+    return tuple(_count(sizes, [*rest, *chosen])[: math.prod(sizes[i] for i in chosen)])
+
+
+def axes_along(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes of `mesh` whose coordinate differs between devices of a group.
+
+    >>> axes_along((0, 4), {"data": 2, "fsdp": 4})
+    ('data',)
+    """
+    sizes, found = list(mesh.values()), []
+    for i, name in enumerate(mesh):
+        inner = math.prod(sizes[i + 1 :])
+        if len({device // inner % sizes[i] for device in group}) > 1:
+            found.append(name)
+    return tuple(found)
 
 
 def _sent(kind: str, operands: float, group: int) -> float:

@@ -168,7 +168,9 @@ class MeshConfig(_Strict):
     data: int = Field(1, description="replicas of the parameters")
     fsdp: int = Field(-1, description="shards of parameters, gradients and moments; also of rows")
     tensor: int = Field(1, description="shards of heads, mlp and vocabulary")
-    context: int = Field(1, description="shards of the sequence")
+    context: int = Field(
+        1, description="shards of the sequence, for rows too long for one device; and of parameters"
+    )
 
     @pydantic.model_validator(mode="after")
     def _sizes(self) -> MeshConfig:
@@ -357,8 +359,28 @@ class Config(_Strict):
         description="NEFTune: uniform noise of alpha / sqrt(length x width) on the embeddings of "
         "each example, while training; its authors use 5 to 15",
     )
-    gradient_checkpointing: Literal["none", "full", "dots"] = Field(
-        "full", description="what the backward pass recomputes: full = least memory, ~1/3 slower"
+    gradient_checkpointing: Literal[
+        "none", "full", "attention", "projections", "dots", "offload"
+    ] = Field(
+        "full",
+        description="what the backward pass recomputes: full = all of a layer but its input (~1/3 "
+        "slower), attention = all but attention's result, projections = no product with weights, "
+        "none = nothing; offload = as full, with the inputs in the host's memory",
+    )
+    loss_block: PositiveInt | None = Field(
+        None,
+        description="entries of the vocabulary whose logits exist at a time; fewer = less memory; "
+        "default: 256 MiB of logits a device; never changes results",
+    )
+    z_loss: NonNegativeFloat = Field(
+        0.0,
+        description="times the squared log of the softmax's normaliser, added to what is minimised "
+        "(not to the loss shown): keeps logits from drifting; 1e-4 is usual",
+    )
+    attention: Literal["auto", "reference", "blocked", "splash", "cudnn"] = Field(
+        "auto",
+        description="how it is computed while training: splash on TPU, cudnn on GPU, blocked or "
+        "reference elsewhere; a name is run or refused, never replaced",
     )
     lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
@@ -730,7 +752,6 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 def _refuse_what_is_not_built(config: Config) -> None:
     """A knob that would be silently ignored is an error instead."""
     wanted = {
-        "mesh.context": config.mesh.context != 1,
         "report_to=wandb": "wandb" in config.report_to,
         "sample_prompts": bool(config.sample_prompts),
     }

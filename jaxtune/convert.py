@@ -53,7 +53,8 @@ class Result(NamedTuple):
 
 def run(config: Config, options: ConvertOptions) -> Result:
     """Raises `ConfigError` and `ModelError`; what stood in `out_dir` before stays on failure."""
-    from jaxtune.hf.adapter import WrittenAdapter, is_adapter
+    from jaxtune.hf.adapter import WrittenAdapter
+    from jaxtune.hf.folders import is_adapter
     from jaxtune.weights import checkpoint_of
 
     source, step = checkpoint_of(Path(options.run_or_checkpoint), options.step)
@@ -150,15 +151,14 @@ def _export_adapter(
 ) -> Exported | WrittenAdapter:
     """Of an adapter in PEFT's format, beside its base or the one that `model_name_or_path` says."""
     from jaxtune.data.tokenizer import load_tokenizer
-    from jaxtune.hf.adapter import merged, open_adapter, read_adapter, with_rows_for, write_adapter
+    from jaxtune.hf.adapter import merged, on_model, open_adapter, write_adapter
     from jaxtune.hf.export import check_target, export_model
     from jaxtune.hf.load import open_model
 
     adapter = open_adapter(source)
     name = config.model_name_or_path or adapter.base
     model = open_model(name, revision=config.revision or adapter.revision, note=note)
-    model = with_rows_for(adapter, model)
-    lora, leaves = read_adapter(adapter, model)
+    model, lora, leaves = on_model(adapter, model)
     own = (adapter.folder / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(str(adapter.folder)) if own else None
     if not merge:

@@ -51,7 +51,8 @@ class Answer(NamedTuple):
 def resolved(config: Config) -> Config:
     """The config to ask a model with: for RUN/checkpoints/STEP that of the run, and for an adapter
     the tokenizer that lies beside it, or its base's. Flags stand above both."""
-    from jaxtune.hf.adapter import is_adapter, open_adapter
+    from jaxtune.hf.adapter import open_adapter
+    from jaxtune.hf.folders import is_adapter
     from jaxtune.weights import checkpoint_of, is_checkpoint, run_config
 
     name = config.model_name_or_path
@@ -108,7 +109,7 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
     With `init: random` a folder without weights is filled with those that training with this seed
     began with. Raises `ModelError`.
     """
-    from jaxtune.hf.adapter import is_adapter
+    from jaxtune.hf.folders import is_adapter
     from jaxtune.hf.load import open_model
     from jaxtune.learn.program import compute_dtype
     from jaxtune.mesh import shardings
@@ -132,7 +133,7 @@ def _load_trained(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
     """A checkpoint of a run, or an adapter with its base: adapters merged into the weights."""
     import jax
 
-    from jaxtune.hf.adapter import merged_params, open_adapter, read_adapter, with_rows_for
+    from jaxtune.hf.adapter import merged_params, on_model, open_adapter
     from jaxtune.hf.load import open_model, with_tokens
     from jaxtune.learn.program import compute_dtype
     from jaxtune.mesh import shardings
@@ -154,8 +155,7 @@ def _load_trained(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
     else:
         adapter = open_adapter(name)
         model = open_model(adapter.base, revision=adapter.revision)
-        model = with_rows_for(adapter, model)
-        lora, leaves = read_adapter(adapter, model)
+        model, lora, leaves = on_model(adapter, model)
     placed = shardings(decoder.axes(model.spec), decoder.abstract(model.spec, dtype), mesh)
     if lora is None:
         cast = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree))

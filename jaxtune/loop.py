@@ -121,6 +121,7 @@ class Loop:
         if done % self.config.logging_steps and done != self.plan.total_steps:
             return
         rate, mfu = self._meter.read()
+        added = "penalty" if self.config.z_loss else "router_loss"
         self._record(
             {
                 "kind": "train",
@@ -128,7 +129,7 @@ class Loop:
                 "epoch": round(epoch_at(self.plan.batches, done), 4),
                 "loss": float(metrics.loss),
                 "token_accuracy": float(metrics.token_accuracy),
-                **({"router_loss": float(metrics.penalty)} if metrics.penalty else {}),
+                **({added: float(metrics.penalty)} if metrics.penalty else {}),
                 "grad_norm": float(metrics.grad_norm),
                 "learning_rate": float(metrics.learning_rate),
                 "tokens_total": self._seen.tokens,

@@ -301,7 +301,7 @@ def parameter_count(spec: ModelSpec) -> int:
     biases_and_norms = sum(_vector_parameters(spec, layer) for layer in spec.layers)
     embedding = spec.vocab * spec.width
     tied = embedding if spec.tie_head else 0
-    matrices = _matmul_parameters(spec, active=False)
+    matrices = matmul_parameters(spec, active=False)
     return embedding + matrices - tied + biases_and_norms + _norm_parameters(spec)
 
 
@@ -320,7 +320,7 @@ def flops_per_token(spec: ModelSpec, seq_len: int, *, frozen: bool = False) -> f
         12.0 * layer.heads * layer.head_dim * _mean_visible_keys(seq_len, layer.window)
         for layer in spec.layers
     )
-    return (4.0 if frozen else 6.0) * _matmul_parameters(spec, active=True) + attention
+    return (4.0 if frozen else 6.0) * matmul_parameters(spec, active=True) + attention
 
 
 def _mean_visible_keys(seq_len: int, window: int | None) -> float:
@@ -329,14 +329,16 @@ def _mean_visible_keys(seq_len: int, window: int | None) -> float:
     return (growing + (seq_len - reach) * reach) / seq_len
 
 
-def _matmul_parameters(spec: ModelSpec, *, active: bool) -> int:
-    """All weights of matrix products, or only those that one token meets."""
-    per_layer = (
-        2 * spec.width * layer.head_dim * (layer.heads + layer.kv_heads)  # q and o, k and v
-        + spec.width * _mlp_columns(layer, active=active)
-        for layer in spec.layers
-    )
+def matmul_parameters(spec: ModelSpec, *, active: bool = True) -> int:
+    """Weights of matrix products, the head's too: all, or only those that one token meets."""
+    per_layer = (layer_parameters(spec, layer, active=active) for layer in spec.layers)
     return spec.vocab * spec.width + sum(per_layer)
+
+
+def layer_parameters(spec: ModelSpec, layer: LayerSpec, *, active: bool = True) -> int:
+    """The same of one layer."""
+    attention = 2 * spec.width * layer.head_dim * (layer.heads + layer.kv_heads)  # q and o, k and v
+    return attention + spec.width * _mlp_columns(layer, active=active)
 
 
 def _mlp_columns(layer: LayerSpec, *, active: bool) -> int:

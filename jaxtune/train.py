@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxtune import command
+from jaxtune import assemble, command
 from jaxtune.command import note
 from jaxtune.config import Config, ConfigError, dump, shard_bytes
 
@@ -62,8 +62,12 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     """Trains, checkpoints and exports. Raises `ConfigError`, `DataError`, `ModelError`,
     `Diverged`, and `command.Stopped` after saving on SIGTERM or SIGINT.
     """
+    from jaxtune.hf.folders import refuse_adapter
+
     model_name, run_dir = _required(config)
+    refuse_adapter(model_name)
     _claim(run_dir)
+    assemble.set_compiler_flags()
 
     # 1. The data: everything that can be wrong with it is said before a device is touched.
     material = _open_data(config, model_name)
@@ -74,6 +78,7 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     from jaxtune.hf.export import check_target
     from jaxtune.hf.load import open_model, with_tokens
     from jaxtune.learn.partial import share
+    from jaxtune.learn.program import compute_dtype
     from jaxtune.mesh import platform_of
     from jaxtune.model.decoder import attention_for
     from jaxtune.weights import adapters_of, check_ids, part_of
@@ -94,9 +99,16 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     mesh, batches = _plan(config, material.train)
     total_steps = batches.total_steps(config.num_train_epochs, config.max_steps)
     report = _announce(config, material, batches, mesh, total_steps)
-    program = _build(config, model, adapters, chosen, mesh, total_steps)
+    program = assemble.build(config, model, adapters, chosen, mesh, total_steps)
     note(f"trained: {share(program.abstract.trained, program.variables)}")
-    kind, why = attention_for(model.spec, platform_of(mesh), batches.row_length)
+    kind, why = attention_for(
+        model.spec,
+        platform_of(mesh),
+        batches.row_length,
+        devices=mesh.shape["context"],
+        dtype=compute_dtype(config.dtype),
+        asked=config.attention,
+    )
     note(f"attention: {kind} ({why})")
 
     # 3. Where to begin.
@@ -193,10 +205,10 @@ def _open_data(config: Config, model_name: str) -> Material:
 def _plan(config: Config, train: Dataset) -> tuple[Mesh, Batches]:
     """The mesh over all devices, and batches of as many rows as it asks for."""
     from jaxtune.data.pipeline import Batches
-    from jaxtune.mesh import make_mesh, row_shards
+    from jaxtune.mesh import make_mesh
 
     mesh = make_mesh(config.mesh.model_dump())
-    rows = row_shards(mesh) * config.per_device_train_batch_size * _microbatches(config, mesh)
+    rows = assemble.rows_per_step(config, mesh)
     return mesh, Batches(train, batch_size=rows, seed=config.seed, packing=config.packing)
 
 
@@ -206,6 +218,7 @@ def _announce(
     """Says what is about to be trained, and returns the data report for the model card."""
     from jaxtune.data.doctor import near_overlap, overlap, report
     from jaxtune.draw.terminal import show_report
+    from jaxtune.mesh import sizes_of
 
     found = report(material.train, batches, total_steps=total_steps)
     show_report(found, short=True)
@@ -217,7 +230,7 @@ def _announce(
             + (f"; {common} of them are in the training data" if common else "")
             + (f"; {alike} records say nearly the same as a trained one" if alike else "")
         )
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    axes = " x ".join(f"{name} {size}" for name, size in sizes_of(mesh).items() if size > 1)
     note(
         f"training: {total_steps} steps of {batches.batch_size} rows x {batches.row_length} tokens "
         f"({batches.steps_per_epoch} steps an epoch), on {mesh.size} "
@@ -227,69 +240,7 @@ def _announce(
     return found
 
 
-def _microbatches(config: Config, mesh: Mesh) -> int:
-    from jaxtune.mesh import row_shards
-
-    if config.global_batch_size is None:
-        return config.gradient_accumulation_steps
-    each = row_shards(mesh) * config.per_device_train_batch_size
-    if config.global_batch_size % each:
-        raise ConfigError(
-            f"global_batch_size: {config.global_batch_size} rows do not divide into microbatches "
-            f"of {row_shards(mesh)} devices x per_device_train_batch_size="
-            f"{config.per_device_train_batch_size} (={each}). Choose a multiple of {each}, or a "
-            "smaller per_device_train_batch_size."
-        )
-    return config.global_batch_size // each
-
-
-# -- the program and its first state -------------------------------------------------------------
-
-
-def _build(
-    config: Config,
-    model: HfModel,
-    adapters: Adapters | None,
-    chosen: Part | None,
-    mesh: Mesh,
-    total_steps: int,
-) -> Program:
-    from jaxtune.learn import program, schedules
-    from jaxtune.learn.optim import Hyper
-
-    dtype = program.compute_dtype(config.dtype)
-    warmup = schedules.warmup_length(config.warmup_steps, total_steps)
-    return program.build(
-        model.spec,
-        mesh,
-        hyper=Hyper(
-            config.optim,
-            beta1=config.adam_beta1,
-            beta2=config.adam_beta2,
-            epsilon=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            momentum=config.momentum or 0.0,
-            adjust=config.muon_adjust_lr or "match_rms_adamw",
-            state_dtype=config.optim_state_dtype,
-        ),
-        learning_rate=schedules.schedule(
-            config.lr_scheduler_type,
-            learning_rate=config.learning_rate,
-            warmup_steps=warmup,
-            total_steps=total_steps,
-            **config.lr_scheduler_kwargs.model_dump(),
-        ),
-        max_grad_norm=config.max_grad_norm,
-        microbatches=_microbatches(config, mesh),
-        dtype=dtype,
-        # A frozen base is only read: kept as it is computed with, it takes half the memory.
-        param_dtype=config.param_dtype if adapters is None else dtype,
-        remat=config.gradient_checkpointing,
-        seed=config.seed,
-        noise_alpha=config.neftune_noise_alpha,
-        lora=None if adapters is None else adapters.lora,
-        is_trained=None if chosen is None else chosen.is_trained,
-    )
+# -- where to begin ------------------------------------------------------------------------------
 
 
 def _where_to_begin(

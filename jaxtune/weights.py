@@ -107,7 +107,7 @@ def adapters_of(
 
     New tokens (`with_tokens`) get trained rows. Raises `ConfigError` and `ModelError`.
     """
-    from jaxtune.hf.adapter import open_adapter, read_adapter, resolve_targets, with_rows_for
+    from jaxtune.hf.adapter import on_model, open_adapter, resolve_targets
     from jaxtune.model.lora import Lora
 
     asked = config.lora
@@ -131,8 +131,7 @@ def adapters_of(
 
     name = config.adapter_name_or_path
     adapter = open_adapter(name)
-    model = with_rows_for(adapter, model)
-    lora, start = read_adapter(adapter, model)
+    model, lora, start = on_model(adapter, model)
     if asked.r not in (0, lora.r):
         raise ConfigError(
             f"lora.r: {asked.r}, but adapter {name} has rank {lora.r}, which it keeps. Drop lora.r."

@@ -98,6 +98,8 @@ def test_the_size_of_a_shard_is_written_as_hugging_face_does() -> None:
         ({"learning_rate": -1}, "got -1"),
         ({"max_length": 1}, "max_length"),
         ({"truncation": "wrap"}, "'drop', 'truncate' or 'error'; got 'wrap'"),
+        ({"z_loss": -1e-4}, "greater than or equal to 0; got -0.0001"),
+        ({"loss_block": 0}, "loss_block: Input should be greater than 0; got 0"),
         ({"max_steps": 0}, "max_steps is positive, or -1"),
         ({"max_shard_size": "5 gigs"}, "with a unit such as 5GB, 500MB or 2GiB; got '5 gigs'"),
         ({"max_shard_size": "-1GB"}, "max_shard_size: expected a number of bytes"),

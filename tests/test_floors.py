@@ -32,12 +32,17 @@ ROOMS: dict[str, set[str]] = {
     "learn": {"config", "chips", "spec", "tree", "mesh", "ops", "model"},
     "hf": {"config", "untrusted", "hub", "spec", "tree", "mesh", "model"},
     "weights": {"config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf"},
+    "assemble": {"config", "chips", "mesh", "learn", "hf", "weights"},
+    "planning": {
+        *("config", "chips", "compiled", "assemble", "spec", "tree", "mesh", "data", "model"),
+        *("ops", "learn", "hf", "weights"),
+    },
     "loop": {"config", "command", "mesh", "data", "draw", "learn"},
     "inference": {
         *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "weights")
     },
 }
-DOORS = {"train", "preview", "convert", "evaluate", "chat"}
+DOORS = {"train", "preview", "plan", "convert", "evaluate", "chat"}
 # room -> third-party packages it must not know.
 BANNED = {
     "config": {"jax", "flax", "numpy", "transformers"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,30 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from jaxtune import mesh as meshes
 from jaxtune.config import ConfigError
 from jaxtune.mesh import (
+    EVERYWHERE,
+    dealt,
+    draws,
     gathered,
     local,
+    looked_up,
     make_mesh,
     partition_spec,
+    per_device,
     put_batch,
     row_shards,
+    row_share,
     shardings,
+    shares,
+    sizes_of,
+    slices,
     spread,
+    summed,
+    tokens,
+    total,
+    whole_rows,
 )
 
 ONES = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
@@ -28,7 +42,7 @@ ONES = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
 
 def test_minus_one_takes_what_is_left() -> None:
     mesh = make_mesh({**ONES, "fsdp": -1, "tensor": 2})
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2, "context": 1}
+    assert sizes_of(mesh) == {"data": 1, "fsdp": 4, "tensor": 2, "context": 1}
     assert row_shards(mesh) == 4
 
 
@@ -49,7 +63,10 @@ def test_specs_follow_the_table_and_what_does_not_divide_is_replicated() -> None
     mesh = make_mesh({**ONES, "fsdp": 4, "tensor": 2})
     assert partition_spec(("vocab", "embed"), (64, 16), mesh) == P("tensor", "fsdp")
     assert partition_spec(("vocab", "embed"), (63, 16), mesh) == P(None, "fsdp")
-    assert partition_spec(("vocab", "embed"), (64, 16), mesh, without="fsdp") == P("tensor", None)
+    assert partition_spec(("vocab", "embed"), (64, 16), mesh, only=("tensor",)) == P("tensor", None)
+    plane = make_mesh({**ONES, "fsdp": 4, "context": 2}, torus=(2, 2))
+    assert partition_spec(("embed",), (16,), plane) == P(("fsdp", "fsdp_y", "context"))
+    assert partition_spec(("embed",), (12,), plane) == P(("fsdp", "fsdp_y"))
     assert partition_spec(("batch", "length"), (8, 3), mesh) == P("fsdp", None)
     two = make_mesh({**ONES, "data": 2, "fsdp": 4})
     assert partition_spec(("batch", None), (8, 3), two) == P(("data", "fsdp"), None)
@@ -58,25 +75,163 @@ def test_specs_follow_the_table_and_what_does_not_divide_is_replicated() -> None
         partition_spec(("embed",), (4, 4), mesh)
 
 
-def test_a_gathered_weight_is_whole_and_its_gradient_is_scattered() -> None:
-    mesh = make_mesh({**ONES, "fsdp": 8})
-    axes = {"w": ("embed", "mlp")}
-    w = {"w": jnp.ones((16, 4), jnp.float32)}
-    placed = jax.device_put(w, shardings(axes, w, mesh))
-    x = jnp.arange(32, dtype=jnp.float32).reshape(2, 16)
+class Chip(NamedTuple):
+    coords: tuple[int, ...]
+    core_on_chip: int = 0
+    slice_index: int = 0
 
-    @functools.partial(jax.jit, out_shardings=None)
-    def f(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-        use = lambda w: jnp.sum(x @ gathered(w, ("embed", "mlp"), jnp.bfloat16))  # noqa: E731
-        return gathered(w, ("embed", "mlp"), jnp.bfloat16), jax.grad(use)(w)
 
+@pytest.mark.parametrize(
+    ("places", "torus"),
+    [
+        ([(x, y, 0) for y in range(4) for x in range(4)], (4, 4)),
+        ([(x, y, z) for z in range(2) for y in range(4) for x in range(2)], (2, 4, 2)),
+        ([(x, 0, 0) for x in range(8)], (8,)),
+        ([(0, 0, 0)], ()),
+        ([(0, 0, 0), (0, 0, 0)], (2,)),
+        ([(0, 0, 0), (1, 1, 0), (2, 0, 0), (3, 1, 0)], (4,)),
+    ],
+)
+def test_a_line_of_devices_knows_the_dimensions_of_its_network(
+    places: list[tuple[int, ...]], torus: tuple[int, ...]
+) -> None:
+    assert meshes._torus([Chip(place) for place in places]) == torus
+
+
+def test_devices_are_laid_out_as_the_network_is() -> None:
+    """Rows of the grid one after the other, both cores of a chip, and slices along data."""
+    sizes = [(x, y, 0) for y in (1, 0) for x in (1, 0)]
+    chips = [Chip(at, core, number) for number in (1, 0) for at in sizes for core in (1, 0)]
+    grid = meshes._grid([2, 4, 2, 1], chips)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"data=1 over 2 slices\. .* choose data=2"):
+        meshes._grid([1, 8, 2, 1], chips)  # type: ignore[arg-type]
+    assert [grid[n, 0, 0, 0].slice_index for n in range(2)] == [0, 1]
+    assert [chip.coords[:2] for chip in grid[0, :, 0, 0]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [chip.core_on_chip for chip in grid[0, 0, :, 0]] == [0, 1]
+    assert meshes._torus(grid[0, :, 0, 0]) == (2, 2)
+    chips = [Chip((n // 16, n // 4 % 4, n % 4), core) for n in range(64) for core in range(2)]
+    cube = meshes._grid([1, 128, 1, 1], chips)  # type: ignore[arg-type]
+    assert meshes._torus(cube[0, :, 0, 0]) == (4, 4, 8)
+
+
+MESHES = [({"fsdp": 8}, (8,)), ({"fsdp": 8}, (2, 4)), ({"data": 2, "fsdp": 4}, (2, 2)),
+          ({"fsdp": 2, "tensor": 2, "context": 2}, (2,))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sizes", "torus"), MESHES, ids=str)
+def test_a_gathered_weight_is_whole_and_its_gradient_is_reduce_scattered(
+    sizes: dict[str, int], torus: tuple[int, ...]
+) -> None:
+    """sum(x @ w) over the rows and tokens of all devices, against the same on one."""
+    mesh = make_mesh({**ONES, **sizes}, torus=torus)
+    names = ("mlp", "embed")  # the cut dimension is not the first
+    rng = np.random.default_rng(0)
+    w = {"w": jnp.asarray(rng.normal(size=(4, 16)), jnp.float32)}
+    x = jnp.asarray(rng.normal(size=(8, 2, 4)), jnp.float32)
+
+    def gradient(w: dict[str, jax.Array], x: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        def use(w: dict[str, jax.Array]) -> jax.Array:
+            whole = gathered(w["w"], names, (4, 16), jnp.bfloat16)
+            assert (whole.shape, whole.dtype) == ((4, 16), jnp.bfloat16)
+            return jnp.sum(jnp.sin(x @ whole.astype(jnp.float32)))
+
+        value, found = jax.value_and_grad(use)(w)
+        return summed(found, {"w": names}, {"w": np.zeros((4, 16))}), total(value)
+
+    own = slices({"w": names}, w, mesh)
+    f = per_device(gradient, mesh, (own, tokens(x.shape, mesh)), (own, EVERYWHERE))
     with jax.set_mesh(mesh):
-        whole, gradient = f(placed["w"])
-    assert whole.dtype == jnp.bfloat16
-    assert whole.sharding.is_fully_replicated
-    assert gradient.dtype == jnp.float32
-    assert gradient.sharding.spec == P("fsdp", None)
-    np.testing.assert_allclose(gradient, np.tile(x.sum(0)[:, None], (1, 4)), rtol=1e-2)
+        placed = jax.device_put(w, shardings({"w": names}, w, mesh))
+        compiled = jax.jit(f).lower(placed, x).compile()
+        found, value = compiled(placed, x)
+    rounded = w["w"].astype(jnp.bfloat16).astype(jnp.float32)
+    expected, of_w = jax.value_and_grad(lambda w: jnp.sum(jnp.sin(x @ w)))(rounded)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(found["w"], of_w, atol=0.02 * float(jnp.abs(of_w).max()))
+    assert found["w"].dtype == jnp.float32
+    assert found["w"].sharding == placed["w"].sharding
+    scatters = compiled.as_text().count(" reduce-scatter(")
+    along = sum(size > 1 for size in torus) + (sizes.get("context", 1) > 1)
+    assert scatters == along  # one for each dimension of the network
+
+
+@pytest.mark.parametrize(("sizes", "torus"), MESHES, ids=str)
+@pytest.mark.parametrize("width", [16, 1024, 6])
+def test_rows_of_a_table_that_is_cut_along_them(
+    sizes: dict[str, int], torus: tuple[int, ...], width: int
+) -> None:
+    """Traded whole, traded along a dimension and gathered along the other, and not cut at all."""
+    mesh = make_mesh({**ONES, **sizes}, torus=torus)
+    names = ("vocab", "embed")
+    rng = np.random.default_rng(0)
+    table = {"t": jnp.asarray(rng.normal(size=(10, width)), jnp.float32)}
+    ids = jnp.asarray(rng.integers(0, 10, (8, 4)))
+    factor = jnp.asarray(rng.normal(size=(8, 4)), jnp.float32)
+
+    def gradient(table: Any, ids: jax.Array, factor: jax.Array) -> tuple[Any, jax.Array]:
+        def use(table: Any) -> tuple[jax.Array, jax.Array]:
+            rows = looked_up(table["t"], ids, width, jnp.float32)
+            return jnp.sum(factor[..., None] * jnp.sin(rows)), rows
+
+        found, rows = jax.grad(use, has_aux=True)(table)
+        return summed(found, {"t": names}, {"t": np.zeros((10, width))}), rows
+
+    own, here = slices({"t": names}, table, mesh), tokens(ids.shape, mesh)
+    f = per_device(gradient, mesh, (own, here, here), (own, here))
+    with jax.set_mesh(mesh):
+        found, rows = jax.jit(f)(
+            jax.device_put(table, shardings({"t": names}, table, mesh)), ids, factor
+        )
+    np.testing.assert_array_equal(rows, table["t"][ids])
+    expected = jax.grad(lambda t: jnp.sum(factor[..., None] * jnp.sin(t[ids])))(table["t"])
+    np.testing.assert_allclose(found["t"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_drawn_for_a_token_does_not_depend_on_the_devices() -> None:
+    shape = (8, 6, 5)  # not in pairs of stretches over two devices: dealt as placed
+
+    def draw(ids: jax.Array) -> jax.Array:
+        key = jax.random.key(3)
+        return draws(lambda key, rest: jax.random.uniform(key, rest), key, (*ids.shape, 5))
+
+    alone = draw(jnp.zeros(shape[:2]))
+    assert len(np.unique(alone)) == alone.size
+    for sizes in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "context": 2}):
+        mesh = make_mesh({**ONES, **sizes})
+        here = tokens(shape[:2], mesh)
+        with jax.set_mesh(mesh):
+            spread_out = jax.jit(per_device(draw, mesh, (here,), here))(jnp.zeros(shape[:2]))
+        np.testing.assert_array_equal(spread_out, alone)
+
+
+@pytest.mark.parametrize("length", [16, 12])
+def test_tokens_are_dealt_in_pairs_and_rows_come_back_in_order(length: int) -> None:
+    """8 tokens over 2 devices: 0 1 6 7 and 2 3 4 5; plain stretches where there are no pairs."""
+    assert shares(8, 2).tolist() == [[0, 1, 6, 7], [2, 3, 4, 5]]
+    assert shares(6, 2).tolist() == [[0, 1, 2], [3, 4, 5]]
+    mesh = make_mesh({**ONES, "fsdp": 2, "context": 4})
+    rows = jnp.arange(4 * length).reshape(4, length)
+
+    def f(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        mine = dealt(x)
+        slope = jax.grad(lambda m: jnp.sum(jnp.square(whole_rows(m))))(mine.astype(jnp.float32))
+        return mine, whole_rows(mine)[:, row_share(length)], slope
+
+    here = tokens(rows.shape, mesh)
+    with jax.set_mesh(mesh):
+        mine, again, slope = jax.jit(per_device(f, mesh, (here,), (here, here, here)))(rows)
+    np.testing.assert_array_equal(mine, rows[:, shares(length, 4).reshape(-1)])
+    np.testing.assert_array_equal(again, mine)
+    # Each of the four devices of a row adds its share to the sum of what all return.
+    np.testing.assert_array_equal(slope, 4 * 2.0 * mine)
+
+
+def test_a_batch_that_does_not_divide_is_refused() -> None:
+    mesh = make_mesh({**ONES, "fsdp": 4, "context": 2})
+    assert tokens((8, 6), mesh) == P(("data", "fsdp", "fsdp_y", "fsdp_z"), "context")
+    for shape in ((6, 6), (8, 5)):
+        with pytest.raises(ValueError, match="does not divide over 4"):
+            tokens(shape, mesh)
 
 
 class Pair(NamedTuple):
@@ -109,14 +264,14 @@ def test_local_work_adds_up_what_is_cut(rows: int, width: int) -> None:
     x, w = 0.3 * rng.normal(size=(rows, 4, 5)), 0.3 * rng.normal(size=(5, width))
     x, w = (jnp.asarray(values, jnp.float32) for values in (x, w))
 
-    def squares(x_BTD: jax.Array, w_DF: jax.Array | None) -> jax.Array:
-        cut = spread("mlp", width)
+    def squares(cut: tuple[str, ...], x_BTD: jax.Array, w_DF: jax.Array | None) -> jax.Array:
         y_BTD = jnp.einsum("BTF,DF->BTD", jnp.square(jnp.einsum("BTD,DF->BTF", x_BTD, w_DF)), w_DF)
         return jax.lax.psum(y_BTD, cut) if cut else y_BTD
 
     def loss(x: jax.Array, w: jax.Array) -> jax.Array:
         token = ("batch", "length", None)
-        return jnp.sum(jnp.sin(local(squares, (x, w), (token, (None, "mlp")), token)))
+        here = functools.partial(squares, spread("mlp", width))
+        return jnp.sum(jnp.sin(local(here, (x, w), (token, (None, "mlp")), token)))
 
     expected = jax.value_and_grad(loss, argnums=(0, 1))(x, w)
     assert spread("mlp", width) == ()

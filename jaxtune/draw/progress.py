@@ -57,6 +57,33 @@ class Tokenising:
             self._console.print(f"tokenising {name}: {done}", markup=False, soft_wrap=True)
 
 
+class Searching:
+    """A context manager, called with (settings done, of all); a bar on a terminal, else silent."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True, highlight=False)
+        self._bar = Bar(
+            TextColumn("[bold]compiling"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("settings"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("search", total=None)
+
+    def __enter__(self) -> Searching:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total)
+
+
 class Progress:
     """A context manager over steps [start, total); everything goes to stderr."""
 

@@ -11,6 +11,7 @@ the model folder's own tensors, in float32, one tensor at a time.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -28,6 +29,8 @@ from jax.experimental import multihost_utils
 from jaxtune import __version__, hub
 from jaxtune.config import ConfigError, ModelError, nearest
 from jaxtune.hf.export import Template, Tokenizer, replacing, write, write_json, write_tokenizer
+from jaxtune.hf.folders import ADAPTER as CONFIG
+from jaxtune.hf.folders import check_replaceable
 from jaxtune.hf.layout import Placed
 from jaxtune.hf.load import HfModel, load_params, read_part, with_tokens
 from jaxtune.hf.tensors import fetch, read_header
@@ -36,7 +39,6 @@ from jaxtune.model.lora import Lora, merged_kernel
 from jaxtune.tree import map_named, named, unnamed
 from jaxtune.untrusted import open_inside, plain, read_object, some
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 ALL = "all-linear"
 _PREFIX = "base_model.model."
@@ -123,6 +125,13 @@ def digests(model: HfModel) -> dict[str, str]:
 
 
 def _digest(file: Path, folder: Path) -> str:
+    now = file.stat()
+    return _digest_now(file, folder, (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_now(file: Path, folder: Path, identity: tuple[int, ...]) -> str:
+    """Read once a run for checkpoint, card and comparison; a changed file has another identity."""
     with open(open_inside(file, folder), "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         start = stream.read(8)
@@ -159,13 +168,7 @@ def on_host(adapters: Any) -> Leaves:
 
 def check_adapter_target(out: Path) -> None:
     """Refuses, before any work, to replace what is no adapter."""
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: is a file; an adapter is a folder. Choose another place.")
-    if out.is_dir() and any(out.iterdir()) and not (out / CONFIG).is_file():
-        raise ConfigError(
-            f"{out}: holds files that are no adapter (no {CONFIG}), and an export replaces the "
-            "whole folder. Choose another folder, or empty this one."
-        )
+    check_replaceable(out, marker=CONFIG, kind="adapter", export="an adapter")
 
 
 def write_adapter(
@@ -381,12 +384,6 @@ class Adapter(NamedTuple):
         return tuple(int(i) for i in (lists[0] if lists else ()))
 
 
-def is_adapter(name: str) -> bool:
-    """Whether a local folder is an adapter and not a model."""
-    folder = Path(name).expanduser()
-    return (folder / CONFIG).is_file() and not (folder / "config.json").exists()
-
-
 # What changes what an adapter computes and is not represented here: key -> values that do not.
 _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -595,9 +592,10 @@ def _is_named(module: str, names: Mapping[str, Any]) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def with_rows_for(adapter: Adapter, model: HfModel) -> HfModel:
-    """The model with rows for the tokens the adapter brings."""
-    return with_token_rows(model, adapter.tokens)
+def on_model(adapter: Adapter, model: HfModel) -> tuple[HfModel, Lora, Any]:
+    """The model with rows for the tokens the adapter brings, and what `read_adapter` says of it."""
+    model = with_token_rows(model, adapter.tokens)
+    return model, *read_adapter(adapter, model)
 
 
 def with_token_rows(model: HfModel, tokens: Sequence[int]) -> HfModel:

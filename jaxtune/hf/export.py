@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxtune.config import ConfigError
+from jaxtune.hf.folders import MODEL, check_replaceable
 from jaxtune.hf.layout import Index, Placed
 from jaxtune.hf.load import HfModel
 from jaxtune.hf.moving import Scratch, once, run_ahead
@@ -145,13 +146,7 @@ def check_target(out: Path, model: HfModel) -> None:
             f"{out}: is the model being read; an export there would destroy it. "
             "Choose another folder."
         )
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: is a file; an export is a folder. Choose another place.")
-    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise ConfigError(
-            f"{out}: holds files that are no exported model (no config.json), and an export "
-            "replaces the whole folder. Choose another folder, or empty this one."
-        )
+    check_replaceable(out, marker=MODEL, kind="exported model", export="an export")
 
 
 def _dtypes(model: HfModel, save_dtype: str) -> dict[str, np.dtype]:
@@ -182,11 +177,13 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 
 
 class Block(NamedTuple):
-    """Rows of a tensor, from `first` on, that `fill` writes into an array of `shape`."""
+    """Rows of a tensor, from `first` on, that `fill` writes into an array of `shape`. Its values
+    are of `dtypes` now, those of its parts."""
 
     name: str
     first: int
     shape: tuple[int, ...]
+    dtypes: frozenset[np.dtype | None]  # None: not known before they are made
     fill: Callable[[np.ndarray], None]
 
 
@@ -199,7 +196,9 @@ def _blocks(names: Iterable[str], model: HfModel, params: Any) -> Iterator[Block
     for parameter, placed in model.placed.items():
         for index in placed.blocks(step=max(placed.shape)):
             (piece,) = placed.pieces(index)
-            part = Part(placed, index, _getter(leaves[parameter], piece.place, placed))
+            leaf = leaves[parameter]
+            dtype = None if callable(leaf) else np.dtype(leaf.dtype)
+            part = Part(placed, index, dtype, _getter(leaf, piece.place, placed))
             parts.setdefault(piece.name, []).append(part)
     for name in names:
         for together in _with_common_rows(parts.pop(name)):
@@ -220,6 +219,7 @@ class Part(NamedTuple):
 
     placed: Placed
     where: Index
+    dtype: np.dtype | None
     get: Callable[[Index], Callable[[], Shards]]
 
 
@@ -240,7 +240,8 @@ def _block(name: str, parts: list[Part], indices: Sequence[Index]) -> Block:
                 own = part.placed.rows(index)
                 part.placed.fill(target[own.start - first : own.stop - first], shard, index)
 
-    return Block(name, first, (stop - first, *parts[0].placed.tensor_shape[1:]), fill)
+    shape = (stop - first, *parts[0].placed.tensor_shape[1:])
+    return Block(name, first, shape, frozenset(part.dtype for part in parts), fill)
 
 
 def _getter(
@@ -316,7 +317,8 @@ def _write_tensors(
     scratch = Scratch()
 
     def write_block(block: Block) -> None:
-        values = scratch.empty(block.shape, dtypes[block.name])
+        past = writer.place(block.name, block.first)
+        values = scratch.empty(block.shape, dtypes[block.name], past=past)
         with np.errstate(over="ignore"):
             block.fill(values)
         _check_finite(block, values)
@@ -338,7 +340,8 @@ def _write_tensors(
 
 def _check_finite(block: Block, values: np.ndarray) -> None:
     """A finite value that the file's dtype turned into infinity is an error."""
-    if values.dtype == np.float32 or not np.isinf(values).any():
+    unchanged = values.dtype == np.float32 or block.dtypes == {values.dtype}
+    if unchanged or not np.isinf(values).any():
         return
     exact = np.empty(block.shape, np.float32)
     block.fill(exact)

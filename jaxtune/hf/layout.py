@@ -28,7 +28,7 @@ import numpy as np
 
 from jaxtune.hf.moving import empty, move
 
-BLOCK = 1 << 20  # values read or written at a time: they stay in a core's cache until done
+BLOCK = 1 << 21  # values read or written at a time: large runs for a disk, little memory
 Index = tuple[slice, ...]
 Fetch = Callable[[str, Index], np.ndarray]  # (tensor name, slices of it) -> its values there
 

@@ -1,12 +1,14 @@
 """Values from one order of axes to another on the host, fast: the bulk of importing and exporting.
 
 A transposed copy of a large matrix, element by element, misses the cache at each of them. Here it
-goes by tiles that a cache line fills whole, first into a small buffer, then out of it. numpy only.
+goes by tiles: runs of the source into a small buffer, then runs of the target out of it. numpy
+only.
 """
 
 import collections
 import concurrent.futures
 import math
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,36 +19,44 @@ import numpy as np
 A = TypeVar("A")
 B = TypeVar("B")
 
-_ALONG = 32  # values of a tile that lie together in the source: two cache lines of float32
-_ACROSS = 8  # as many lines as a first-level cache holds at one place, where strides are 2 ** n
-_BUFFER = 1 << 16  # values that are under way at a time: they and their copy stay in the cache
+PAGE = 4096  # bytes; what memory comes in, and what disks read and write
+_LARGE = 1 << 22  # bytes from which numpy asks for huge pages
+_TILE = 256  # values along a side of a tile: long runs on both, and it stays in a core's cache
+_LINE = 64  # bytes between the rows of a tile: no row at the cache's own distance of the next
+_FEW = 8  # runs of fewer values are not worth a second copy
 
 
 def move(target: np.ndarray, values: np.ndarray) -> None:
     """`target[...] = values`, of equal shapes, in any strides and dtypes; the cast is numpy's.
 
-    Two to four times as fast as that line where the axis that is contiguous in `values` is not the
-    one that is contiguous in `target`. Holds no more than `_BUFFER` values, twice.
+    Several times as fast as that line where the axis that is contiguous in `values` is not the one
+    that is contiguous in `target`. Holds a tile of `_TILE * _TILE` values.
     """
+    if target.dtype == values.dtype:  # numbers of other libraries are copied one by one
+        same = np.dtype(f"u{values.itemsize}")
+        target, values = target.view(same), values.view(same)
     last = target.ndim - 1
     strides = {n: abs(values.strides[n]) for n in range(last + 1) if values.shape[n] > 1}
     fast = min(strides, key=lambda n: strides[n], default=last)
-    if fast == last or values.shape[fast] < _ALONG or values.shape[last] < _ACROSS:
+    if fast == last or min(values.shape[fast], values.shape[last]) < _FEW:
         np.copyto(target, values, casting="unsafe")
         return
-    values, target = np.moveaxis(values, fast, -2), np.moveaxis(target, fast, -2)
-    if values.ndim > 2 and values.shape[-1] * values.shape[-2] > _BUFFER:
-        for place in np.ndindex(values.shape[:-2]):
-            _by_tiles(target[place], values[place])
-        return
-    _by_tiles(target, values)
+    _by_tiles(np.moveaxis(target, fast, -2), np.moveaxis(values, fast, -2))
 
 
-def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """`np.empty` at an address that JAX's CPU devices take over as it is: a multiple of 64."""
+def empty(shape: Sequence[int], dtype: np.dtype, *, aligned: int = 64) -> np.ndarray:
+    """`np.empty` at an address that JAX's CPU devices take over as it is: a multiple of 64.
+
+    Large ones in the pages the system hands out by itself: `np.empty` insists on huge ones, and
+    where a host gives its guests memory only as they touch it, importing took twice as long so.
+    """
     size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
+    if size < _LARGE:
+        raw = np.empty(size + aligned, np.uint8)
+    else:
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        raw = np.frombuffer(mmap.mmap(-1, size + aligned, flags=private), np.uint8)
+    start = -raw.ctypes.data % aligned
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
@@ -57,12 +67,16 @@ class Scratch(threading.local):
     def __init__(self) -> None:
         self._bytes = np.empty(0, np.uint8)
 
-    def empty(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-        """As `np.empty`, until the same thread asks again."""
-        size = math.prod(shape) * dtype.itemsize
-        if self._bytes.size < size:
-            self._bytes = empty((size,), np.dtype(np.uint8))
-        return self._bytes[:size].view(dtype).reshape(shape)
+    def empty(self, shape: Sequence[int], dtype: np.dtype, *, past: int = 0) -> np.ndarray:
+        """As `np.empty`, until the same thread asks again; begins `past` bytes, as far as they are
+        no whole pages, behind one."""
+        size, first = math.prod(shape) * dtype.itemsize, past % PAGE
+        if self._bytes.size < first + size:
+            self._bytes = empty((PAGE + size,), np.dtype(np.uint8), aligned=PAGE)
+        return self._bytes[first : first + size].view(dtype).reshape(shape)
+
+
+_tiles = Scratch()
 
 
 def run_ahead(do: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
@@ -71,7 +85,7 @@ def run_ahead(do: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
     numpy, checksums and files all work without the interpreter's lock. An error comes where its
     result would have; nothing is begun after it.
     """
-    count = min(4, os.cpu_count() or 1)
+    count = min(4, 2 * (os.cpu_count() or 1))  # some of them wait for the disk
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         under_way: collections.deque[concurrent.futures.Future[B]] = collections.deque()
         try:
@@ -103,27 +117,25 @@ def once(make: Callable[[], B]) -> Callable[[], B]:
 def _by_tiles(target: np.ndarray, values: np.ndarray) -> None:
     """The last axis of `target` is its contiguous one; that of `values` is the one before."""
     *others, rows, columns = values.shape
-    whole, end = columns - columns % _ACROSS, rows - rows % _ALONG
-    np.copyto(target[..., whole:], values[..., whole:], casting="unsafe")
-    np.copyto(target[..., end:, :whole], values[..., end:, :whole], casting="unsafe")
-    step = max(1, _BUFFER // (_ALONG * max(1, whole * math.prod(others)))) * _ALONG
-    for start in range(0, end, step):
-        cut = (..., slice(start, min(start + step, end)), slice(0, whole))
-        tiles = _tiles(values[cut])
-        buffer = np.empty(tiles.shape, values.dtype)
-        np.copyto(buffer, tiles)
-        np.copyto(_tiles(target[cut]), buffer.astype(target.dtype, copy=False))
+    if not values.size:
+        return
+    part = min(rows, _TILE) * min(columns, _TILE) * math.prod(others[1:])
+    step = max(1, _TILE * _TILE // part) if others else 1
+    if others and step < others[0]:
+        for start in range(0, others[0], step):
+            some = slice(start, start + step) if step > 1 else start
+            _by_tiles(target[some], values[some])
+        return
+    for row in range(0, rows, _TILE):
+        for column in range(0, columns, _TILE):
+            tile = (..., slice(row, row + _TILE), slice(column, column + _TILE))
+            _turn(target[tile], values[tile])
 
 
-def _tiles(values: np.ndarray) -> np.ndarray:
-    """[..., rows, columns] -> a view [..., tiles of rows, tiles of columns, _ALONG, _ACROSS].
-
-    Of any strides, which `reshape` would copy.
-    """
+def _turn(target: np.ndarray, values: np.ndarray) -> None:
+    """One tile, or a few small ones."""
     *others, rows, columns = values.shape
-    *outer, row, column = values.strides
-    return np.lib.stride_tricks.as_strided(
-        values,
-        (*others, rows // _ALONG, columns // _ACROSS, _ALONG, _ACROSS),
-        (*outer, row * _ALONG, column * _ACROSS, row, column),
-    )
+    space = _LINE // target.itemsize
+    buffer = _tiles.empty((*others, columns, rows + space), target.dtype)[..., :rows]
+    np.copyto(buffer, values.swapaxes(-1, -2), casting="unsafe")
+    np.copyto(target, buffer.swapaxes(-1, -2))

@@ -8,6 +8,7 @@ Format (huggingface/safetensors): 8 bytes little-endian header length, a JSON he
 {name: {dtype, shape, data_offsets}}, then the values, row-major, little-endian.
 """
 
+import errno
 import functools
 import json
 import math
@@ -20,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxtune.config import ModelError
+from jaxtune.hf.moving import PAGE, Scratch
 from jaxtune.untrusted import (
     MAX_TABLE,
     open_inside,
@@ -41,8 +43,8 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_PAGE = 4096  # bytes with a checksum of their own
-_READ = 1 << 22  # bytes read back at a time: whole pages, in memory that is used again
+_READ = 1 << 23  # bytes read back at a time: whole pages, in memory that is used again
+_scratch = Scratch()
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth")
 
@@ -261,13 +263,15 @@ class Written(NamedTuple):
 class ShardWriter:
     """Writes tensors, whole or by rows and in any order, into files whose headers stand first.
 
-    Holds no values; may be used by several threads. Leaving the `with` block without an error
-    checks that every byte planned came once; `flush` then brings a file to the disk. `OSError`
-    passes through.
+    Whole pages go past the system's cache, where the file system can: the cache would take as much
+    memory as the files and time to fill, for values nobody reads. Holds no values; may be used by
+    several threads. Leaving the `with` block without an error checks that every byte planned came
+    once; `flush` then brings a file to the disk. `OSError` passes through.
     """
 
     def __init__(self, folder: Path, plans: Sequence[Plan]) -> None:
         self._files: dict[str, int] = {}
+        self._direct: dict[str, int | None] = {}
         self._places: dict[str, tuple[Path, np.dtype, tuple[int, ...], int]] = {}
         self.written: list[Written] = []
         try:
@@ -277,15 +281,22 @@ class ShardWriter:
                 self._files[plan.file] = handle
                 _write_at(handle, plan.header, 0)
                 os.ftruncate(handle, plan.size)
+                self._direct[plan.file] = _open_direct(file)
                 for name, (dtype, shape, start) in plan.tensors.items():
                     self._places[name] = (file, dtype, shape, start)
         except OSError:
             self._close()
             raise
 
+    def place(self, name: str, first_row: int = 0) -> int:
+        """The byte of its file that a row begins at. Values in memory that begins as far behind a
+        page as this (`Scratch.empty(past=...)`) are written fastest."""
+        _, dtype, shape, start = self._places[name]
+        return start + first_row * math.prod(shape[1:]) * dtype.itemsize
+
     def write(self, name: str, values: np.ndarray, first_row: int = 0) -> None:
         """Rows of a tensor from `first_row` on, in the dtype and the other sizes planned."""
-        file, dtype, shape, start = self._places[name]
+        file, dtype, shape, _ = self._places[name]
         rows = shape[:1]
         fits = values.dtype == dtype and values.shape[1:] == shape[1:] and values.ndim == len(shape)
         if not fits or any(
@@ -293,9 +304,20 @@ class ShardWriter:
         ):
             raise ValueError(f"{name}: {values.dtype}{values.shape}; planned {dtype}{shape}")
         flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        place = start + first_row * math.prod(shape[1:]) * dtype.itemsize
+        place = self.place(name, first_row)
         self.written.append(Written(name, file, place, flat.size, checksum(flat)))
-        _write_at(self._files[file.name], flat.data, place)
+        self._put(file.name, flat, place)
+
+    def _put(self, file: str, flat: np.ndarray, place: int) -> None:
+        """Pages that are whole in memory and in the file alike go straight to the disk."""
+        first, direct = -place % PAGE, self._direct[file]
+        last = flat.size - (place + flat.size) % PAGE
+        if direct is None or first >= last or (flat.ctypes.data + first) % PAGE:
+            _write_at(self._files[file], flat.data, place)
+            return
+        _write_at(direct, flat[first:last].data, place + first)
+        _write_at(self._files[file], flat[:first].data, place)
+        _write_at(self._files[file], flat[last:].data, place + last)
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -322,9 +344,10 @@ class ShardWriter:
             raise ValueError(f"never written: {some(lacking)}")
 
     def _close(self) -> None:
-        for handle in self._files.values():
-            os.close(handle)
-        self._files = {}
+        for handle in (*self._files.values(), *self._direct.values()):
+            if handle is not None:
+                os.close(handle)
+        self._files, self._direct = {}, {}
 
 
 def flush(file: Path) -> None:
@@ -338,30 +361,50 @@ def flush(file: Path) -> None:
 
 def read_back(run: Written) -> bool:
     """Whether the disk gives the bytes that were written: not the system's copy of them."""
-    handle = os.open(run.file, os.O_RDONLY)
+    direct = _open_direct(run.file)
+    handle = os.open(run.file, os.O_RDONLY) if direct is None else direct
     try:
-        os.posix_fadvise(handle, run.start, run.size, os.POSIX_FADV_DONTNEED)
-        buffer = np.empty(min(run.size, _READ), np.uint8)
+        if direct is None:
+            os.posix_fadvise(handle, run.start, run.size, os.POSIX_FADV_DONTNEED)
+        buffer = _scratch.empty((_READ + 2 * PAGE,), np.dtype(np.uint8))
         for at in range(0, run.size, _READ):
-            found = buffer[: run.size - at]
-            if not _read_at(handle, found.data, run.start + at):
+            size, before = min(_READ, run.size - at), (run.start + at) % PAGE
+            pages = -(-(before + size) // PAGE) * PAGE
+            if _read_at(handle, buffer[:pages].data, run.start + at - before) < before + size:
                 return False
-            first, pages = at // _PAGE, -(-len(found) // _PAGE)
-            if not np.array_equal(checksum(found)[:pages], run.checksum[first : first + pages]):
+            sums = checksum(buffer[before : before + size])
+            if not np.array_equal(sums, run.checksum[at // PAGE :][: len(sums)]):
                 return False
         return True
     finally:
         os.close(handle)
 
 
-def _read_at(handle: int, view: memoryview, start: int) -> bool:
-    """Fills `view`; False where the file ends before."""
-    while len(view):
-        count = os.preadv(handle, [view], start)
-        if not count:
-            return False
-        view, start = view[count:], start + count
-    return True
+def _open_direct(file: Path) -> int | None:
+    """For whole pages that go past the system's cache; None where the file system has no such way:
+    it may itself be memory, or want larger units than pages."""
+    handle = None
+    try:
+        handle = os.open(file, os.O_RDWR | os.O_DIRECT)
+        os.preadv(handle, [_scratch.empty((PAGE,), np.dtype(np.uint8)).data], 0)
+    except OSError as error:
+        if handle is not None:
+            os.close(handle)
+        if error.errno != errno.EINVAL:
+            raise
+        return None
+    return handle
+
+
+def _read_at(handle: int, view: memoryview, start: int) -> int:
+    """Fills `view` as far as the file goes; how far that was."""
+    read = 0
+    while read < len(view):
+        count = os.preadv(handle, [view[read:]], start + read)
+        read += count
+        if not count or read % PAGE:  # the end, which may lie within a page
+            break
+    return read
 
 
 def checksum(values: np.ndarray) -> np.ndarray:
@@ -370,11 +413,11 @@ def checksum(values: np.ndarray) -> np.ndarray:
     Ten times as fast as CRC-32, and sure to see a page that is lost, stale, moved or damaged in one
     place; several changes to one page cancel out with a chance of 2 ** -64.
     """
-    whole = values.size - values.size % _PAGE
-    sums = values[:whole].view(np.uint64).reshape(-1, _PAGE // 8).sum(axis=1)
+    whole = values.size - values.size % PAGE
+    sums = values[:whole].view(np.uint64).reshape(-1, PAGE // 8).sum(axis=1)
     if whole == values.size:
         return sums
-    rest = np.zeros(_PAGE, np.uint8)
+    rest = np.zeros(PAGE, np.uint8)
     rest[: values.size - whole] = values[whole:]
     return np.append(sums, rest.view(np.uint64).sum())
 
@@ -391,7 +434,7 @@ def _plan(file: str, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) ->
         header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % PAGE)  # values on whole pages: see `ShardWriter`
     base = 8 + len(text)
     placed = {name: (dtype, shape, base + begins[name]) for name, (dtype, shape) in tensors.items()}
     return Plan(file, len(text).to_bytes(8, "little") + text, placed, base + offset)

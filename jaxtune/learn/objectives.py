@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxtune import mesh
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
 from jaxtune.ops import neftune
@@ -47,11 +48,16 @@ def next_token(
     lora: Lora | None = None,
     noise_alpha: float | None = None,
     platform: str | None = None,
+    loss_block: int | None = None,
+    z_loss: float = 0.0,
+    attention: str | None = None,
 ) -> Objective:
     """Weighted next-token cross-entropy: loss = sum(w * -log p(target)), weight = sum(w).
 
     `targets` at weight 0 may be any id in range; nothing is inferred from token values.
+    `attention` names its implementation (`ops/attention.py`), None or "auto" chooses.
     `noise_alpha` is NEFTune's; its noise, like all that is random, is absent without a key.
+    `loss_block` and `z_loss` are `linear_cross_entropy`'s; what z-loss costs is in the penalty.
 
     Where the model asks for it (`MoeSpec.aux_coef`), penalty = coef * balance * sum(w): a step
     minimises the mean loss plus coef * balance, as transformers does. The balance of routers
@@ -63,10 +69,11 @@ def next_token(
     coef = router_coef(spec)
 
     def objective(variables: Variables, batch: Tokens, key: jax.Array | None) -> Sums:
+        batch = mesh.dealt(batch)
         noise = None
         if noise_alpha is not None and key is not None:
             key, own = jax.random.split(key)
-            noise = neftune.noise(own, batch.segment_ids, spec.width, noise_alpha)
+            noise = _noise(own, batch.segment_ids, spec.width, noise_alpha)
         output = decoder.forward(
             spec,
             variables,
@@ -76,16 +83,33 @@ def next_token(
             dtype=dtype,
             remat=remat,
             platform=platform,
+            attention=attention,
             key=key,
             lora=lora,
             noise=noise,
         )
-        sums = linear_cross_entropy(output.hidden, output.head, batch.targets, batch.weights)
+        sums = linear_cross_entropy(
+            output.hidden,
+            output.head,
+            batch.targets,
+            batch.weights,
+            z_loss=z_loss,
+            block=loss_block,
+        )
         if coef and output.load is not None:
-            sums = sums._replace(penalty=coef * balance(output.load) * sums.weight)
+            # Of all devices together; each adds its share of it, by weight.
+            routers = coef * balance(mesh.total(output.load)) * sums.weight
+            sums = sums._replace(penalty=sums.penalty + routers)
         return sums
 
     return objective
+
+
+def _noise(key: jax.Array, segment_ids: jax.Array, width: int, alpha: float) -> jax.Array:
+    """NEFTune's, the same for a token whatever devices its batch lies on."""
+    shape = (*segment_ids.shape, width)
+    draws = mesh.draws(lambda key, rest: jax.random.uniform(key, rest, minval=-1.0), key, shape)
+    return neftune.noise(draws, segment_ids, alpha, row_segments=mesh.whole_rows(segment_ids))
 
 
 def router_coef(spec: ModelSpec) -> float:

@@ -15,11 +15,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxtune.learn import optim
-from jaxtune.learn.objectives import next_token
+from jaxtune.learn.objectives import Objective, next_token
 from jaxtune.learn.schedules import Schedule
 from jaxtune.learn.state import TrainState, abstract_state, init_opt_state, state_shardings
-from jaxtune.learn.step import Evaluate, Train, eval_step, train_step
-from jaxtune.mesh import platform_of, replicated, shardings
+from jaxtune.learn.step import Evaluate, Train, eval_step, gradient, train_step
+from jaxtune.mesh import (
+    EVERYWHERE,
+    per_device,
+    platform_of,
+    replicated,
+    shardings,
+    slices,
+    tokens,
+)
 from jaxtune.model import decoder
 from jaxtune.model.lora import COLLECTION, Lora
 from jaxtune.spec import ModelSpec
@@ -67,18 +75,21 @@ def build(
     noise_alpha: float | None = None,
     is_trained: Callable[[str], bool] | None = None,
     lora: Lora | None = None,
+    loss_block: int | None = None,
+    z_loss: float = 0.0,
+    attention: str | None = None,
 ) -> Program:
     """`dtype` is of the computation, `param_dtype` of what is stored, `hyper` of the optimiser.
 
     `is_trained` decides by the names of the variables, `params/embed/table`; without it everything
     is trained, or with `lora` its adapters alone. `seed` is of what is random while training,
-    `noise_alpha` NEFTune's.
+    `noise_alpha` NEFTune's; `loss_block` and `z_loss` are of the loss, `z_loss` of training alone;
+    `attention` names its implementation, None or "auto" chooses.
     """
     platform = platform_of(mesh)
-    axes = {"params": decoder.axes(spec, lora)}
+    axes = _axes(spec, lora)
     variables = {"params": decoder.abstract(spec, param_dtype, lora)}
     if lora is not None:
-        axes[COLLECTION] = decoder.adapter_axes(spec, lora)
         variables[COLLECTION] = decoder.abstract_adapters(spec, lora)
     if is_trained is None:
         is_trained = _everything if lora is None else is_adapter
@@ -88,20 +99,39 @@ def build(
     abstract = abstract_state(trained, optimiser)
     state_placed = state_shardings(abstract, shardings(trained_axes, trained, mesh), mesh)
     everywhere = replicated(mesh)
+    objective = next_token(
+        spec,
+        dtype=dtype,
+        remat=remat,
+        lora=lora,
+        noise_alpha=noise_alpha,
+        platform=platform,
+        loss_block=loss_block,
+        z_loss=z_loss,
+        attention=attention,
+    )
+
+    def gradient_of(trained: Any, frozen: Any, batch: Any, step: Any) -> Any:
+        here = functools.partial(
+            gradient,
+            objective=objective,
+            microbatches=microbatches,
+            seed=seed,
+            dtype=dtype,
+            axes=trained_axes,
+            shapes=trained,
+        )
+        own, others = slices(axes, trained, mesh), slices(axes, frozen, mesh)
+        given = own, others, tokens(batch.inputs.shape, mesh), EVERYWHERE
+        return per_device(here, mesh, given, (own, EVERYWHERE))(trained, frozen, batch, step)
+
     step = functools.partial(
         train_step,
-        objective=next_token(
-            spec, dtype=dtype, remat=remat, lora=lora, noise_alpha=noise_alpha, platform=platform
-        ),
+        gradient=gradient_of,
         optimiser=optimiser,
         learning_rate=learning_rate,
         max_grad_norm=max_grad_norm,
-        microbatches=microbatches,
-        trained_axes=trained_axes,
-        seed=seed,
     )
-    objective = next_token(spec, dtype=dtype, remat="none", lora=lora, platform=platform)
-    evaluate = functools.partial(eval_step, objective=objective)
     return Program(
         mesh=mesh,
         variables=variables,
@@ -110,7 +140,19 @@ def build(
         abstract=abstract,
         shardings=state_placed,
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(state_placed, everywhere)),
-        eval_step=jax.jit(evaluate, out_shardings=everywhere),
+        eval_step=_evaluation(
+            axes,
+            mesh,
+            next_token(
+                spec,
+                dtype=dtype,
+                remat="none",
+                lora=lora,
+                platform=platform,
+                loss_block=loss_block,
+                attention=attention,
+            ),
+        ),
         init_opt_state=jax.jit(
             functools.partial(init_opt_state, optimiser), out_shardings=state_placed.opt_state
         ),
@@ -128,14 +170,33 @@ def _everything(name: str) -> bool:
 
 def build_eval(spec: ModelSpec, mesh: Mesh, *, dtype: Any, lora: Lora | None = None) -> Evaluate:
     """The evaluation half alone, for those who train nothing."""
-    platform = platform_of(mesh)
-    objective = next_token(spec, dtype=dtype, remat="none", lora=lora, platform=platform)
-    evaluate = functools.partial(eval_step, objective=objective)
+    objective = next_token(spec, dtype=dtype, remat="none", lora=lora, platform=platform_of(mesh))
+    return _evaluation(_axes(spec, lora), mesh, objective)
+
+
+def _axes(spec: ModelSpec, lora: Lora | None) -> dict[str, Any]:
+    axes = {"params": decoder.axes(spec, lora)}
+    if lora is not None:
+        axes[COLLECTION] = decoder.adapter_axes(spec, lora)
+    return axes
+
+
+def _evaluation(axes: Any, mesh: Mesh, objective: Objective) -> Evaluate:
+    here = functools.partial(eval_step, objective=objective)
+
+    def evaluate(trained: Any, frozen: Any, batch: Any) -> Any:
+        given = (
+            *(slices(axes, tree, mesh) for tree in (trained, frozen)),
+            tokens(batch.inputs.shape, mesh),
+        )
+        return per_device(here, mesh, given, EVERYWHERE)(trained, frozen, batch)
+
     return jax.jit(evaluate, out_shardings=replicated(mesh))
 
 
-def compute_dtype(name: str) -> Any:
-    """`auto` is bfloat16 on TPU and GPU, float32 on CPU, where bfloat16 is slower."""
+def compute_dtype(name: str, platform: str | None = None) -> Any:
+    """`auto` is bfloat16 on TPU and GPU, float32 on CPU, where bfloat16 is slower; without a
+    `platform` of the devices that are here."""
     if name == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16
     return jnp.dtype(name)

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxtune import mesh
 from jaxtune.learn import optim
 from jaxtune.learn.objectives import Objective, Tokens, add, zero_sums
 from jaxtune.learn.schedules import Schedule
 from jaxtune.learn.state import TrainState
-from jaxtune.mesh import constrain
+from jaxtune.model.layers import ARRIVING
 from jaxtune.ops.cross_entropy import Sums
 from jaxtune.tree import merge
 
@@ -42,14 +43,63 @@ class StepMetrics(NamedTuple):
 
 
 def split_microbatches(batch: Tokens, count: int) -> Any:
-    """[B T] -> [M B/M T] with row b in microbatch b % M: every device keeps its own rows."""
+    """[B T] -> [M B/M T] with row b in microbatch b % M, so that every device keeps its rows."""
 
     def split(x: jax.Array) -> jax.Array:
         rows, length = x.shape
-        x = constrain(x.reshape(rows // count, count, length), "batch", None, "length")
-        return constrain(x.swapaxes(0, 1), None, "batch", "length")
+        return x.reshape(rows // count, count, length).swapaxes(0, 1)
 
     return jax.tree.map(split, batch)
+
+
+def gradient(
+    trained: Any,
+    frozen: Any,
+    batch: Tokens,
+    step: jax.Array,
+    *,
+    objective: Objective,
+    microbatches: int,
+    seed: int,
+    dtype: Any,
+    axes: Any,
+    shapes: Any,
+) -> tuple[Any, Sums]:
+    """Gradients of loss + penalty, f32 and summed, and the sums; runs under `mesh.per_device`.
+
+    `axes` and `shapes` are of the whole `trained`, of which a device has its slices; `dtype` is
+    that of the computation.
+    """
+    key_of_step = jax.random.fold_in(jax.random.key(seed), step)
+    weights = trained.get("params", {})
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), weights)
+
+    def loss(trained: Any, arriving: Any, rows: Tokens, number: Any) -> tuple[jax.Array, Sums]:
+        key = jax.random.fold_in(key_of_step, number)
+        variables = {**merge(trained, frozen), ARRIVING: arriving}
+        sums = objective(variables, rows, key)
+        return sums.loss + sums.penalty, sums
+
+    def of_rows(rows: Tokens, number: Any) -> tuple[Any, Sums]:
+        of_both = jax.grad(loss, argnums=(0, 1), has_aux=True)
+        (grads, arrived), sums = of_both(trained, zeros, rows, number)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        if weights:  # a gradient is in one of the two trees; the other has zeros there
+            grads["params"] = jax.tree.map(jnp.add, grads["params"], arrived)
+        return grads, sums
+
+    if microbatches == 1:
+        grads, sums = of_rows(batch, 0)
+    else:
+
+        def accumulate(so_far: Any, part: Any) -> tuple[Any, None]:
+            grads, sums = of_rows(*part)
+            return (jax.tree.map(jnp.add, so_far[0], grads), add(so_far[1], sums)), None
+
+        none = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
+        parts = split_microbatches(batch, microbatches), jnp.arange(microbatches)
+        (grads, sums), _ = jax.lax.scan(accumulate, (none, zero_sums()), parts)
+    return mesh.summed(grads, axes, shapes), mesh.total(sums)
 
 
 def train_step(
@@ -57,50 +107,14 @@ def train_step(
     frozen: Any,
     batch: Tokens,
     *,
-    objective: Objective,
+    gradient: Callable[[Any, Any, Tokens, jax.Array], tuple[Any, Sums]],
     optimiser: optim.Optimiser,
     learning_rate: Schedule,
     max_grad_norm: float,
-    microbatches: int,
-    trained_axes: Any,
-    seed: int,
 ) -> tuple[TrainState, StepMetrics]:
     """`batch` arrays are [B T], B divisible by `microbatches`. Pure; jitted by `program`."""
-
-    key_of_step = jax.random.fold_in(jax.random.key(seed), state.step)
-
-    def loss(trained: Any, rows: Tokens, number: Any) -> tuple[jax.Array, Sums]:
-        key = jax.random.fold_in(key_of_step, number)
-        sums = objective(merge(trained, frozen), rows, key)
-        return sums.loss + sums.penalty, sums
-
-    gradient = jax.grad(loss, has_aux=True)
     point = optimiser.point(state.trained, state.opt_state)
-
-    def as_stored(grads: Any) -> Any:
-        """f32, placed as the parameters are: what makes the compiler scatter, not replicate."""
-        return jax.tree.map(
-            lambda axes, g: constrain(g.astype(jnp.float32), *axes),
-            trained_axes, grads, is_leaf=lambda x: isinstance(x, tuple),
-        )  # fmt: skip
-
-    if microbatches == 1:
-        grads, sums = gradient(point, batch, 0)
-        grads = as_stored(grads)
-    else:
-
-        def accumulate(total: Any, part: Any) -> tuple[Any, None]:
-            new_grads, new_sums = gradient(point, *part)
-            grads = as_stored(jax.tree.map(jnp.add, total[0], as_stored(new_grads)))
-            return (grads, add(total[1], new_sums)), None
-
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.trained)
-        (grads, sums), _ = jax.lax.scan(
-            accumulate,
-            (as_stored(zeros), zero_sums()),
-            (split_microbatches(batch, microbatches), jnp.arange(microbatches)),
-        )
-
+    grads, sums = gradient(point, frozen, batch, state.step)
     per_weight = jnp.where(sums.weight > 0, 1.0 / jnp.where(sums.weight > 0, sums.weight, 1.0), 0.0)
     grads = jax.tree.map(lambda g: g * per_weight, grads)
     norm = optim.global_norm(grads)
@@ -136,8 +150,11 @@ def train_step(
 
 
 def eval_step(trained: Any, frozen: Any, batch: Tokens, *, objective: Objective) -> Sums:
-    """Sums over one batch; the caller adds batches up and divides once. Nothing is random."""
-    return objective(merge(trained, frozen), batch, None)
+    """Sums over one batch; the caller adds batches up and divides once. Nothing is random.
+
+    Runs under `mesh.per_device`.
+    """
+    return mesh.total(objective(merge(trained, frozen), batch, None))
 
 
 Train = Callable[[TrainState, Any, Tokens], tuple[TrainState, StepMetrics]]

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jaxtune import mesh
 from jaxtune.model.layers import Build, Projection, RMSNorm, weight
 from jaxtune.ops import rope
-from jaxtune.ops.attention import OPAQUE, attend
+from jaxtune.ops.attention import OPAQUE, Share, attend
 from jaxtune.spec import LayerSpec
 
 
@@ -18,12 +18,16 @@ class Places(NamedTuple):
     """Where each token stands: its segment and position `[B T]`, and the angles that follow.
 
     `rotations` holds the cosines and sines `[B T k]` of every kind of rope in the model, in the
-    order of `kinds_of_rope`: computed once, not once per layer.
+    order of `kinds_of_rope`: computed once, not once per layer. `row_segments` and `row_positions`
+    `[B S]` are of all tokens of these rows: on a device that has a share of them (`mesh.shares`)
+    more than its own.
     """
 
     segment_ids: jax.Array
     positions: jax.Array
     rotations: tuple[tuple[jax.Array, jax.Array], ...]
+    row_segments: jax.Array
+    row_positions: jax.Array
 
 
 class KeyValues(NamedTuple):
@@ -68,8 +72,9 @@ class Attention(nn.Module):
 
         segment_ids, positions = places.segment_ids, places.positions
         if cache is None:
-            keys_BSGK, values_BSGK = k_BTGK, v_BTGK
-            key_segments, key_positions = segment_ids, positions
+            axes = ("batch", "length", "kv_heads", None)
+            keys_BSGK, values_BSGK = (mesh.whole_rows(x, axes) for x in (k_BTGK, v_BTGK))
+            key_segments, key_positions = places.row_segments, places.row_positions
         else:
             cache = _append(cache, k_BTGK, v_BTGK, positions)
             keys_BSGK, values_BSGK = cache
@@ -98,8 +103,12 @@ class Attention(nn.Module):
     ) -> jax.Array:
         """`ops.attention.attend`, on each device's own rows and heads where it must be."""
 
+        length = k_BSGK.shape[1]
+        shared = mesh.row_devices() > 1
+        order = mesh.shares(length, mesh.row_devices()) if shared else None
+
         def mix(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> jax.Array:
-            of_q, of_k, at_q, at_k, sinks = rest
+            of_q, of_k, at_q, at_k, sinks, device = rest
             return attend(
                 q,
                 k,
@@ -111,9 +120,11 @@ class Attention(nn.Module):
                 sinks=sinks,
                 scale=self.layer.scale,
                 impl=self.impl,
+                share=None if order is None else Share(order, device),
             )
 
-        rest = (*segments, *positions, sinks_H)
+        device = jax.lax.axis_index("context") if shared else None
+        rest = (*segments, *positions, sinks_H, device)
         if self.impl not in OPAQUE:
             return mix(q_BTHK, k_BSGK, v_BSGK, *rest)
         H, G = self.layer.heads, self.layer.kv_heads
@@ -121,7 +132,7 @@ class Attention(nn.Module):
             # Heads are spread wider than their keys: every head gets keys of its own.
             k_BSGK, v_BSGK = (jnp.repeat(x, H // G, axis=2) for x in (k_BSGK, v_BSGK))
         rows, heads = ("batch", None), ("batch", None, "heads", None)
-        axes = (*3 * [heads], *4 * [rows], ("heads",))
+        axes = (*3 * [heads], *4 * [rows], ("heads",), ())
         return mesh.local(mix, (q_BTHK, k_BSGK, v_BSGK, *rest), axes, heads, kernel=True)
 
     def _sinks(self) -> jax.Array:

@@ -31,13 +31,23 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from jaxtune import mesh
 from jaxtune.config import ConfigError
 from jaxtune.model import lora as adapters
 from jaxtune.model.attention import Attention, KeyValues, Places
-from jaxtune.model.layers import Build, Declared, GatedMLP, LayerNorm, Matrix, PlainMLP, RMSNorm
+from jaxtune.model.layers import (
+    ARRIVING,
+    Build,
+    Declared,
+    GatedMLP,
+    LayerNorm,
+    Matrix,
+    PlainMLP,
+    RMSNorm,
+)
 from jaxtune.model.lora import Lora
 from jaxtune.model.moe import LOADS, Mixture, total_load
 from jaxtune.ops import cross_entropy, rope
@@ -47,11 +57,21 @@ from jaxtune.ops.moe import Load
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec
 from jaxtune.tree import named
 
-# What a layer's forward pass leaves behind for its backward pass, by name.
+# What a layer's forward pass leaves behind for its backward pass, by name; always its input.
+_keep = jax.checkpoint_policies
 REMAT: Mapping[str, Callable[..., bool] | None] = {
     "none": None,  # everything
-    "full": jax.checkpoint_policies.nothing_saveable,  # only the layer's input
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights
+    "full": _keep.nothing_saveable,  # nothing else
+    "attention": _keep.save_only_these_names("attention"),  # what heads mix, and its softmax's sums
+    "projections": _keep.save_only_these_names("attention", "projection"),  # the products too
+    "dots": _keep.dots_with_no_batch_dims_saveable,  # products with weights, attention's not
+    # Nothing on the device: the layer's input waits in the host's memory.
+    "offload": _keep.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 Params = Any  # nested dicts of arrays
@@ -59,9 +79,9 @@ Cache = dict[str, dict[str, KeyValues]]  # stack_{i} -> layer_{j} -> [L B S G K]
 
 
 class Output(NamedTuple):
-    """`hidden` `[B T D]` after the final norm, in compute dtype; `head`, ready for use, its kernel
-    `[D V]` in the dtype it is stored in; the cache that came, with these tokens in it; the `load`
-    of all mixtures of experts together, None where there are none."""
+    """`hidden` `[B T D]` after the final norm, in compute dtype; the `head` on its kernel
+    as stored; the cache that came, with these tokens in it; the `load` of all mixtures of experts
+    together, None where there are none."""
 
     hidden: jax.Array
     head: Head
@@ -90,35 +110,78 @@ def forward(
     `segment_ids` and `positions` `[B T]` say who sees whom (`ops/attention.py`); padding is segment
     0. With a `cache` a row is one text: each token is kept in the slot of its position and sees all
     slots up to it; a text that outgrows a limit of `rope_limits` must be read again. `remat` is a
-    name of `REMAT`. `attention` names an implementation of `ops/attention.py`; None chooses by
-    length and `platform`, which is this process's own where nothing is said. `key` is for what is
-    random while training; without it nothing is. `lora` says how the adapters in
-    `variables["lora"]` are used; without that collection the base is what runs. `noise`
-    `[B T D]` is added to what the layers are given.
+    name of `REMAT`. `attention` names an implementation of `ops/attention.py`; None or "auto"
+    chooses by length and `platform`, which is this process's own where nothing is said. `key` is
+    for what is random while training; without it nothing is. `lora` says how the adapters in
+    `variables["lora"]` are used; without that collection the base is what runs. `noise` `[B T D]`
+    is added to what the layers are given.
     """
     if remat not in REMAT:
         raise ConfigError(
             f"gradient_checkpointing: there is no policy {remat!r}. Use one of {', '.join(REMAT)}."
         )
-    if attention is None:
-        attention, _ = attention_for(
-            spec, platform or jax.default_backend(), inputs.shape[1], cache
-        )
+    devices = mesh.row_devices()
+    attention, _ = attention_for(
+        spec,
+        platform or jax.default_backend(),
+        inputs.shape[1] * devices,
+        cache,
+        devices=devices,
+        dtype=dtype,
+        asked=attention or "auto",
+    )
     module = Decoder(spec, Build(dtype, dtype, spec.init_scale, lora), remat, attention)
     rngs = {} if key is None else {"dropout": key}
     places = (inputs, segment_ids, positions, cache, noise)
     (hidden, kernel, cache), left = module.apply(variables, *places, rngs=rngs, mutable=[LOADS])
-    head = Head(kernel, spec.logit_scale, spec.logit_softcap)
+    head = _head(spec, kernel, dtype)
     return Output(hidden, head, cache, total_load(left[LOADS]) if LOADS in left else None)
 
 
+def _head(spec: ModelSpec, kernel: jax.Array, dtype: DTypeLike) -> Head:
+    """The head on a kernel as it is stored: a tied one is a table."""
+    axes = ("vocab", "embed") if spec.tie_head else ("embed", "vocab")
+    blocks = mesh.Blocks(axes, spec.width, jnp.dtype(dtype))
+    return Head(
+        kernel,
+        spec.logit_scale,
+        spec.logit_softcap,
+        by_token=spec.tie_head,
+        gather=blocks.gather,
+        scatter=blocks.scatter,
+        cuts=mesh.parts("vocab", spec.vocab),
+    )
+
+
 def attention_for(
-    spec: ModelSpec, platform: str, length: int, cache: Cache | None = None
+    spec: ModelSpec,
+    platform: str,
+    length: int,
+    cache: Cache | None = None,
+    *,
+    dtype: DTypeLike,
+    devices: int = 1,
+    asked: str = "auto",
 ) -> tuple[str, str]:
-    """The implementation of attention for rows of `length` tokens, and why it is that one."""
-    keys = length if cache is None else jax.tree.leaves(cache)[0].shape[2]
-    head_dims = sorted({layer.head_dim for layer in spec.layers})
-    return choose(platform, queries=length, keys=keys, head_dims=head_dims)
+    """The implementation of attention for rows of `length` tokens over so many `devices`, and why
+    it is that one.
+
+    Raises ConfigError if one was `asked` for that cannot be run here.
+    """
+    try:
+        return choose(
+            platform,
+            queries=length,
+            keys=length if cache is None else jax.tree.leaves(cache)[0].shape[2],
+            head_dims=sorted({layer.head_dim for layer in spec.layers}),
+            devices=devices,
+            dtype=jnp.dtype(dtype).name,
+            softcap=any(layer.softcap is not None for layer in spec.layers),
+            sinks=any(layer.sinks for layer in spec.layers),
+            asked=asked,
+        )
+    except ValueError as error:
+        raise ConfigError(f"attention: {error}. Choose auto, or another implementation.") from error
 
 
 def logits(
@@ -211,7 +274,7 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, jax.Array, Cache | None]:
         spec, sizes = self.spec, {"V": self.spec.vocab, "D": self.spec.width}
         table_VD = Matrix("table", "VD", sizes, self.build, name="embed")()
-        x_BTD = jnp.take(table_VD, inputs_BT, axis=0, mode="clip").astype(self.build.compute)
+        x_BTD = mesh.looked_up(table_VD, inputs_BT, spec.width, self.build.compute)
         if spec.embed_scale != 1.0:
             # Rounded to compute dtype first, as the models were trained.
             x_BTD = x_BTD * jnp.asarray(spec.embed_scale, x_BTD.dtype)
@@ -219,16 +282,21 @@ class Decoder(nn.Module):
             x_BTD = x_BTD + noise_BTD.astype(x_BTD.dtype)
         x_BTD = mesh.constrain(x_BTD, "batch", "length", "act_embed")
 
+        row = mesh.whole_rows(segment_ids_BT), mesh.whole_rows(positions_BT)
+        last_BT = None
+        if mesh.row_devices() > 1:
+            last_BT = rope.last_positions(row[1], row[0])[:, mesh.row_share(row[0].shape[1])]
         rotations = tuple(
-            rope.angles(*kind, positions_BT, segment_ids_BT) for kind in kinds_of_rope(spec)
+            rope.angles(*kind, positions_BT, segment_ids_BT, last=last_BT)
+            for kind in kinds_of_rope(spec)
         )
-        places = Places(segment_ids_BT, positions_BT, rotations)
+        places = Places(segment_ids_BT, positions_BT, rotations, *row)
         kept: Cache = {}
         for i, stack in enumerate(spec.stacks):
             name = f"stack_{i}"
             scanned = nn.scan(
                 Pattern,
-                variable_axes={"params": 0, adapters.COLLECTION: 0, LOADS: 0},
+                variable_axes={"params": 0, adapters.COLLECTION: 0, ARRIVING: 0, LOADS: 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),
                 out_axes=0,
@@ -247,11 +315,10 @@ class Decoder(nn.Module):
             x_BTD, kept[name] = repeated(x_BTD, None if cache is None else cache[name], places)
         x_BTD = _norm(spec, self.build, "final_norm")(x_BTD)
 
-        if spec.tie_head:
-            head_DV = table_VD.T
-        else:
-            head_DV = Matrix("kernel", "DV", sizes, self.build, name="head")()
-        return x_BTD, head_DV, None if cache is None else kept
+        kernel = table_VD
+        if not spec.tie_head:
+            kernel = Matrix("kernel", "DV", sizes, self.build, name="head")()
+        return x_BTD, kernel, None if cache is None else kept
 
 
 class Pattern(nn.Module):
@@ -295,6 +362,7 @@ class Block(nn.Module):
         self, x_BTD: jax.Array, cache: KeyValues | None, places: Places
     ) -> tuple[jax.Array, KeyValues | None]:
         spec, layer = self.spec, self.layer
+        x_BTD = checkpoint_name(x_BTD, "layer_input")
         sizes = {
             "D": spec.width,
             "F": layer.mlp_width,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from jaxtune import mesh
@@ -47,6 +48,11 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
+
+
+# Zeros beside trained parameters, in the dtype of the computation: the gradient of a kernel is
+# theirs, half as wide as one of the kernel, which would be that widened and nothing more.
+ARRIVING = "arriving"
 
 
 class Build(NamedTuple):
@@ -96,8 +102,20 @@ def weight(
 
     `new` is its dtype when it is made; without `compute` it is used as it is stored.
     """
-    declared = module.param(name, lambda key: Declared(initialiser(key, shape, new), axes))
-    return mesh.gathered(declared, axes, declared.dtype if compute is None else compute)
+    stored = _stored(module, name, lambda key: Declared(initialiser(key, shape, new), axes))
+    if compute is None:
+        return mesh.gathered(stored, axes, shape, stored.dtype)
+    arriving = None
+    if module.has_variable(ARRIVING, name):
+        arriving = module.get_variable(ARRIVING, name)
+    return mesh.gathered(stored, axes, shape, compute, arriving)
+
+
+def _stored(module: nn.Module, name: str, new: Callable[[jax.Array], Any]) -> Any:
+    """The parameter as it came, which may be one device's slice of what `new` declares."""
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, new)
 
 
 class Projection(nn.Module):
@@ -138,6 +156,7 @@ class Projection(nn.Module):
                 initialiser=nn.initializers.zeros,
             )
             y = y + jnp.broadcast_to(bias, y.shape)
+        y = checkpoint_name(y, "projection")
         return mesh.constrain(y, *(ACTIVATION_AXES[letter] for letter in output))
 
     def _weights(
@@ -183,8 +202,11 @@ class Projection(nn.Module):
                 for name, leaf in found.items()
             }
 
-        stored = self.param("kernel", new)
-        return {name: mesh.gathered(leaf, axes[name], leaf.dtype) for name, leaf in stored.items()}
+        stored = _stored(self, "kernel", new)
+        return {
+            name: mesh.gathered(leaf, axes[name], found[name].shape, leaf.dtype)
+            for name, leaf in stored.items()
+        }
 
 
 def _adapter_leaf(module: nn.Module, sizes: Mapping[str, int], build: Build) -> adapters.Declare:
@@ -201,8 +223,10 @@ def _adapter_leaf(module: nn.Module, sizes: Mapping[str, int], build: Build) -> 
             return Declared(make(module.make_rng("params"), shape), axes)
 
         stored = module.variable(adapters.COLLECTION, name, declared).value
-        exact = name in ("rows", "magnitude")
-        return mesh.gathered(stored, axes, stored.dtype if exact else build.compute)
+        if name == "rows":  # beside a table that stays cut as they are
+            return stored
+        dtype = stored.dtype if name == "magnitude" else build.compute
+        return mesh.gathered(stored, axes, shape, dtype)
 
     return declare
 
@@ -239,10 +263,11 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 class Matrix(nn.Module):
-    """A weight that is handed out rather than applied, gathered in the dtype it is stored in.
+    """A weight that is handed out rather than applied: as it is stored, of which a device may have
+    its own slice.
 
-    So the embedding's gradient, and the head's, are summed over all tokens in float32: thousands
-    of small contributions to one row stop adding up in bfloat16.
+    So the embedding's gradient is summed over all tokens in float32: thousands of small
+    contributions to one row stop adding up in bfloat16.
     """
 
     leaf: str
@@ -252,14 +277,11 @@ class Matrix(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        table = weight(
-            self,
-            self.leaf,
-            shape=tuple(self.sizes[letter] for letter in self.letters),
-            axes=tuple(WEIGHT_AXES[letter] for letter in self.letters),
-            new=self.build.new,
-            compute=None,
-            initialiser=nn.initializers.normal(self.build.init_scale),
+        shape = tuple(self.sizes[letter] for letter in self.letters)
+        axes = tuple(WEIGHT_AXES[letter] for letter in self.letters)
+        initialiser = nn.initializers.normal(self.build.init_scale)
+        table: jax.Array = _stored(
+            self, self.leaf, lambda key: Declared(initialiser(key, shape, self.build.new), axes)
         )
         lora = self.build.lora
         if lora is None or not lora.tokens or not adapters.has_adapter(self, lora, "rows"):
@@ -343,8 +365,34 @@ class GatedMLP(nn.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         gate_BTF = _projection(self, "gate", "BTD,DF->BTF")(x_BTD)
         up_BTF = _projection(self, "up", "BTD,DF->BTF")(x_BTD)
-        mixed_BTF = ACTIVATIONS[self.activation](gate_BTF) * up_BTF
+        mixed_BTF = _gate(self.activation, gate_BTF, up_BTF)
         return _projection(self, "down", "BTF,FD->BTD")(mixed_BTF)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gate(activation: str, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """`activation(gate) * up`, whose two cotangents are made once and kept.
+
+    Without the barrier XLA for TPU makes them again inside of every product that reads them.
+    """
+    return ACTIVATIONS[activation](gate) * up
+
+
+def _gate_forward(
+    activation: str, gate: jax.Array, up: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _gate(activation, gate, up), (gate, up)
+
+
+def _gate_backward(
+    activation: str, saved: tuple[jax.Array, jax.Array], d_mixed: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    _, derivative = jax.vjp(lambda gate, up: ACTIVATIONS[activation](gate) * up, *saved)
+    d_gate, d_up = jax.lax.optimization_barrier(derivative(d_mixed))
+    return d_gate, d_up
+
+
+_gate.defvjp(_gate_forward, _gate_backward)
 
 
 class PlainMLP(nn.Module):

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxtune import mesh
+
 COLLECTION = "lora"
 
 
@@ -96,7 +98,11 @@ def adapt(
     a, b = declare("a", f"{shared}R", uniform), declare("b", f"R{added}", zeros)
     dropped = x
     if lora.dropout and module.has_rng("dropout"):
-        kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - lora.dropout, x.shape)
+        kept = mesh.draws(
+            lambda key, shape: jax.random.bernoulli(key, 1 - lora.dropout, shape),
+            module.make_rng("dropout"),
+            x.shape,
+        )
         dropped = jnp.where(kept, x / (1 - lora.dropout), jnp.zeros((), x.dtype))
     low = jnp.einsum(f"{of_x},{shared}R->{rows}R", dropped, a)
     delta = jnp.einsum(f"{rows}R,R{added}->{output}", low, b) * lora.scale

@@ -11,15 +11,19 @@ for a platform and says why; a name that was asked for is never replaced by anot
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxtune.ops.splash import refuses, splash
+from jaxtune.ops.blocked import QUERY_BLOCK, blocked
+from jaxtune.ops.cudnn import cudnn
+from jaxtune.ops.cudnn import refuses as cudnn_refuses
+from jaxtune.ops.splash import refuses as splash_refuses
+from jaxtune.ops.splash import splash
 
 LONGEST_REFERENCE_ROW = 512
-QUERY_BLOCK = 256
 MASKED_SCORE = -1e30  # finite: -inf turns the gradient of a fully masked row into NaN
 
 
@@ -28,6 +32,14 @@ class Tokens(NamedTuple):
 
     query: jax.Array
     key: jax.Array
+
+
+class Share(NamedTuple):
+    """Which tokens of a row the queries are, where each of n devices has some: of device d those
+    at `order[d]`, int32 `[n T]`; `device` is this one. The keys are the whole row, in order."""
+
+    order: np.ndarray
+    device: jax.Array
 
 
 def attend(
@@ -42,6 +54,7 @@ def attend(
     sinks: jax.Array | None = None,
     scale: float | None = None,
     impl: str = "reference",
+    share: Share | None = None,
 ) -> jax.Array:
     """Causal attention of `q` `[B T H K]` over `k`, `v` `[B S G K]` -> `[B T H K]`, dtype of `q`.
 
@@ -49,11 +62,13 @@ def attend(
     of the same non-zero segment if 0 <= q_pos - k_pos < `window` (None = no limit). Query head h
     reads kv head h // (H / G). `scale` defaults to K ** -0.5; `softcap` bounds the scaled scores
     to +-softcap by tanh; `sinks` `[H]` is a score per head that takes weight and gives nothing.
-    Softmax in float32. A query that sees nothing gives zeros, with zero gradients.
+    Softmax in float32. A query that sees nothing gives zeros, with zero gradients. `share` is for
+    kernels that go by places in the row; the others go by `positions`.
     """
     if impl not in IMPLEMENTATIONS:
         known = ", ".join(sorted(IMPLEMENTATIONS))
         raise ValueError(f"attention implementation is {impl!r}; expected one of {known}")
+    more = {"share": share} if impl == "splash" else {}
     return IMPLEMENTATIONS[impl](
         q,
         k,
@@ -64,24 +79,67 @@ def attend(
         softcap=softcap,
         sinks=sinks,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        **more,
     )
 
 
-def choose(platform: str, *, queries: int, keys: int, head_dims: Iterable[int]) -> tuple[str, str]:
-    """The implementation for rows of that many queries and keys, and the reason in words."""
-    if platform == "tpu":
-        against = [why for K in head_dims if (why := refuses(queries, keys, K))]
-        if not against:
-            return "splash", f"rows of {queries} tokens on tpu: no scores are kept"
-        no_splash = f"; not splash: {against[0]}"
-    else:
-        no_splash = f"; splash is for tpu, here is {platform}"
+def choose(
+    platform: str,
+    *,
+    queries: int,
+    keys: int,
+    head_dims: Iterable[int],
+    devices: int = 1,
+    dtype: str = "bfloat16",
+    softcap: bool = False,
+    sinks: bool = False,
+    asked: str = "auto",
+) -> tuple[str, str]:
+    """The implementation for rows of that many queries and keys, and the reason in words.
+
+    `devices` is over how many the queries of a row are spread.
+    `dtype` is of the computation; `softcap` and `sinks` say whether any layer has them. `asked` is
+    a name of `IMPLEMENTATIONS` or "auto". ValueError if what was asked for cannot be run.
+    """
+    kind = {"dtype": dtype, "softcap": softcap, "sinks": sinks, "devices": devices}
+    refused = {
+        name: reason
+        for name in KERNELS
+        if (reason := _refusal(name, platform, queries, keys, list(head_dims), kind))
+    }
+    if asked != "auto":
+        if asked not in IMPLEMENTATIONS:
+            known = ", ".join(sorted(IMPLEMENTATIONS))
+            raise ValueError(f"there is no {asked!r}; expected auto or one of {known}")
+        if asked in refused:
+            raise ValueError(f"{asked} cannot be run: {refused[asked]}")
+        return asked, "asked for"
+    for name in KERNELS:
+        if name not in refused:
+            return name, f"rows of {queries} tokens on {platform}: no scores are kept"
+    against = "; ".join(f"not {name}: {reason}" for name, reason in refused.items())
     if queries <= LONGEST_REFERENCE_ROW:
-        return "reference", f"{queries} queries: all scores of a layer fit{no_splash}"
+        return "reference", f"{queries} queries: all scores of a layer fit; {against}"
     return "blocked", (
-        f"{queries} queries: above {LONGEST_REFERENCE_ROW} the scores of a layer are held for "
-        f"{QUERY_BLOCK} queries at a time{no_splash}"
+        f"{queries} queries: above {LONGEST_REFERENCE_ROW} the scores of {QUERY_BLOCK} queries are "
+        f"held at a time, and of keys that they may see; {against}"
     )
+
+
+def _refusal(
+    name: str, platform: str, queries: int, keys: int, head_dims: list[int], kind: dict[str, Any]
+) -> str | None:
+    """Why a kernel cannot be run there, for whichever of the head sizes; None if it can."""
+    home = KERNELS[name]
+    if platform != home and not (home == "gpu" and platform == "cuda"):
+        return f"it is for {home}, here is {platform}"
+    reasons = (
+        splash_refuses(queries, keys, K, kind["devices"])
+        if name == "splash"
+        else cudnn_refuses(queries, keys, K, **kind)
+        for K in head_dims
+    )
+    return next((reason for reason in reasons if reason), None)
 
 
 def reference(
@@ -136,53 +194,15 @@ def reference(
     return jnp.moveaxis(out_BGJTK, 3, 1).reshape(B, T, H, K).astype(q.dtype)
 
 
-def blocked(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    segments: Tokens,
-    positions: Tokens,
-    window: int | None,
-    softcap: float | None,
-    sinks: jax.Array | None,
-    scale: float,
-) -> jax.Array:
-    """`reference` on QUERY_BLOCK queries at a time, recomputed in the backward pass.
-
-    Holds `[B H QUERY_BLOCK S]` scores and never `[T S]`, for one more forward pass in the backward
-    one. Exact: a query's softmax never crosses a block.
-    """
-    T = q.shape[1]
-    k_f32, v_f32 = k.astype(jnp.float32), v.astype(jnp.float32)  # their gradients add up in f32
-
-    @jax.checkpoint
-    def attend_block(block: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        q_BtHK, segments_Bt, positions_Bt = block
-        return reference(
-            q_BtHK,
-            k_f32.astype(k.dtype),
-            v_f32.astype(v.dtype),
-            segments=Tokens(segments_Bt, segments.key),
-            positions=Tokens(positions_Bt, positions.key),
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
-            scale=scale,
-        )
-
-    blocks = tuple(_split(x, QUERY_BLOCK) for x in (q, segments.query, positions.query))
-    out_nBtHK = jax.lax.map(attend_block, blocks)
-    return _join(out_nBtHK)[:, :T]
-
-
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference,
     "blocked": blocked,
     "splash": splash,
+    "cudnn": cudnn,
 }
-# Kernels that the partitioner cannot look into: run on each device's own rows and heads.
-OPAQUE = frozenset({"splash"})
+KERNELS = {"splash": "tpu", "cudnn": "gpu"}  # and the platform each is for
+# What the partitioner cannot cut well: run on each device's own rows and heads.
+OPAQUE = frozenset({"blocked", "splash", "cudnn"})
 
 
 def _visible(segments: Tokens, positions: Tokens, window: int | None) -> jax.Array:
@@ -192,17 +212,3 @@ def _visible(segments: Tokens, positions: Tokens, window: int | None) -> jax.Arr
     distance_BTS = positions.query[:, :, None] - positions.key[:, None, :]
     visible_BTS = same_BTS & real_BT1 & (distance_BTS >= 0)
     return visible_BTS if window is None else visible_BTS & (distance_BTS < window)
-
-
-def _split(x_BT: jax.Array, block: int) -> jax.Array:
-    """`[B T ...]` -> `[n B block ...]`, the last block filled with zeros (segment 0: padding)."""
-    B, T = x_BT.shape[:2]
-    n = -(-T // block)
-    padding = [(0, 0), (0, n * block - T)] + [(0, 0)] * (x_BT.ndim - 2)
-    return jnp.moveaxis(jnp.pad(x_BT, padding).reshape(B, n, block, *x_BT.shape[2:]), 1, 0)
-
-
-def _join(x_nBt: jax.Array) -> jax.Array:
-    """`[n B block ...]` -> `[B n*block ...]`, the inverse of `_split` but for its filling."""
-    n, B, block = x_nBt.shape[:3]
-    return jnp.moveaxis(x_nBt, 0, 1).reshape(B, n * block, *x_nBt.shape[3:])

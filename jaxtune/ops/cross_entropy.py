@@ -4,39 +4,70 @@
 decoding all read it. The loss knows nothing of prompts, padding ids or ignore labels: what counts
 is in `weights`. It returns sums, never a mean, so that microbatches, devices and hosts can be
 added up before the one division.
+
+    tokens with a weight last, in chunks       the others cost nothing (`compact`)
+    for each block of the vocabulary           its part of the kernel: cast, gathered, once a pass
+      for each chunk, from the first weight    logits, folded into log-sum-exp, target, best guess
+    backward: the same loops once more         d_logits -> gradients of hidden and of the block
 """
 
+import dataclasses
 import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
 
-SMALL_LOGITS = 2**23  # elements, all rows together: below this one chunk is faster than many
-SHORTEST_CHUNK = 256
+from jaxtune.ops.product import einsum_f32
+
+SMALL_LOGITS = 2**23  # elements, of all tokens: below this one block of all is the fastest
+BLOCK_LOGITS = 2**26  # elements of one block of the vocabulary, of all tokens: 256 MiB
+SHORTEST_CHUNK = 2048  # tokens: shorter ones leave a matrix unit waiting for sums in memory
+NARROW, NARROW_CHUNK = 1024, 1024  # below that width a step is short and the memory a CPU's
 MOST_CHUNKS = 16
+LANES = 128  # blocks are whole tiles of a matrix unit
+LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["kernel"], meta_fields=["scale", "softcap"]
+    jax.tree_util.register_dataclass,
+    data_fields=["kernel"],
+    meta_fields=["scale", "softcap", "by_token", "gather", "scatter", "cuts"],
 )
 @dataclass(frozen=True)
 class Head:
-    """logits = softcap * tanh(scale * hidden @ kernel / softcap); `kernel` `[D V]`, any dtype.
+    """logits = softcap * tanh(scale * hidden @ kernel / softcap). A pytree; its leaf is the kernel.
 
-    Without `softcap` logits are not bounded. A pytree whose only leaf is the kernel.
+    `kernel` is as stored, any dtype: `[D V]`, or with `by_token` a table `[V D]`. Without `softcap`
+    logits are not bounded. Where the kernel holds only this device's slice of D, `gather` makes the
+    whole of D of a block of it (same layout, in the dtype it is multiplied in), and `scatter` sums
+    the gradient of such a whole block over devices and keeps this device's slice. `cuts` is over
+    how many devices V is spread automatically: every block takes an equal part of each range.
     """
 
     kernel: jax.Array
     scale: float = 1.0
     softcap: float | None = None
+    by_token: bool = False
+    gather: Callable[[jax.Array], jax.Array] | None = None
+    scatter: Callable[[jax.Array], jax.Array] | None = None
+    cuts: int = 1
+
+    @property
+    def vocab(self) -> int:
+        return self.kernel.shape[0 if self.by_token else 1]
 
 
 class Sums(NamedTuple):
     """Float32 scalars over tokens: sum(w * loss), sum(w), sum(w * [the best guess is right]).
 
-    `penalty` is what an objective has minimised beside `loss`, on the same scale; none from here.
+    `penalty` is what is minimised beside `loss`, on the same scale: z-loss, and what an objective
+    adds.
     """
 
     loss: jax.Array
@@ -47,12 +78,11 @@ class Sums(NamedTuple):
 
 def logits(hidden: jax.Array, head: Head) -> jax.Array:
     """Float32 `[B T V]` of `hidden` `[B T D]`, multiplied in the dtype of `hidden`."""
-    logits_BTV = _product(hidden, head.kernel)
-    if head.scale != 1.0:
-        logits_BTV = logits_BTV * head.scale
-    if head.softcap is not None:
-        logits_BTV = head.softcap * jnp.tanh(logits_BTV / head.softcap)
-    return logits_BTV
+    kernel = head.kernel.astype(hidden.dtype)
+    if head.gather is not None:
+        kernel = head.gather(kernel)
+    equation = "BTD,VD->BTV" if head.by_token else "BTD,DV->BTV"
+    return _shaped(einsum_f32(equation, hidden, kernel), head)
 
 
 def linear_cross_entropy(
@@ -61,95 +91,430 @@ def linear_cross_entropy(
     targets: jax.Array,
     weights: jax.Array,
     *,
-    chunk: int | None = None,
+    z_loss: float = 0.0,
+    block: int | None = None,
+    compact: bool = True,
 ) -> Sums:
     """Weighted cross-entropy of the logits of `hidden` `[B T D]` against `targets` `[B T]`.
 
     `weights` `[B T]` is each target's share in the sums; at weight 0 a target may be any id below
     V. Matrix products run in the dtype of `hidden` with float32 sums, all else in float32; the
-    gradient of the kernel is added up over chunks in its own dtype: hand it over in float32 and
-    already gathered. `chunk` is positions of T at a time (`[B chunk V]` logits are alive, and
-    computed again in the backward pass); the default asks for 256 or more in 16 chunks or fewer.
-    A best guess shared by several ids is the lowest.
+    gradient of the kernel is summed over tokens in float32, whatever the kernel is stored in.
+    `weights` are data: they get no gradient. A best guess shared by several ids is the lowest.
+
+    `z_loss` times the squared log-sum-exp of a token's logits is its share of `penalty`. `block` is
+    entries of the vocabulary at a time (their logits are alive, and computed again in the backward
+    pass); the default keeps the logits of a block for all tokens within 256 MiB. `compact` brings
+    tokens with a weight together and passes over chunks without any; not where T is spread over
+    devices automatically, as tokens would have to move between them.
     """
-    B, T = targets.shape
-    if chunk is None:
-        small = B * T * head.kernel.shape[1] <= SMALL_LOGITS
-        chunk = T if small else max(SHORTEST_CHUNK, -(-T // MOST_CHUNKS))
-    chunks = -(-T // chunk)
-    if chunks == 1:
-        return _sums(hidden, head, targets, weights)
-
-    def split(x_BT: jax.Array) -> jax.Array:
-        padding = [(0, 0), (0, chunks * chunk - T)] + [(0, 0)] * (x_BT.ndim - 2)
-        x_BnT = jnp.pad(x_BT, padding).reshape(B, chunks, chunk, *x_BT.shape[2:])
-        return jnp.moveaxis(x_BnT, 1, 0)  # along T: rows stay on the devices that hold them
-
-    def add(sums: Sums, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Sums, None]:
-        hidden_BtD, targets_Bt, weights_Bt = part
-        here = _sums(hidden_BtD, head, targets_Bt, weights_Bt)
-        return jax.tree.map(jnp.add, sums, here), None
-
-    zero = jnp.zeros((), jnp.float32)
-    parts = (split(hidden), split(targets), split(weights))
-    sums, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), Sums(zero, zero, zero), parts)
-    return sums
+    if head.vocab % head.cuts:
+        raise ValueError(
+            f"linear_cross_entropy: {head.vocab} entries cannot be cut into {head.cuts} equal "
+            "ranges; use cuts=1."
+        )
+    plan = _plan(hidden, head, z_loss, block, compact)
+    return _fused(plan, hidden, head, targets, weights.astype(jnp.float32))
 
 
-def _sums(hidden_BTD: jax.Array, head: Head, targets_BT: jax.Array, weights_BT: jax.Array) -> Sums:
-    logits_BTV = logits(hidden_BTD, head)
-    weights_BT = weights_BT.astype(jnp.float32)
-    ids_11V = jnp.arange(logits_BTV.shape[-1], dtype=targets_BT.dtype)[None, None, :]
-    # A masked sum, not a gather: V may be spread over devices.
-    at_target_BT = jnp.sum(jnp.where(ids_11V == targets_BT[..., None], logits_BTV, 0.0), axis=-1)
-    loss_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - at_target_BT
-    hit_BT = _is_best(jax.lax.stop_gradient(logits_BTV), at_target_BT, targets_BT)
-    return Sums(
-        loss=jnp.sum(weights_BT * loss_BT),
-        weight=jnp.sum(weights_BT),
-        correct=jnp.sum(weights_BT * hit_BT),
+class _Plan(NamedTuple):
+    """How a call is cut; static. `block` is entries of each of the `cuts` ranges."""
+
+    chunk: int  # tokens
+    chunks: int
+    block: int
+    blocks: int
+    z_loss: float
+    keeps_logits: bool  # one block of all, small: kept for the backward pass
+
+
+def _plan(hidden: jax.Array, head: Head, z_loss: float, block: int | None, compact: bool) -> _Plan:
+    tokens, width = math.prod(hidden.shape[:-1]), hidden.shape[-1]
+    size = head.vocab // head.cuts
+    small = tokens * head.vocab <= SMALL_LOGITS
+    if block is None:
+        wanted = 1 if small else -(-tokens * head.vocab // BLOCK_LOGITS)
+        part = _even_block(size, wanted)
+    else:
+        part = min(size, -(-block // head.cuts))
+    blocks = -(-size // part)
+    shortest = NARROW_CHUNK if width < NARROW else SHORTEST_CHUNK
+    chunks = max(1, min(MOST_CHUNKS, tokens // shortest)) if compact and not small else 1
+    chunk = -(-tokens // chunks)
+    return _Plan(chunk, chunks, part, blocks, z_loss, small and blocks == 1)
+
+
+def _even_block(size: int, wanted: int) -> int:
+    """Width of `wanted` blocks or up to twice as many: whole tiles, with the least overlap."""
+    if wanted == 1:
+        return size
+
+    def width(blocks: int) -> int:
+        return min(size, -(-size // (blocks * LANES)) * LANES)
+
+    def waste(blocks: int) -> int:
+        return width(blocks) * -(-size // width(blocks)) - size
+
+    return width(min(range(wanted, 2 * wanted), key=waste))
+
+
+class _Running(NamedTuple):
+    """What a token knows after some blocks, of each range of the vocabulary: `[.. cuts]`."""
+
+    top: jax.Array  # largest logit
+    best: jax.Array  # lowest id that has it, int32
+    total: jax.Array  # sum of exp(logit - top)
+    at_target: jax.Array  # logit of the target, 0 before it came
+
+
+class _Tokens(NamedTuple):
+    """`[B T ..]` as they came, or with chunks `[chunks chunk ..]`, those with a weight last."""
+
+    hidden: jax.Array
+    targets: jax.Array
+    weights: jax.Array
+
+
+class _Block(NamedTuple):
+    """Of the vocabulary: `kernel` `[D W]`, by token `[W D]`, of equal parts of each range; `ids`
+    `[cuts W/cuts]`, -1 where an earlier block had that entry, if `overlaps`."""
+
+    kernel: jax.Array
+    ids: jax.Array
+    start: jax.Array | int
+    overlaps: bool
+
+
+class _Saved(NamedTuple):
+    """What the forward pass leaves for the backward pass."""
+
+    head: Head
+    tokens: _Tokens
+    normaliser: jax.Array  # log-sum-exp of the logits, 0 at weight 0
+    back: jax.Array | None  # where each token went, when they were moved
+    logits: jax.Array | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(
+    plan: _Plan, hidden: jax.Array, head: Head, targets: jax.Array, weights: jax.Array
+) -> Sums:
+    return _forward(plan, hidden, head, targets, weights)[0]
+
+
+def _forward(
+    plan: _Plan, hidden: jax.Array, head: Head, targets: jax.Array, weights: jax.Array
+) -> tuple[Sums, _Saved]:
+    tokens, back = _Tokens(hidden, targets, weights), None
+    if plan.chunks > 1:
+        tokens, back = _compacted(plan, tokens)
+    shape = (*tokens.targets.shape, head.cuts)
+    zero = jnp.zeros(shape, jnp.float32)
+    running = _Running(zero + LOWEST, jnp.zeros(shape, jnp.int32), zero, zero)
+    kept, first = None, _first(plan, tokens.weights)
+    if plan.keeps_logits:
+        block = _block(plan, head, 0, hidden.dtype)
+        kept = _logits(tokens.hidden, block, head)
+        running = _fold(running, kept, block, tokens.targets)
+    else:
+
+        def visit(number: Any, running: _Running) -> _Running:
+            block = _block(plan, head, number, hidden.dtype)
+
+            def fold(part: _Tokens, running: _Running, shared: None) -> tuple[_Running, None]:
+                logits = _logits(part.hidden, block, head)
+                return _fold(running, logits, block, part.targets), shared
+
+            return _over_chunks(plan, first, fold, tokens, running, None)[0]
+
+        running = lax.fori_loop(0, plan.blocks, visit, running)
+    sums, normaliser = _finish(plan, running, tokens)
+    return sums, _Saved(head, tokens, normaliser, back, kept)
+
+
+def _backward(plan: _Plan, saved: _Saved, d_sums: Sums) -> tuple[jax.Array, Head, None, None]:
+    head, tokens = saved.head, saved.tokens
+    dtype, first = tokens.hidden.dtype, _first(plan, tokens.weights)
+    # Of a token's loss by its logits: share * softmax - owed * [is the target].
+    owed = tokens.weights * d_sums.loss
+    share = owed + tokens.weights * (d_sums.penalty * 2 * plan.z_loss) * saved.normaliser
+    lead = tokens.targets.shape
+    leading = (lead[0], head.cuts, *lead[1:]) if plan.chunks > 1 else (head.cuts, *lead)
+    d_hidden = jnp.zeros((*leading, tokens.hidden.shape[-1]), jnp.float32)
+    d_kernel, hidden_width = jnp.zeros_like(head.kernel), tokens.hidden.shape[-1]
+
+    def visit(
+        number: Any, totals: tuple[jax.Array, jax.Array], logits: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        d_hidden, d_kernel = totals
+        block = _block(plan, head, number, dtype)
+        rows = _ranges(head, block.kernel)
+        rows = rows if head.by_token else _turned(jnp.moveaxis(rows, 0, -1))
+
+        def descend(part: Any, d_hidden: jax.Array, d_block: jax.Array) -> Any:
+            (hidden, targets, _), share, owed, normaliser = part
+            values = _logits(hidden, block, head) if logits is None else logits
+            d_logits = _d_logits(values, block, head, targets, share, owed, normaliser)
+            return _d_product(hidden, rows, d_logits.astype(dtype), d_hidden, d_block)
+
+        parts = (tokens, share, owed, saved.normaliser)
+        d_block = jnp.zeros((hidden_width, block.ids.size), jnp.float32)
+        d_hidden, d_block = _over_chunks(plan, first, descend, parts, d_hidden, d_block)
+        return d_hidden, _put(plan, head, d_kernel, d_block, block.start)
+
+    if plan.blocks > 1:
+        d_hidden, d_kernel = lax.fori_loop(0, plan.blocks, visit, (d_hidden, d_kernel))
+    else:
+        d_hidden, d_kernel = visit(0, (d_hidden, d_kernel), saved.logits)
+    # Ranges are added here, once: where V is spread over devices this is the one exchange.
+    whole = jnp.sum(d_hidden, axis=1 if plan.chunks > 1 else 0).astype(dtype)
+    if saved.back is not None:
+        whole = whole.reshape(-1, whole.shape[-1])[saved.back]
+    return whole, dataclasses.replace(head, kernel=d_kernel), None, None
+
+
+_fused.defvjp(_forward, _backward)
+
+
+# -- tokens --------------------------------------------------------------------------------------
+
+
+def _compacted(plan: _Plan, tokens: _Tokens) -> tuple[_Tokens, jax.Array]:
+    """Tokens in chunks, those with a weight last, and where each of `[B T]` went."""
+    hidden, targets, weights = tokens
+    filler = plan.chunks * plan.chunk - targets.size
+    order = jnp.argsort(weights.reshape(-1) != 0, stable=True)
+    places = jnp.pad(order, (filler, 0))
+    back = (jnp.argsort(order) + filler).reshape(targets.shape)
+    is_token = jnp.arange(places.size) >= filler
+
+    def split(x: jax.Array) -> jax.Array:
+        return x.reshape(plan.chunks, plan.chunk, *x.shape[1:])
+
+    moved = _Tokens(
+        split(hidden.reshape(-1, hidden.shape[-1])[places]),
+        split(targets.reshape(-1)[places]),
+        split(jnp.where(is_token, weights.reshape(-1)[places], 0.0)),
     )
+    return moved, back
 
 
-def _is_best(logits_BTV: jax.Array, at_target_BT: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """`argmax(logits) == targets`, by two plain reductions: an argmax over V takes as long as the
-    product that made the logits on a CPU, and gathers a V that is spread over devices."""
-    top_BT = jnp.max(logits_BTV, axis=-1)
-    ids_11V = jnp.arange(logits_BTV.shape[-1], dtype=targets_BT.dtype)[None, None, :]
-    as_good_BTV = logits_BTV >= top_BT[..., None]
-    lower_BT = jnp.any(as_good_BTV & (ids_11V < targets_BT[..., None]), axis=-1)
-    return (at_target_BT >= top_BT) & ~lower_BT
+def _first(plan: _Plan, weights: jax.Array) -> jax.Array | None:
+    """The first chunk with a weight; None where there is one chunk of all."""
+    if plan.chunks == 1:
+        return None
+    return plan.chunks - jnp.sum(jnp.any(weights != 0, axis=1), dtype=jnp.int32)
 
 
-@jax.custom_vjp
-def _product(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
-    """Float32 `[B T V]`; both directions multiply in the dtype of `hidden`.
+def _over_chunks(
+    plan: _Plan,
+    first: jax.Array | None,
+    visit: Callable[[Any, Any, Any], tuple[Any, Any]],
+    tokens: Any,
+    own: Any,
+    shared: Any,
+) -> tuple[Any, Any]:
+    """(own, shared) after `visit(tokens, own, shared)` of every chunk from `first` on.
 
-    The derivative JAX would write multiplies a float32 cotangent, many times slower than bfloat16
-    on the devices that have it, and rounds the head's gradient of every chunk to bfloat16.
+    A loop whose start is found while it runs: a branch inside it would copy what is added up in it.
+    Whoever reads the compiled loop finds all chunks, the most it can turn.
     """
-    head_DV = head_DV.astype(hidden_BTD.dtype)
-    return jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+    if first is None:
+        return visit(tokens, own, shared)
+
+    def turn(state: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
+        chunk, own, shared = state
+
+        def pick(x: jax.Array) -> jax.Array:
+            return lax.dynamic_index_in_dim(x, chunk, keepdims=False)
+
+        def put(x: jax.Array, new: jax.Array) -> jax.Array:
+            return lax.dynamic_update_index_in_dim(x, new, chunk, 0)
+
+        new, shared = visit(jax.tree.map(pick, tokens), jax.tree.map(pick, own), shared)
+        return chunk + 1, jax.tree.map(put, own, new), shared
+
+    state = (first, own, shared)
+    return lax.while_loop(lambda state: state[0] < plan.chunks, turn, state)[1:]
 
 
-def _product_forward(
-    hidden_BTD: jax.Array, head_DV: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(hidden_BTD, head_DV), (hidden_BTD, head_DV)
+# -- blocks of the vocabulary --------------------------------------------------------------------
 
 
-def _product_backward(
-    saved: tuple[jax.Array, jax.Array], d_logits_BTV: jax.Array
+def _block(plan: _Plan, head: Head, number: Any, dtype: DTypeLike) -> _Block:
+    """Block `number`, whole: cast to `dtype`, then gathered. The last one may overlap."""
+    size = head.vocab // head.cuts
+    start = jnp.minimum(number * plan.block, size - plan.block) if plan.blocks > 1 else 0
+    part = lax.dynamic_slice_in_dim(_ranges(head, head.kernel), start, plan.block, _axis(head))
+    part = _flat(head, part).astype(dtype)
+    if head.gather is not None:
+        part = head.gather(part)
+    within = start + jnp.arange(plan.block, dtype=jnp.int32)
+    ids = jnp.arange(head.cuts, dtype=jnp.int32)[:, None] * size + within[None, :]
+    overlaps = plan.blocks * plan.block != size
+    if overlaps:
+        ids = jnp.where((within >= number * plan.block)[None, :], ids, -1)
+    return _Block(part, ids, start, overlaps)
+
+
+def _put(plan: _Plan, head: Head, d_kernel: jax.Array, d_block: jax.Array, start: Any) -> jax.Array:
+    """`d_kernel` with the gradient `[D W]` of the whole block at `start` added, scattered."""
+    d_block = d_block.T if head.by_token else d_block
+    if head.scatter is not None:
+        d_block = head.scatter(d_block)
+    part = _ranges(head, d_block.astype(d_kernel.dtype))
+    total = _ranges(head, d_kernel)
+    if plan.blocks * plan.block * head.cuts != head.vocab:
+        part = part + lax.dynamic_slice_in_dim(total, start, plan.block, _axis(head))
+    total = lax.dynamic_update_slice_in_dim(total, part, start, _axis(head))
+    return total.reshape(d_kernel.shape)
+
+
+def _ranges(head: Head, kernel: jax.Array) -> jax.Array:
+    """`[D V]` as `[D cuts W]`, `[V D]` as `[cuts W D]`."""
+    if head.by_token:
+        return kernel.reshape(head.cuts, -1, kernel.shape[1])
+    return kernel.reshape(kernel.shape[0], head.cuts, -1)
+
+
+def _flat(head: Head, ranges: jax.Array) -> jax.Array:
+    if head.by_token:
+        return ranges.reshape(-1, ranges.shape[2])
+    return ranges.reshape(ranges.shape[0], -1)
+
+
+def _axis(head: Head) -> int:
+    return 1 if head.by_token else 2
+
+
+# -- numbers -------------------------------------------------------------------------------------
+
+
+def _shaped(products: jax.Array, head: Head) -> jax.Array:
+    if head.scale != 1.0:
+        products = products * head.scale
+    if head.softcap is not None:
+        products = head.softcap * jnp.tanh(products / head.softcap)
+    return products
+
+
+def _logits(hidden: jax.Array, block: _Block, head: Head) -> jax.Array:
+    """Float32 `[.. cuts W/cuts]` of `hidden` `[.. D]`."""
+    lead, kernel = _letters(hidden), "WD" if head.by_token else "DW"
+    equation = f"{lead}D,{kernel}->{lead}W"
+    products = einsum_f32(equation, hidden, block.kernel)
+    return _shaped(products, head).reshape(*hidden.shape[:-1], *block.ids.shape)
+
+
+def _letters(hidden: jax.Array) -> str:
+    return "BT" if hidden.ndim == 3 else "N"
+
+
+def _ids(block: _Block, targets: jax.Array) -> jax.Array:
+    return block.ids.reshape((1,) * targets.ndim + block.ids.shape)
+
+
+def _fold(running: _Running, logits: jax.Array, block: _Block, targets: jax.Array) -> _Running:
+    """`running` with the `logits` `[.. cuts W/cuts]` of a block: plain reductions over W alone.
+
+    An argmax over V takes as long as the product that made the logits on a CPU, and gathers a V
+    that is spread over devices; so would a lookup of the target.
+    """
+    ids = _ids(block, targets)
+    if block.overlaps:
+        logits = jnp.where(ids >= 0, logits, LOWEST)
+    highest = jnp.max(logits, axis=-1)
+    top = jnp.maximum(running.top, highest)
+    total = running.total * jnp.exp(running.top - top)
+    total = total + jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
+    at_target = running.at_target + _at_target(logits, block, targets)
+    is_best = logits >= highest[..., None]
+    # Ids below 2**24 are exact in float32, whose largest a CPU finds several times faster.
+    lowest = -jnp.max(jnp.where(is_best, -ids.astype(jnp.float32), LOWEST), axis=-1)
+    lowest = lowest.astype(jnp.int32)
+    best = jnp.where(highest > running.top, lowest, running.best)
+    return _Running(top, best, total, at_target)
+
+
+def _at_target(logits: jax.Array, block: _Block, targets: jax.Array) -> jax.Array:
+    """`[.. cuts]`: the logit of the target, 0 in a block without it."""
+
+    def summed(logits: jax.Array, targets: jax.Array) -> jax.Array:
+        is_target = _ids(block, targets) == targets[..., None, None]
+        return jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+
+    def looked_up(logits: jax.Array, targets: jax.Array) -> jax.Array:
+        place = jnp.clip(targets - block.start, 0, block.ids.shape[1] - 1)[..., None, None]
+        is_target = block.ids[0][place] == targets[..., None, None]
+        found = jnp.take_along_axis(logits, place, axis=-1)
+        return jnp.where(is_target, found, 0.0)[..., 0]
+
+    if block.ids.shape[0] > 1:
+        return summed(logits, targets)
+    # A pass over the logits costs a CPU a tenth of their product; elsewhere it is in another pass.
+    return lax.platform_dependent(logits, targets, cpu=looked_up, default=summed)
+
+
+def _finish(plan: _Plan, running: _Running, tokens: _Tokens) -> tuple[Sums, jax.Array]:
+    """Ranges joined: the sums, and each token's log-sum-exp."""
+    top = jnp.max(running.top, axis=-1)
+    total = jnp.sum(running.total * jnp.exp(running.top - top[..., None]), axis=-1)
+    is_best = running.top >= top[..., None]
+    best = jnp.min(jnp.where(is_best, running.best, jnp.iinfo(jnp.int32).max), axis=-1)
+    weights = tokens.weights
+    counts = weights != 0
+    normaliser = jnp.where(counts, top + jnp.log(jnp.where(counts, total, 1.0)), 0.0)
+    loss = jnp.where(counts, normaliser - jnp.sum(running.at_target, axis=-1), 0.0)
+    sums = Sums(
+        loss=jnp.sum(weights * loss),
+        weight=jnp.sum(weights),
+        correct=jnp.sum(weights * (best == tokens.targets)),
+        penalty=plan.z_loss * jnp.sum(weights * normaliser**2),
+    )
+    return sums, normaliser
+
+
+def _d_logits(
+    logits: jax.Array,
+    block: _Block,
+    head: Head,
+    targets: jax.Array,
+    share: jax.Array,
+    owed: jax.Array,
+    normaliser: jax.Array,
+) -> jax.Array:
+    """Gradient of the products hidden x kernel of a block, float32 `[.. cuts W/cuts]`."""
+    ids = _ids(block, targets)
+    softmax = jnp.exp(logits - normaliser[..., None, None])
+    is_target = ids == targets[..., None, None]
+    d_logits = share[..., None, None] * softmax
+    d_logits = d_logits - jnp.where(is_target, owed[..., None, None], 0.0)
+    if head.softcap is not None:
+        d_logits = d_logits * (1.0 - jnp.square(logits / head.softcap))
+    if head.scale != 1.0:
+        d_logits = d_logits * head.scale
+    return jnp.where(ids >= 0, d_logits, 0.0) if block.overlaps else d_logits
+
+
+def _d_product(
+    hidden: jax.Array,
+    kernel: jax.Array,
+    d_logits: jax.Array,
+    d_hidden: jax.Array,
+    d_block: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    hidden_BTD, head_DV = saved
-    dtype = hidden_BTD.dtype
-    d_logits_BTV = d_logits_BTV.astype(dtype)
-    f32 = jnp.float32
-    d_hidden = jnp.einsum(
-        "BTV,DV->BTD", d_logits_BTV, head_DV.astype(dtype), preferred_element_type=f32
-    )
-    d_head = jnp.einsum("BTD,BTV->DV", hidden_BTD, d_logits_BTV, preferred_element_type=f32)
-    return d_hidden.astype(dtype), d_head.astype(head_DV.dtype)
+    """`d_hidden` `[cuts .. D]` and `d_block` `[D W]` with what a block adds, float32; `kernel` is
+    that block as `[cuts W/cuts D]`, `d_logits` `[.. cuts W/cuts]`."""
+    lead = _letters(hidden)
+    equation = f"{lead}cv,cvD->c{lead}D"
+    d_hidden = d_hidden + einsum_f32(equation, d_logits, kernel)
+    d_logits = d_logits.reshape(*d_logits.shape[:-2], -1)
+    across = _turned(jnp.moveaxis(hidden, -1, 0))
+    equation = f"D{lead},{lead}W->DW"
+    more = einsum_f32(equation, across, d_logits)
+    return d_hidden, d_block + more
 
 
-_product.defvjp(_product_forward, _product_backward)
+def _turned(x: jax.Array) -> jax.Array:
+    """`x`, on a CPU in the order of its axes: products along columns take twice as long there."""
+    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)

@@ -61,18 +61,25 @@ def _kept_by_yarn(rope: RopeSpec, dims: int) -> np.ndarray:
 
 
 def angles(
-    rope: RopeSpec, head_dim: int, positions: jax.Array, segment_ids: jax.Array | None = None
+    rope: RopeSpec,
+    head_dim: int,
+    positions: jax.Array,
+    segment_ids: jax.Array | None = None,
+    *,
+    last: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine `[B T k]` float32 of integer `positions` `[B T]`, of k rotated pairs.
 
     `segment_ids` `[B T]` separate the texts of a row (None = one text); texts are contiguous. The
     frequencies of longrope follow from the last position of a token's own text among these, so a
-    packed row equals its texts alone.
+    packed row equals its texts alone. `last` `[B T]` are these positions (`last_positions`), for
+    tokens that are a part of their row.
     """
     positions_BT1 = positions.astype(jnp.float32)[:, :, None]
     per_position_11k = jnp.asarray(frequencies(rope, head_dim))[None, None, :]
     if rope.scaling == "longrope":
-        is_long_BT = last_positions(positions, segment_ids) >= rope.original_max_positions
+        last_BT = last_positions(positions, segment_ids) if last is None else last
+        is_long_BT = last_BT >= rope.original_max_positions
         long_11k = jnp.asarray(frequencies(rope, head_dim, long=True))[None, None, :]
         shape_BTk = (*positions.shape, long_11k.shape[-1])
         per_position_11k = jnp.where(

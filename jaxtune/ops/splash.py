@@ -7,21 +7,50 @@ is opaque to the partitioner.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 TILE = 128  # the kernel's granule of queries and keys
-BLOCK = 512  # 2048 does not fit the scoped VMEM of a v5e; 1024 compiles
+PARTS = 8  # the fused backward kernel keeps that many partial sums of dq in HBM, one a key block
 
 
-def refuses(queries: int, keys: int, head_dim: int) -> str | None:
-    """Why these sizes cannot be run, or None."""
+class Blocks(NamedTuple):
+    """Tokens of queries and of keys that lie in VMEM at a time, and of keys whose scores do."""
+
+    queries: int
+    keys: int
+    scores: int
+    fused: bool
+
+
+def blocks(length: int, queries: int, head_dim: int) -> Blocks:
+    """The sizes for rows of `length`, of which a device has `queries`; both multiples of `TILE`.
+
+    The same on every generation.
+
+    512 up to 4096 tokens: less is visited beyond the diagonal. Then 1024, which halves what the
+    fused backward kernel keeps, unless heads are above 128: on a v4 these with softcap, window and
+    sinks need 17.7 of 16 MiB of VMEM. 2048 fits neither v4, v5e nor v5p. Compiled for v4, v5e, v5p,
+    v6e and tpu7x (libtpu 0.0.51); not yet measured on a TPU.
+
+    The fused kernel makes scores once less, for `length / keys` partial sums of dq. Beyond
+    `PARTS` of them there are two kernels: at 32k and two heads 169 MiB instead of 576.
+    """
+    wanted = 1024 if length > 4096 and head_dim <= 128 else 512
+    keys = math.gcd(length, wanted)
+    return Blocks(math.gcd(queries, keys), keys, min(keys, 512), length // keys <= PARTS)
+
+
+def refuses(queries: int, keys: int, head_dim: int, devices: int = 1) -> str | None:
+    """Why these sizes cannot be run, or None; `devices` share the queries of a row."""
     if queries != keys:
         return f"{queries} queries over {keys} keys: the kernel is for rows that see themselves"
     if head_dim % 8:
         return f"head_dim {head_dim} is no multiple of 8"
+    if devices > 1 and queries % (devices * TILE):
+        return f"{queries} queries are no multiple of {TILE} on each of {devices} devices"
     return None
 
 
@@ -36,58 +65,104 @@ def splash(
     softcap: float | None,
     sinks: jax.Array | None,
     scale: float,
+    share: Any = None,
     interpret: bool = False,
 ) -> jax.Array:
     """`attention.reference` for positions that grow by one inside each segment.
 
-    `positions` is not read: distance in the row is distance in the text. `interpret` runs the
-    kernel as plain JAX, to be tested anywhere. Raises ValueError for sizes it `refuses`.
+    `positions` is not read: distance in the row is distance in the text. With a `share`
+    (`attention.Share`) the queries are that device's part of the row, and the keys all of it.
+    `interpret` runs the kernel as plain JAX, to be tested anywhere. Raises ValueError for sizes it
+    `refuses`.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 
     T, H, K = q.shape[1:]
-    if reason := refuses(T, k.shape[1], K):
+    devices = 1 if share is None else len(share.order)
+    if reason := refuses(T * devices, k.shape[1], K, devices):
         raise ValueError(f"splash attention: {reason}")
-    rest = -T % TILE
+    rest = -T % TILE  # none where devices share a row
     q_BTHK = (q.astype(jnp.float32) * scale).astype(q.dtype)
     q_BHTK, k_BGTK, v_BGTK = (jnp.swapaxes(_filled(x, rest), 1, 2) for x in (q_BTHK, k, v))
-    segments_BT = _filled(segments.query, rest)
-    kernel = _kernel(T + rest, H, window, softcap, interpret)
+    ids_BT, ids_BS = _filled(segments.query, rest), _filled(segments.key, rest)
+    kernel = _kernel(k_BGTK.shape[2], H, K, window, softcap, share, interpret)
 
-    def one_row(q_HTK: jax.Array, k_GTK: jax.Array, v_GTK: jax.Array, ids_T: jax.Array) -> Any:
-        ids = kernels.SegmentIds(ids_T, ids_T)
-        return kernel(q_HTK, k_GTK, v_GTK, ids, *(() if sinks is None else (sinks,)))
+    def one_row(q_HTK: jax.Array, k_GSK: jax.Array, v_GSK: jax.Array, *ids: jax.Array) -> Any:
+        of_each = kernels.SegmentIds(*ids)
+        return kernel(q_HTK, k_GSK, v_GSK, of_each, *(() if sinks is None else (sinks,)))
 
-    mixed_BHTK = jax.vmap(one_row)(q_BHTK, k_BGTK, v_BGTK, segments_BT)
+    mixed_BHTK = jax.vmap(one_row)(q_BHTK, k_BGTK, v_BGTK, ids_BT, ids_BS)
     mixed_BTHK = jnp.swapaxes(mixed_BHTK, 1, 2)[:, :T]
     return jnp.where((segments.query != 0)[:, :, None, None], mixed_BTHK, 0).astype(q.dtype)
 
 
 def _kernel(
-    length: int, heads: int, window: int | None, softcap: float | None, interpret: bool
+    length: int,
+    heads: int,
+    head_dim: int,
+    window: int | None,
+    softcap: float | None,
+    share: Any,
+    interpret: bool,
 ) -> Any:
-    """The kernel of one shape; its mask is a few numbers, made lazily, never `[T T]`."""
+    """The kernel of one shape; its mask is a few numbers, made lazily, never `[T T]`.
+
+    With a `share` its mask is made for the queries of all devices one after the other, and of that
+    this device's part is taken when it runs.
+    """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     shape = (length, length)
-    mask: masks.Mask = masks.CausalMask(shape)
+    mask: Any = masks.CausalMask(shape)
     if window is not None and window < length:
         mask = masks.LocalMask(shape, (window - 1, 0), 0)
-    block = math.gcd(length, BLOCK)
-    return kernels.make_splash_mha_single_device(
+    devices = 1
+    if share is not None:
+        devices = len(share.order)
+        mask.q_sequence = share.order.reshape(-1)
+    sizes = blocks(length, length // devices, head_dim)
+    kernel = kernels.make_splash_mha(
         mask=masks.MultiHeadMask([mask] * heads),
         block_sizes=kernels.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            use_fused_bwd_kernel=True,
+            block_q=sizes.queries,
+            block_kv=sizes.keys,
+            block_kv_compute=sizes.scores,
+            block_q_dkv=sizes.queries,
+            block_kv_dkv=sizes.keys,
+            block_kv_dkv_compute=sizes.scores,
+            block_q_dq=None if sizes.fused else sizes.queries,
+            block_kv_dq=None if sizes.fused else sizes.keys,
+            use_fused_bwd_kernel=sizes.fused,
         ),
         attn_logits_soft_cap=softcap,
+        head_shards=1,
+        q_seq_shards=devices,
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
+    return kernel if share is None else _own(kernel, share)
+
+
+def _own(kernel: Any, share: Any) -> Any:
+    """The part of a kernel for the queries of all devices that is for those of this one."""
+
+    def part(x: jax.Array | None, axis: int) -> jax.Array | None:
+        if x is None:
+            return None
+        size = x.shape[axis] // len(share.order)
+        return jax.lax.dynamic_slice_in_dim(x, share.device * size, size, axis)
+
+    def own(info: Any) -> Any:
+        if info is None:
+            return None
+        by_block = {
+            name: part(getattr(info, name), 1) for name in ("data_next", "mask_next", "block_mask")
+        }
+        return info._replace(**by_block, q_sequence=part(info.q_sequence, 0))
+
+    infos = (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info)
+    return type(kernel)(*map(own, infos), **kernel.kwargs)
 
 
 def _filled(x_BT: jax.Array, rest: int) -> jax.Array:

@@ -198,6 +198,22 @@ def test_training_goes_on_from_an_adapter(root: Path, tuned: Path, tmp_path: Pat
         ))  # fmt: skip
 
 
+def test_an_adapter_as_the_model_to_train_is_told_where_it_goes(
+    root: Path, tuned: Path, tmp_path: Path
+) -> None:
+    """Before the run directory is made: with and without a tokenizer beside it."""
+    adapter = shutil.copytree(tuned / "adapter", tmp_path / "adapter")
+    for _ in range(2):
+        again = settings(root, tmp_path / "out", model_name_or_path=str(adapter))
+        with pytest.raises(ConfigError, match="is an adapter, not a model") as error:
+            train.run(again)
+        assert "set adapter_name_or_path to it" in str(error.value)
+        assert f"model_name_or_path to its base, {root / 'base'}." in str(error.value)
+        for file in adapter.glob("tokenizer*"):
+            file.unlink()
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 def test_a_quantised_base_is_trained_beside_and_never_merged_into(
     root: Path, tmp_path: Path, base: str

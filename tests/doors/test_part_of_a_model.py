@@ -7,14 +7,16 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import orbax.checkpoint as ocp
 import pytest
 from test_adapters import losses, params_of, run_settings, write_root
 
-from jaxtune import convert, train
+from jaxtune import assemble, convert, train
 from jaxtune.config import Config, ConfigError, load
 from jaxtune.learn import program
 from jaxtune.learn.optim import Hyper
+from jaxtune.mesh import make_mesh
 from jaxtune.tree import named
 
 # Two layers: the second alone is stack_1 then.
@@ -115,7 +117,9 @@ def test_every_field_of_the_optimiser_reaches_the_program(monkeypatch: pytest.Mo
         "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0.25},
         "warmup_steps": 2,
     })  # fmt: skip
-    given = train._build(config, SimpleNamespace(spec=None), None, None, None, 10)
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
+    mesh = make_mesh(sizes, jax.devices()[:1])
+    given = assemble.build(config, SimpleNamespace(spec=None), None, None, mesh, 10)
     assert given["hyper"] == Hyper(
         "muon", 0.7, 0.6, epsilon=1e-5, weight_decay=0.3, momentum=0.8, adjust="original",
         state_dtype="bfloat16",

@@ -68,7 +68,7 @@ def _program(name: str) -> tuple[HfModel, functools.partial[Any]]:
             remat="none",
         )
         sums = linear_cross_entropy(
-            output.hidden, output.head, batch["targets"], batch["weights"], chunk=11
+            output.hidden, output.head, batch["targets"], batch["weights"], block=11
         )
         return sums.loss / sums.weight, logits(output.hidden, output.head)
 

@@ -1,5 +1,6 @@
 """Moved values are those of a plain assignment, in any order of axes, size and dtype."""
 
+import math
 import threading
 import time
 
@@ -8,14 +9,14 @@ import numpy as np
 import pytest
 
 from jaxtune.hf import moving
-from jaxtune.hf.moving import empty, move, run_ahead
+from jaxtune.hf.moving import PAGE, Scratch, empty, move, run_ahead
 
 ORDERS = [(0, 1), (1, 0), (2, 0, 1), (1, 2, 0), (0, 2, 1), (2, 1, 0), (1, 3, 0, 2), (0, 3, 2, 1)]
 
 
-@pytest.mark.parametrize("buffer", [1, 300, 1 << 16])
-def test_a_move_is_an_assignment(monkeypatch, buffer):
-    monkeypatch.setattr(moving, "_BUFFER", buffer)
+@pytest.mark.parametrize("tile", [8, 24, 256])
+def test_a_move_is_an_assignment(monkeypatch, tile):
+    monkeypatch.setattr(moving, "_TILE", tile)
     rng = np.random.default_rng(0)
     dtypes = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
     for trial in range(80):
@@ -35,10 +36,35 @@ def test_a_move_is_an_assignment(monkeypatch, buffer):
 
 def test_empty_arrays_and_addresses():
     move(np.empty((0, 40), np.float32), np.empty((40, 0), np.float32).T)
-    for shape in ((), (3,), (5, 7), (0, 2)):
+    for shape in ((), (3,), (5, 7), (0, 2), (1100, 2000)):  # the last one large
         found = empty(shape, np.dtype(ml_dtypes.bfloat16))
         assert (found.shape, found.dtype) == (shape, ml_dtypes.bfloat16)
         assert found.ctypes.data % 64 == 0 or not found.size
+        found[...] = 1  # may be written to
+
+
+def test_memory_used_again_begins_where_it_is_asked_to():
+    scratch = Scratch()
+    for past in (0, 8, PAGE - 2, PAGE, 5 * PAGE + 24):
+        found = scratch.empty((300, 70), np.dtype(np.float16), past=past)
+        assert (found.ctypes.data - past) % PAGE == 0
+        assert found.shape == (300, 70)
+        found[...] = 1
+    kept = scratch.empty((300, 70), np.dtype(np.float16))
+    assert np.shares_memory(kept, scratch.empty((4, 4), np.dtype(np.float32)))
+
+
+@pytest.mark.parametrize("shape", [(3, 500, 300), (300, 2, 9, 20), (40, 30, 20, 10)])
+def test_a_tile_is_what_a_move_holds(shape, monkeypatch):
+    """Of one large matrix as of many small ones."""
+    held, turn = [], moving._turn
+    monkeypatch.setattr(moving, "_turn", lambda t, v: (held.append(v.size), turn(t, v)))
+    values = np.arange(math.prod(shape), dtype=np.float32).reshape(shape).swapaxes(-1, -2)
+    target = np.empty(values.shape, np.float32)
+    move(target, values)
+    np.testing.assert_array_equal(target, values)
+    assert sum(held) == values.size
+    assert max(held) <= moving._TILE**2
 
 
 def test_a_few_items_ahead_in_order_and_none_after_an_error():

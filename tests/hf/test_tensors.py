@@ -1,5 +1,6 @@
 """Safetensors read and written, against the safetensors library; damaged files refused."""
 
+import errno
 import json
 import struct
 from pathlib import Path
@@ -94,6 +95,59 @@ def test_a_change_anywhere_changes_the_checksum(size, tmp_path):
     assert not tensors.read_back(tensors.Written("a", file, 4, size, right))
     file.write_bytes(b"head" + values.tobytes()[:-1])
     assert not tensors.read_back(tensors.Written("a", file, 4, size, right))
+
+
+@pytest.mark.parametrize("goes_past_the_cache", [True, False])
+def test_whole_pages_go_past_the_cache_where_they_can(goes_past_the_cache, tmp_path, monkeypatch):
+    """Tensors that begin and end anywhere in a page, in blocks that do, in memory that lies as the
+    file does or elsewhere: the file is the same."""
+    rng, by_handle = np.random.default_rng(0), {}
+    write = tensors._write_at
+
+    def counted(handle, values, start):
+        by_handle.setdefault(handle, []).append(len(values))
+        write(handle, values, start)
+
+    monkeypatch.setattr(tensors, "_write_at", counted)
+    if not goes_past_the_cache:
+        monkeypatch.setattr(tensors, "_open_direct", lambda file: None)
+    shapes = {"a": (5, 700), "b": (3,), "c": (9000, 2), "d": (1,), "e": (40, 1000)}
+    values = {name: rng.normal(size=shape).astype(np.float16) for name, shape in shapes.items()}
+    scratch = tensors.Scratch()
+    with ShardWriter(tmp_path, _planned(values, 10**9)) as writer:
+        can = next(iter(writer._direct.values())) is not None
+        for name, whole in values.items():
+            for first in range(0, len(whole), 1003):
+                rows = whole[first : first + 1003]
+                past = writer.place(name, first) + (64 if name == "a" else 0)
+                block = scratch.empty(rows.shape, rows.dtype, past=past)
+                block[...] = rows
+                writer.write(name, block, first)
+    found = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    for name, expected in values.items():
+        assert found[name].tobytes() == expected.tobytes()
+    assert all(tensors.read_back(run) for run in writer.written)
+    pages = [n for lengths in by_handle.values() for n in lengths if n and n % tensors.PAGE == 0]
+    assert not can or max(pages) == 80_000 - 80_000 % tensors.PAGE  # e, but for its edges
+    damaged = bytearray((tmp_path / "model.safetensors").read_bytes())
+    damaged[-2] ^= 4
+    (tmp_path / "model.safetensors").write_bytes(damaged)
+    assert [run.name for run in writer.written if not tensors.read_back(run)] == ["e"]
+
+
+def test_memory_as_a_file_system_has_no_way_past_it(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    (tmp_path / "file").write_bytes(b"12345678")
+    run = tensors.Written(
+        "a", tmp_path / "file", 0, 8, tensors.checksum(np.frombuffer(b"12345678", np.uint8))
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(tensors.os, "preadv", refuse)
+        assert tensors._open_direct(tmp_path / "file") is None
+    monkeypatch.setattr(tensors, "_open_direct", lambda file: None)
+    assert tensors.read_back(run)
 
 
 def test_the_writer_takes_what_was_planned(tmp_path):

@@ -15,7 +15,7 @@ from jaxtune.hf.load import load_params, open_model
 from jaxtune.learn import optim
 from jaxtune.learn.objectives import next_token
 from jaxtune.learn.state import TrainState
-from jaxtune.learn.step import train_step
+from jaxtune.learn.step import gradient, train_step
 from jaxtune.ops.cross_entropy import Sums
 from jaxtune.tree import named
 
@@ -125,10 +125,16 @@ def test_a_step_minimises_the_sum_and_reports_the_parts(microbatches):
     optimiser = optim.optimiser(optim.Hyper(), {})
     trained = {"x": {"scale": jnp.float32(3)}}
     state = TrainState(jnp.int32(0), trained, optimiser.init(trained))
+
+    def of_batch(*given):
+        return gradient(
+            *given, objective=objective, microbatches=microbatches, seed=0,
+            dtype=jnp.float32, axes={"x": {"scale": ()}}, shapes=trained,
+        )  # fmt: skip
+
     _, metrics = train_step(
-        state, {}, batch, objective=objective, optimiser=optimiser,
+        state, {}, batch, gradient=of_batch, optimiser=optimiser,
         learning_rate=lambda step: jnp.float32(0), max_grad_norm=0.0,
-        microbatches=microbatches, trained_axes={"x": {"scale": ()}}, seed=0,
     )  # fmt: skip
     # Microbatches take rows in turn: weights (1, 3) and (2, 4), largest 3 and 4.
     factor = 4.0 if microbatches == 1 else (4 * 3 + 6 * 4) / 10

@@ -12,7 +12,7 @@ import pytest
 
 from jaxtune.learn import optim, program, schedules
 from jaxtune.learn.state import TrainState
-from jaxtune.learn.step import StepMetrics, eval_step, train_step
+from jaxtune.learn.step import StepMetrics, eval_step, gradient, train_step
 from jaxtune.mesh import make_mesh, put_batch
 from jaxtune.model import decoder
 from jaxtune.ops.cross_entropy import Sums
@@ -223,7 +223,7 @@ def test_packed_equals_unpacked(reference: tuple[TrainState, TrainState, StepMet
     assert_same(reference[1], after)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("remat", ["none", "attention", "projections", "offload"])
 def test_rematerialisation_changes_nothing(
     reference: tuple[TrainState, TrainState, StepMetrics], remat: str
 ) -> None:
@@ -286,14 +286,11 @@ def test_a_step_draws_by_seed_step_and_microbatch_alone() -> None:
         return Sums(drawn, jnp.float32(1), jnp.float32(0))
 
     def loss(seed: int, step: int, microbatches: int = 1) -> float:
-        optimiser = optim.optimiser(optim.Hyper(), {})
-        state = TrainState(jnp.int32(step), {}, optimiser.init({}))
-        _, metrics = train_step(
-            state, {}, one_per_row(), objective=objective, optimiser=optimiser,
-            learning_rate=lambda step: jnp.float32(0), max_grad_norm=0.0,
-            microbatches=microbatches, trained_axes={}, seed=seed,
+        _, sums = gradient(
+            {}, {}, one_per_row(), jnp.int32(step), objective=objective,
+            microbatches=microbatches, seed=seed, dtype=jnp.float32, axes={}, shapes={},
         )  # fmt: skip
-        return float(metrics.loss)
+        return float(sums.loss / sums.weight)
 
     assert loss(1, 7) == loss(1, 7)
     draws = [loss(1, 7), loss(1, 8), loss(2, 7), loss(1, 7, 2), loss(1, 7, 4)]
@@ -304,9 +301,8 @@ def test_a_step_draws_by_seed_step_and_microbatch_alone() -> None:
 def test_schedule_free_takes_its_gradient_between_average_and_fast_weights() -> None:
     """Of w^2 / 2 the gradient is the point itself: the second moment shows where it was taken."""
 
-    def objective(variables: Any, rows: Any, key: Any) -> Sums:
-        w = variables["w"]["kernel"]
-        return Sums(0.5 * jnp.sum(w * w), jnp.float32(1), jnp.float32(0))
+    def itself(point: Any, *_: Any) -> tuple[Any, Sums]:
+        return point, Sums(jnp.float32(0), jnp.float32(1), jnp.float32(0))
 
     axes = {"w": {"kernel": ("embed", None)}}
     x, z = jnp.full((2, 2), 3.0), jnp.full((2, 2), -1.0)
@@ -314,8 +310,8 @@ def test_schedule_free_takes_its_gradient_between_average_and_fast_weights() -> 
     begun = made.init({"w": {"kernel": x}})._replace(z={"w": {"kernel": z}})
     state, _ = train_step(
         TrainState(jnp.int32(0), {"w": {"kernel": x}}, begun), {}, one_per_row(),
-        objective=objective, optimiser=made, learning_rate=lambda step: jnp.float32(0.1),
-        max_grad_norm=0.0, microbatches=1, trained_axes=axes, seed=0,
+        gradient=itself, optimiser=made, learning_rate=lambda step: jnp.float32(0.1),
+        max_grad_norm=0.0,
     )  # fmt: skip
     y = 0.9 * 3.0 + 0.1 * -1.0
     np.testing.assert_allclose(state.opt_state.nu["w"]["kernel"], 0.01 * y**2, rtol=1e-5)

@@ -239,7 +239,7 @@ def test_window_hides_what_is_older() -> None:
 # --- one function, however it is computed
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
+@pytest.mark.parametrize("remat", ["dots"])
 def test_recomputation_changes_no_number(
     remat: str, params: Params, packed: Rows, value_and_gradient: tuple[jax.Array, Params]
 ) -> None:
@@ -303,6 +303,11 @@ def test_attention_by_blocks_is_the_same_model(params: Params, packed: Rows) -> 
     np.testing.assert_allclose(
         hidden(params, packed, attention="blocked"), hidden(params, packed), atol=2e-5
     )
+
+
+def test_attention_that_cannot_be_run_is_an_error(params: Params, packed: Rows) -> None:
+    with pytest.raises(ConfigError, match="attention: splash cannot be run: it is for tpu"):
+        hidden(params, packed, attention="splash")
 
 
 def test_half_precision_compute_over_f32_parameters(params: Params, packed: Rows) -> None:

@@ -1,3 +1,4 @@
+import functools
 import math
 from collections.abc import Callable
 
@@ -5,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from jaxtune import mesh
@@ -13,7 +16,8 @@ from jaxtune.ops import cross_entropy
 from jaxtune.ops.cross_entropy import Head, Sums
 
 B, T, D, V = 2, 7, 6, 19
-CHUNKS = [None, 1, 3, 7, 50]  # one chunk, one position each, a ragged last one, exact, too long
+BLOCKS = [None, 5, 50]  # all at once, a last one that overlaps, more than there are
+TINY_CHUNKS = {"SMALL_LOGITS": 0, "NARROW_CHUNK": 4}  # 14 tokens in 3 chunks of 5, one filler
 
 
 def batch(seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -26,9 +30,38 @@ def batch(seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     return hidden, head, targets, weights
 
 
-def linear_cross_entropy(hidden, kernel, targets, weights, *, chunk=None, **head) -> Sums:  # type: ignore[no-untyped-def]
-    head = Head(kernel, **head)
-    return cross_entropy.linear_cross_entropy(hidden, head, targets, weights, chunk=chunk)
+@pytest.fixture(params=[False, True], ids=["one_chunk", "chunks"])
+def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether tokens are brought together and cut into chunks, as long batches are."""
+    if request.param:
+        for name, value in TINY_CHUNKS.items():
+            monkeypatch.setattr(cross_entropy, name, value)
+    return request.param
+
+
+def linear_cross_entropy(  # type: ignore[no-untyped-def]
+    hidden, kernel, targets, weights, *, block=None, z_loss=0.0, compact=True, **head
+) -> Sums:
+    return cross_entropy.linear_cross_entropy(
+        hidden,
+        Head(kernel, **head),
+        targets,
+        weights,
+        block=block,
+        z_loss=z_loss,
+        compact=compact,
+    )
+
+
+def plain(hidden, kernel, targets, weights, *, z_loss=0.0, scale=1.0, softcap=None):  # type: ignore[no-untyped-def]
+    """The definition: (what is minimised, sum of weighted hits), from all logits."""
+    logits = (hidden.astype(jnp.float32) @ kernel.astype(jnp.float32)) * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    losses = normaliser - at_target + z_loss * normaliser**2
+    return jnp.sum(weights * losses), jnp.sum(weights * (jnp.argmax(logits, -1) == targets))
 
 
 def mean_loss(hidden, head, targets, weights, **options):  # type: ignore[no-untyped-def]
@@ -36,10 +69,10 @@ def mean_loss(hidden, head, targets, weights, **options):  # type: ignore[no-unt
     return sums.loss / sums.weight
 
 
-@pytest.mark.parametrize("chunk", CHUNKS)
-def test_uniform_guesses_cost_log_v(chunk: int | None) -> None:
+@pytest.mark.parametrize("block", BLOCKS)
+def test_uniform_guesses_cost_log_v(block: int | None) -> None:
     hidden, head, targets, weights = batch()
-    sums = linear_cross_entropy(hidden * 0, head, targets, weights, chunk=chunk)
+    sums = linear_cross_entropy(hidden * 0, head, targets, weights, block=block)
     assert sums.weight == jnp.sum(weights)
     assert float(sums.loss) == pytest.approx(float(jnp.sum(weights)) * math.log(V), rel=1e-6)
 
@@ -55,8 +88,8 @@ def test_two_tokens_by_hand() -> None:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("chunk", CHUNKS)
-def test_equals_torch(chunk: int | None) -> None:
+@pytest.mark.parametrize("block", BLOCKS)
+def test_equals_torch(block: int | None, chunked: bool) -> None:
     torch = pytest.importorskip("torch")
     arrays = batch()
     hidden, head = (torch.tensor(np.asarray(x), requires_grad=True) for x in arrays[:2])
@@ -66,19 +99,19 @@ def test_equals_torch(chunk: int | None) -> None:
     )
     theirs = (losses * weights.reshape(-1)).sum() / weights.sum()
     theirs.backward()
-    ours, (d_hidden, d_head) = jax.value_and_grad(mean_loss, (0, 1))(*arrays, chunk=chunk)
+    ours, (d_hidden, d_head) = jax.value_and_grad(mean_loss, (0, 1))(*arrays, block=block)
     assert float(ours) == pytest.approx(float(theirs.detach()), rel=1e-6)
     np.testing.assert_allclose(d_hidden, hidden.grad, atol=1e-6)
     np.testing.assert_allclose(d_head, head.grad, atol=1e-6)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("chunk", [None, 3])
-def test_gradients_are_the_slopes(chunk: int | None, softcap: float | None) -> None:
+@pytest.mark.parametrize("block", [None, 5])
+def test_gradients_are_the_slopes(block: int | None, softcap: float | None) -> None:
     hidden, head, targets, weights = batch()
 
     def f(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        return mean_loss(hidden, head, targets, weights, chunk=chunk, softcap=softcap)
+        return mean_loss(hidden, head, targets, weights, block=block, softcap=softcap)
 
     # Central differences in f32: two digits.
     check_grads(f, (hidden, head), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
@@ -98,37 +131,37 @@ def test_logits_are_scaled_then_bounded() -> None:
     assert float(capped.loss) == pytest.approx(float((losses * weights).sum()), rel=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [None, 3])
-def test_nothing_to_train_is_zero_and_finite(chunk: int | None) -> None:
+@pytest.mark.parametrize("block", [None, 5])
+def test_nothing_to_train_is_zero_and_finite(block: int | None, chunked: bool) -> None:
     hidden, head, targets, weights = batch()
 
     def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        return linear_cross_entropy(hidden, head, targets, weights * 0, chunk=chunk).loss
+        return linear_cross_entropy(hidden, head, targets, weights * 0, block=block).loss
 
     value, gradients = jax.value_and_grad(loss, (0, 1))(hidden, head)
     assert value == 0
     assert all(np.all(np.asarray(gradient) == 0) for gradient in gradients)
 
 
-@pytest.mark.parametrize("chunk", [None, 3])
-def test_targets_of_weight_zero_may_be_anything(chunk: int | None) -> None:
+@pytest.mark.parametrize("block", [None, 5])
+def test_targets_of_weight_zero_may_be_anything(block: int | None, chunked: bool) -> None:
     hidden, head, targets, weights = batch()
     others = jnp.where(weights == 0, V - 1 - targets, targets)
     assert not np.array_equal(others, targets)
-    ours = linear_cross_entropy(hidden, head, targets, weights, chunk=chunk)
-    theirs = linear_cross_entropy(hidden, head, others, weights, chunk=chunk)
+    ours = linear_cross_entropy(hidden, head, targets, weights, block=block)
+    theirs = linear_cross_entropy(hidden, head, others, weights, block=block)
     assert ours == theirs
 
 
-@pytest.mark.parametrize("chunk", [None, 3])
-def test_correct_counts_the_lowest_best_guess(chunk: int | None) -> None:
+@pytest.mark.parametrize("block", [None, 5])
+def test_correct_counts_the_lowest_best_guess(block: int | None, chunked: bool) -> None:
     hidden, head, targets, weights = batch()
-    sums = linear_cross_entropy(hidden, head, targets, weights, chunk=chunk)
+    sums = linear_cross_entropy(hidden, head, targets, weights, block=block)
     best = np.argmax(np.asarray(hidden @ head), -1)
     assert float(sums.correct) == float(np.sum(weights * (best == targets)))
-    tied = linear_cross_entropy(hidden * 0, head, targets * 0, weights, chunk=chunk)
+    tied = linear_cross_entropy(hidden * 0, head, targets * 0, weights, block=block)
     assert tied.correct == tied.weight
-    tied = linear_cross_entropy(hidden * 0, head, targets * 0 + 1, weights, chunk=chunk)
+    tied = linear_cross_entropy(hidden * 0, head, targets * 0 + 1, weights, block=block)
     assert tied.correct == 0
 
 
@@ -143,71 +176,206 @@ def test_halves_add_up_to_the_whole() -> None:
         assert float(total) == pytest.approx(float(sum(pieces)), rel=1e-6)
 
 
-def test_half_precision_sums_the_head_gradient_in_f32() -> None:
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize(("block", "cuts"), [(None, 1), (5, 1), (None, 2), (4, 2), (7, 3)])
+def test_equals_the_definition(block: int | None, cuts: int, by_token: bool, chunked: bool) -> None:
+    """Scale, softcap and z-loss, a vocabulary in ranges, a table: values, hits, gradients."""
+    hidden, kernel, targets, weights = batch()
+    kernel = kernel[:, : V - V % cuts]
+    targets = jnp.minimum(targets, kernel.shape[1] - 1)
+    numbers = {"z_loss": 0.1, "scale": 0.7, "softcap": 1.5}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(jax.value_and_grad, argnums=(1, 2), has_aux=True)
+    def ours(compact, hidden, kernel):  # type: ignore[no-untyped-def]
+        stored = kernel.T if by_token else kernel
+        cut = {"block": block, "cuts": cuts, "by_token": by_token, "compact": compact}
+        sums = linear_cross_entropy(hidden, stored, targets, weights, **numbers, **cut)
+        return sums.loss + sums.penalty, sums
+
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def theirs(hidden, kernel):  # type: ignore[no-untyped-def]
+        return plain(hidden, kernel, targets, weights, **numbers)
+
+    (value, sums), gradients = ours(True, hidden, kernel)
+    (expected, correct), slopes = theirs(hidden, kernel)
+    assert float(value) == pytest.approx(float(expected), rel=1e-6)
+    assert sums.correct == correct
+    without, _ = plain(hidden, kernel, targets, weights, scale=0.7, softcap=1.5)
+    assert float(sums.loss) == pytest.approx(float(without), rel=1e-6)
+    # Sums over 19 entries and 14 tokens in another order, of gradients up to 4.
+    for mine, slope in zip(gradients, slopes, strict=True):
+        np.testing.assert_allclose(mine, slope, atol=3e-6)
+    (in_place, _), unmoved = ours(False, hidden, kernel)
+    assert float(in_place) == pytest.approx(float(expected), rel=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), unmoved, gradients)
+
+
+@pytest.mark.parametrize("block", [None, 5])
+def test_half_precision_is_rounded_only_where_it_is_multiplied(
+    block: int | None, chunked: bool
+) -> None:
+    hidden, kernel, targets, weights = batch()
+    rounded = hidden.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+
+    def ours(hidden, kernel):  # type: ignore[no-untyped-def]
+        return linear_cross_entropy(hidden, kernel, targets, weights, block=block).loss
+
+    def theirs(hidden, kernel):  # type: ignore[no-untyped-def]
+        return plain(hidden, kernel, targets, weights)[0]
+
+    value, (d_hidden, d_kernel) = jax.value_and_grad(ours, (0, 1))(rounded[0], kernel)
+    exact = [x.astype(jnp.float32) for x in rounded]
+    expected, slopes = jax.value_and_grad(theirs, (0, 1))(*exact)
+    assert float(value) == pytest.approx(float(expected), rel=1e-6)
+    assert (d_hidden.dtype, d_kernel.dtype) == (jnp.bfloat16, jnp.float32)
+    # The gradient of logits, at most 2, is rounded to 8 bits before either product.
+    np.testing.assert_allclose(d_hidden.astype(jnp.float32), slopes[0], atol=0.03)
+    np.testing.assert_allclose(d_kernel, slopes[1], atol=0.03)
+
+
+def test_half_precision_sums_the_head_gradient_in_f32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight chunks of 514 equal halves: 257 has nine bits, and bfloat16 holds eight."""
     rows, chunk = 8 * 514, 514
+    monkeypatch.setattr(cross_entropy, "SMALL_LOGITS", 0)
+    monkeypatch.setattr(cross_entropy, "NARROW_CHUNK", chunk)
     hidden = jnp.ones((1, rows, 1), jnp.bfloat16)
     head = jnp.zeros((1, 2), jnp.float32)
     targets, weights = jnp.zeros((1, rows), jnp.int32), jnp.ones((1, rows))
 
     def loss(head: jax.Array) -> jax.Array:
-        return linear_cross_entropy(hidden, head, targets, weights, chunk=chunk).loss
+        return linear_cross_entropy(hidden, head, targets, weights).loss
 
     gradient = jax.grad(loss)(head)
     assert gradient.dtype == jnp.float32
     np.testing.assert_allclose(gradient, [[-rows / 2, rows / 2]], rtol=1e-6)
 
 
-def test_logits_of_all_tokens_never_exist(largest_array: Callable[..., int]) -> None:
+def test_logits_of_the_whole_vocabulary_never_exist(largest_array: Callable[..., int]) -> None:
     rows, length, width, vocab = 2, 64, 4, 128
     hidden, head = jnp.ones((rows, length, width)), jnp.ones((width, vocab))
     targets, weights = jnp.zeros((rows, length), jnp.int32), jnp.ones((rows, length))
 
-    def largest(chunk: int | None) -> int:
+    def largest(block: int | None) -> int:
         def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
-            return linear_cross_entropy(hidden, head, targets, weights, chunk=chunk).loss
+            return linear_cross_entropy(hidden, head, targets, weights, block=block).loss
 
         return largest_array(jax.grad(loss, (0, 1)), hidden, head)
 
-    assert largest(chunk=8) == rows * 8 * vocab
-    assert largest(chunk=length) == rows * length * vocab
+    assert largest(block=32) == rows * length * 32
+    assert largest(block=vocab) == rows * length * vocab
 
 
-def test_default_chunks_are_few_and_not_short(
-    largest_array: Callable[..., int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def rows_at_once(length: int) -> int:
-        hidden, head = jnp.ones((1, length, 1)), jnp.ones((1, 64))
-        targets, weights = jnp.zeros((1, length), jnp.int32), jnp.ones((1, length))
-        return (
-            largest_array(lambda *x: linear_cross_entropy(*x), hidden, head, targets, weights) // 64
-        )
+@pytest.mark.parametrize(
+    ("vocab", "wanted", "width"),
+    [
+        (128256, 16, 7552),  # 17 whole-tile blocks overlap by 128 entries; 16 would by 768
+        (32768, 16, 2048),
+        (151936, 19, 6912),
+        (100, 3, 100),
+    ],
+)
+def test_blocks_are_whole_tiles_that_overlap_little(vocab: int, wanted: int, width: int) -> None:
+    blocks = -(-vocab // width)
+    assert cross_entropy._even_block(vocab, wanted) == width
+    assert blocks * width - vocab < 0.01 * vocab
 
-    assert rows_at_once(2048) == 2048  # small logits: one chunk
+
+def test_chunks_without_a_weight_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not finite in a chunk that is read reaches every gradient of the head."""
     monkeypatch.setattr(cross_entropy, "SMALL_LOGITS", 0)
-    assert rows_at_once(200) == 200
-    assert rows_at_once(2048) == 256
-    assert rows_at_once(8192) == 512
+    monkeypatch.setattr(cross_entropy, "NARROW_CHUNK", 4)
+    hidden = jnp.ones((2, 8, D)).at[0, 1::2].set(jnp.nan).at[1, 4:].set(jnp.nan)
+    weights = jnp.zeros((2, 8)).at[0, 0::2].set(1.0).at[1, :4].set(0.5)
+    head, targets = jnp.ones((D, V)), jnp.zeros((2, 8), jnp.int32)
+
+    def loss(hidden, head, compact):  # type: ignore[no-untyped-def]
+        return mean_loss(hidden, head, targets, weights, compact=compact)
+
+    gradients = jax.grad(loss, (0, 1))(hidden, head, True)
+    assert all(bool(jnp.all(jnp.isfinite(gradient))) for gradient in gradients)
+    assert not jnp.all(jnp.isfinite(jax.grad(loss, 1)(hidden, head, False)))
 
 
-@pytest.mark.parametrize("chunk", [None, 4])
-def test_rows_and_vocabulary_spread_over_devices(chunk: int | None) -> None:
+def test_a_vocabulary_that_cannot_be_cut_is_refused() -> None:
+    with pytest.raises(ValueError, match="19 entries cannot be cut into 2 equal ranges"):
+        linear_cross_entropy(*batch(), cuts=2)
+
+
+# -- spread over devices -------------------------------------------------------------------------
+
+
+def spread_batch() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     rng = np.random.default_rng(0)
-    rows, length, vocab = 4, 8, 32
-    hidden = jnp.asarray(rng.normal(size=(rows, length, D)), jnp.float32)
-    head = jnp.asarray(rng.normal(size=(D, vocab)), jnp.float32)
+    rows, length, width, vocab = 4, 8, 8, 32
+    hidden = jnp.asarray(rng.normal(size=(rows, length, width)), jnp.float32)
+    head = jnp.asarray(rng.normal(size=(width, vocab)), jnp.float32)
     targets = jnp.asarray(rng.integers(0, vocab, (rows, length)), jnp.int32)
     weights = jnp.asarray(rng.choice([0.0, 1.0], (rows, length)), jnp.float32)
+    return hidden, head, targets, weights
+
+
+@pytest.mark.parametrize("block", [None, 10])
+def test_rows_and_vocabulary_spread_automatically(block: int | None) -> None:
+    arrays = spread_batch()
 
     def loss(hidden, head, targets, weights):  # type: ignore[no-untyped-def]
-        return mean_loss(hidden, head, targets, weights, chunk=chunk)
+        return mean_loss(hidden, head, targets, weights, block=block, cuts=2, compact=False)
 
-    alone = jax.value_and_grad(loss, (0, 1))(hidden, head, targets, weights)
+    alone = jax.value_and_grad(loss, (0, 1))(*arrays)
     devices = mesh.make_mesh({"data": 1, "fsdp": 4, "tensor": 2, "context": 1})
     axes = (("batch", "length", "act_embed"), (None, "vocab"), *[("batch", "length")] * 2)
     spread = [
         jax.device_put(x, NamedSharding(devices, mesh.partition_spec(names, x.shape, devices)))
-        for x, names in zip((hidden, head, targets, weights), axes, strict=True)
+        for x, names in zip(arrays, axes, strict=True)
     ]
-    together = jax.jit(jax.value_and_grad(loss, (0, 1)))(*spread)
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*spread).compile()
+    together = compiled(*spread)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), together, alone)
+    assert "all-gather" not in compiled.as_text()
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize(("block", "tensor"), [(None, 1), (10, 1), (10, 2)])
+def test_a_kernel_cut_along_its_width_is_gathered_by_blocks(
+    block: int | None, tensor: int, by_token: bool, chunked: bool
+) -> None:
+    """A slice of D on each device of fsdp and rows of its own; V spread automatically."""
+    hidden, kernel, targets, weights = spread_batch()
+    weights = weights.at[1].set(0.0)  # one device has nothing to train
+    stored, axis = (kernel.T, 1) if by_token else (kernel, 0)
+    devices = Mesh(np.array(jax.devices()[: 4 * tensor]).reshape(4, tensor), ("fsdp", "tensor"))
+
+    def sums_of(hidden, stored, targets, weights, **spread):  # type: ignore[no-untyped-def]
+        cut = {"block": block, "by_token": by_token}
+        sums = linear_cross_entropy(hidden, stored, targets, weights, z_loss=0.1, **cut, **spread)
+        return sums.loss + sums.penalty
+
+    spread = {
+        "gather": lambda x: lax.all_gather(x, "fsdp", axis=axis, tiled=True),
+        "scatter": lambda x: lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True),
+        "cuts": tensor,
+    }
+    rows, width = P("fsdp"), P(*(["fsdp", None] if axis == 0 else [None, "fsdp"]))
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=devices,
+        in_specs=(rows, width, rows, rows),
+        out_specs=(P("fsdp"), (rows, width)),
+        axis_names={"fsdp"},
+        check_vma=False,
+    )
+    def one_device(*arrays):  # type: ignore[no-untyped-def]
+        value, gradients = jax.value_and_grad(functools.partial(sums_of, **spread), (0, 1))(*arrays)
+        return value[None], gradients
+
+    vocab = P("tensor", "fsdp") if by_token else P("fsdp", "tensor")
+    stored_apart = jax.device_put(stored, NamedSharding(devices, vocab))
+    with jax.set_mesh(devices):
+        values, gradients = one_device(hidden, stored_apart, targets, weights)
+    expected, slopes = jax.value_and_grad(sums_of, (0, 1))(hidden, stored, targets, weights)
+    assert float(jnp.sum(values)) == pytest.approx(float(expected), rel=1e-6)
+    for mine, slope in zip(gradients, slopes, strict=True):
+        np.testing.assert_allclose(mine, slope, atol=5e-6)

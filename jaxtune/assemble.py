@@ -1,0 +1,125 @@
+"""A config, a model and a mesh -> the program that trains it.
+
+`train` gives the devices that are there and `plan` those of a topology: both ask here, so that what
+is planned is what runs.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from jaxtune.chips import libtpu_args
+from jaxtune.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from jaxtune.hf.load import HfModel
+    from jaxtune.learn.optim import Hyper
+    from jaxtune.learn.partial import Part
+    from jaxtune.learn.program import Program
+    from jaxtune.weights import Adapters
+
+
+def set_compiler_flags() -> None:
+    """Asks the TPU compiler for `chips.TPU_FLAGS`; what LIBTPU_INIT_ARGS says already stays.
+
+    Read when JAX first looks for devices: to be called before, and harmless without a TPU.
+    """
+    os.environ["LIBTPU_INIT_ARGS"] = libtpu_args(os.environ.get("LIBTPU_INIT_ARGS", ""))
+
+
+def microbatches(config: Config, mesh: Mesh) -> int:
+    """In a step. Raises `ConfigError` for a global_batch_size that does not divide."""
+    from jaxtune.mesh import row_shards
+
+    if config.global_batch_size is None:
+        return config.gradient_accumulation_steps
+    each = row_shards(mesh) * config.per_device_train_batch_size
+    if config.global_batch_size % each:
+        raise ConfigError(
+            f"global_batch_size: {config.global_batch_size} rows do not divide into microbatches "
+            f"of {row_shards(mesh)} devices x per_device_train_batch_size="
+            f"{config.per_device_train_batch_size} (={each}). Choose a multiple of {each}, or a "
+            "smaller per_device_train_batch_size."
+        )
+    return config.global_batch_size // each
+
+
+def rows_per_step(config: Config, mesh: Mesh) -> int:
+    """Of the whole batch, all devices and microbatches together.
+
+    Raises `ConfigError` for rows that cannot be cut over `mesh.context`.
+    """
+    from jaxtune.mesh import row_shards
+
+    parts = mesh.shape["context"]
+    if parts > 1 and not config.packing:
+        raise ConfigError(
+            f"mesh.context: {parts} devices share a row of max_length tokens, but packing is off "
+            "and rows are as long as their examples. Set packing: true, or mesh.context: 1."
+        )
+    if config.max_length % parts:
+        raise ConfigError(
+            f"max_length: {config.max_length} tokens cannot be cut over mesh.context={parts} "
+            f"devices. Choose a multiple of {2 * parts}, for which they also have equal work."
+        )
+    return row_shards(mesh) * config.per_device_train_batch_size * microbatches(config, mesh)
+
+
+def hyper(config: Config) -> Hyper:
+    """What the config says of the optimiser."""
+    from jaxtune.learn.optim import Hyper
+
+    return Hyper(
+        config.optim,
+        beta1=config.adam_beta1,
+        beta2=config.adam_beta2,
+        epsilon=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum or 0.0,
+        adjust=config.muon_adjust_lr or "match_rms_adamw",
+        state_dtype=config.optim_state_dtype,
+    )
+
+
+def build(
+    config: Config,
+    model: HfModel,
+    adapters: Adapters | None,
+    chosen: Part | None,
+    mesh: Mesh,
+    total_steps: int,
+) -> Program:
+    """The program of a run of `total_steps`, for the devices of `mesh`."""
+    from jaxtune.learn import program, schedules
+    from jaxtune.mesh import platform_of
+
+    dtype: Any = program.compute_dtype(config.dtype, platform_of(mesh))
+    warmup = schedules.warmup_length(config.warmup_steps, total_steps)
+    return program.build(
+        model.spec,
+        mesh,
+        hyper=hyper(config),
+        learning_rate=schedules.schedule(
+            config.lr_scheduler_type,
+            learning_rate=config.learning_rate,
+            warmup_steps=warmup,
+            total_steps=total_steps,
+            **config.lr_scheduler_kwargs.model_dump(),
+        ),
+        max_grad_norm=config.max_grad_norm,
+        microbatches=microbatches(config, mesh),
+        dtype=dtype,
+        # A frozen base is only read: kept as it is computed with, it takes half the memory.
+        param_dtype=config.param_dtype if adapters is None else dtype,
+        remat=config.gradient_checkpointing,
+        seed=config.seed,
+        noise_alpha=config.neftune_noise_alpha,
+        attention=config.attention,
+        loss_block=config.loss_block,
+        z_loss=config.z_loss,
+        lora=None if adapters is None else adapters.lora,
+        is_trained=None if chosen is None else chosen.is_trained,
+    )

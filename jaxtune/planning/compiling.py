@@ -1,0 +1,219 @@
+"""The real step handed to the TPU compiler, and what the compiled program says of itself.
+
+The answer is kept on disk under a hash of the lowered program, its devices, the compiler and its
+flags: whatever changes the step changes the key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxtune import compiled
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from jaxtune.learn.program import Program
+
+_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Read(NamedTuple):
+    """Figures of one device. `needed` is all the memory the program wants, `limit` what the
+    compiler has where that is too much; then there are no other figures."""
+
+    needed: int
+    limit: int | None = None
+    arguments: int = 0
+    code: int = 0
+    host: int = 0
+    matmul_flops: float = 0.0
+    kernel_flops: float = 0.0
+    cycles: float = 0.0
+    wire: Mapping[str, tuple[float, float, float]] = {}  # kind -> times, bytes, exposed bytes
+    axes: Mapping[str, float] = {}  # mesh axes -> bytes
+    loops_unread: int = 0
+    seconds: float = 0.0  # that the compiler took
+
+    @property
+    def fits(self) -> bool:
+        return self.limit is None
+
+    @property
+    def wire_bytes(self) -> float:
+        return sum(sent for _, sent, _ in self.wire.values())
+
+    @property
+    def exposed_bytes(self) -> float:
+        return sum(exposed for _, _, exposed in self.wire.values())
+
+
+def arguments(program: Program, *, rows: int, length: int) -> tuple[Any, Any, Any]:
+    """(state, frozen, batch) as shapes with shardings: what the step is lowered for."""
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding
+
+    from jaxtune.data.schema import Batch
+    from jaxtune.mesh import partition_spec
+    from jaxtune.tree import split
+
+    def placed(leaf: Any, where: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    state = jax.tree.map(placed, program.abstract, program.shardings)
+    variables = jax.tree.map(placed, program.variables, program.placed)
+    _, frozen = split(variables, program.is_trained)
+    spec = partition_spec(("batch", "length"), (rows, length), program.mesh)
+    where = NamedSharding(program.mesh, spec)
+    kinds = {"weights": np.float32}
+    leaves: list[Any] = [
+        jax.ShapeDtypeStruct((rows, length), kinds.get(name, np.int32), sharding=where)
+        for name in Batch._fields
+    ]
+    batch = Batch(*leaves)
+    return state, frozen, batch
+
+
+def read(
+    program: Program,
+    *,
+    rows: int,
+    length: int,
+    topology: str,
+    folder: Path | None,
+    note: Callable[[str], None],
+) -> Read:
+    """Compiles the train step for batches of `[rows length]`, or reads what was found earlier.
+
+    `folder` keeps the answers; None keeps none. Raises what the compiler raises, but for a program
+    that is too large, which is an answer.
+    """
+    import jax
+
+    with jax.set_mesh(program.mesh):
+        step: Any = program.train_step  # a jitted function
+        lowered = step.lower(*arguments(program, rows=rows, length=length))
+        name = f"{key(lowered.as_text(), topology, program.mesh)}.json"
+        if folder is not None and (known := _stored(folder / name)):
+            return known
+        note(f"compiling the step for {topology}; a minute or a few")
+        began = time.monotonic()
+        try:
+            made = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            found = too_large(str(error))
+            if found is None:
+                raise
+        else:
+            found = _figures(made, program.mesh)
+        found = found._replace(seconds=time.monotonic() - began)
+    if folder is not None:
+        _store(folder / name, found)
+    return found
+
+
+def too_large(message: str) -> Read | None:
+    """What the compiler says of a program beyond the memory of the device, else None.
+
+    >>> too_large("RESOURCE_EXHAUSTED: ... temporaries (16.75G) exceeds available HBM (15.75G).")
+    Read(needed=17985175552, limit=16911433728, ...)
+    """
+    forms = (
+        r"\(([\d.]+)([KMGT]?)i?B?\) exceeds available HBM \(([\d.]+)([KMGT]?)i?B?\)",
+        r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm",
+    )
+    for form in forms:
+        if "RESOURCE_EXHAUSTED" in message and (found := re.search(form, message)):
+            needed, unit, limit, other = found.groups()
+            return Read(
+                round(float(needed) * _UNITS[unit]), limit=round(float(limit) * _UNITS[other])
+            )
+    return None
+
+
+def _figures(made: Any, mesh: Mesh) -> Read:
+    memory = made.memory_analysis()
+    shape = {str(name): int(size) for name, size in mesh.shape.items()}
+    cost = compiled.cost(made.as_text(), int(mesh.size), shape)
+    # Outputs that are not donated arguments lie beside them.
+    beside = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    code = memory.generated_code_size_in_bytes
+    held = memory.argument_size_in_bytes + beside + memory.temp_size_in_bytes
+    return Read(
+        needed=held + code,
+        arguments=memory.argument_size_in_bytes,
+        code=code,
+        host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+        matmul_flops=cost.matmul_flops,
+        kernel_flops=cost.kernel_flops,
+        cycles=cost.cycles,
+        wire={kind: (of.times, of.bytes, of.exposed) for kind, of in cost.wire.items()},
+        axes=_by_axis(cost.axes),
+        loops_unread=cost.loops_unread,
+    )
+
+
+def _by_axis(found: Mapping[str, float]) -> dict[str, float]:
+    """By the names of the config: the mesh lays one of them over several dimensions."""
+    axes: dict[str, float] = {}
+    for along, sent in found.items():
+        name = "+".join(dict.fromkeys(part.partition("_")[0] for part in along.split("+")))
+        axes[name] = axes.get(name, 0.0) + sent
+    return axes
+
+
+# -- on disk -------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Of what compiles."""
+    found = {}
+    for name in ("jax", "jaxlib", "libtpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def key(program: str, topology: str, mesh: Mesh) -> str:
+    """Of the answer to one question: the lowered program, where it runs, and what compiles it."""
+    parts = {
+        "program": hashlib.sha256(program.encode()).hexdigest(),
+        "topology": topology,
+        "mesh": [int(device.id) for device in mesh.devices.flat],
+        "versions": versions(),
+        "flags": os.environ.get("LIBTPU_INIT_ARGS", ""),
+        "reader": hashlib.sha256(
+            b"\0".join(Path(file).read_bytes() for file in (compiled.__file__, __file__))
+        ).hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def _stored(file: Path) -> Read | None:
+    try:
+        found = Read(**json.loads(file.read_text(encoding="utf-8")))
+        return found._replace(wire={kind: (n, b, e) for kind, (n, b, e) in found.wire.items()})
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _store(file: Path, found: Read) -> None:
+    """Whole or not at all; a cache that cannot be written is no reason to stop."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as work:
+            json.dump(found._asdict(), work)
+        os.replace(work.name, file)
+    except OSError:
+        return

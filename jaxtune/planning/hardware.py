@@ -1,0 +1,121 @@
+"""The devices a plan is for: those of the TPU compiler's topology, or stand-ins for placement.
+
+A stand-in has what `mesh` asks of a device and nothing that could run. With stand-ins a program is
+built and its shapes and shardings are read; only a topology's devices can be compiled for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jaxtune.assemble import set_compiler_flags
+from jaxtune.chips import Slice
+from jaxtune.config import ConfigError
+
+# The TPU compiler asks the metadata server of a cloud machine, unless it is told what it is.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # need not be what is compiled for
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second plan beside this one aborts
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A device by name only."""
+
+    id: int
+    platform: str
+    device_kind: str
+    process_index: int
+    slice_index: int
+    coords: tuple[int, ...]
+    core_on_chip: int
+
+
+class Hardware(NamedTuple):
+    """`devices` are all of `slice`, `per_chip` of them on each chip; `limit` in bytes of each
+    device, None where it is not known; `hosts` share the chips."""
+
+    slice: Slice
+    devices: Sequence[Any]
+    per_chip: int
+    limit: int | None
+    hosts: int
+    compiles: bool
+
+
+def set_environment() -> None:
+    """Everything that has to be said before JAX is imported: no device of this machine is wanted.
+
+    Where JAX has been imported already (a notebook) nothing is changed but the compiler's flags.
+    """
+    if "jax" not in sys.modules:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    set_compiler_flags()
+
+
+def hardware(slice: Slice, *, compiles: bool) -> Hardware:
+    """The devices of `slice`. Raises `ConfigError` where they cannot be had."""
+    if slice.platform == "tpu" and compiles:
+        devices: Sequence[Any] = _topology(slice)
+    else:
+        devices = _stand_ins(slice)
+    per_chip = max(1, len(devices) // slice.chips)
+    limit = _host_bytes() if slice.platform == "cpu" else slice.chip.hbm // per_chip
+    hosts = len({device.process_index for device in devices})
+    return Hardware(slice, devices, per_chip, limit, hosts, slice.platform == "tpu" and compiles)
+
+
+def _topology(slice: Slice) -> Sequence[Any]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(
+            f"topology: {slice.topology} is compiled for by the TPU compiler, which is not "
+            "installed here. pip install 'jaxtune[tpu]' brings it, no TPU needed; or plan by "
+            "arithmetic alone with --compile false."
+        )
+    from jax.experimental import topologies
+
+    several = {"num_slices": slice.slices} if slice.slices > 1 else {}
+    try:
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=slice.topology, **several
+        )
+    except Exception as error:  # what the compiler raises has no type of its own
+        said = " ".join(str(error).split())[:200]
+        raise ConfigError(f"topology: the compiler knows no {slice.topology}: {said}") from None
+    return list(found.devices)
+
+
+def _stand_ins(slice: Slice) -> Sequence[StandIn]:
+    chip, count = slice.chip, math.prod(slice.shape)
+    sizes = (*slice.shape, 1, 1)[:3]
+    places = [place[::-1] for place in itertools.product(*(range(n) for n in sizes[::-1]))]
+    return [
+        StandIn(
+            id=number,
+            platform=slice.platform,
+            device_kind=chip.kinds[0],
+            process_index=number // (chip.hosts_of * chip.devices),
+            slice_index=number // (count * chip.devices),
+            coords=places[number // chip.devices % count],
+            core_on_chip=number % chip.devices,
+        )
+        for number in range(slice.chips * chip.devices)
+    ]
+
+
+def _host_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,236 @@
+"""The fastest settings that fit: mesh x rows x what the backward pass recomputes.
+
+The rows of a step, and with them what is learnt, stay those of the config: more rows at once means
+fewer microbatches. Arithmetic leaves out what cannot fit and orders the rest; the compiler decides,
+in processes beside each other, until the time is up. A setting with more rows than one that did not
+fit is not tried.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtune import assemble
+from jaxtune.config import Config, ConfigError, dump
+from jaxtune.planning import estimate, timing
+from jaxtune.planning.advice import changed
+from jaxtune.planning.estimate import Work
+from jaxtune.planning.hardware import Hardware
+from jaxtune.planning.study import Study, Subject, study
+
+SLACK = 1.15  # arithmetic this far above the limit is not worth compiling
+PROCESS_BYTES = 2 * 2**30  # of one that compiles: 1.2 to 1.5 GB measured
+
+
+class Candidate(NamedTuple):
+    """Settings, as flags, and what arithmetic says of them: `needed` bytes of a device, `seconds`
+    a step. `family` are those that differ in rows alone."""
+
+    settings: str
+    fields: Mapping[str, Any]
+    needed: int
+    seconds: float
+    tokens: int  # of a step
+    rows: int
+    family: tuple[Any, ...]
+
+
+def candidates(config: Config, subject: Subject, there: Hardware) -> list[Candidate]:
+    """Everything that may fit, by arithmetic, fastest first."""
+    whole = _rows_of_step(config, there)
+    found: list[Candidate] = []
+    for mesh in meshes(there, heads=_kv_heads(subject)):
+        try:
+            alone = {"per_device_train_batch_size": 1, "global_batch_size": whole}
+            base = study(changed(config, **mesh, **alone), subject, there, compiles=False)
+        except ConfigError:  # rows that do not divide, or a mesh this version does not train
+            continue
+        found += [
+            candidate
+            for candidate in _of_mesh(base, mesh, whole)
+            if there.limit is None or candidate.needed <= SLACK * there.limit
+        ]
+    return sorted(found, key=lambda candidate: (candidate.seconds, candidate.needed))
+
+
+def meshes(there: Hardware, *, heads: int) -> Iterator[dict[str, int]]:
+    """All ways to lay the devices over data, fsdp, tensor and context; heads divide over tensor,
+    slices are joined along data."""
+    count = len(there.devices)
+    for data in _divisors(count):
+        for tensor in _divisors(count // data):
+            for context in _divisors(count // data // tensor):
+                if data % there.slice.slices == 0 and heads % tensor == 0 and context <= 8:
+                    sizes = (data, count // data // tensor // context, tensor, context)
+                    names = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context")
+                    yield dict(zip(names, sizes, strict=True))
+
+
+def _of_mesh(base: Study, mesh: Mapping[str, int], whole: int) -> Iterator[Candidate]:
+    shards = base.work.sizes["data"] * base.work.sizes["fsdp"]
+    for rows in _divisors(whole // shards):
+        for remat in remat_names():
+            work = base.work._replace(rows=rows, remat=remat, microbatches=whole // shards // rows)
+            fields = {
+                **mesh,
+                "per_device_train_batch_size": rows,
+                "global_batch_size": whole,
+                "gradient_checkpointing": remat,
+            }
+            settings = " ".join(f"--{name} {value}" for name, value in fields.items())
+            needed = sum(estimate.memory(work, base.held).values())
+            family = (*mesh.values(), remat)
+            seconds = _seconds(work, base)
+            yield Candidate(settings, fields, needed, seconds, work.tokens_per_step, rows, family)
+
+
+def _seconds(work: Work, base: Study) -> float:
+    there = base.hardware
+    state = base.held["parameters"] + base.held["optimiser"]
+    wire = estimate.wire(work, base.held)
+    flops = estimate.all_flops(work)
+    return timing.of_estimate(flops, wire, state, there.slice, there.per_chip).step
+
+
+def remat_names() -> tuple[str, ...]:
+    """The policies that this version has and arithmetic knows."""
+    return typing.get_args(Config.model_fields["gradient_checkpointing"].annotation)
+
+
+def _rows_of_step(config: Config, there: Hardware) -> int:
+    from jaxtune.mesh import make_mesh
+
+    return assemble.rows_per_step(config, make_mesh(config.mesh.model_dump(), there.devices))
+
+
+def _kv_heads(subject: Subject) -> int:
+    return math.gcd(*(layer.kv_heads for layer in subject.model.spec.layers))
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+# -- compiled, several at a time -----------------------------------------------------------------
+
+
+def compile_all(
+    ranked: Sequence[Candidate],
+    config: Config,
+    subject: Subject,
+    topology: str,
+    *,
+    minutes: float,
+    advance: Callable[[int, int], None],
+) -> Iterator[tuple[Candidate, dict[str, Any]]]:
+    """(candidate, the object of `plan --json`) as they come, until the time is up.
+
+    Each is a `plan` of its own in a process of its own, which keeps and reuses answers on disk.
+    `advance` is told how many are done, of how many.
+    """
+    waiting, running = list(ranked), dict[subprocess.Popen[str], Candidate]()
+    ends, done, too_large = time.monotonic() + 60 * minutes, 0, dict[tuple[Any, ...], int]()
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as closing:
+        while (waiting or running) and time.monotonic() < ends:
+            while waiting and len(running) < workers():
+                candidate = waiting.pop(0)
+                if candidate.rows >= too_large.get(candidate.family, candidate.rows + 1):
+                    done += 1
+                    continue
+                process = _start(candidate, config, subject, topology, Path(folder), len(waiting))
+                closing.callback(_stop, process)
+                running[process] = candidate
+            for process in [each for each in running if each.poll() is not None]:
+                candidate, done = running.pop(process), done + 1
+                plan = _answer(process, candidate)
+                if not plan["fits"]:
+                    before = too_large.get(candidate.family, candidate.rows)
+                    too_large[candidate.family] = min(before, candidate.rows)
+                yield candidate, plan
+            advance(done, len(ranked))
+            time.sleep(0.2)
+
+
+def workers() -> int:
+    """How many compilers this machine holds beside each other."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 1
+    return max(1, min(cores or 1, 1024 * free // PROCESS_BYTES))
+
+
+def _start(
+    candidate: Candidate,
+    config: Config,
+    subject: Subject,
+    topology: str,
+    folder: Path,
+    number: int,
+) -> subprocess.Popen[str]:
+    bare = {
+        "datasets": [], "eval_datasets": [], "eval_split": 0.0, "add_tokens": False,
+        "max_length": subject.length, "max_steps": subject.steps or -1,
+        "model_name_or_path": str(subject.model.folder),
+    }  # fmt: skip
+    file = folder / f"{number}.yaml"
+    file.write_text(dump(changed(config, **bare, **candidate.fields)), encoding="utf-8")
+    command = (sys.executable, "-m", "jaxtune.plan", "--config", str(file), "--topology", topology)
+    with open(folder / f"{number}.json", "w") as out, open(folder / f"{number}.log", "w") as log:
+        return subprocess.Popen([*command, "--json"], stdout=out, stderr=log, text=True)
+
+
+def _answer(process: subprocess.Popen[str], candidate: Candidate) -> dict[str, Any]:
+    args = typing.cast(list[str], process.args)
+    file = Path(args[args.index("--config") + 1])
+    if process.returncode:
+        said = file.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
+        last = next(reversed(said.strip().splitlines()), "")
+        raise ConfigError(f"search: {candidate.settings}: {last}")
+    plan: dict[str, Any] = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+    return plan
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+
+
+def counted(candidate: Candidate, there: Hardware) -> dict[str, Any]:
+    """Of `plan --json` what a choice needs, by arithmetic."""
+    return {
+        "fits": there.limit is None or candidate.needed <= there.limit,
+        "hbm_bytes": candidate.needed * there.per_chip,
+        "tokens_per_second_per_chip": candidate.tokens / candidate.seconds / there.slice.chips,
+        "method": "arithmetic",
+    }
+
+
+# -- the choice ----------------------------------------------------------------------------------
+
+
+def frontier(plans: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those that fit and that no other beats in both memory and speed, fastest first."""
+    fitting = [plan for plan in plans if plan["fits"] and plan["tokens_per_second_per_chip"]]
+    fastest = sorted(
+        fitting, key=lambda plan: (-plan["tokens_per_second_per_chip"], plan["hbm_bytes"])
+    )
+    kept: list[Mapping[str, Any]] = []
+    for plan in fastest:
+        if not kept or plan["hbm_bytes"] < kept[-1]["hbm_bytes"]:
+            kept.append(plan)
+    return kept

@@ -1,0 +1,236 @@
+"""One config on one piece of hardware: arithmetic always, the compiler where it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxtune import assemble
+from jaxtune.config import Config
+from jaxtune.planning import compiling, estimate, timing
+from jaxtune.planning.estimate import Work
+from jaxtune.planning.hardware import Hardware
+
+if TYPE_CHECKING:
+    from jaxtune.hf.load import HfModel
+    from jaxtune.learn.program import Program
+
+_STEPS = 1000  # of a run whose length is not known; only the schedule's constants depend on it
+# Beside the state in a training process: Python, JAX, the compiler and its programs; measured
+# for the TPU compiler at 1.2 to 1.5 GB.
+_PROCESS_BYTES = 3 * 2**30
+
+
+class Subject(NamedTuple):
+    """What is planned. `length` is of a row, `steps` of the run (None: not known), `fill` the
+    share of a row that is no padding."""
+
+    model: HfModel
+    length: int
+    steps: int | None = None
+    fill: float | None = None
+
+
+class Study(NamedTuple):
+    """`counted` is the arithmetic estimate by kind, `read` what the compiler found, per device."""
+
+    config: Config
+    subject: Subject
+    hardware: Hardware
+    work: Work
+    held: Mapping[str, int]
+    counted: Mapping[str, int]
+    trained: int  # parameters
+    read: compiling.Read | None
+    time: timing.Time | None
+
+    @property
+    def needed(self) -> int:
+        """Bytes of memory on one device."""
+        return sum(self.counted.values()) if self.read is None else self.read.needed
+
+    @property
+    def limit(self) -> int | None:
+        if self.read is not None and self.read.limit is not None:
+            return self.read.limit
+        return self.hardware.limit
+
+    @property
+    def fits(self) -> bool:
+        if self.read is not None:
+            return self.read.fits
+        return self.limit is None or self.needed <= self.limit
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of one chip."""
+        if self.time is None:
+            return None
+        return self.work.tokens_per_step / self.time.step / self.hardware.slice.chips
+
+
+def study(
+    config: Config,
+    subject: Subject,
+    hardware: Hardware,
+    *,
+    folder: Path | None = None,
+    note: Callable[[str], None] = lambda message: None,
+    compiles: bool | None = None,
+) -> Study:
+    """`compiles` overrules what the hardware can; `folder` keeps what the compiler said. Raises
+    `ConfigError` for a mesh or a batch that does not match the devices."""
+    program, work, trained = _built(config, subject, hardware)
+    held = estimate.held(program)
+    counted = estimate.memory(work, held)
+    slice, per_chip = hardware.slice, hardware.per_chip
+    read, time = None, None
+    if hardware.compiles if compiles is None else compiles:
+        read = compiling.read(
+            program,
+            rows=assemble.rows_per_step(config, program.mesh),
+            length=subject.length,
+            topology=f"{slice.slices}x{slice.topology}",
+            folder=folder,
+            note=note,
+        )
+    if read is not None and read.fits:
+        time = timing.of_compiled(read, slice, per_chip)
+    elif slice.chip.flops:
+        time = timing.of_estimate(
+            estimate.all_flops(work),
+            estimate.wire(work, held),
+            held["parameters"] + held["optimiser"],
+            slice,
+            per_chip,
+        )
+    return Study(config, subject, hardware, work, held, counted, trained, read, time)
+
+
+def _built(config: Config, subject: Subject, hardware: Hardware) -> tuple[Program, Work, int]:
+    import jax
+    import jax.numpy as jnp
+
+    from jaxtune.learn.program import compute_dtype
+    from jaxtune.mesh import make_mesh, platform_of, sizes_of
+    from jaxtune.model.decoder import attention_for
+    from jaxtune.weights import adapters_of, part_of
+
+    model, adapters = adapters_of(config, subject.model, note=lambda message: None)
+    model, chosen = part_of(config, model)
+    mesh = make_mesh(config.mesh.model_dump(), hardware.devices)
+    program = assemble.build(config, model, adapters, chosen, mesh, subject.steps or _STEPS)
+    dtype = compute_dtype(config.dtype, platform_of(mesh))
+    kind, _ = attention_for(
+        model.spec,
+        platform_of(mesh),
+        subject.length,
+        devices=mesh.shape["context"],
+        dtype=dtype,
+        asked=config.attention,
+    )
+    trained = jax.tree.leaves(program.abstract.trained)
+    work = Work(
+        spec=model.spec,
+        sizes=sizes_of(mesh),
+        rows=config.per_device_train_batch_size,
+        length=subject.length,
+        microbatches=assemble.microbatches(config, mesh),
+        remat=config.gradient_checkpointing,
+        item=jnp.dtype(dtype).itemsize,
+        trained=estimate.held(program)["trained"],
+        lora=adapters is not None,
+        attention=kind,
+        block=config.loss_block,
+    )
+    return program, work, sum(leaf.size for leaf in trained)
+
+
+# -- what is said of it --------------------------------------------------------------------------
+
+
+def by_kind(found: Study) -> dict[str, int]:
+    """Bytes of one device by kind, which add up to all it needs.
+
+    Parameters and optimiser are exact. Of a compiled step the program's own size is, and what
+    remains of its buffers is shared out: gradients, activations and logits as counted by rule as
+    far as it reaches, the rest is temporaries.
+    """
+    if found.read is None:
+        return dict(found.counted)
+    left = found.needed - found.held["parameters"] - found.held["optimiser"] - found.read.code
+    kinds = {name: found.held[name] for name in ("parameters", "optimiser")}
+    for name in ("gradients", "activations", "logits"):
+        kinds[name] = min(found.counted[name], max(0, left))
+        left -= kinds[name]
+    return {**kinds, "temporaries": max(0, left), "program": found.read.code}
+
+
+def figures(found: Study) -> dict[str, Any]:
+    """The object of `plan --json`; bytes, FLOPs and rates are of one chip."""
+    per_chip, read, work = found.hardware.per_chip, found.read, found.work
+    compiled = read if read is not None and read.fits else None
+    kinds = {name: size * per_chip for name, size in by_kind(found).items()}
+    flops = sum(estimate.all_flops(work))
+    axes: Mapping[str, float] = estimate.wire(work, found.held)
+    sent, wire = sum(axes.values()), None
+    if compiled is not None:
+        flops = compiled.matmul_flops + compiled.kernel_flops
+        axes, sent = compiled.axes, compiled.wire_bytes
+        wire = {kind: of[1] * per_chip for kind, of in compiled.wire.items()}
+    model = estimate.model_flops(work) * per_chip
+    time, chip = found.time, found.hardware.slice.chip
+    return {
+        "topology": found.hardware.slice.name,
+        "chips": found.hardware.slice.chips,
+        "fits": found.fits,
+        "hbm_bytes": sum(kinds.values()),
+        "hbm_limit_bytes": None if found.limit is None else found.limit * per_chip,
+        "hbm_by_kind": kinds,
+        "flops": flops * per_chip,
+        "flops_without_recomputation": model,
+        "matmul_flops": None if compiled is None else compiled.matmul_flops * per_chip,
+        "attention_flops": None if compiled is None else compiled.kernel_flops * per_chip,
+        "collective_bytes": sent * per_chip,
+        "collective_bytes_by_kind": wire,
+        "collective_bytes_by_axis": {name: size * per_chip for name, size in axes.items()},
+        "collective_bytes_exposed": None if compiled is None else compiled.exposed_bytes * per_chip,
+        "step_seconds": None if time is None else time.step,
+        "seconds_by_term": None if time is None else time._asdict(),
+        "tokens_per_second_per_chip": found.tokens_per_second,
+        "mfu": None if time is None else model / (time.step * chip.flops),
+        "host_bytes": _host_bytes(found),
+        "method": "arithmetic" if read is None else "compiled",
+        "versions": None if read is None else compiling.versions(),
+        "mesh": dict(work.sizes),
+        "rows_per_device": work.rows,
+        "microbatches": work.microbatches,
+        "row_length": work.length,
+        "tokens_per_step": work.tokens_per_step,
+        "trained_parameters": found.trained,
+        "run": _run(found),
+    }
+
+
+def _host_bytes(found: Study) -> int:
+    """Of one host, at the most: the process, a copy of its devices' trained state while a
+    checkpoint is written, and activations that were offloaded."""
+    devices = len(found.hardware.devices) / found.hardware.hosts
+    trained = found.held["trained"] / 4 * (4 if found.config.param_dtype == "float32" else 2)
+    state = trained + found.held["optimiser"] + estimate.offloaded(found.work)
+    return round(devices * state) + _PROCESS_BYTES
+
+
+def _run(found: Study) -> dict[str, Any] | None:
+    """The whole run, where its length is known."""
+    subject, time = found.subject, found.time
+    if subject.steps is None or time is None:
+        return None
+    seconds = subject.steps * time.step
+    return {
+        "steps": subject.steps,
+        "fill": subject.fill,
+        "seconds": seconds,
+        "chip_hours": seconds * found.hardware.slice.chips / 3600,
+    }
