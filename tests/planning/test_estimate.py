@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxtune.chips import larger, parse_slice
 from jaxtune.compiled import axes_along, group_of
 from jaxtune.config import ConfigError, load
 from jaxtune.hf.load import open_model
+from jaxtune.mesh import SIZES
 from jaxtune.planning import advice, compiling, estimate, search, timing
 from jaxtune.planning.hardware import hardware
 from jaxtune.planning.study import Study, Subject, by_kind, figures, study
@@ -277,7 +279,7 @@ def test_search_keeps_the_rows_of_a_step_and_leaves_out_what_cannot_fit(model: P
     for each in everything:
         fields = each.fields
         assert fields["global_batch_size"] == 32
-        assert fields["mesh.data"] * fields["mesh.fsdp"] * fields["mesh.tensor"] == 8
+        assert math.prod(fields[f"mesh.{axis}"] for axis in SIZES) == 8
         assert 4 % fields["mesh.tensor"] == 0, "kv heads divide"
     assert {each.fields["gradient_checkpointing"] for each in everything} == {*search.remat_names()}
     assert [each.seconds for each in everything] == sorted(each.seconds for each in everything)
