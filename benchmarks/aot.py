@@ -14,15 +14,11 @@ collectives over all links. Memory, FLOPs and bytes are exact; of the times only
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+from planned import ROOT, planned
+
 WINDOWED = "--xla_jf_spmd_threshold_for_windowed_einsum_mib"
 PLAIN = f"{WINDOWED}=1000000"  # no windowed einsum: the peer's best flag, and our default
 VMEM = "--xla_tpu_scoped_vmem_limit_kib=98304"
@@ -79,19 +75,14 @@ ROWS = {
 
 def plan(row: Row) -> tuple[dict[str, Any], float]:
     """The object of `plan --json` and the seconds it took."""
-    command = (
-        *(sys.executable, "-m", "jaxtune.plan", "--json", "--topology", row.topology),
+    start = time.monotonic()
+    found = planned(
+        *("--topology", row.topology),
         *("--model_name_or_path", str(ROOT / "configs" / "models" / row.model)),
         *("--max_length", str(row.length), "--per_device_train_batch_size", str(row.rows)),
         *("--gradient_checkpointing", row.remat),
+        LIBTPU_INIT_ARGS=f"{PLAIN} {VMEM}" if row.vmem else PLAIN,
     )
-    flags = f"{PLAIN} {VMEM}" if row.vmem else PLAIN
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LIBTPU_INIT_ARGS": flags}
-    start = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{row}: {done.stderr.strip().splitlines()[-1]}")
-    found: dict[str, Any] = json.loads(done.stdout)
     return found, time.monotonic() - start
 
 

@@ -10,16 +10,15 @@ compiles nothing. `--check` writes nothing and fails where a head differs.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from planned import planned  # noqa: E402
 
 from jaxtune.draw.plan import header  # noqa: E402
 
@@ -47,18 +46,12 @@ def recipes(names: list[str]) -> list[Recipe]:
 
 
 def plan(recipe: Recipe, *, compiled: bool) -> dict[str, Any]:
-    """The object of `plan --json`, from a process of its own."""
-    command = (
-        *(sys.executable, "-m", "jaxtune.plan", "--json", "--config", str(recipe.file)),
+    """The object of `plan --json`."""
+    return planned(
+        *("--config", str(recipe.file)),
         *("--topology", recipe.topology, "--model_name_or_path", str(recipe.model)),
         *("--compile", str(compiled).lower()),
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{recipe.file.name}: {done.stderr.strip().splitlines()[-1]}")
-    said: dict[str, Any] = json.loads(done.stdout)
-    return said
 
 
 def written(text: str, lines: list[str]) -> str:

@@ -33,17 +33,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message['role'] == 'user' -%}
-### Instruction:
-{{ message['content'] }}
+from data import TEMPLATE
 
-### Response:
-{% else -%}
-{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}
-{%- endif -%}
-{%- endfor -%}"""
 LEARNING_RATE, WARMUP, SEED = 1e-3, 0.1, 0
 
 

@@ -6,7 +6,8 @@ The floor plan; imports only go down, siblings never import each other (`tests/t
     floor 4  inference  assemble  planning    a model asked | a program made | its cost
     floor 3  learn    hf                the step and its state | the outside world's checkpoints
     floor 2  model                      the only room with `nn.Module`
-    floor 1  data  ops  mesh  draw      numpy only | jnp only | who holds which slice | pictures
+    floor 1  data  ops  draw            numpy only | jnp only | numbers -> pictures
+             mesh  collectives          who holds which slice | what devices do together
     floor 0  config  command  spec  tree    knobs | argv and exit codes | what a model is | names
              untrusted  hub             strangers' files, read with limits | models by their id
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxtune.learn.optim import Hyper
     from jaxtune.learn.partial import Part
     from jaxtune.learn.program import Program
+    from jaxtune.spec import ModelSpec
     from jaxtune.weights import Adapters
 
 
@@ -81,6 +82,22 @@ def hyper(config: Config) -> Hyper:
         momentum=config.momentum or 0.0,
         adjust=config.muon_adjust_lr or "match_rms_adamw",
         state_dtype=config.optim_state_dtype,
+    )
+
+
+def attention_of(config: Config, spec: ModelSpec, mesh: Mesh, length: int) -> tuple[str, str]:
+    """The implementation that rows of `length` tokens are attended by, and why it and no other."""
+    from jaxtune.learn.program import compute_dtype
+    from jaxtune.mesh import platform_of
+    from jaxtune.model.decoder import attention_for
+
+    return attention_for(
+        spec,
+        platform_of(mesh),
+        length,
+        devices=mesh.shape["context"],
+        dtype=compute_dtype(config.dtype, platform_of(mesh)),
+        asked=config.attention,
     )
 
 

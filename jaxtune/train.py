@@ -78,9 +78,6 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     from jaxtune.hf.export import check_target
     from jaxtune.hf.load import open_model, with_tokens
     from jaxtune.learn.partial import share
-    from jaxtune.learn.program import compute_dtype
-    from jaxtune.mesh import platform_of
-    from jaxtune.model.decoder import attention_for
     from jaxtune.weights import adapters_of, check_ids, part_of
 
     pretrained = config.init == "pretrained"
@@ -101,14 +98,7 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     report = _announce(config, material, batches, mesh, total_steps)
     program = assemble.build(config, model, adapters, chosen, mesh, total_steps)
     note(f"trained: {share(program.abstract.trained, program.variables)}")
-    kind, why = attention_for(
-        model.spec,
-        platform_of(mesh),
-        batches.row_length,
-        devices=mesh.shape["context"],
-        dtype=compute_dtype(config.dtype),
-        asked=config.attention,
-    )
+    kind, why = assemble.attention_of(config, model.spec, mesh, batches.row_length)
     note(f"attention: {kind} ({why})")
 
     # 3. Where to begin.

@@ -25,14 +25,15 @@ ROOMS: dict[str, set[str]] = {
     "untrusted": {"config"},
     "hub": {"config", "untrusted"},
     "mesh": {"config", "tree"},
+    "collectives": {"mesh", "tree"},
     "data": {"config", "untrusted", "hub"},
     "draw": {"config"},
     "ops": {"spec"},
-    "model": {"config", "spec", "tree", "mesh", "ops"},
-    "learn": {"config", "chips", "spec", "tree", "mesh", "ops", "model"},
+    "model": {"config", "spec", "tree", "mesh", "collectives", "ops"},
+    "learn": {"config", "chips", "spec", "tree", "mesh", "collectives", "ops", "model"},
     "hf": {"config", "untrusted", "hub", "spec", "tree", "mesh", "model"},
     "weights": {"config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf"},
-    "assemble": {"config", "chips", "mesh", "learn", "hf", "weights"},
+    "assemble": {"config", "chips", "spec", "mesh", "model", "learn", "hf", "weights"},
     "planning": {
         *("config", "chips", "compiled", "assemble", "spec", "tree", "mesh", "data", "model"),
         *("ops", "learn", "hf", "weights"),
@@ -58,6 +59,7 @@ BANNED = {
     "learn": {"flax", "transformers", "tokenizers", "safetensors", "torch"},
     "hf": {"flax", "optax", "torch"},
     "mesh": {"flax", "torch"},
+    "collectives": {"flax", "torch"},
     "tree": {"jax", "flax", "torch"},
 }
 

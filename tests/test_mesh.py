@@ -12,29 +12,31 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxtune import mesh as meshes
-from jaxtune.config import ConfigError
-from jaxtune.mesh import (
+from jaxtune.collectives import (
     EVERYWHERE,
     dealt,
     draws,
     gathered,
-    local,
     looked_up,
-    make_mesh,
-    partition_spec,
     per_device,
-    put_batch,
-    row_shards,
     row_share,
-    shardings,
     shares,
-    sizes_of,
     slices,
-    spread,
     summed,
     tokens,
     total,
     whole_rows,
+)
+from jaxtune.config import ConfigError
+from jaxtune.mesh import (
+    local,
+    make_mesh,
+    partition_spec,
+    put_batch,
+    row_shards,
+    shardings,
+    sizes_of,
+    spread,
 )
 
 ONES = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}

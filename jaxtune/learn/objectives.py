@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxtune import mesh
+from jaxtune import collectives
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
 from jaxtune.ops import neftune
@@ -69,7 +69,7 @@ def next_token(
     coef = router_coef(spec)
 
     def objective(variables: Variables, batch: Tokens, key: jax.Array | None) -> Sums:
-        batch = mesh.dealt(batch)
+        batch = collectives.dealt(batch)
         noise = None
         if noise_alpha is not None and key is not None:
             key, own = jax.random.split(key)
@@ -98,7 +98,7 @@ def next_token(
         )
         if coef and output.load is not None:
             # Of all devices together; each adds its share of it, by weight.
-            routers = coef * balance(mesh.total(output.load)) * sums.weight
+            routers = coef * balance(collectives.total(output.load)) * sums.weight
             sums = sums._replace(penalty=sums.penalty + routers)
         return sums
 
@@ -108,8 +108,12 @@ def next_token(
 def _noise(key: jax.Array, segment_ids: jax.Array, width: int, alpha: float) -> jax.Array:
     """NEFTune's, the same for a token whatever devices its batch lies on."""
     shape = (*segment_ids.shape, width)
-    draws = mesh.draws(lambda key, rest: jax.random.uniform(key, rest, minval=-1.0), key, shape)
-    return neftune.noise(draws, segment_ids, alpha, row_segments=mesh.whole_rows(segment_ids))
+    draws = collectives.draws(
+        lambda key, rest: jax.random.uniform(key, rest, minval=-1.0), key, shape
+    )
+    return neftune.noise(
+        draws, segment_ids, alpha, row_segments=collectives.whole_rows(segment_ids)
+    )
 
 
 def router_coef(spec: ModelSpec) -> float:

@@ -14,20 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxtune.collectives import EVERYWHERE, per_device, slices, tokens
 from jaxtune.learn import optim
 from jaxtune.learn.objectives import Objective, next_token
 from jaxtune.learn.schedules import Schedule
 from jaxtune.learn.state import TrainState, abstract_state, init_opt_state, state_shardings
 from jaxtune.learn.step import Evaluate, Train, eval_step, gradient, train_step
-from jaxtune.mesh import (
-    EVERYWHERE,
-    per_device,
-    platform_of,
-    replicated,
-    shardings,
-    slices,
-    tokens,
-)
+from jaxtune.mesh import platform_of, replicated, shardings
 from jaxtune.model import decoder
 from jaxtune.model.lora import COLLECTION, Lora
 from jaxtune.spec import ModelSpec
@@ -86,7 +79,6 @@ def build(
     `noise_alpha` NEFTune's; `loss_block` and `z_loss` are of the loss, `z_loss` of training alone;
     `attention` names its implementation, None or "auto" chooses.
     """
-    platform = platform_of(mesh)
     axes = _axes(spec, lora)
     variables = {"params": decoder.abstract(spec, param_dtype, lora)}
     if lora is not None:
@@ -99,17 +91,16 @@ def build(
     abstract = abstract_state(trained, optimiser)
     state_placed = state_shardings(abstract, shardings(trained_axes, trained, mesh), mesh)
     everywhere = replicated(mesh)
-    objective = next_token(
+    of_rows = functools.partial(
+        next_token,
         spec,
         dtype=dtype,
-        remat=remat,
         lora=lora,
-        noise_alpha=noise_alpha,
-        platform=platform,
+        platform=platform_of(mesh),
         loss_block=loss_block,
-        z_loss=z_loss,
         attention=attention,
     )
+    objective = of_rows(remat=remat, noise_alpha=noise_alpha, z_loss=z_loss)
 
     def gradient_of(trained: Any, frozen: Any, batch: Any, step: Any) -> Any:
         here = functools.partial(
@@ -140,19 +131,7 @@ def build(
         abstract=abstract,
         shardings=state_placed,
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(state_placed, everywhere)),
-        eval_step=_evaluation(
-            axes,
-            mesh,
-            next_token(
-                spec,
-                dtype=dtype,
-                remat="none",
-                lora=lora,
-                platform=platform,
-                loss_block=loss_block,
-                attention=attention,
-            ),
-        ),
+        eval_step=_evaluation(axes, mesh, of_rows(remat="none")),
         init_opt_state=jax.jit(
             functools.partial(init_opt_state, optimiser), out_shardings=state_placed.opt_state
         ),

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune import mesh
+from jaxtune import collectives
 from jaxtune.learn import optim
 from jaxtune.learn.objectives import Objective, Tokens, add, zero_sums
 from jaxtune.learn.schedules import Schedule
@@ -65,10 +65,10 @@ def gradient(
     axes: Any,
     shapes: Any,
 ) -> tuple[Any, Sums]:
-    """Gradients of loss + penalty, f32 and summed, and the sums; runs under `mesh.per_device`.
+    """Gradients of loss + penalty, f32 and summed, and the sums.
 
-    `axes` and `shapes` are of the whole `trained`, of which a device has its slices; `dtype` is
-    that of the computation.
+    Runs under `collectives.per_device`. `axes` and `shapes` are of the whole `trained`, of which a
+    device has its slices; `dtype` is that of the computation.
     """
     key_of_step = jax.random.fold_in(jax.random.key(seed), step)
     weights = trained.get("params", {})
@@ -99,7 +99,7 @@ def gradient(
         none = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trained)
         parts = split_microbatches(batch, microbatches), jnp.arange(microbatches)
         (grads, sums), _ = jax.lax.scan(accumulate, (none, zero_sums()), parts)
-    return mesh.summed(grads, axes, shapes), mesh.total(sums)
+    return collectives.summed(grads, axes, shapes), collectives.total(sums)
 
 
 def train_step(
@@ -152,9 +152,9 @@ def train_step(
 def eval_step(trained: Any, frozen: Any, batch: Tokens, *, objective: Objective) -> Sums:
     """Sums over one batch; the caller adds batches up and divides once. Nothing is random.
 
-    Runs under `mesh.per_device`.
+    Runs under `collectives.per_device`.
     """
-    return mesh.total(objective(merge(trained, frozen), batch, None))
+    return collectives.total(objective(merge(trained, frozen), batch, None))
 
 
 Train = Callable[[TrainState, Any, Tokens], tuple[TrainState, StepMetrics]]

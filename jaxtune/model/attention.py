@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxtune import mesh
+from jaxtune import collectives, mesh
 from jaxtune.model.layers import Build, Projection, RMSNorm, weight
 from jaxtune.ops import rope
 from jaxtune.ops.attention import OPAQUE, Share, attend
@@ -19,8 +19,8 @@ class Places(NamedTuple):
 
     `rotations` holds the cosines and sines `[B T k]` of every kind of rope in the model, in the
     order of `kinds_of_rope`: computed once, not once per layer. `row_segments` and `row_positions`
-    `[B S]` are of all tokens of these rows: on a device that has a share of them (`mesh.shares`)
-    more than its own.
+    `[B S]` are of all tokens of these rows: more than a device's own, where it has a share of them
+    (`collectives.shares`).
     """
 
     segment_ids: jax.Array
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         segment_ids, positions = places.segment_ids, places.positions
         if cache is None:
             axes = ("batch", "length", "kv_heads", None)
-            keys_BSGK, values_BSGK = (mesh.whole_rows(x, axes) for x in (k_BTGK, v_BTGK))
+            keys_BSGK, values_BSGK = (collectives.whole_rows(x, axes) for x in (k_BTGK, v_BTGK))
             key_segments, key_positions = places.row_segments, places.row_positions
         else:
             cache = _append(cache, k_BTGK, v_BTGK, positions)
@@ -104,8 +104,8 @@ class Attention(nn.Module):
         """`ops.attention.attend`, on each device's own rows and heads where it must be."""
 
         length = k_BSGK.shape[1]
-        shared = mesh.row_devices() > 1
-        order = mesh.shares(length, mesh.row_devices()) if shared else None
+        shared = collectives.row_devices() > 1
+        order = collectives.shares(length, collectives.row_devices()) if shared else None
 
         def mix(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> jax.Array:
             of_q, of_k, at_q, at_k, sinks, device = rest

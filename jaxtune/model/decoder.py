@@ -34,7 +34,7 @@ from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from jaxtune import mesh
+from jaxtune import collectives, mesh
 from jaxtune.config import ConfigError
 from jaxtune.model import lora as adapters
 from jaxtune.model.attention import Attention, KeyValues, Places
@@ -120,7 +120,7 @@ def forward(
         raise ConfigError(
             f"gradient_checkpointing: there is no policy {remat!r}. Use one of {', '.join(REMAT)}."
         )
-    devices = mesh.row_devices()
+    devices = collectives.row_devices()
     attention, _ = attention_for(
         spec,
         platform or jax.default_backend(),
@@ -141,7 +141,7 @@ def forward(
 def _head(spec: ModelSpec, kernel: jax.Array, dtype: DTypeLike) -> Head:
     """The head on a kernel as it is stored: a tied one is a table."""
     axes = ("vocab", "embed") if spec.tie_head else ("embed", "vocab")
-    blocks = mesh.Blocks(axes, spec.width, jnp.dtype(dtype))
+    blocks = collectives.Blocks(axes, spec.width, jnp.dtype(dtype))
     return Head(
         kernel,
         spec.logit_scale,
@@ -274,7 +274,7 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, jax.Array, Cache | None]:
         spec, sizes = self.spec, {"V": self.spec.vocab, "D": self.spec.width}
         table_VD = Matrix("table", "VD", sizes, self.build, name="embed")()
-        x_BTD = mesh.looked_up(table_VD, inputs_BT, spec.width, self.build.compute)
+        x_BTD = collectives.looked_up(table_VD, inputs_BT, spec.width, self.build.compute)
         if spec.embed_scale != 1.0:
             # Rounded to compute dtype first, as the models were trained.
             x_BTD = x_BTD * jnp.asarray(spec.embed_scale, x_BTD.dtype)
@@ -282,10 +282,10 @@ class Decoder(nn.Module):
             x_BTD = x_BTD + noise_BTD.astype(x_BTD.dtype)
         x_BTD = mesh.constrain(x_BTD, "batch", "length", "act_embed")
 
-        row = mesh.whole_rows(segment_ids_BT), mesh.whole_rows(positions_BT)
+        row = collectives.whole_rows(segment_ids_BT), collectives.whole_rows(positions_BT)
         last_BT = None
-        if mesh.row_devices() > 1:
-            last_BT = rope.last_positions(row[1], row[0])[:, mesh.row_share(row[0].shape[1])]
+        if collectives.row_devices() > 1:
+            last_BT = rope.last_positions(row[1], row[0])[:, collectives.row_share(row[0].shape[1])]
         rotations = tuple(
             rope.angles(*kind, positions_BT, segment_ids_BT, last=last_BT)
             for kind in kinds_of_rope(spec)

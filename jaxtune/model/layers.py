@@ -17,7 +17,7 @@ from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from jaxtune import mesh
+from jaxtune import collectives, mesh
 from jaxtune.model import lora as adapters
 from jaxtune.model import quantise
 from jaxtune.model.lora import Lora
@@ -104,11 +104,11 @@ def weight(
     """
     stored = _stored(module, name, lambda key: Declared(initialiser(key, shape, new), axes))
     if compute is None:
-        return mesh.gathered(stored, axes, shape, stored.dtype)
+        return collectives.gathered(stored, axes, shape, stored.dtype)
     arriving = None
     if module.has_variable(ARRIVING, name):
         arriving = module.get_variable(ARRIVING, name)
-    return mesh.gathered(stored, axes, shape, compute, arriving)
+    return collectives.gathered(stored, axes, shape, compute, arriving)
 
 
 def _stored(module: nn.Module, name: str, new: Callable[[jax.Array], Any]) -> Any:
@@ -204,7 +204,7 @@ class Projection(nn.Module):
 
         stored = _stored(self, "kernel", new)
         return {
-            name: mesh.gathered(leaf, axes[name], found[name].shape, leaf.dtype)
+            name: collectives.gathered(leaf, axes[name], found[name].shape, leaf.dtype)
             for name, leaf in stored.items()
         }
 
@@ -226,7 +226,7 @@ def _adapter_leaf(module: nn.Module, sizes: Mapping[str, int], build: Build) -> 
         if name == "rows":  # beside a table that stays cut as they are
             return stored
         dtype = stored.dtype if name == "magnitude" else build.compute
-        return mesh.gathered(stored, axes, shape, dtype)
+        return collectives.gathered(stored, axes, shape, dtype)
 
     return declare
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxtune import mesh
+from jaxtune import collectives
 
 COLLECTION = "lora"
 
@@ -98,7 +98,7 @@ def adapt(
     a, b = declare("a", f"{shared}R", uniform), declare("b", f"R{added}", zeros)
     dropped = x
     if lora.dropout and module.has_rng("dropout"):
-        kept = mesh.draws(
+        kept = collectives.draws(
             lambda key, shape: jax.random.bernoulli(key, 1 - lora.dropout, shape),
             module.make_rng("dropout"),
             x.shape,

@@ -114,7 +114,6 @@ def _built(config: Config, subject: Subject, hardware: Hardware) -> tuple[Progra
 
     from jaxtune.learn.program import compute_dtype
     from jaxtune.mesh import make_mesh, platform_of, sizes_of
-    from jaxtune.model.decoder import attention_for
     from jaxtune.weights import adapters_of, part_of
 
     model, adapters = adapters_of(config, subject.model, note=lambda message: None)
@@ -122,14 +121,7 @@ def _built(config: Config, subject: Subject, hardware: Hardware) -> tuple[Progra
     mesh = make_mesh(config.mesh.model_dump(), hardware.devices)
     program = assemble.build(config, model, adapters, chosen, mesh, subject.steps or _STEPS)
     dtype = compute_dtype(config.dtype, platform_of(mesh))
-    kind, _ = attention_for(
-        model.spec,
-        platform_of(mesh),
-        subject.length,
-        devices=mesh.shape["context"],
-        dtype=dtype,
-        asked=config.attention,
-    )
+    kind, _ = assemble.attention_of(config, model.spec, mesh, subject.length)
     trained = jax.tree.leaves(program.abstract.trained)
     work = Work(
         spec=model.spec,

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
 
 from jaxtune import compiled
-from jaxtune.data.schema import Batch
 from jaxtune.learn import optim, program, schedules
-from jaxtune.mesh import make_mesh, tokens
+from jaxtune.mesh import make_mesh
+from jaxtune.planning.compiling import arguments
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack
 
 LAYERS, WIDTH, MLP, VOCAB, ROWS, LENGTH = 3, 64, 160, 320, 8, 32
@@ -49,18 +47,8 @@ def hlo(sizes: dict[str, int], torus: tuple[int, ...], *, tied: bool) -> compile
         max_grad_norm=1.0, microbatches=1, dtype=jnp.float32, param_dtype=jnp.float32,
         remat="full", loss_block=VOCAB // 2,
     )  # fmt: skip
-    where = NamedSharding(mesh, tokens((ROWS, LENGTH), mesh))
-
-    def shape(name: str) -> Any:
-        dtype = jnp.float32 if name == "weights" else jnp.int32
-        return jax.ShapeDtypeStruct((ROWS, LENGTH), dtype, sharding=where)
-
-    def placed(leaf: Any, sharding: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    state = jax.tree.map(placed, built.abstract, built.shardings)
     with jax.set_mesh(mesh):
-        lowered = built.train_step.lower(state, {}, Batch(*map(shape, Batch._fields)))
+        lowered = built.train_step.lower(*arguments(built, rows=ROWS, length=LENGTH))
         return compiled.parse(lowered.compile().as_text())
 
 

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 from golden.cases import CASES, VOCAB, write_folder
 
+from jaxtune.collectives import EVERYWHERE, per_device, slices, tokens
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.learn.objectives import next_token
 from jaxtune.learn.step import gradient
-from jaxtune.mesh import EVERYWHERE, make_mesh, per_device, shardings, slices, tokens
+from jaxtune.mesh import make_mesh, shardings
 from jaxtune.model import decoder
 from jaxtune.ops.cross_entropy import Sums
 from jaxtune.spec import ModelSpec

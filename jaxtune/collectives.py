@@ -1,0 +1,355 @@
+"""What devices do together inside of a step: one function on every device, and what they trade.
+
+Training and evaluation run under `per_device`: one function on every device's own rows, tokens and
+slices of weights. There a weight is `gathered` where it is used and its gradient reduce-scattered,
+by collectives that stand in the code. What is cut over `tensor` is left to the compiler, guided by
+`mesh.constrain`. Where slices lie is the table's business, in `mesh`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxtune.mesh import (
+    AXES,
+    MANUAL,
+    ROWS,
+    RULES,
+    SIZES,
+    Axes,
+    automatic,
+    cut_over,
+    in_context,
+    manual,
+    partition_spec,
+    row_shards,
+)
+from jaxtune.tree import map_named
+
+B = TypeVar("B")  # a NamedTuple of arrays [B T ...]
+LANES = 128  # a slice of a table's rows is not cut narrower than a vector of the TPU
+EVERYWHERE = PartitionSpec()
+
+
+def per_device(f: Callable[..., Any], mesh: Mesh, given: Sequence[Any], made: Any) -> Any:
+    """`f` as it runs on every device, for that device's own rows, tokens and slices of weights.
+
+    `given` are the specs of its arguments, `made` those of its result: `slices`, `tokens`, or
+    `EVERYWHERE`. Inside, `gathered` makes weights whole; a gradient is of the SUM of what all
+    devices return, so nothing is added up before `summed` and `total`. Axes of size 1 are each
+    device's own too, so that a kernel finds none that the compiler would have to cut.
+    """
+    own = frozenset(name for name in AXES if name in MANUAL or mesh.shape[name] == 1)
+    return jax.shard_map(
+        f, mesh=mesh, in_specs=tuple(given), out_specs=made, axis_names=own, check_vma=False
+    )
+
+
+def slices(axes: Any, tree: Any, mesh: Mesh) -> Any:
+    """Specs, for `per_device`, of a tree of weights with these logical axes."""
+    return map_named(
+        lambda _, leaf, names: partition_spec(names, leaf.shape, mesh, only=MANUAL), tree, axes
+    )
+
+
+def tokens(shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """The spec, for `per_device`, of arrays `[B T]`; ValueError where they do not divide."""
+    sizes = row_shards(mesh), mesh.shape["context"]
+    if shape[0] % sizes[0] or shape[1] % sizes[1]:
+        raise ValueError(
+            f"a batch of {shape[0]} rows x {shape[1]} tokens does not divide over {sizes[0]} "
+            f"devices along {' and '.join(SIZES[:2])} and {sizes[1]} along context"
+        )
+    return PartitionSpec(ROWS, "context")
+
+
+def cut(axis: str | None, size: int) -> tuple[str, ...]:
+    """The mesh axes over which each device has its own slice of a dimension of `size`."""
+    mesh = in_context()
+    return () if mesh is None else cut_over(axis, size, mesh, manual(mesh))
+
+
+def _beside(f: Callable[[jax.Array], jax.Array], x: jax.Array, axes: Axes) -> jax.Array:
+    """`f(x)`, a collective along axes that are each device's own, on the slices that `x` has along
+    the automatic ones: left to itself the compiler makes those whole first."""
+    mesh = in_context()
+    free = () if mesh is None else automatic(mesh)
+    if not free:
+        return f(x)
+    spec = partition_spec(axes, x.shape, mesh, only=free)
+    names = frozenset(free)
+    return jax.shard_map(f, in_specs=spec, out_specs=spec, axis_names=names, check_vma=False)(x)
+
+
+class _Cut(NamedTuple):
+    """An array of logical `axes` whose dimension `dim` is in slices along the mesh axes `over`."""
+
+    axes: Axes
+    dim: int
+    over: tuple[str, ...]
+
+    def whole(self, x: jax.Array) -> jax.Array:
+        """All slices, joined."""
+        if not self.over:
+            return x
+        join = functools.partial(jax.lax.all_gather, axis_name=self.over, axis=self.dim, tiled=True)
+        return _beside(join, x, self.axes)
+
+    def summed(self, x: jax.Array) -> jax.Array:
+        """The inverse: `x` added up over the devices, of which each gets its slice."""
+
+        def scatter(x: jax.Array) -> jax.Array:
+            for name in self.over:
+                x = jax.lax.psum_scatter(x, name, scatter_dimension=self.dim, tiled=True)
+            return x
+
+        return _beside(scatter, x, self.axes) if self.over else x
+
+
+def _cut(axes: Axes, shape: Sequence[int]) -> _Cut:
+    """Of an array of `shape` in all; no weight has two dimensions of each device's own."""
+    found = [(dim, over) for dim, axis in enumerate(axes) if (over := cut(axis, shape[dim]))]
+    return _Cut(axes, *(found[0] if found else (0, ())))
+
+
+def row_devices() -> int:
+    """Over how many devices, here, the tokens of a row are cut: 1 outside of `per_device`."""
+    mesh = in_context()
+    return 1 if mesh is None or "context" not in manual(mesh) else mesh.shape["context"]
+
+
+def shares(length: int, devices: int) -> np.ndarray:
+    """Which tokens of a row each device has for its own, int32 `[devices length/devices]`.
+
+    Under a causal mask a token costs as much as stands before it, so a device has a stretch from
+    the front and the one as far from the back: all cost the same. Plain stretches, where the row
+    does not divide into two for each device.
+
+        shares(8, 2)  ->  0 1 6 7
+                          2 3 4 5
+    """
+    if length % (2 * devices):
+        return np.arange(length, dtype=np.int32).reshape(devices, -1)
+    stretches = np.arange(length, dtype=np.int32).reshape(2 * devices, -1)
+    return np.concatenate([stretches[:devices], stretches[: devices - 1 : -1]], axis=1)
+
+
+def row_share(length: int) -> jax.Array:
+    """`shares` of this device: the places `[T]` of its tokens in rows of `length`."""
+    here = jax.lax.axis_index("context") if row_devices() > 1 else 0
+    return jnp.asarray(shares(length, row_devices()))[here]
+
+
+def dealt(batch: B) -> B:
+    """A batch of arrays `[B T ...]` as `put_batch` placed it, T in stretches, dealt by `shares`."""
+    if row_devices() == 1:
+        return batch
+
+    def deal(x: jax.Array) -> jax.Array:
+        row = _of_row(x.ndim).whole(x)
+        return jnp.take(row, row_share(row.shape[1]), axis=1)
+
+    return jax.tree.map(deal, batch)
+
+
+def _of_row(dims: int, axes: Axes = ()) -> _Cut:
+    return _Cut(axes or ("batch", "length", *(None,) * (dims - 2)), 1, ("context",))
+
+
+def whole_rows(x: jax.Array, axes: Axes = ()) -> jax.Array:
+    """`[B T ...]` of this device's tokens, as `dealt` -> of all tokens of its rows, in order.
+
+    `axes` name the dimensions of x, where others than its tokens may be cut.
+    """
+    n, slices = row_devices(), _of_row(x.ndim, axes)
+    if n == 1:
+        return x
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        row = _gathered(x, None, slices, x.dtype, x.dtype)
+    else:
+        row = slices.whole(x)
+    if row.shape[1] % (2 * n):
+        return row
+    pairs = row.reshape(x.shape[0], n, 2, -1, *x.shape[2:])
+    in_order = jnp.concatenate([pairs[:, :, 0], jnp.flip(pairs[:, :, 1], axis=1)], axis=1)
+    return in_order.reshape(row.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _gathered(
+    w: jax.Array, arriving: jax.Array | None, slices: _Cut, dtype: Any, stored_dtype: Any
+) -> jax.Array:
+    return slices.whole(w.astype(dtype))
+
+
+def _gathered_forward(
+    w: jax.Array, arriving: jax.Array | None, *static: Any
+) -> tuple[jax.Array, bool]:
+    return _gathered(w, arriving, *static), arriving is None
+
+
+def _gathered_backward(
+    slices: _Cut, dtype: Any, stored_dtype: Any, stays: bool, d_w: jax.Array
+) -> tuple[jax.Array | None, jax.Array | None]:
+    mine = slices.summed(d_w)
+    return (mine.astype(stored_dtype), None) if stays else (None, mine)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+def gathered(
+    w: jax.Array,
+    axes: Axes,
+    shape: Sequence[int],
+    dtype: Any,
+    arriving: jax.Array | None = None,
+) -> jax.Array:
+    """A stored weight of `shape`, of which `w` may be a slice, whole and in `dtype`.
+
+    The cast comes first so that the gather moves bytes of the computation's dtype. The gradient
+    goes back the same way: reduce-scattered in compute dtype, then in the stored dtype. Given
+    `arriving`, zeros like `w` in `dtype`, the gradient is that of `arriving` and stays as narrow as
+    it came. Decoding has no gradient; there the compiler is asked for the whole.
+    """
+    mesh = in_context()
+    if mesh is not None and not manual(mesh):
+        others = [name for name in AXES if name not in RULES["embed"]]
+        spec = partition_spec(axes, shape, mesh, only=others)
+        return jax.lax.with_sharding_constraint(w.astype(dtype), spec)
+    if arriving is not None:
+        w = jax.lax.stop_gradient(w)
+    return _gathered(w, arriving, _cut(axes, shape), np.dtype(dtype), w.dtype)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of a table of some `width` "embed", any number of entries at a time; for a loss that
+    streams them. The bytes that travel are of `dtype`."""
+
+    axes: Axes
+    width: int
+    dtype: Any
+
+    def gather(self, block: jax.Array) -> jax.Array:
+        """Entries of the table as stored, of which a device may have its slice -> whole."""
+        return gathered(block, self.axes, self._shape(block), self.dtype)
+
+    def scatter(self, gradient: jax.Array) -> jax.Array:
+        """The gradient of whole entries, added up over devices -> this device's slice."""
+        slices = _cut(self.axes, self._shape(gradient))
+        return slices.summed(gradient.astype(self.dtype)) if slices.over else gradient
+
+    def _shape(self, block: jax.Array) -> tuple[int, ...]:
+        sizes = zip(self.axes, block.shape, strict=True)
+        return tuple(self.width if axis == "embed" else size for axis, size in sizes)
+
+
+def looked_up(table: jax.Array, ids: jax.Array, width: int, dtype: Any) -> jax.Array:
+    """Rows `ids` `[B T]` of a table `[V width]`, of which `table` may be a slice -> `[B T width]`.
+
+    A table cut along its width stays cut: every device looks up its columns for the tokens of its
+    neighbours too, and they trade. That moves the tokens' bytes instead of the table's, and the
+    gradient adds up where the slice lives, in the dtype it is stored in.
+    """
+    mesh, axes = in_context(), ("vocab", "embed")
+    if mesh is not None and not manual(mesh):
+        table = gathered(table, axes, (table.shape[0], width), table.dtype)
+    over = cut("embed", width)
+    trade: tuple[str, ...] = ()
+    for name in over:
+        if trade and width // jax.lax.axis_size((*trade, name)) < LANES:
+            break
+        trade = (*trade, name)
+    rest = _Cut(axes, 1, over[len(trade) :])
+    table = _gathered(table, None, rest, table.dtype, table.dtype)
+    if not trade:
+        return _rows(table, ids[None], np.dtype(dtype))[0]
+    asked = jax.lax.all_gather(ids, trade)  # [n B T]
+    found = _rows(table, asked, np.dtype(dtype))  # [n B T width/n]
+    mine = jax.lax.all_to_all(found, trade, split_axis=0, concat_axis=0, tiled=True)
+    return jnp.moveaxis(mine, 0, 2).reshape(*ids.shape, width)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rows(table: jax.Array, ids: jax.Array, dtype: Any) -> jax.Array:
+    """`table[ids]` `[n B T width]` in `dtype`."""
+    return jnp.take(table, ids, axis=0, mode="clip").astype(dtype)
+
+
+def _rows_forward(
+    table: jax.Array, ids: jax.Array, dtype: Any
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _rows(table, ids, dtype), (table, ids)
+
+
+def _rows_backward(
+    dtype: Any, saved: tuple[jax.Array, jax.Array], d_rows: jax.Array
+) -> tuple[jax.Array, None]:
+    # One n after the other: a TPU sorts what it adds up, and its compiler takes minutes over the
+    # sort of a hundred thousand ids.
+    table, ids = saved
+
+    def add(d_table: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        at, more = part
+        return d_table.at[at].add(more.astype(d_table.dtype), mode="clip"), None
+
+    return jax.lax.scan(add, jnp.zeros_like(table), (ids, d_rows))[0], None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
+
+
+def summed(grads: Any, axes: Any, shapes: Any) -> Any:
+    """Gradients of slices as `per_device` leaves them, each added up over the devices that hold
+    the same slice."""
+    mesh = in_context()
+    if mesh is None:
+        return grads
+    own = [name for name in manual(mesh) if mesh.shape[name] > 1 and name in MANUAL]
+
+    def add(_: str, grad: jax.Array, names: Axes, like: Any) -> jax.Array:
+        kept = {name for axis, size in zip(names, like.shape, strict=True)
+                for name in cut_over(axis, size, mesh, own)}  # fmt: skip
+        over = tuple(name for name in own if name not in kept)
+        if not over:
+            return grad
+        return _beside(lambda grad: jax.lax.psum(grad, over), grad, names)
+
+    return map_named(add, grads, axes, shapes)
+
+
+def total(tree: Any) -> Any:
+    """Numbers of each device's own tokens, added up over all of them; as they are elsewhere."""
+    mesh = in_context()
+    own = () if mesh is None else tuple(name for name in manual(mesh) if name in MANUAL)
+    return jax.lax.psum(tree, own) if own else tree
+
+
+def draws(
+    draw: Callable[[jax.Array, tuple[int, ...]], jax.Array], key: jax.Array, shape: Sequence[int]
+) -> jax.Array:
+    """`draw(key of a token, shape[2:])` for all tokens of `[B T ...]`.
+
+    The key is of the token's row and place in the whole batch, so that what is drawn does not
+    depend on the devices the batch lies on.
+    """
+    rows, tokens = jnp.arange(shape[0]), row_share(shape[1] * row_devices())
+    mesh = in_context()
+    if mesh is not None and manual(mesh):
+        rows = rows + shape[0] * jax.lax.axis_index(ROWS)
+
+    def of_row(row: jax.Array) -> jax.Array:
+        key_of_row = jax.random.fold_in(key, row)
+        return jax.vmap(lambda token: draw(jax.random.fold_in(key_of_row, token), rest))(tokens)
+
+    rest = tuple(shape[2:])
+    return jax.vmap(of_row)(rows)
