@@ -41,17 +41,27 @@ def params_of(lora: Lora) -> Any:
     return unnamed(params)
 
 
+def trained_adapters(lora: Lora, params: Any, key: jax.Array) -> Any:
+    """As after some steps: adapters begin with zeros, which keep gradients from half of them."""
+
+    def moved(leaf: jax.Array, name: str) -> jax.Array:
+        of_leaf = jax.random.fold_in(key, sum(name.encode()))
+        return leaf + 0.1 * jax.random.normal(of_leaf, leaf.shape, leaf.dtype)
+
+    fresh = named(decoder.init_adapters(WIDE, lora, params, key))
+    return unnamed({name: moved(leaf, name) for name, leaf in fresh.items()})
+
+
 def run(
     lora: Lora,
     *,
     sizes: dict[str, int] | None = None,
     microbatches: int = 2,
     lr: float = 0.02,
-    steps: int = 2,
     remat: str = "full",
     dtype: Any = jnp.float32,
 ) -> tuple[TrainState, TrainState, StepMetrics]:
-    """(state before, as numpy; state after; metrics of the last step)."""
+    """(state before, as numpy; state after one step; metrics of that step)."""
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, **(sizes or {})}
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     built = program.build(
@@ -68,25 +78,25 @@ def run(
             params_of(lora), built.variables["params"], built.placed["params"],
         )  # fmt: skip
         make = jax.jit(
-            functools.partial(decoder.init_adapters, WIDE, lora),
-            out_shardings=built.placed["lora"],
+            functools.partial(trained_adapters, lora), out_shardings=built.placed["lora"]
         )
         variables = {"params": params, "lora": make(params, jax.random.key(1))}
         state, frozen = built.first_state(variables)
         before = jax.device_get(state)
-        for _ in range(steps):
-            rows = put_batch(
-                lambda lo, hi: Batch(*(x[lo:hi] for x in batch)),
-                batch_size=batch.inputs.shape[0], length=batch.inputs.shape[1], mesh=mesh,
-            )  # fmt: skip
-            state, metrics = built.train_step(state, frozen, rows)
+        rows = put_batch(
+            lambda lo, hi: Batch(*(x[lo:hi] for x in batch)),
+            batch_size=batch.inputs.shape[0], length=batch.inputs.shape[1], mesh=mesh,
+        )  # fmt: skip
+        state, metrics = built.train_step(state, frozen, rows)
     return before, state, metrics
 
 
 def assert_same(a: TrainState, b: TrainState) -> None:
+    """The gradients to 1e-5, or to that of the largest of a leaf: the order of sums differs."""
     for name, value in named(a.opt_state[0].mu).items():
-        expected = named(b.opt_state[0].mu)[name]
-        np.testing.assert_allclose(value, expected, atol=3e-6, err_msg=name)
+        expected = np.asarray(named(b.opt_state[0].mu)[name])
+        limit = 1e-5 * float(np.abs(expected).max())
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=limit, err_msg=name)
 
 
 @pytest.fixture(scope="module")
