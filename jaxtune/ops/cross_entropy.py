@@ -9,6 +9,9 @@ added up before the one division.
     for each block of the vocabulary           its part of the kernel: cast, gathered, once a pass
       for each chunk, from the first weight    logits, folded into log-sum-exp, target, best guess
     backward: the same loops once more         d_logits -> gradients of hidden and of the block
+
+A kernel that is small enough to be whole is one block. Then a chunk's logits are those of the whole
+vocabulary, and its gradients are made beside them in the forward pass: three products, not four.
 """
 
 import dataclasses
@@ -27,6 +30,8 @@ from jaxtune.ops.product import einsum_f32
 
 SMALL_LOGITS = 2**23  # elements, of all tokens: below this one block of all is the fastest
 BLOCK_LOGITS = 2**26  # elements of one block of the vocabulary, of all tokens: 256 MiB
+WHOLE_KERNEL = 2**28  # elements of a kernel that may be whole: with its gradient 1.5 GiB
+WHOLE_LOGITS = 2**28  # elements of a chunk with all of the vocabulary: 1 GiB
 SHORTEST_CHUNK = 2048  # tokens: shorter ones leave a matrix unit waiting for sums in memory
 NARROW, NARROW_CHUNK = 1024, 1024  # below that width a step is short and the memory a CPU's
 MOST_CHUNKS = 16
@@ -104,7 +109,8 @@ def linear_cross_entropy(
 
     `z_loss` times the squared log-sum-exp of a token's logits is its share of `penalty`. `block` is
     entries of the vocabulary at a time (their logits are alive, and computed again in the backward
-    pass); the default keeps the logits of a block for all tokens within 256 MiB. `compact` brings
+    pass); the default is the whole vocabulary where the kernel is small and there is no `z_loss`,
+    else what keeps the logits of a block for all tokens within 256 MiB. `compact` brings
     tokens with a weight together and passes over chunks without any; not where T is spread over
     devices automatically, as tokens would have to move between them.
     """
@@ -113,11 +119,19 @@ def linear_cross_entropy(
             f"linear_cross_entropy: {head.vocab} entries cannot be cut into {head.cuts} equal "
             "ranges; use cuts=1."
         )
-    plan = _plan(hidden, head, z_loss, block, compact)
-    return _fused(plan, hidden, head, targets, weights.astype(jnp.float32))
+    cut = plan(
+        math.prod(hidden.shape[:-1]),
+        hidden.shape[-1],
+        head.vocab,
+        cuts=head.cuts,
+        z_loss=z_loss,
+        block=block,
+        compact=compact,
+    )
+    return _fused(cut, hidden, head, targets, weights.astype(jnp.float32))
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """How a call is cut; static. `block` is entries of each of the `cuts` ranges."""
 
     chunk: int  # tokens
@@ -125,23 +139,37 @@ class _Plan(NamedTuple):
     block: int
     blocks: int
     z_loss: float
-    keeps_logits: bool  # one block of all, small: kept for the backward pass
+    at_once: bool  # one block of all, whose gradients are made with its logits
 
 
-def _plan(hidden: jax.Array, head: Head, z_loss: float, block: int | None, compact: bool) -> _Plan:
-    tokens, width = math.prod(hidden.shape[:-1]), hidden.shape[-1]
-    size = head.vocab // head.cuts
-    small = tokens * head.vocab <= SMALL_LOGITS
-    if block is None:
-        wanted = 1 if small else -(-tokens * head.vocab // BLOCK_LOGITS)
-        part = _even_block(size, wanted)
+def plan(
+    tokens: int,
+    width: int,
+    vocab: int,
+    *,
+    cuts: int = 1,
+    z_loss: float = 0.0,
+    block: int | None = None,
+    compact: bool = True,
+) -> Plan:
+    """How the loss of so many tokens is cut; arguments as `linear_cross_entropy` has them."""
+    size = vocab // cuts
+    small = tokens * vocab <= SMALL_LOGITS
+    at_once = block is None and not z_loss and size * width <= WHOLE_KERNEL
+    # Tokens that stay where they are stay in one chunk.
+    at_once = at_once and (compact or tokens * size <= WHOLE_LOGITS)
+    if at_once:
+        part = size
+    elif block is None:
+        part = _even_block(size, 1 if small else -(-tokens * vocab // BLOCK_LOGITS))
     else:
-        part = min(size, -(-block // head.cuts))
-    blocks = -(-size // part)
+        part = min(size, -(-block // cuts))
     shortest = NARROW_CHUNK if width < NARROW else SHORTEST_CHUNK
     chunks = max(1, min(MOST_CHUNKS, tokens // shortest)) if compact and not small else 1
     chunk = -(-tokens // chunks)
-    return _Plan(chunk, chunks, part, blocks, z_loss, small and blocks == 1)
+    if at_once and chunk * size > WHOLE_LOGITS:
+        chunk = max(LANES, WHOLE_LOGITS // size // LANES * LANES)
+    return Plan(chunk, -(-tokens // chunk), part, -(-size // part), z_loss, at_once)
 
 
 def _even_block(size: int, wanted: int) -> int:
@@ -192,104 +220,138 @@ class _Saved(NamedTuple):
     tokens: _Tokens
     normaliser: jax.Array  # log-sum-exp of the logits, 0 at weight 0
     back: jax.Array | None  # where each token went, when they were moved
-    logits: jax.Array | None
+
+
+class _Made(NamedTuple):
+    """The gradients of the loss themselves, where the forward pass made them."""
+
+    d_hidden: jax.Array
+    d_head: Head
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(
-    plan: _Plan, hidden: jax.Array, head: Head, targets: jax.Array, weights: jax.Array
+    cut: Plan, hidden: jax.Array, head: Head, targets: jax.Array, weights: jax.Array
 ) -> Sums:
-    return _forward(plan, hidden, head, targets, weights)[0]
+    return _streamed(cut, hidden, head, targets, weights)[0]
 
 
 def _forward(
-    plan: _Plan, hidden: jax.Array, head: Head, targets: jax.Array, weights: jax.Array
-) -> tuple[Sums, _Saved]:
-    tokens, back = _Tokens(hidden, targets, weights), None
-    if plan.chunks > 1:
-        tokens, back = _compacted(plan, tokens)
-    shape = (*tokens.targets.shape, head.cuts)
-    zero = jnp.zeros(shape, jnp.float32)
-    running = _Running(zero + LOWEST, jnp.zeros(shape, jnp.int32), zero, zero)
-    kept, first = None, _first(plan, tokens.weights)
-    if plan.keeps_logits:
-        block = _block(plan, head, 0, hidden.dtype)
-        kept = _logits(tokens.hidden, block, head)
-        running = _fold(running, kept, block, tokens.targets)
-    else:
-
-        def visit(number: Any, running: _Running) -> _Running:
-            block = _block(plan, head, number, hidden.dtype)
-
-            def fold(part: _Tokens, running: _Running, shared: None) -> tuple[_Running, None]:
-                logits = _logits(part.hidden, block, head)
-                return _fold(running, logits, block, part.targets), shared
-
-            return _over_chunks(plan, first, fold, tokens, running, None)[0]
-
-        running = lax.fori_loop(0, plan.blocks, visit, running)
-    sums, normaliser = _finish(plan, running, tokens)
-    return sums, _Saved(head, tokens, normaliser, back, kept)
+    cut: Plan, hidden: jax.Array, head: Head, targets: jax.Array, weights: jax.Array
+) -> tuple[Sums, _Saved | _Made]:
+    way = _with_gradients if cut.at_once else _streamed
+    return way(cut, hidden, head, targets, weights)
 
 
-def _backward(plan: _Plan, saved: _Saved, d_sums: Sums) -> tuple[jax.Array, Head, None, None]:
-    head, tokens = saved.head, saved.tokens
-    dtype, first = tokens.hidden.dtype, _first(plan, tokens.weights)
-    # Of a token's loss by its logits: share * softmax - owed * [is the target].
-    owed = tokens.weights * d_sums.loss
-    share = owed + tokens.weights * (d_sums.penalty * 2 * plan.z_loss) * saved.normaliser
-    lead = tokens.targets.shape
-    leading = (lead[0], head.cuts, *lead[1:]) if plan.chunks > 1 else (head.cuts, *lead)
-    d_hidden = jnp.zeros((*leading, tokens.hidden.shape[-1]), jnp.float32)
-    d_kernel, hidden_width = jnp.zeros_like(head.kernel), tokens.hidden.shape[-1]
-
-    def visit(
-        number: Any, totals: tuple[jax.Array, jax.Array], logits: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        d_hidden, d_kernel = totals
-        block = _block(plan, head, number, dtype)
-        rows = _ranges(head, block.kernel)
-        rows = rows if head.by_token else _turned(jnp.moveaxis(rows, 0, -1))
-
-        def descend(part: Any, d_hidden: jax.Array, d_block: jax.Array) -> Any:
-            (hidden, targets, _), share, owed, normaliser = part
-            values = _logits(hidden, block, head) if logits is None else logits
-            d_logits = _d_logits(values, block, head, targets, share, owed, normaliser)
-            return _d_product(hidden, rows, d_logits.astype(dtype), d_hidden, d_block)
-
-        parts = (tokens, share, owed, saved.normaliser)
-        d_block = jnp.zeros((hidden_width, block.ids.size), jnp.float32)
-        d_hidden, d_block = _over_chunks(plan, first, descend, parts, d_hidden, d_block)
-        return d_hidden, _put(plan, head, d_kernel, d_block, block.start)
-
-    if plan.blocks > 1:
-        d_hidden, d_kernel = lax.fori_loop(0, plan.blocks, visit, (d_hidden, d_kernel))
-    else:
-        d_hidden, d_kernel = visit(0, (d_hidden, d_kernel), saved.logits)
-    # Ranges are added here, once: where V is spread over devices this is the one exchange.
-    whole = jnp.sum(d_hidden, axis=1 if plan.chunks > 1 else 0).astype(dtype)
-    if saved.back is not None:
-        whole = whole.reshape(-1, whole.shape[-1])[saved.back]
-    return whole, dataclasses.replace(head, kernel=d_kernel), None, None
+def _backward(cut: Plan, saved: _Saved | _Made, d_sums: Sums) -> tuple[jax.Array, Head, None, None]:
+    if isinstance(saved, _Saved):
+        return _streamed_back(cut, saved, d_sums)
+    d_hidden, d_kernel = saved.d_hidden, saved.d_head.kernel
+    d_head = dataclasses.replace(saved.d_head, kernel=_scaled(d_kernel, d_sums.loss))
+    return _scaled(d_hidden, d_sums.loss), d_head, None, None
 
 
 _fused.defvjp(_forward, _backward)
 
 
+def _with_gradients(
+    cut: Plan, hidden: jax.Array, head: Head, targets: jax.Array, weights: jax.Array
+) -> tuple[Sums, _Made]:
+    tokens, back = _arranged(cut, _Tokens(hidden, targets, weights))
+    block = _block(cut, head, 0, hidden.dtype)
+    rows = _rows(head, block)
+
+    def visit(part: _Tokens, d_hidden: jax.Array, shared: Any) -> Any:
+        sums, d_block = shared
+        values = _logits(part.hidden, block, head)
+        running = _fold(_nothing(part.targets, head), values, block, part.targets)
+        more, normaliser = _finish(cut, running, part)
+        weights = part.weights
+        d_logits = _d_logits(values, block, head, part.targets, weights, weights, normaliser)
+        d_logits = d_logits.astype(hidden.dtype)
+        d_hidden, d_block = _d_product(part.hidden, rows, d_logits, d_hidden, d_block)
+        return d_hidden, (jax.tree.map(jnp.add, sums, more), d_block)
+
+    zero = jnp.zeros((), jnp.float32)
+    shared = Sums(zero, zero, zero, zero), _no_gradient(block, hidden)
+    d_hidden, (sums, d_block) = _over_chunks(
+        cut, _first(cut, tokens.weights), visit, tokens, _no_gradients(cut, head, tokens), shared
+    )
+    d_kernel = _put(cut, head, jnp.zeros_like(head.kernel), d_block, block.start)
+    d_head = dataclasses.replace(head, kernel=d_kernel)
+    return sums, _Made(_joined(d_hidden, back, hidden.dtype), d_head)
+
+
+def _streamed(
+    cut: Plan, hidden: jax.Array, head: Head, targets: jax.Array, weights: jax.Array
+) -> tuple[Sums, _Saved]:
+    tokens, back = _arranged(cut, _Tokens(hidden, targets, weights))
+    first = _first(cut, tokens.weights)
+
+    def visit(number: Any, running: _Running) -> _Running:
+        block = _block(cut, head, number, hidden.dtype)
+
+        def fold(part: _Tokens, running: _Running, shared: None) -> tuple[_Running, None]:
+            logits = _logits(part.hidden, block, head)
+            return _fold(running, logits, block, part.targets), shared
+
+        return _over_chunks(cut, first, fold, tokens, running, None)[0]
+
+    running = _each_block(cut, visit, _nothing(tokens.targets, head))
+    sums, normaliser = _finish(cut, running, tokens)
+    return sums, _Saved(head, tokens, normaliser, back)
+
+
+def _streamed_back(cut: Plan, saved: _Saved, d_sums: Sums) -> tuple[jax.Array, Head, None, None]:
+    head, tokens = saved.head, saved.tokens
+    dtype, first = tokens.hidden.dtype, _first(cut, tokens.weights)
+    # Of a token's loss by its logits: share * softmax - owed * [is the target].
+    owed = tokens.weights * d_sums.loss
+    share = owed + tokens.weights * (d_sums.penalty * 2 * cut.z_loss) * saved.normaliser
+
+    def visit(number: Any, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        d_hidden, d_kernel = totals
+        block = _block(cut, head, number, dtype)
+        rows = _rows(head, block)
+
+        def descend(part: Any, d_hidden: jax.Array, d_block: jax.Array) -> Any:
+            (hidden, targets, _), share, owed, normaliser = part
+            values = _logits(hidden, block, head)
+            d_logits = _d_logits(values, block, head, targets, share, owed, normaliser)
+            return _d_product(hidden, rows, d_logits.astype(dtype), d_hidden, d_block)
+
+        parts = (tokens, share, owed, saved.normaliser)
+        none = _no_gradient(block, tokens.hidden)
+        d_hidden, d_block = _over_chunks(cut, first, descend, parts, d_hidden, none)
+        return d_hidden, _put(cut, head, d_kernel, d_block, block.start)
+
+    none = _no_gradients(cut, head, tokens), jnp.zeros_like(head.kernel)
+    d_hidden, d_kernel = _each_block(cut, visit, none)
+    d_head = dataclasses.replace(head, kernel=d_kernel)
+    return _joined(d_hidden, saved.back, dtype), d_head, None, None
+
+
+def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 # -- tokens --------------------------------------------------------------------------------------
 
 
-def _compacted(plan: _Plan, tokens: _Tokens) -> tuple[_Tokens, jax.Array]:
-    """Tokens in chunks, those with a weight last, and where each of `[B T]` went."""
+def _arranged(cut: Plan, tokens: _Tokens) -> tuple[_Tokens, jax.Array | None]:
+    """Tokens as the cut wants them, and where each of `[B T]` went if they were moved: in chunks,
+    those with a weight last."""
+    if cut.chunks == 1:
+        return tokens, None
     hidden, targets, weights = tokens
-    filler = plan.chunks * plan.chunk - targets.size
+    filler = cut.chunks * cut.chunk - targets.size
     order = jnp.argsort(weights.reshape(-1) != 0, stable=True)
     places = jnp.pad(order, (filler, 0))
     back = (jnp.argsort(order) + filler).reshape(targets.shape)
     is_token = jnp.arange(places.size) >= filler
 
     def split(x: jax.Array) -> jax.Array:
-        return x.reshape(plan.chunks, plan.chunk, *x.shape[1:])
+        return x.reshape(cut.chunks, cut.chunk, *x.shape[1:])
 
     moved = _Tokens(
         split(hidden.reshape(-1, hidden.shape[-1])[places]),
@@ -299,15 +361,31 @@ def _compacted(plan: _Plan, tokens: _Tokens) -> tuple[_Tokens, jax.Array]:
     return moved, back
 
 
-def _first(plan: _Plan, weights: jax.Array) -> jax.Array | None:
+def _no_gradients(cut: Plan, head: Head, tokens: _Tokens) -> jax.Array:
+    """Zeros `[cuts B T D]`, or with chunks `[chunks cuts chunk D]`: of hidden states by range."""
+    lead = tokens.targets.shape
+    leading = (lead[0], head.cuts, *lead[1:]) if cut.chunks > 1 else (head.cuts, *lead)
+    return jnp.zeros((*leading, tokens.hidden.shape[-1]), jnp.float32)
+
+
+def _joined(d_hidden: jax.Array, back: jax.Array | None, dtype: DTypeLike) -> jax.Array:
+    """`[B T D]` of gradients by range, every token back in its place.
+
+    Ranges are added here, once: where V is spread over devices this is the one exchange.
+    """
+    whole = jnp.sum(d_hidden, axis=0 if back is None else 1).astype(dtype)
+    return whole if back is None else whole.reshape(-1, whole.shape[-1])[back]
+
+
+def _first(cut: Plan, weights: jax.Array) -> jax.Array | None:
     """The first chunk with a weight; None where there is one chunk of all."""
-    if plan.chunks == 1:
+    if cut.chunks == 1:
         return None
-    return plan.chunks - jnp.sum(jnp.any(weights != 0, axis=1), dtype=jnp.int32)
+    return cut.chunks - jnp.sum(jnp.any(weights != 0, axis=1), dtype=jnp.int32)
 
 
 def _over_chunks(
-    plan: _Plan,
+    cut: Plan,
     first: jax.Array | None,
     visit: Callable[[Any, Any, Any], tuple[Any, Any]],
     tokens: Any,
@@ -335,37 +413,53 @@ def _over_chunks(
         return chunk + 1, jax.tree.map(put, own, new), shared
 
     state = (first, own, shared)
-    return lax.while_loop(lambda state: state[0] < plan.chunks, turn, state)[1:]
+    return lax.while_loop(lambda state: state[0] < cut.chunks, turn, state)[1:]
 
 
 # -- blocks of the vocabulary --------------------------------------------------------------------
 
 
-def _block(plan: _Plan, head: Head, number: Any, dtype: DTypeLike) -> _Block:
+def _each_block(cut: Plan, visit: Callable[[Any, Any], Any], state: Any) -> Any:
+    """`state` after `visit(number, state)` of every block."""
+    return visit(0, state) if cut.blocks == 1 else lax.fori_loop(0, cut.blocks, visit, state)
+
+
+def _rows(head: Head, block: _Block) -> jax.Array:
+    """The kernel of a block as `[cuts W/cuts D]`, for the gradient of hidden states."""
+    rows = _ranges(head, block.kernel)
+    return rows if head.by_token else _turned(jnp.moveaxis(rows, 0, -1))
+
+
+def _no_gradient(block: _Block, hidden: jax.Array) -> jax.Array:
+    """Zeros `[D W]`."""
+    return jnp.zeros((hidden.shape[-1], block.ids.size), jnp.float32)
+
+
+def _block(cut: Plan, head: Head, number: Any, dtype: DTypeLike) -> _Block:
     """Block `number`, whole: cast to `dtype`, then gathered. The last one may overlap."""
     size = head.vocab // head.cuts
-    start = jnp.minimum(number * plan.block, size - plan.block) if plan.blocks > 1 else 0
-    part = lax.dynamic_slice_in_dim(_ranges(head, head.kernel), start, plan.block, _axis(head))
+    start = jnp.minimum(number * cut.block, size - cut.block) if cut.blocks > 1 else 0
+    part = lax.dynamic_slice_in_dim(_ranges(head, head.kernel), start, cut.block, _axis(head))
     part = _flat(head, part).astype(dtype)
     if head.gather is not None:
         part = head.gather(part)
-    within = start + jnp.arange(plan.block, dtype=jnp.int32)
+    within = start + jnp.arange(cut.block, dtype=jnp.int32)
     ids = jnp.arange(head.cuts, dtype=jnp.int32)[:, None] * size + within[None, :]
-    overlaps = plan.blocks * plan.block != size
+    overlaps = cut.blocks * cut.block != size
     if overlaps:
-        ids = jnp.where((within >= number * plan.block)[None, :], ids, -1)
+        ids = jnp.where((within >= number * cut.block)[None, :], ids, -1)
     return _Block(part, ids, start, overlaps)
 
 
-def _put(plan: _Plan, head: Head, d_kernel: jax.Array, d_block: jax.Array, start: Any) -> jax.Array:
+def _put(cut: Plan, head: Head, d_kernel: jax.Array, d_block: jax.Array, start: Any) -> jax.Array:
     """`d_kernel` with the gradient `[D W]` of the whole block at `start` added, scattered."""
     d_block = d_block.T if head.by_token else d_block
     if head.scatter is not None:
         d_block = head.scatter(d_block)
     part = _ranges(head, d_block.astype(d_kernel.dtype))
     total = _ranges(head, d_kernel)
-    if plan.blocks * plan.block * head.cuts != head.vocab:
-        part = part + lax.dynamic_slice_in_dim(total, start, plan.block, _axis(head))
+    if cut.blocks * cut.block * head.cuts != head.vocab:
+        part = part + lax.dynamic_slice_in_dim(total, start, cut.block, _axis(head))
     total = lax.dynamic_update_slice_in_dim(total, part, start, _axis(head))
     return total.reshape(d_kernel.shape)
 
@@ -414,6 +508,13 @@ def _ids(block: _Block, targets: jax.Array) -> jax.Array:
     return block.ids.reshape((1,) * targets.ndim + block.ids.shape)
 
 
+def _nothing(targets: jax.Array, head: Head) -> _Running:
+    """Before the first block."""
+    shape = (*targets.shape, head.cuts)
+    zero = jnp.zeros(shape, jnp.float32)
+    return _Running(zero + LOWEST, jnp.zeros(shape, jnp.int32), zero, zero)
+
+
 def _fold(running: _Running, logits: jax.Array, block: _Block, targets: jax.Array) -> _Running:
     """`running` with the `logits` `[.. cuts W/cuts]` of a block: plain reductions over W alone.
 
@@ -455,7 +556,7 @@ def _at_target(logits: jax.Array, block: _Block, targets: jax.Array) -> jax.Arra
     return lax.platform_dependent(logits, targets, cpu=looked_up, default=summed)
 
 
-def _finish(plan: _Plan, running: _Running, tokens: _Tokens) -> tuple[Sums, jax.Array]:
+def _finish(cut: Plan, running: _Running, tokens: _Tokens) -> tuple[Sums, jax.Array]:
     """Ranges joined: the sums, and each token's log-sum-exp."""
     top = jnp.max(running.top, axis=-1)
     total = jnp.sum(running.total * jnp.exp(running.top - top[..., None]), axis=-1)
@@ -469,7 +570,7 @@ def _finish(plan: _Plan, running: _Running, tokens: _Tokens) -> tuple[Sums, jax.
         loss=jnp.sum(weights * loss),
         weight=jnp.sum(weights),
         correct=jnp.sum(weights * (best == tokens.targets)),
-        penalty=plan.z_loss * jnp.sum(weights * normaliser**2),
+        penalty=cut.z_loss * jnp.sum(weights * normaliser**2),
     )
     return sums, normaliser
 

@@ -49,6 +49,7 @@ class Work(NamedTuple):
     lora: bool
     attention: str
     block: int | None = None
+    z_loss: float = 0.0
 
     @property
     def tokens(self) -> float:
@@ -167,17 +168,17 @@ def _mlp_width(layer: LayerSpec) -> float:
 def loss(work: Work) -> tuple[float, float]:
     """(logits, head): bytes of the logits that are there at once and of their gradient, and of the
     block of the head they are made with, its gradient and that of the hidden states."""
-    tokens, vocab, width = work.tokens, work.spec.vocab, work.spec.width
-    blocks, chunks = 1, 1.0
-    if tokens * vocab > cross_entropy.SMALL_LOGITS:
-        wanted = work.block or vocab / math.ceil(tokens * vocab / cross_entropy.BLOCK_LOGITS)
-        blocks = math.ceil(vocab / wanted)
-        narrow = width < cross_entropy.NARROW
-        shortest = cross_entropy.NARROW_CHUNK if narrow else cross_entropy.SHORTEST_CHUNK
-        chunks = min(cross_entropy.MOST_CHUNKS, tokens // shortest) or 1
-    columns = vocab / blocks / work.sizes["tensor"]
-    head = columns * width * (work.item + (0 if work.lora else 4))
-    return 2 * 4 * tokens / chunks * columns, head + tokens * width * (4 + work.item)
+    tokens, width, cut = work.tokens, work.spec.width, _head(work)
+    head = cut.block * width * (work.item + (0 if work.lora else 4))
+    return 2 * 4 * cut.chunk * cut.block, head + tokens * width * (4 + work.item)
+
+
+def _head(work: Work) -> cross_entropy.Plan:
+    """How the loss is cut."""
+    tensor = work.sizes["tensor"]
+    cuts = tensor if work.spec.vocab % tensor == 0 else 1
+    asked: dict[str, Any] = {"cuts": cuts, "block": work.block, "z_loss": work.z_loss}
+    return cross_entropy.plan(math.ceil(work.tokens), work.spec.width, work.spec.vocab, **asked)
 
 
 # -- work ----------------------------------------------------------------------------------------
@@ -197,27 +198,30 @@ def all_flops(work: Work) -> tuple[float, float]:
     # What a layer's last product gives is not needed again.
     last = sum(spec.width * _mlp_width(layer) for layer in spec.layers)
     layers = products - spec.vocab * spec.width - last
-    # The head's logits are computed again in the backward pass whatever the policy.
     again = {"none": 0.0, "dots": 0.0, "projections": 0.0}.get(work.remat, 1.0)
-    of_matrices = (4.0 if work.lora else 6.0) * products + 2.0 * (
-        again * layers + spec.vocab * spec.width
-    )
+    # A head that is streamed makes its logits again in the backward pass whatever the policy.
+    head = 0 if _head(work).at_once else spec.vocab * spec.width
+    of_matrices = (4.0 if work.lora else 6.0) * products + 2.0 * (again * layers + head)
     repeated = 0.0 if work.remat in ("none", "attention", "projections") else attention / 3
     return tokens * of_matrices, tokens * (attention + repeated)
 
 
 def wire(work: Work, held: Mapping[str, int]) -> dict[str, float]:
-    """Bytes one device sends in a step, by mesh axis: weights gathered forward and backward,
-    gradients scattered once; activations over tensor, keys and values over context."""
+    """Bytes one device sends in a step, by mesh axis: weights gathered forward and backward, a
+    whole head once, gradients scattered once; activations over tensor, keys and values over
+    context."""
     spec, sizes = work.spec, work.sizes
-    whole = matmul_parameters(spec, active=False) * work.item / sizes["tensor"]
-    passes = (1 if work.remat == "none" else 2) * work.microbatches
-    scattered = 0 if work.lora else work.microbatches
+    head = spec.vocab * spec.width
+    whole = matmul_parameters(spec, active=False)
+    gathered = (whole - head) * (1 if work.remat == "none" else 2)
+    gathered += head * (1 if _head(work).at_once else 2)
+    scattered = 0 if work.lora else whole
+    weights = (gathered + scattered) * work.item / sizes["tensor"] * work.microbatches
     along: dict[str, float] = {}
     for axis, size in sizes.items():
         share = (size - 1) / size
         along[axis] = {
-            "fsdp": share * whole * (passes + scattered),
+            "fsdp": share * weights,
             "data": 2 * share * work.trained,
             "tensor": 2 * share * 6 * len(spec.layers) * spec.width
             * work.item * work.tokens * work.microbatches,

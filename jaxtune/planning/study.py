@@ -135,6 +135,7 @@ def _built(config: Config, subject: Subject, hardware: Hardware) -> tuple[Progra
         lora=adapters is not None,
         attention=kind,
         block=config.loss_block,
+        z_loss=config.z_loss,
     )
     return program, work, sum(leaf.size for leaf in trained)
 
