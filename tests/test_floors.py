@@ -30,7 +30,8 @@ ROOMS: dict[str, set[str]] = {
     "draw": {"config"},
     "ops": {"spec"},
     "model": {"config", "spec", "tree", "mesh", "collectives", "ops"},
-    "learn": {"config", "chips", "spec", "tree", "mesh", "collectives", "ops", "model"},
+    "hosts": {"config"},
+    "learn": {"config", "hosts", "chips", "spec", "tree", "mesh", "collectives", "ops", "model"},
     "hf": {"config", "untrusted", "hub", "spec", "tree", "mesh", "model"},
     "weights": {"config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf"},
     "assemble": {"config", "chips", "spec", "mesh", "model", "learn", "hf", "weights"},
@@ -38,7 +39,7 @@ ROOMS: dict[str, set[str]] = {
         *("config", "chips", "compiled", "assemble", "spec", "tree", "mesh", "data", "model"),
         *("ops", "learn", "hf", "weights"),
     },
-    "loop": {"config", "command", "mesh", "data", "draw", "learn"},
+    "loop": {"config", "command", "hosts", "mesh", "data", "draw", "learn"},
     "inference": {
         *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "weights")
     },
