@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -120,16 +121,31 @@ def _is_google(devices: Path) -> bool:
 # -- what they know of each other ----------------------------------------------------------------
 
 
-def index() -> int:
-    import jax
+def _joined() -> Any | None:
+    """JAX's state of the cluster; None for a process that is alone. Asking it finds no devices."""
+    if "jax" not in sys.modules:
+        return None
+    # Not public, and the only way to the key-value store; Orbax takes it from here too.
+    from jax._src import distributed
 
-    return int(jax.process_index())
+    state = distributed.global_state
+    return state if state.client is not None and (state.num_processes or 1) > 1 else None
+
+
+def index() -> int:
+    state = _joined()
+    return 0 if state is None else int(state.process_id)
 
 
 def count() -> int:
-    import jax
+    state = _joined()
+    return 1 if state is None else int(state.num_processes)
 
-    return int(jax.process_count())
+
+def store() -> Any | None:
+    """The key-value store on host 0 that all hosts reach; None for a process that is alone."""
+    state = _joined()
+    return None if state is None else state.client
 
 
 def is_first() -> bool:

@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxtune import assemble, command
+from pydantic import Field
+
+from jaxtune import assemble, command, hosts, watch
 from jaxtune.command import note
 from jaxtune.config import Config, ConfigError, dump, shard_bytes
 
@@ -33,7 +35,12 @@ if TYPE_CHECKING:
 
 
 class TrainOptions(command.Options):
-    """`train` has no flags but the config's."""
+    replay_step: int | None = Field(
+        None,
+        ge=1,
+        description="go to this step once more, from the checkpoint before it, and write its "
+        "loss by row and gradient norms into OUT/step-N.json; trains and saves nothing",
+    )
 
 
 class Result(NamedTuple):
@@ -64,10 +71,20 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     """
     from jaxtune.hf.folders import refuse_adapter
 
+    options = options or TrainOptions()
     model_name, run_dir = _required(config)
     refuse_adapter(model_name)
-    _claim(run_dir)
     assemble.set_compiler_flags()
+    watch.join(config.hosts)
+    _claim(run_dir)
+    limit = config.hang_timeout_seconds
+    with watch.Watch(hang_seconds=limit, folder=run_dir) as watching:
+        return _run(config, options, model_name, run_dir, watching)
+
+
+def _run(
+    config: Config, options: TrainOptions, model_name: str, run_dir: Path, watching: watch.Watch
+) -> Result:
 
     # 1. The data: everything that can be wrong with it is said before a device is touched.
     material = _open_data(config, model_name)
@@ -106,12 +123,27 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
 
     from jaxtune.learn.checkpoint import Checkpoints
 
+    assemble.keep_compiled(config.compilation_cache_dir)
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
+        hosts.check_shared(run_dir)
         checkpoints = Checkpoints(run_dir, keep=config.save_total_limit)
         closing.callback(checkpoints.close)
-        start = _where_to_begin(config, checkpoints, batches, model, adapters, chosen, total_steps)
+        start = _where_to_begin(
+            config,
+            checkpoints,
+            batches,
+            model,
+            adapters,
+            chosen,
+            total_steps,
+            before=options.replay_step,
+        )
         state, frozen = _first_state(config, model, adapters, program, checkpoints, start)
-        (run_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
+        if options.replay_step is not None:
+            _replay(options.replay_step, run_dir, program, batches, start, state, frozen)
+            return Result(run_dir, None, options.replay_step, {})
+        if hosts.is_first():
+            (run_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
 
         # 4. The loop.
         from jaxtune.data.position import fingerprint
@@ -120,28 +152,54 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
         from jaxtune.spec import flops_per_token
         from jaxtune.weights import base_and_part
 
-        writer = MetricsWriter(run_dir, resumed_at=start, report_to=config.report_to)
+        writer = MetricsWriter(
+            run_dir,
+            resumed_at=start,
+            report_to=config.report_to,
+            quiet=not hosts.is_first(),
+            settings=config.model_dump(mode="json"),
+        )
         closing.callback(writer.close)
+        past = checkpoints.meta(start) if start else {}
         meta = {"fingerprint": fingerprint(batches), "total_steps": total_steps}
         meta.update(base_and_part(model, adapters, chosen))
         flops = flops_per_token(model.spec, batches.row_length, frozen=adapters is not None)
         plan = Plan(batches, meta, total_steps, material.held_out, flops)
-        loop = Loop(config, program, plan, checkpoints, writer, start)
-        state = loop.run(state, frozen)
+        loop = Loop(
+            config,
+            program,
+            plan,
+            checkpoints,
+            writer,
+            watching,
+            run_dir=run_dir,
+            start=start,
+            past=past,
+        )
+        state, done = loop.run(state, frozen)
+        watching.at(done, "saving")
         checkpoints.wait()
+        best = loop.standing.best_step
+        if config.load_best_model_at_end and best not in (None, done):
+            note(f"best: step {best}, eval_loss {loop.standing.best_loss:.4f}; it is exported")
+            del state
+            trained = checkpoints.restore_trained(best, program.abstract, program.shardings)
+        else:
+            trained = state.trained
 
         # 5. The export.
         from jaxtune.hf.adapter import merged
         from jaxtune.tree import merge
 
         model_dir = adapter_dir = None
-        if config.export:
-            variables = merge(state.trained, frozen)
-            if adapters is not None:
-                adapter_dir = _export_adapter(run_dir, model, adapters, variables, material)
-                variables = {"params": merged(model, adapters.lora, variables["lora"])}
-            model_dir = _export(config, run_dir, model, variables, material, report, loop.last)
-    return Result(run_dir, model_dir, total_steps, loop.last, adapter_dir)
+        with watching.unlimited("exporting"):
+            if config.export:
+                variables = merge(trained, frozen)
+                if adapters is not None:
+                    adapter_dir = _export_adapter(run_dir, model, adapters, variables, material)
+                    variables = {"params": merged(model, adapters.lora, variables["lora"])}
+                model_dir = _export(config, run_dir, model, variables, material, report, loop.last)
+    return Result(run_dir, model_dir, done, loop.last, adapter_dir)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -169,7 +227,7 @@ def _claim(run_dir: Path) -> None:
     """Makes the run directory and proves that it can be written, before anything is paid for."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
+        probe = run_dir / f".writable-{hosts.index()}"
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
@@ -211,7 +269,8 @@ def _announce(
     from jaxtune.mesh import sizes_of
 
     found = report(material.train, batches, total_steps=total_steps)
-    show_report(found, short=True)
+    if hosts.is_first():
+        show_report(found, short=True)
     if material.held_out is not None:
         common = overlap(material.train, material.held_out)
         alike = near_overlap(material.train, material.held_out)
@@ -221,10 +280,12 @@ def _announce(
             + (f"; {alike} records say nearly the same as a trained one" if alike else "")
         )
     axes = " x ".join(f"{name} {size}" for name, size in sizes_of(mesh).items() if size > 1)
+    shared = f" of {hosts.count()} hosts" if hosts.count() > 1 else ""
     note(
         f"training: {total_steps} steps of {batches.batch_size} rows x {batches.row_length} tokens "
         f"({batches.steps_per_epoch} steps an epoch), on {mesh.size} "
-        f"{mesh.devices.flat[0].device_kind} device(s){', ' + axes if axes else ''}; learning rate "
+        f"{mesh.devices.flat[0].device_kind} device(s){shared}{', ' + axes if axes else ''}; "
+        f"learning rate "
         f"{config.learning_rate:g}"
     )
     return found
@@ -241,17 +302,19 @@ def _where_to_begin(
     adapters: Adapters | None,
     chosen: Part | None,
     total_steps: int,
+    *,
+    before: int | None = None,
 ) -> int:
     """The step to go on from; 0 is the beginning. Refuses what would not be the same run."""
     from jaxtune.data.position import fingerprint
     from jaxtune.weights import check_resumed
 
-    latest = checkpoints.latest()
+    latest = checkpoints.newest_good(note, before=before)
     if latest is None:
-        if config.resume == "must":
+        if config.resume == "must" and before is None:
             raise ConfigError(f"resume: must, but {checkpoints.folder} holds no checkpoint.")
         return 0
-    if config.resume == "never":
+    if config.resume == "never" and before is None:
         raise ConfigError(
             f"resume: never, but {checkpoints.folder} holds step {latest} of an earlier run, "
             "which would be overwritten. Choose another output_dir, or remove that one."
@@ -265,7 +328,7 @@ def _where_to_begin(
             "output_dir to start anew."
         )
     check_resumed(meta, model, adapters, chosen, where=f"{checkpoints.folder}: step {latest}")
-    if latest > total_steps:
+    if latest > total_steps and before is None:
         raise ConfigError(
             f"{checkpoints.folder}: holds step {latest}, but this run ends at {total_steps}. "
             "Raise max_steps or num_train_epochs, or choose another output_dir."
@@ -311,6 +374,30 @@ def _first_state(
             model.spec, adapters, variables["params"], placed, seed=config.seed
         )
     return program.first_state(variables)
+
+
+def _replay(
+    step: int,
+    run_dir: Path,
+    program: Program,
+    batches: Batches,
+    start: int,
+    state: TrainState,
+    frozen: Any,
+) -> None:
+    """Goes to the step once more, prints what stands out, writes the rest beside the run."""
+    from jaxtune import incident
+    from jaxtune.tree import named
+
+    metrics, losses = incident.again(step, program, batches, start, state, frozen)
+    names = list(named(program.abstract.trained))
+    found = incident.describe(run_dir, step, metrics, names, batches, start or None)
+    found["row_losses"] = losses
+    path = incident.path_of(run_dir, step)
+    if hosts.is_first():
+        incident.write(path, found)
+        print(incident.summary(found))
+    note(f"replayed step {step}: {path}")
 
 
 # -- after the loop ------------------------------------------------------------------------------

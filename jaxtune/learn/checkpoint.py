@@ -168,10 +168,15 @@ class Checkpoints:
         return TrainState(position, found["trained"], found["opt"]), found["meta"]
 
     def restore_trained(self, step: int, abstract: TrainState, shardings: TrainState) -> Any:
-        """The trained variables alone."""
+        """The trained variables alone. Raises `ConfigError` for a step that is damaged."""
+        found = digests.damage(self.folder / str(step), host=hosts.index(), hosts=hosts.count())
+        if said := [text for text in hosts.everyones(found) if text]:
+            raise ConfigError(
+                f"{self.folder / str(step)}: is damaged: {said[0]}. Set load_best_model_at_end "
+                "false to export the last step."
+            )
         wanted = place(abstract.trained, shardings.trained)
-        found = _read(self.folder / str(step), trained=ocp.args.StandardRestore(wanted))
-        return found["trained"]
+        return _read(self.folder / str(step), trained=ocp.args.StandardRestore(wanted))["trained"]
 
     def meta(self, step: int) -> dict[str, Any]:
         return dict(_read(self.folder / str(step), meta=ocp.args.JsonRestore())["meta"])

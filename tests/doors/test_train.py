@@ -23,6 +23,8 @@ from jaxtune.tree import named
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "configs" / "quickstart" / "model"
+# What depends on the clock and the machine.
+CLOCK = ("tokens_per_second", "mfu", "step_seconds", "data_wait", "memory_peak_bytes")
 PLACES = ("Paris", "Rome", "Oslo", "Cairo", "Lima", "Quito", "Delhi", "Seoul")
 
 
@@ -71,7 +73,7 @@ def flags(material: Path, out: Path, **more: object) -> list[str]:
 def rows_of(out: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in ("tokens_per_second", "mfu")} for r in rows]
+    return [{k: v for k, v in r.items() if k not in CLOCK} for r in rows]
 
 
 def assert_same_model(a: Path, b: Path) -> None:
