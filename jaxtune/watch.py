@@ -49,6 +49,7 @@ def join(asked: HostsConfig) -> None:
     Place.quiet = not hosts.is_first()
     Place.leave = _leave
     _answer_aborts()
+    _keep_stdout()
 
 
 class Watch:
@@ -73,7 +74,9 @@ class Watch:
             self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._store is not None and _of_runtime(error):
+            self._blame(error)
         self._closed.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -119,6 +122,16 @@ class Watch:
         limit = time.monotonic() - _SILENT_BEATS * _BEAT_SECONDS
         own = hosts.index()
         return sorted(h for h, beat in self.peers.items() if beat.heard < limit and h != own)
+
+    def _blame(self, error: BaseException | None) -> None:
+        """A collective fails at once when another host is gone, before JAX hears that it is: a few
+        beats show which. Returns if all are well: then the error is our own."""
+        deadline = time.monotonic() + (_SILENT_BEATS + 2) * _BEAT_SECONDS
+        while time.monotonic() < deadline:
+            if silent := self.silent():
+                text = str(error).splitlines()[0]
+                _exit(STOPPED, f"{_lost(silent, self._now[0])} What failed first: {text}")
+            time.sleep(0.2)
 
     def _hangs(self) -> None:
         step, doing = self._now
@@ -209,14 +222,37 @@ def _answer_aborts() -> None:
 def _on_abort(number: int) -> None:
     watch = _State.watch
     silent = watch.silent() if watch is not None else []
-    who = ", ".join(map(str, silent)) or "0 (which coordinates them)"
-    step = f" at step {watch._now[0]}" if watch is not None else ""
-    text = (
-        f"jaxtune: {Place.name}host {who} was lost{step}: killed, restarted or cut off. Ending; "
-        "the same command on all hosts goes on from the last checkpoint.\n"
-    )
-    os.write(2, text.encode())
+    lost = _lost(silent, watch._now[0] if watch is not None else 0)
+    os.write(2, f"jaxtune: {Place.name}{lost}\n".encode())
     os._exit(STOPPED)
+
+
+def _lost(silent: list[int], step: int) -> str:
+    who = " and ".join(map(str, silent)) or "0, which coordinates the others,"
+    return (
+        f"host {who} was lost at step {step}: killed, restarted or cut off. Ending; the same "
+        "command on all hosts goes on from the last checkpoint."
+    )
+
+
+def _of_runtime(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, came from XLA."""
+    import jax
+
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _keep_stdout() -> None:
+    """The collectives of CPUs write greetings to stdout, which is for results: those go to stderr,
+    by the number of the file, and what Python prints goes where it did."""
+    if sys.stdout is sys.__stdout__ and sys.stdout is not None:
+        sys.stdout.flush()
+        sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+        os.dup2(2, 1)
 
 
 Notice = Callable[[int], str | None]
