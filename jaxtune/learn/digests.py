@@ -31,8 +31,11 @@ def write(folder: Path, *, host: int = 0, hosts: int = 1) -> None:
 
 
 def complete(folder: Path) -> bool:
-    """Whether every host has written its share."""
-    return bool(_parts(folder))
+    """Whether every host has written its share, readable or not."""
+    try:
+        return bool(_parts(folder))
+    except ValueError:
+        return True
 
 
 def damage(folder: Path, *, host: int = 0, hosts: int = 1) -> str:
@@ -40,7 +43,10 @@ def damage(folder: Path, *, host: int = 0, hosts: int = 1) -> str:
 
     Looks at this host's share of the files; hosts need not be those of the writing.
     """
-    parts = _parts(folder)
+    try:
+        parts = _parts(folder)
+    except ValueError as error:
+        return str(error)
     if not parts:
         return "it was never finished: its digests are missing"
     known = {name: entry for part in parts for name, entry in part.items()}
@@ -68,16 +74,20 @@ def _name(host: int) -> str:
 
 
 def _parts(folder: Path) -> list[Mapping[str, tuple[int, str]]]:
-    """What each host wrote; empty when one is missing or cannot be read."""
+    """What each host wrote; empty when one is missing. Raises `ValueError` for one that cannot be
+    read."""
     parts: list[Mapping[str, tuple[int, str]]] = []
     hosts = 1
-    try:
-        while len(parts) < hosts:
-            found = json.loads((folder / _name(len(parts))).read_text(encoding="utf-8"))
-            hosts = found["hosts"]
-            parts.append({name: (size, digest) for name, (size, digest) in found["files"].items()})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return []
+    while len(parts) < hosts:
+        name = _name(len(parts))
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+            hosts = int(found["hosts"])
+            parts.append({file: (size, digest) for file, (size, digest) in found["files"].items()})
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{name}: cannot be read") from None
     return parts
 
 
