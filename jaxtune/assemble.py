@@ -42,7 +42,8 @@ def keep_compiled(folder: str | None) -> None:
     if folder == "auto":
         told: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
         folder = told or str(default_folder() / "compiled")
-    jax.config.update("jax_compilation_cache_dir", folder)
+    kept = None if folder in (None, "none") else folder
+    jax.config.update("jax_compilation_cache_dir", kept)
 
 
 def microbatches(config: Config, mesh: Mesh) -> int:

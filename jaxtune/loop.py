@@ -213,6 +213,7 @@ class Loop:
 
     def _not_finite(self, done: int, metrics: StepMetrics) -> None:
         """The step changed nothing. Writes down what is known of it; ends the run, or skips it."""
+        self.checkpoints.wait()  # so that the one being written counts too
         kept = self.checkpoints.latest()
         path = incident.path_of(self.run_dir, done)
         if hosts.is_first():
