@@ -451,7 +451,9 @@ class Config(_Strict):
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         (), description="besides metrics.jsonl, which is always written"
     )
-    sample_prompts: tuple[str, ...] = Field((), description="answered at every evaluation")
+    sample_prompts: tuple[str, ...] = Field(
+        (), description="answered greedily at every evaluation, into OUT/samples.jsonl"
+    )
     export: bool = Field(True, description="write OUT/hf when training ends")
     output_dir: str | None = Field(None, description="the run directory; made if missing")
 
@@ -495,9 +497,9 @@ class Config(_Strict):
         return self
 
     def _watching_agrees(self) -> None:
-        for name in ("load_best_model_at_end", "early_stopping_patience"):
+        for name in ("load_best_model_at_end", "early_stopping_patience", "sample_prompts"):
             if getattr(self, name) and not (self.eval_split or self.eval_datasets):
-                raise ValueError(f"{name} goes by eval_loss; set eval_split or eval_datasets")
+                raise ValueError(f"{name} needs evaluations; set eval_split or eval_datasets")
         if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
             first, last = self.profile_steps
             raise ValueError(f"profile_steps: first and last step; got {first} and {last}")
@@ -689,7 +691,6 @@ def load(
         adapted = config.lora.r > 0 or config.adapter_name_or_path is not None
         lora = " and LoRA" if name == "learning_rate" and adapted else ""
         note(f"{name}: {shown}, the default with {config.optim}{lora}")
-    _refuse_what_is_not_built(config)
     return config
 
 
@@ -813,13 +814,3 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             nested[name] = value
     return nested
-
-
-def _refuse_what_is_not_built(config: Config) -> None:
-    """A knob that would be silently ignored is an error instead."""
-    wanted = {
-        "sample_prompts": bool(config.sample_prompts),
-    }
-    refused = [name for name, set_ in wanted.items() if set_]
-    if refused:
-        raise ConfigError(f"config: not in this version yet: {', '.join(refused)}. Unset it.")

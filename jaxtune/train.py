@@ -18,7 +18,7 @@ from pydantic import Field
 
 from jaxtune import assemble, command, hosts, watch
 from jaxtune.command import note
-from jaxtune.config import Config, ConfigError, dump, shard_bytes
+from jaxtune.config import Config, ConfigError, HostsConfig, dump, shard_bytes
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from jaxtune.learn.partial import Part
     from jaxtune.learn.program import Program
     from jaxtune.learn.state import TrainState
+    from jaxtune.samples import Samples
     from jaxtune.weights import Adapters
 
 
@@ -85,6 +86,9 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
 def _run(
     config: Config, options: TrainOptions, model_name: str, run_dir: Path, watching: watch.Watch
 ) -> Result:
+
+    # How this run was launched is not what it is: its config can be used again anywhere.
+    config = config.model_copy(update={"hosts": HostsConfig()})
 
     # 1. The data: everything that can be wrong with it is said before a device is touched.
     material = _open_data(config, model_name)
@@ -164,7 +168,8 @@ def _run(
         meta = {"fingerprint": fingerprint(batches), "total_steps": total_steps}
         meta.update(base_and_part(model, adapters, chosen))
         flops = flops_per_token(model.spec, batches.row_length, frozen=adapters is not None)
-        plan = Plan(batches, meta, total_steps, material.held_out, flops)
+        answer = _samples(config, run_dir, material, model, adapters, mesh, start)
+        plan = Plan(batches, meta, total_steps, material.held_out, flops, answer)
         loop = Loop(
             config,
             program,
@@ -374,6 +379,35 @@ def _first_state(
             model.spec, adapters, variables["params"], placed, seed=config.seed
         )
     return program.first_state(variables)
+
+
+def _samples(
+    config: Config,
+    run_dir: Path,
+    material: Material,
+    model: HfModel,
+    adapters: Adapters | None,
+    mesh: Mesh,
+    start: int,
+) -> Samples | None:
+    """What answers `sample_prompts` at every evaluation."""
+    if not config.sample_prompts:
+        return None
+    from jaxtune.inference import Words
+    from jaxtune.learn.program import compute_dtype
+    from jaxtune.mesh import platform_of
+    from jaxtune.samples import Samples
+
+    return Samples(
+        run_dir,
+        config.sample_prompts,
+        Words(material.tokenizer, material.template),
+        model,
+        adapters,
+        mesh,
+        compute_dtype(config.dtype, platform_of(mesh)),
+        resumed_at=start,
+    )
 
 
 def _replay(

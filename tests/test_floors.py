@@ -45,6 +45,10 @@ ROOMS: dict[str, set[str]] = {
         *("config", "command", "hosts", "watch", "chips", "tree", "mesh", "data", "draw", "learn"),
         "incident",
     },
+    "samples": {
+        *("config", "hosts", "tree", "mesh", "data", "model", "learn", "hf", "weights"),
+        "inference",
+    },
     "inference": {
         *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "weights")
     },

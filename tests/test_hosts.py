@@ -72,8 +72,9 @@ def test_jax_s_own_variables_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
         ("hang_timeout_seconds", -1, "greater than or equal to 0"),
         ("max_skipped_steps", -1, "greater than or equal to 0"),
         ("profile_steps", [5, 3], "first and last step; got 5 and 3"),
-        ("early_stopping_patience", 2, "goes by eval_loss; set eval_split or eval_datasets"),
-        ("load_best_model_at_end", True, "goes by eval_loss; set eval_split or eval_datasets"),
+        ("early_stopping_patience", 2, "needs evaluations; set eval_split or eval_datasets"),
+        ("sample_prompts", ["Hello"], "needs evaluations"),
+        ("load_best_model_at_end", True, "needs evaluations; set eval_split or eval_datasets"),
     ],
 )
 def test_bad_values_are_refused(name: str, value: object, message: str) -> None:

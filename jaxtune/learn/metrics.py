@@ -48,7 +48,7 @@ class MetricsWriter:
         self._file = None
         if quiet:
             return
-        _keep_rows_up_to(self.path, resumed_at)
+        keep_rows_up_to(self.path, resumed_at)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         if "tensorboard" in report_to:
             self._boards.append(_TensorBoard(run_dir, resumed_at))
@@ -76,7 +76,8 @@ class MetricsWriter:
             board.close()
 
 
-def _keep_rows_up_to(path: Path, step: int) -> None:
+def keep_rows_up_to(path: Path, step: int) -> None:
+    """Drops the rows of later steps from a .jsonl file, and half a line that a killed run left."""
     if not path.exists():
         return
     kept = []

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxtune import evaluate, train
+from jaxtune import chat, evaluate, train
 from jaxtune.config import Diverged, load
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.tree import named
@@ -27,6 +27,8 @@ from jaxtune.tree import named
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "configs" / "quickstart" / "model"
 # What depends on the clock and the machine.
+# Tiny programs: compiling them well would take longer than running them badly.
+FAST = "--xla_backend_optimization_level=0"
 CLOCK = ("tokens_per_second", "mfu", "step_seconds", "data_wait", "memory_peak_bytes")
 PLACES = ("Paris", "Rome", "Oslo", "Cairo", "Lima", "Quito", "Delhi", "Seoul")
 
@@ -90,7 +92,7 @@ def in_process(
 ) -> subprocess.CompletedProcess[str]:
     """The door in a process of its own, on some devices, after some Python lines."""
     code = f"import sys\n{before}\nfrom jaxtune import train\nsys.exit(train.main(sys.argv[1:]))"
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST}"}
     env["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".jax_cache")
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     return subprocess.run(
@@ -492,3 +494,34 @@ def test_elastic_from_eight_devices_to_four_to_one(
         assert (row["kind"], row["step"]) == (expected["kind"], expected["step"])
         name = "loss" if row["kind"] == "train" else "eval_loss"
         assert row[name] == pytest.approx(expected[name], abs=1e-5)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_sample_prompts_are_answered_at_every_evaluation(
+    lora: int, material: Path, straight: Path, tmp_path: Path
+) -> None:
+    """What a checkpoint answers, the exported model answers too; a resumed run drops later rows."""
+    out = tmp_path / "out"
+    prompts = ["Where is number 3?", "Where is number 4?"]
+    more = {
+        "sample_prompts": prompts, "eval_split": 0.2, "eval_steps": 2, "max_steps": 4,
+        "save_steps": 2, "save_dtype": "float32",
+    }  # fmt: skip
+    if lora:
+        more |= {"lora.r": lora, "init": "pretrained", "model_name_or_path": straight / "hf"}
+    run(material, out, **more)
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["prompt"]) for row in rows] == [
+        (step, prompt) for step in (2, 4) for prompt in prompts
+    ]
+    assert {type(row["stopped"]) for row in rows} == {bool}
+    name = str(out / "hf")
+    said = chat.run(
+        load(overrides={"model_name_or_path": name}),
+        chat.ChatOptions(prompt=prompts[1], max_new_tokens=256),
+    )
+    assert said.answers[0]["response"] == rows[-1]["response"]
+    shutil.rmtree(out / "checkpoints" / "4")
+    before = (out / "samples.jsonl").read_text()
+    run(material, out, **more)
+    assert (out / "samples.jsonl").read_text() == before

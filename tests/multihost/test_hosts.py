@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
+from multihost import runs
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.xdist_group("multihost")  # one worker: the two cores are shared as it is
