@@ -190,10 +190,8 @@ loop.Loop._read = dying
     ("step", "settled", "resumes_after"),
     [
         (2, True, None),
-        (5, True, None),
         (6, False, None),  # perhaps while step 5 is being written: None = wherever it can
         (6, True, 5),  # exactly at an epoch's end
-        (9, True, 5),
         (11, True, 10),
     ],
 )

@@ -63,8 +63,9 @@ def test_two_hosts_are_one_run(material: Path, alone: Path, tmp_path: Path) -> N
         expected = [f"ROWS {step} {low} {high}" for step in range(12)]
         assert host.stdout.splitlines() == expected
     assert "step 12/12" in hosts[0].stderr
-    said = [line for line in hosts[1].stderr.splitlines() if "Gloo" not in line]
-    assert said == []
+    for word in ("data\n", "training: ", "step ", "model: "):  # the others are silent
+        assert word in hosts[0].stderr
+        assert word not in hosts[1].stderr
 
 
 def test_killed_stopped_and_resumed_by_other_numbers_of_hosts(
@@ -73,7 +74,7 @@ def test_killed_stopped_and_resumed_by_other_numbers_of_hosts(
     out = tmp_path / "out"
     four = runs.start(
         runs.flags(material, out, **{"hosts.heartbeat_timeout_seconds": 10}),
-        hosts=4, devices=4, before=AT_STEP.format(host=2, step=7, signal="SIGKILL", seconds=0),
+        hosts=4, devices=4, before=AT_STEP.format(host=2, step=5, signal="SIGKILL", seconds=0),
     )  # fmt: skip
     four[2].process.wait(240)
     killed = time.monotonic()
