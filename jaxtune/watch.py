@@ -29,6 +29,7 @@ _BEAT_SECONDS = 2.0
 _SILENT_BEATS = 4
 _ENDED_SECONDS = 10.0  # host 0, which keeps the store, stays for the others to read why it ends
 _HOST, _ENDED = "jaxtune/host/", "jaxtune/ended/"
+_STACKS = "stacks"
 
 
 class Beat(NamedTuple):
@@ -113,8 +114,10 @@ class Watch:
             if before is None or before.number != int(number):
                 self.peers[host] = Beat(int(number), int(at), said, time.monotonic())
         for key, value in store.key_value_dir_get(_ENDED):
-            host, (code, _, said) = int(key.rpartition("/")[2]), value.partition("\n")
+            host, (code, stacks, said) = int(key.rpartition("/")[2]), value.split("\n", 2)
             if host != hosts.index():
+                if stacks == _STACKS:
+                    self._show_stacks()
                 _exit(int(code), f"host {host} has ended, so this one does too. It said: {said}")
 
     def silent(self) -> list[int]:
@@ -135,20 +138,25 @@ class Watch:
 
     def _hangs(self) -> None:
         step, doing = self._now
-        stacks = "stderr"
-        faulthandler.dump_traceback(sys.__stderr__ or 2)
-        if self._folder is not None:
-            path = self._folder / f"stacks-host-{hosts.index()}.txt"
-            with contextlib.suppress(OSError), path.open("w") as file:
-                faulthandler.dump_traceback(file)
-                stacks = str(path)
+        stacks = self._show_stacks()
         limit = f"{self._hang_seconds:g}"
         _exit(
             STOPPED,
             f"no progress for {limit} s at step {step}, {doing}. {self._laggard()}Every thread's "
             f"stack is in {stacks}. The same command goes on from the last checkpoint; a step that "
             "really takes longer needs a larger hang_timeout_seconds.",
+            stacks=True,
         )
+
+    def _show_stacks(self) -> str:
+        """Every thread's stack to stderr, and into a file where there is room; says where."""
+        faulthandler.dump_traceback(sys.__stderr__ or 2)
+        if self._folder is not None:
+            path = self._folder / f"stacks-host-{hosts.index()}.txt"
+            with contextlib.suppress(OSError), path.open("w") as file:
+                faulthandler.dump_traceback(file)
+                return str(path)
+        return "stderr"
 
     def _laggard(self) -> str:
         if len(self.peers) < 2:
@@ -180,7 +188,7 @@ def _leave(code: int, said: str) -> None:
     """Ends this host without waiting for the others, and lets them know why."""
     store: Any = hosts.store()
     with contextlib.suppress(Exception):
-        store.key_value_set(f"{_ENDED}{hosts.index()}", f"{code}\n{said}")
+        store.key_value_set(f"{_ENDED}{hosts.index()}", f"{code}\n\n{said}")
         deadline = time.monotonic() + _ENDED_SECONDS
         while hosts.is_first() and time.monotonic() < deadline:
             if len(store.key_value_dir_get(_ENDED)) == hosts.count():
@@ -190,13 +198,15 @@ def _leave(code: int, said: str) -> None:
     os._exit(code)
 
 
-def _exit(code: int, message: str) -> None:
-    """From a thread; the main one may hang in a call that never returns."""
+def _exit(code: int, message: str, *, stacks: bool = False) -> None:
+    """From a thread; the main one may hang in a call that never returns. With `stacks` the other
+    hosts show theirs too."""
     say(f"jaxtune: {Place.name}{message}")
     store = hosts.store()
     with contextlib.suppress(Exception):
         if store is not None:
-            store.key_value_set(f"{_ENDED}{hosts.index()}", f"{code}\n{message}")
+            told = f"{code}\n{_STACKS if stacks else ''}\n{message}"
+            store.key_value_set(f"{_ENDED}{hosts.index()}", told)
     if hosts.count() > 1 and hosts.is_first():
         time.sleep(2 * _BEAT_SECONDS)
     _flush()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
+from jaxtune.config import ConfigError
 from jaxtune.learn import metrics
 from jaxtune.learn.evaluation import Totals, evaluate
 from jaxtune.learn.metrics import Meter, MetricsWriter, Spikes
@@ -84,6 +86,15 @@ def test_a_loss_that_jumps_is_noticed_once() -> None:
     assert spikes.notice(4.0) == pytest.approx(2.0, abs=0.05)
     assert spikes.notice(4.0) is None  # once in 20 steps
     assert [Spikes().notice(9.0 - step) for step in range(9)] == [None] * 9  # too early to tell
+
+
+def test_a_board_that_is_not_installed_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, module in (("wandb", "wandb"), ("tensorboard", "tensorboardX")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ConfigError, match=rf"pip install 'jaxtune\[{name}\]'"):
+            MetricsWriter(tmp_path, resumed_at=0, report_to=(name,))
 
 
 def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
