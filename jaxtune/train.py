@@ -74,7 +74,7 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
 
     # 2. The model and the program for these devices.
     from jaxtune.data.position import largest_id
-    from jaxtune.hf.adapter import check_adapter_target
+    from jaxtune.hf.adapter_write import check_adapter_target
     from jaxtune.hf.export import check_target
     from jaxtune.hf.load import open_model, with_tokens
     from jaxtune.learn.partial import share
@@ -131,7 +131,7 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
         checkpoints.wait()
 
         # 5. The export.
-        from jaxtune.hf.adapter import merged
+        from jaxtune.hf.merge import merged
         from jaxtune.tree import merge
 
         model_dir = adapter_dir = None
@@ -323,7 +323,7 @@ def _export_adapter(
     variables: Mapping[str, Any],
     material: Material,
 ) -> Path:
-    from jaxtune.hf.adapter import write_adapter
+    from jaxtune.hf.adapter_write import write_adapter
 
     written = write_adapter(
         run_dir / "adapter",
