@@ -93,7 +93,7 @@ for word in "${REST[@]}"; do
 done
 
 manifest=$(<"$HERE/jobset.yaml")
-fill() { manifest=${manifest//"@$1@"/$2}; }
+fill() { manifest=${manifest//"@$1@"/"$2"}; }
 if [[ $capacity ]]; then
   fill CAPACITY "$capacity"
 else

@@ -29,7 +29,7 @@ if [[ ! $flag_stop ]]; then
     fi
   done
   for file in ${flag_copy[@]+"${flag_copy[@]}"}; do
-    [[ -f $file ]] || die "--copy: no such file: $file"
+    [[ -f $file || $DRY_RUN == yes ]] || die "--copy: no such file: $file"
     [[ ${file##*/} =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] ||
       die "--copy: a name of letters, digits, '.', '_' and '-'; got '${file##*/}'."
   done

@@ -4,7 +4,7 @@
 # Written for bash 3.2 as well, which is what macOS has: no associative arrays, no ${x@Q}, and
 # ${a[@]+"${a[@]}"} where an array may be empty. Of gcloud only commands of the GA track are used.
 
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+HERE=$(dirname "${BASH_SOURCE[0]}") # no script changes its directory
 DRY_RUN=no
 FLAGS_GIVEN=()
 PLACE=()
@@ -109,7 +109,8 @@ quoted() {
     if [[ $word =~ ^[A-Za-z0-9_@%+=:,./~-]+$ ]]; then
       line+=" $word"
     else
-      line+=" '${word//"'"/$mark}'"
+      word=${word//\'/$mark}
+      line+=" '$word'"
     fi
   done
   printf '%s' "${line# }"
