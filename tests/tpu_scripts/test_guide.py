@@ -28,7 +28,9 @@ def test_a_changed_block_is_noticed() -> None:
 
 def test_files_that_are_named_are_there() -> None:
     text = guide.GUIDE.read_text(encoding="utf-8")
-    names = set(re.findall(r"(?<![\w/.])(?:tpu_scripts|configs|docs|benchmarks|tests)/[\w./-]*\w", text))
+    names = set(
+        re.findall(r"(?<![\w/.])(?:tpu_scripts|configs|docs|benchmarks|tests)/[\w./-]*\w", text)
+    )
     assert len(names) > 10
     assert [name for name in sorted(names) if not (guide.ROOT / name).exists()] == []
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
