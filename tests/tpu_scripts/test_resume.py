@@ -48,6 +48,17 @@ def test_a_vm_preempted_under_an_active_request(cloud: Cloud) -> None:
     assert cloud.verbs() == ["delete", "create", "delete"]
 
 
+def test_taken_away_before_it_was_used(cloud: Cloud) -> None:
+    cloud.answers(
+        "states", ABSENT, ABSENT, "SUSPENDED|||||", "SUSPENDED|||||", ABSENT, ABSENT, ACTIVE
+    )
+    cloud.answers("vms", *[ABSENT] * 4, "READY")
+    cloud.answers("reports", ended(0))
+    done = cloud.run(*WORDS, *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["create", "delete", "create", "delete"]
+
+
 def test_75_is_launched_again(cloud: Cloud) -> None:
     cloud.answers("states", ACTIVE)
     cloud.answers("vms", "READY")
