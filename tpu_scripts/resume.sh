@@ -10,7 +10,8 @@
 # --max_hours N        delete the slice and stop after so many hours, counted from the start of this
 #                      script, or from the request of the slice when it is there already; default 24
 # --max_failures N     stop when the run has ended so often by something else than a preemption (exit
-#                      codes other than 0, 2, 3, 75), or a request has failed so often; default 3
+#                      codes other than 0, 2, 3, 75), when a request has failed so often, or setting
+#                      up and launching so often in a row; default 3
 # --delete_when_done   delete the slice when the run is over, however it ended; its last lines of log
 #                      are printed first. Without it the slice stays, and costs
 # --poll_seconds N     between two looks; default 60
@@ -79,8 +80,21 @@ over() {
   exit "$1"
 }
 
+# try COMMAND: what has to work soon, for the slice costs meanwhile. A VM that is a minute old may
+# still refuse.
+try() {
+  if "$@"; then
+    misses=0
+    return
+  fi
+  misses=$((misses + 1))
+  if ((misses >= most)); then over 1 "it could not be set up or launched $misses times in a row."; fi
+  say "$NAME: not launched; looking again ($misses of $most)."
+}
+
 began=$(now)
 failures=0
+misses=0
 before=''
 while true; do
   slice ABSENT
@@ -127,13 +141,13 @@ while true; do
   ready)
     verdict=$(reports "$name" | verdict)
     case $verdict in
-    bare | absent) set_up_and_launch || say "$NAME: not launched; looking again." ;;
+    bare | absent) try set_up_and_launch ;;
     'exit 0') over 0 "run '$name' is done." ;;
     "exit $BAD_INPUT") over "$BAD_INPUT" "run '$name' refuses its input (exit 2):" ;;
     "exit $DIVERGED") over "$DIVERGED" "run '$name' has diverged (exit 3); the last good checkpoint is kept:" ;;
     "exit $STOPPED")
       say "$NAME: run '$name' was stopped after saving; launching it again."
-      launch || say "$NAME: not launched; looking again."
+      try launch
       ;;
     exit*)
       # A host that goes takes the others down with it before the state of the slice says so.
@@ -143,7 +157,7 @@ while true; do
         failures=$((failures + 1))
         if ((failures >= most)); then over 1 "run '$name' has failed $failures times ($verdict):"; fi
         say "$NAME: run '$name' ended with $verdict; launching it again ($failures of $most)."
-        launch || say "$NAME: not launched; looking again."
+        try launch
       fi
       ;;
     *) ;; # running, or the workers do not answer: the next look says which

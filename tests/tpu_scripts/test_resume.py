@@ -123,6 +123,17 @@ def test_a_crash_that_was_a_preemption_is_no_failure(cloud: Cloud) -> None:
     assert cloud.verbs().count("create") == 4
 
 
+def test_what_cannot_be_set_up_does_not_cost_for_ever(cloud: Cloud) -> None:
+    cloud.answers("states", ACTIVE)
+    cloud.answers("vms", "READY")
+    cloud.answers("reports", BARE)
+    cloud.answers("ssh", "!uv: no such package")
+    done = cloud.run(*WORDS, *TRAIN)
+    assert done.returncode == 1
+    assert cloud.verbs() == [*["setup"] * 3, "delete"]
+    assert "could not be set up or launched 3 times in a row" in done.stderr
+
+
 def test_no_answer_is_waited_for(cloud: Cloud) -> None:
     cloud.answers("states", "!UNAVAILABLE: no route", ACTIVE)
     cloud.answers("vms", "!UNAVAILABLE: no route", "READY")
