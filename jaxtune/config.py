@@ -370,7 +370,7 @@ class Config(_Strict):
     loss_block: PositiveInt | None = Field(
         None,
         description="entries of the vocabulary whose logits exist at a time; fewer = less memory; "
-        "default: 256 MiB of logits a device; never changes results",
+        "default: all for a small head, else 256 MiB of logits a device; never changes results",
     )
     z_loss: NonNegativeFloat = Field(
         0.0,
