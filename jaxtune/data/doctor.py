@@ -135,7 +135,7 @@ def histograms(dataset: Dataset, bins: int = 30) -> dict[str, dict[str, list[int
     """How often each length occurs: {what: {"edges": n + 1 whole numbers, "counts": n}}.
 
     Bin i holds the lengths from edges[i] up to, not including, edges[i + 1]; all bins are equally
-    wide, so the last may reach beyond the longest.
+    wide but for the last, which ends with the longest.
     """
     return {
         "Tokens of an example": _histogram(dataset.token_counts, bins),
@@ -236,6 +236,6 @@ def _histogram(values: NDArray[np.int64], bins: int) -> dict[str, list[int]]:
     width = -(-(high - low + 1) // bins)
     counts = np.bincount((values - low) // width)
     return {
-        "edges": [low + width * i for i in range(len(counts) + 1)],
+        "edges": [*(low + width * i for i in range(len(counts))), high + 1],
         "counts": counts.tolist(),
     }

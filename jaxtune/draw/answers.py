@@ -9,13 +9,13 @@ import difflib
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxtune.draw.curves import written
 from jaxtune.draw.markup import Markup, Number, escaped, table
 
-_ANSWERS = 50  # of an evaluation file that are shown
+_ANSWERS, _OPEN = 50, 8  # of an evaluation file that are shown; those not folded away
 _PROMPTS, _STEPS = 20, 8  # of samples.jsonl
 _LONGEST = 4000  # letters of a text; a difference takes time quadratic in its words
 _ALIKE = 0.3  # below this share of common words two answers are shown as they are
@@ -45,7 +45,8 @@ def difference(before: str, after: str) -> tuple[Markup, Markup]:
     before, after = _cut(before), _cut(after)
     old, new = _words(before), _words(after)
     found = difflib.SequenceMatcher(None, old, new, autojunk=False)
-    if found.ratio() < _ALIKE:
+    shared = _letters(old[i] for a, _, n in found.get_matching_blocks() for i in range(a, a + n))
+    if 2 * shared < _ALIKE * (_letters(old) + _letters(new)):
         return Markup(escaped(before)), Markup(escaped(after))
     left, right = "", ""
     for what, a, b, c, d in found.get_opcodes():
@@ -55,18 +56,26 @@ def difference(before: str, after: str) -> tuple[Markup, Markup]:
     return Markup(left), Markup(right)
 
 
-def evaluation(name: str, found: Mapping[str, Any]) -> str:
-    """What `evaluate --json` printed: its scores, with `base` side by side, and its answers."""
+def scores(name: str, found: Mapping[str, Any]) -> str:
+    """The scores that `evaluate --json` printed, with `base` side by side; per data set too."""
     base = found.get("base")
     columns = {"base": base, "tuned": found} if base else {"model": found}
-    parts = [_scores(f"{name}: all", columns)]
     several = found.get("by_dataset", {})
+    parts = [_scores(f"{name}: all" if len(several) > 1 else name, columns)]
     if len(several) > 1:
-        for dataset, scores in several.items():
-            with_base = {"base": base["by_dataset"].get(dataset, {})} if base else {}
-            parts.append(_scores(f"{name}: {dataset}", {**with_base, [*columns][-1]: scores}))
-    parts.append(_answers(found.get("generations", []), base and base.get("generations", [])))
+        for dataset, of_it in several.items():
+            beside = {"base": base.get("by_dataset", {}).get(dataset, {})} if base else {}
+            parts.append(_scores(f"{name}: {dataset}", {**beside, [*columns][-1]: of_it}))
     return "\n".join(parts)
+
+
+def answer_cards(name: str, found: Mapping[str, Any]) -> str:
+    """The answers that `evaluate --json` printed, a card per question; nothing without any."""
+    answers, base = found.get("generations"), found.get("base")
+    if not answers:
+        return ""
+    cards = _answers(answers, base and base.get("generations"))
+    return f"<h3>Answers in {escaped(name)}</h3>{cards}"
 
 
 def samples(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -82,9 +91,8 @@ def samples(rows: Sequence[Mapping[str, Any]]) -> str:
             if before is not None:
                 text = difference(before, row["response"])[1]
             before = row["response"]
-            lines.append(
-                f"<dt>step {row['step']:,}</dt><dd>{_said(text)}{_ending(row.get('stopped'))}</dd>"
-            )
+            ending = _ending(row.get("stopped"))
+            lines.append(f"<div><dt>step {row['step']:,}{ending}</dt><dd>{_said(text)}</dd></div>")
         cards.append(f"<article>{_prompt(prompt)}<dl>{''.join(lines)}</dl></article>")
     return "".join(cards) + _more(len(by_prompt), _PROMPTS, "prompts", "samples.jsonl")
 
@@ -104,7 +112,7 @@ def _scores(caption: str, columns: Mapping[str, Mapping[str, Any]]) -> str:
         values = [scores.get(key) for scores in columns.values()]
         cells: list[object] = [written(value, how) for value in values]
         if len(values) == 2:
-            cells.append(_change(values, how) if key not in ("examples",) else Number(""))
+            cells.append(_change(values, how))
         rows.append((title, *cells))
     header = ("", *columns, *(("change",) if len(columns) == 2 else ()))
     return table(caption, header, rows)
@@ -113,30 +121,51 @@ def _scores(caption: str, columns: Mapping[str, Mapping[str, Any]]) -> str:
 def _change(values: Sequence[Any], how: str) -> Number:
     if not all(isinstance(v, int | float) and math.isfinite(v) for v in values) or how == ",":
         return Number("")
-    return Number(format(values[1] - values[0], f"+{how}").replace("-", "\u2212"))
+    change = values[1] - values[0]
+    text = f"{100 * change:+.1f} points" if how.endswith("%") else format(change, f"+{how}")
+    return Number(text.replace("-", "\u2212"))
 
 
 def _answers(tuned: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]] | None) -> str:
-    """A card per question; with a base that answered the same questions both, else one."""
+    """A card per question; with a base that answered the same questions both, else one.
+
+    Tuned is compared with base; where these have little in common or are equal, with what was
+    expected, which is then the difference that tells something.
+    """
     paired = base is not None and [r["prompt"] for r in base] == [r["prompt"] for r in tuned]
     cards = []
     for i, row in enumerate(tuned[:_ANSWERS]):
-        wanted = row["reference"]
+        wanted, answer = row["reference"], row["response"]
+        expected = Markup(escaped(_cut(wanted)))
         if paired and base is not None:
-            left, right = difference(base[i]["response"], row["response"])
-            columns = [("base", left, base[i]), ("tuned", right, row)]
+            before = base[i]["response"]
+            left, right = difference(before, answer)
+            against = "base"
+            if not _marked(left, right):
+                against = "expected"
+                expected, right = difference(wanted, answer)
+            against = f", beside {against}" if _marked(expected, left, right) else ""
+            columns = [("base", left, base[i]), (f"tuned{against}", right, row)]
         else:
-            columns = [("answer", difference(wanted, row["response"])[1], row)]
+            expected, right = difference(wanted, answer)
+            columns = [("answer", right, row)]
         said = "".join(
-            f"<div><dt>{name}{_mark(answer, wanted)}</dt>"
-            f"<dd>{_said(text)}{_ending(answer.get('stopped'))}</dd></div>"
-            for name, text, answer in columns
+            f"<div><dt>{name}{_mark(found, wanted)}{_ending(found.get('stopped'))}</dt>"
+            f"<dd>{_said(text)}</dd></div>"
+            for name, text, found in columns
         )
         cards.append(
-            f'<article>{_prompt(row["prompt"])}<dl class="beside"><div><dt>expected</dt>'
-            f"<dd>{_said(Markup(escaped(_cut(wanted))))}</dd></div>{said}</dl></article>"
+            f'<article>{_prompt(row["prompt"])}<dl class="beside">'
+            f'<div class="expected"><dt>expected</dt><dd>{_said(expected)}</dd></div>'
+            f"{said}</dl></article>"
         )
-    return "".join(cards) + _more(len(tuned), _ANSWERS, "answers", "the file")
+    first, others = cards[:_OPEN], cards[_OPEN:]
+    folded = (
+        f"<details><summary>{len(others)} more answers</summary>{''.join(others)}</details>"
+        if others
+        else ""
+    )
+    return "".join(first) + folded + _more(len(tuned), _ANSWERS, "answers", "the file")
 
 
 def _prompt(prompt: str) -> str:
@@ -149,6 +178,10 @@ def _said(text: Markup) -> str:
     return (
         f'<span class="said" dir="auto">{text}</span>' if text else '<i class="empty">nothing</i>'
     )
+
+
+def _marked(*texts: str) -> bool:
+    return any("<ins>" in text or "<del>" in text for text in texts)
 
 
 def _mark(answer: Mapping[str, Any], wanted: str) -> str:
@@ -168,6 +201,11 @@ def _more(there: int, shown: int, what: str, where: str) -> str:
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+|\s+|[^\w\s]", text)
+
+
+def _letters(words: Iterable[str]) -> int:
+    """Without blanks, which any two texts share."""
+    return sum(len(word) for word in words if not word.isspace())
 
 
 def _cut(text: str) -> str:

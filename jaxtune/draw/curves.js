@@ -11,6 +11,7 @@
   if (!charts.length) return;
   const steps = charts.flatMap((chart) => chart.series.flatMap((line) => [line.x[0], line.x.at(-1)]));
   const full = { lo: Math.min(...steps), hi: Math.max(...steps) };
+  if (full.lo < full.hi * 0.05) full.lo = 0;
   if (full.lo === full.hi) { full.lo -= 1; full.hi += 1; }
   let view = { ...full }, cursor = null;
 
@@ -65,7 +66,7 @@
     const rough = (hi - lo) / count, power = 10 ** Math.floor(Math.log10(rough));
     const step = [1, 2, 5, 10].find((m) => m * power >= rough) * power;
     const found = [];
-    for (let i = Math.ceil(lo / step - 1e-9); i * step <= hi + step * 1e-9; i++) found.push(i * step);
+    for (let i = Math.ceil(lo / step - 1e-9); i * step <= hi + step * 1e-9; i++) found.push(i * step + 0); // no -0
     return found;
   }
 
@@ -147,8 +148,9 @@
       node(svg, "text", { x: at, y: HEIGHT - 5, "text-anchor": anchor }, step.toLocaleString("en"));
     }
     // An inner svg cuts off what lies outside of the view.
-    const inner = node(svg, "svg", { x: LEFT, y: 0, width: width - LEFT - RIGHT,
-      height: HEIGHT - BOTTOM + 3, viewBox: `${LEFT} 0 ${width - LEFT - RIGHT} ${HEIGHT - BOTTOM + 3}` });
+    const box = [LEFT, 0, width - LEFT - RIGHT + 4, HEIGHT - BOTTOM + 4];
+    const inner = node(svg, "svg", { x: box[0], y: box[1], width: box[2], height: box[3],
+      viewBox: box.join(" ") });
     chart.series.forEach((line, number) => {
       if (!line.on) return;
       const fair = smoothed(line), kind = `line s${number % 6}`;
@@ -198,7 +200,8 @@
     chart.series.forEach((line, number) => {
       const i = cursor === null ? line.x.length - 1 : nearest(line, cursor);
       const value = line.y[i];
-      line.value.textContent = value === null ? "\u2013" : short(value);
+      const elsewhere = cursor !== null && line.x[i] !== cursor ? ` at ${line.x[i]}` : "";
+      line.value.textContent = (value === null ? "\u2013" : short(value)) + elsewhere;
       if (cursor !== null && line.on && drawable(chart, value) && line.x[i] >= view.lo && line.x[i] <= view.hi)
         node(chart.marks, "circle", { class: `s${number % 6} at`, cx: x(line.x[i]), cy: y(value), r: 4 });
     });

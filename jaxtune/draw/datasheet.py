@@ -29,7 +29,6 @@ def data_tables(report: Mapping[str, Any]) -> str:
     quantiles = ("p50", "p90", "p99", "max")
     drawn = "".join(histogram(name, found) for name, found in report.get("histograms", {}).items())
     tables = [
-        f'<div class="two">{drawn}</div>' if drawn else "",
         table(
             "Lengths in tokens",
             ("", *quantiles),
@@ -47,7 +46,6 @@ def data_tables(report: Mapping[str, Any]) -> str:
                 for name, part in report["by_dataset"].items()
             ],
         ),
-        _mixture(report.get("mixture", ())),
         table(
             "Found",
             ("", "count"),
@@ -59,6 +57,11 @@ def data_tables(report: Mapping[str, Any]) -> str:
         held = report["evaluation"]
         rows = [(name.replace("_", " "), count) for name, count in held.items()]
         tables.append(table("Evaluation", ("", "count"), rows))
+    parts = [
+        f'<div class="two">{drawn}</div>' if drawn else "",
+        _mixture(report.get("mixture", ())),
+        f'<div class="two">{"".join(tables)}</div>',
+    ]
     dropped = [
         (reason, found["count"], "\n".join(
             f"{first['where']}{': ' if first['detail'] else ''}{first['detail']}"
@@ -66,9 +69,9 @@ def data_tables(report: Mapping[str, Any]) -> str:
         for reason, found in report["dropped_by_reason"].items()
     ]  # fmt: skip
     if dropped:
-        tables.append(table("Dropped", ("reason", "count", "first"), dropped))
+        parts.append(table("Dropped", ("reason", "count", "first"), dropped))
     notes = "".join(f"<li>{escaped(note)}</li>" for note in report["notes"])
-    return "\n".join(tables) + (f"<ul>{notes}</ul>" if notes else "")
+    return "\n".join(parts) + (f"<ul>{notes}</ul>" if notes else "")
 
 
 def _mixture(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -84,7 +84,8 @@ article { background: var(--card); border: 1px solid var(--line); border-radius:
 .w { color: var(--bad); font-size: .75em; padding: 0 .2em; user-select: none; }
 .d { color: var(--bad); margin: 0 0 .4rem; overflow-wrap: anywhere; }
 .two { display: grid; gap: 1rem 2rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); margin: 0 0 1rem; }
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); margin: 0 0 1rem;
+  align-items: start; } .two .scroll { margin: 0; }
 .bars { margin: 0; } .bars figcaption { font-weight: 600; padding: .3rem 0; }
 .bars svg { display: block; width: 100%; } .bars line { stroke: var(--line); }
 .bars text { fill: var(--soft); font-size: 10px; }

@@ -9,7 +9,7 @@ import importlib.resources
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxtune.draw.answers import evaluation, samples
+from jaxtune.draw.answers import answer_cards, samples, scores
 from jaxtune.draw.curves import curves, evaluations, policy, script, written
 from jaxtune.draw.datasheet import data_tables, tiles
 from jaxtune.draw.example import KEY, Shown, example_card
@@ -81,10 +81,11 @@ def _sections(run: RunPage) -> list[tuple[str, str]]:
     else:
         data = f'<p class="tiles">{tiles(run.data)}</p>\n{data_tables(run.data)}'
     cards = "\n".join(map(example_card, run.examples))
-    scored = "".join(evaluation(name, found) for name, found in run.evaluations)
+    tables = evaluations(run.evals) + "".join(scores(*found) for found in run.evaluations)
+    answers = "".join(answer_cards(*found) for found in run.evaluations)
     return [
         ("Curves", curves(run.train, run.evals)),
-        ("Evaluation", evaluations(run.evals) + scored),
+        ("Evaluation", f'<div class="two">{tables}</div>{answers}' if tables else ""),
         ("Samples", samples(run.samples)),
         ("Data", data),
         ("Examples", f"{KEY}\n{cards}" if cards else ""),
