@@ -1,5 +1,7 @@
 "use strict";
-// Draws every figure with data-chart: {title, series: [{name, x: steps, y: numbers or null, marked}]}.
+// Draws every figure with data-chart:
+// {title, noisy, series: [{name, x: steps, y: numbers or null, marked, hidden}]}. Only what is noisy
+// is smoothed; marked shows every point, hidden is off until the reader turns it on.
 // One view (first step, last step) and one cursor (a step) are shared by all charts. What comes from
 // the data is only ever put into text nodes and numbers.
 (() => {
@@ -24,10 +26,10 @@
   }
 
   function build(figure, index) {
-    const { title, series } = JSON.parse(figure.dataset.chart);
+    const { title, noisy, series } = JSON.parse(figure.dataset.chart);
     const svg = figure.querySelector("svg");
-    const chart = { title, svg, series, log: false, frame: null, drag: null };
-    series.forEach((line) => { line.on = true; });
+    const chart = { title, noisy, svg, series, log: false, frame: null, drag: null };
+    series.forEach((line) => { line.on = !line.hidden; });
     const head = figure.querySelector("figcaption");
     chart.step = node(head, "span", { class: "at" });
     if (series.some((line) => line.y.some((value) => value > 0))) {
@@ -41,7 +43,7 @@
     }
     const legend = figure.querySelector(".legend");
     series.forEach((line, number) => {
-      const button = node(legend, "button", { type: "button", "aria-pressed": "true",
+      const button = node(legend, "button", { type: "button", "aria-pressed": line.on,
         class: `s${number % 6}` });
       node(button, "i", { class: line.marked ? "dot" : "" });
       node(button, "span", {}, line.name);
@@ -79,7 +81,7 @@
         const value = m * 10 ** p;
         if (p % every === 0 && value >= lo && value <= hi) found.push(value);
       }
-    return found.length > 1 ? found : ticks(lo, hi, 4);
+    return found.length > 1 ? found : ticks(lo, hi, 5);
   }
 
   function short(value) {
@@ -100,9 +102,9 @@
   }
 
   // Exponential moving average, freed of its start at 0; gaps stay gaps.
-  function smoothed(line) {
+  function smoothed(chart, line) {
     const keep = +smooth.value;
-    if (!keep || line.marked || line.y.length < 3) return null;
+    if (!keep || !chart.noisy || line.marked || line.y.length < 3) return null;
     let mean = 0, share = 0;
     return line.y.map((value) => {
       if (value === null) return null;
@@ -117,8 +119,8 @@
   function draw(chart) {
     const { svg } = chart, width = Math.max(200, svg.clientWidth);
     const values = chart.series.filter((line) => line.on).flatMap((line) =>
-      line.y.filter((value, i) => value !== null && (!chart.log || value > 0)
-        && line.x[i] >= view.lo && line.x[i] <= view.hi));
+      [...line.y, ...(smoothed(chart, line) ?? [])].filter((value, i) => drawable(chart, value)
+        && line.x[i % line.x.length] >= view.lo && line.x[i % line.x.length] <= view.hi));
     let lo = Infinity, hi = -Infinity;
     for (const value of values) { if (value < lo) lo = value; if (value > hi) hi = value; }
     if (!values.length) { lo = chart.log ? 0.1 : 0; hi = 1; }
@@ -138,7 +140,7 @@
 
     svg.replaceChildren();
     svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
-    for (const value of chart.log ? logTicks(lo, hi) : ticks(lo, hi, 4)) {
+    for (const value of chart.log ? logTicks(lo, hi) : ticks(lo, hi, 5)) {
       node(svg, "line", { class: "grid", x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value) });
       node(svg, "text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, short(value));
     }
@@ -153,7 +155,7 @@
       viewBox: box.join(" ") });
     chart.series.forEach((line, number) => {
       if (!line.on) return;
-      const fair = smoothed(line), kind = `line s${number % 6}`;
+      const fair = smoothed(chart, line), kind = `line s${number % 6}`;
       curve(inner, chart, line.x, line.y, fair ? `${kind} faint` : kind);
       if (fair) curve(inner, chart, line.x, fair, kind);
       if (line.marked || line.x.length === 1) line.x.forEach((step, i) => {

@@ -18,6 +18,7 @@ from jaxtune.draw.markup import Number, escaped, table
 from jaxtune.draw.terminal import printable
 
 Row = Mapping[str, Any]
+_LINES = 3  # of single data sets beside the two of all; more would hide each other
 _TABLE_ROWS = 200  # of the table under the charts; the charts have every row
 
 # title -> (unit, {key of a train row: its name}, {key of an eval row: its name})
@@ -32,16 +33,19 @@ _CHARTS: Mapping[str, tuple[str, Mapping[str, str], Mapping[str, str]]] = {
     "Throughput": ("tokens a second", {"tokens_per_second": "tokens a second"}, {}),
     "Model FLOPs utilisation": ("share of the peak", {"mfu": "MFU"}, {}),
 }  # fmt: skip
+_EXACT = {"Learning rate"}  # is known, not measured: nothing to smooth
 _NO_CURVE = {"step", "epoch", "tokens_total", "tokens_trained", "examples_seen"}
 
 
 class Series(NamedTuple):
-    """Points of one line, in order of steps. `marked` shows each; None is a gap."""
+    """Points of one line, in order of steps. `marked` shows each; None is a gap; `hidden` is off
+    until the reader turns it on."""
 
     name: str
     x: list[int]
     y: list[float | None]
     marked: bool = False
+    hidden: bool = False
 
 
 class Chart(NamedTuple):
@@ -148,7 +152,7 @@ def _by_dataset(evals: Sequence[Row]) -> list[Series]:
             if name in row.get("by_dataset", {})
         ]
         found.append(_series(f"evaluation: {name}", "eval_loss", parts, marked=True))
-    return found
+    return [line._replace(hidden=len(found) > _LINES) for line in found]
 
 
 def _series(name: str, key: str, rows: Sequence[Row], *, marked: bool = False) -> Series:
@@ -172,6 +176,7 @@ def _any(series: Series) -> bool:
 def _figure(chart: Chart) -> str:
     payload = {
         "title": printable(chart.title),
+        "noisy": chart.title not in _EXACT,
         "series": [s._replace(name=printable(s.name))._asdict() for s in chart.series],
     }
     text = json.dumps(payload, allow_nan=False, separators=(",", ":"))

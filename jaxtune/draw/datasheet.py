@@ -52,7 +52,6 @@ def data_tables(report: Mapping[str, Any]) -> str:
             [(meaning, report[flag]) for flag, meaning in report["flags"].items() if report[flag]],
         ),
     ]  # fmt: skip
-    tables += [_column(column, values) for column, values in report.get("columns", {}).items()]
     if report.get("evaluation"):
         held = report["evaluation"]
         rows = [(name.replace("_", " "), count) for name, count in held.items()]
@@ -60,6 +59,7 @@ def data_tables(report: Mapping[str, Any]) -> str:
     parts = [
         f'<div class="two">{drawn}</div>' if drawn else "",
         _mixture(report.get("mixture", ())),
+        *(_column(column, values) for column, values in report.get("columns", {}).items()),
         f'<div class="two">{"".join(tables)}</div>',
     ]
     dropped = [

@@ -71,6 +71,7 @@ table { border-collapse: collapse; min-width: min(100%, 24rem); }
 caption { text-align: start; font-weight: 600; padding: .3rem 0; }
 th, td { text-align: start; vertical-align: top; padding: .2rem .8rem .2rem 0;
   border-top: 1px solid var(--line); white-space: pre-wrap; overflow-wrap: anywhere; }
+td[dir]:not(.n) { min-width: 5.5rem; }
 th { color: var(--soft); font-weight: 400; white-space: nowrap; }
 .n { text-align: end; font-variant-numeric: tabular-nums; white-space: nowrap; }
 ul { padding-inline-start: 1.2rem; color: var(--soft); overflow-wrap: anywhere; }

@@ -63,8 +63,8 @@ def run_page(run: RunPage) -> str:
 <h1>{escaped(run.name)}</h1>
 <dl class="facts">{_facts(run)}</dl>
 {f'<ul class="notes">{notes}</ul>' if notes else ""}
-<nav aria-label="Sections">{links}</nav>
 </header>
+<nav aria-label="Sections">{links}</nav>
 <main id="main">
 {bodies}
 </main>
@@ -110,7 +110,7 @@ def _facts(run: RunPage) -> str:
     if run.evals:
         best = min(run.evals, key=_loss)
         row = run.evals[-1]
-        at = "the lowest" if row is best else f"{_loss(best):.4g} at step {best['step']:,}"
+        at = "the lowest" if row is best else f"lowest {_loss(best):.4g} at step {best['step']:,}"
         found.append(
             ("evaluation loss", written(row["eval_loss"], ".4g"), at if len(run.evals) > 1 else "")
         )
