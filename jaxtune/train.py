@@ -217,8 +217,12 @@ def _announce(
     if material.held_out is not None:
         common = overlap(material.train, material.held_out)
         alike = near_overlap(material.train, material.held_out)
+        held_out = len(material.held_out)
+        found["evaluation"] = {
+            "examples": held_out, "also_trained": common, "nearly_trained": alike
+        }  # fmt: skip
         note(
-            f"evaluation: {len(material.held_out)} examples"
+            f"evaluation: {held_out} examples"
             + (f"; {common} of them are in the training data" if common else "")
             + (f"; {alike} records say nearly the same as a trained one" if alike else "")
         )
