@@ -62,11 +62,11 @@ def run(config: Config, options: ReportOptions) -> Result:
     evaluations = [(Path(name).name, read_evaluation(Path(name))) for name in options.evaluation]
 
     # 2. Its data, where it still is.
-    data, examples = _data(config, options, files)
+    data, examples, base = _data(config, options, files)
 
     # 3. The page.
     page = files.folder / NAME if options.html is None else Path(options.html)
-    write_page(page, files, data=data, examples=examples, evaluations=evaluations)
+    write_page(page, files, data=data, examples=examples, evaluations=evaluations, base=base)
     note(f"written: {page}")
     picture = None
     if options.png:
@@ -85,13 +85,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _data(
     flags: Config, options: ReportOptions, files: RunFiles
-) -> tuple[Mapping[str, Any] | str, list[Shown]]:
-    """The data report and the examples, or why there are none."""
+) -> tuple[Mapping[str, Any] | str, list[Shown], str | None]:
+    """The data report and the examples, or why there are none; and the base of the run."""
     from jaxtune.reporting.data import data_report, examples, open_settings
     from jaxtune.weights import run_config
 
     if files.config is None:
-        return "The run directory has no config.yaml, which would name the data.", []
+        return "The run directory has no config.yaml, which would name the data.", [], None
     config = run_config(files.folder, flags)
     rows_per_step = files.starts[-1].get("rows_per_step") if files.starts else None
     if isinstance(rows_per_step, int) and "global_batch_size" not in flags.model_fields_set:
@@ -102,12 +102,14 @@ def _data(
         if not isinstance(rows_per_step, int):
             # How it was batched depends on the devices it ran on, which nothing here says.
             report.pop("packing")
-        return report, list(examples(config, settings, options.examples))
+        shown = list(examples(config, settings, options.examples))
+        return report, shown, config.model_name_or_path
     except (ConfigError, DataError, ModelError) as error:
         if options.columns:
             raise
         note(f"data: left out: {error}")
-        return f"The data could not be read again, so it is left out here: {error}", []
+        why = f"The data could not be read again, so it is left out here: {error}"
+        return why, [], config.model_name_or_path
 
 
 if __name__ == "__main__":

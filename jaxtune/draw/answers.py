@@ -18,6 +18,7 @@ from jaxtune.draw.markup import Markup, Number, escaped, table
 _ANSWERS, _OPEN = 50, 8  # of an evaluation file that are shown; those not folded away
 _PROMPTS, _STEPS = 20, 8  # of samples.jsonl
 _LONGEST = 4000  # letters of a text; a difference takes time quadratic in its words
+_LONG = 400  # letters with their marks, from which a text scrolls
 _ALIKE = 0.3  # below this share of common words two answers are shown as they are
 
 # key of `evaluate --json` -> (name, how it is written); other numbers follow under their own names
@@ -92,7 +93,7 @@ def samples(rows: Sequence[Mapping[str, Any]]) -> str:
                 text = difference(before, row["response"])[1]
             before = row["response"]
             ending = _ending(row.get("stopped"))
-            lines.append(f"<div><dt>step {row['step']:,}{ending}</dt><dd>{_said(text)}</dd></div>")
+            lines.append(f"<div><dt>step {row['step']:,}{ending}</dt>{_said(text)}</div>")
         cards.append(f"<article>{_prompt(prompt)}<dl>{''.join(lines)}</dl></article>")
     return "".join(cards) + _more(len(by_prompt), _PROMPTS, "prompts", "samples.jsonl")
 
@@ -151,12 +152,12 @@ def _answers(tuned: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any
             columns = [("answer", right, row)]
         said = "".join(
             f"<div><dt>{name}{_mark(found, wanted)}{_ending(found.get('stopped'))}</dt>"
-            f"<dd>{_said(text)}</dd></div>"
+            f"{_said(text)}</div>"
             for name, text, found in columns
         )
         cards.append(
             f'<article>{_prompt(row["prompt"])}<dl class="beside">'
-            f'<div class="expected"><dt>expected</dt><dd>{_said(expected)}</dd></div>'
+            f'<div class="expected"><dt>expected</dt>{_said(expected)}</div>'
             f"{said}</dl></article>"
         )
     first, others = cards[:_OPEN], cards[_OPEN:]
@@ -170,14 +171,16 @@ def _answers(tuned: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any
 
 def _prompt(prompt: str) -> str:
     return (
-        f'<h4 class="unseen">A question</h4><p class="asked" dir="auto">{escaped(_cut(prompt))}</p>'
+        f'<h3 class="unseen">A question</h3><p class="asked" dir="auto">{escaped(_cut(prompt))}</p>'
     )
 
 
 def _said(text: Markup) -> str:
-    return (
-        f'<span class="said" dir="auto">{text}</span>' if text else '<i class="empty">nothing</i>'
-    )
+    """A long text scrolls in its place, also with the keyboard."""
+    if not text:
+        return '<dd><i class="empty">nothing</i></dd>'
+    long = ' class="long" tabindex="0"' if len(text) > _LONG else ""
+    return f'<dd{long}><span class="said" dir="auto">{text}</span></dd>'
 
 
 def _marked(*texts: str) -> bool:

@@ -34,7 +34,7 @@
     chart.step = node(head, "span", { class: "at" });
     if (series.some((line) => line.y.some((value) => value > 0))) {
       const log = node(head, "button", { type: "button", "aria-pressed": "false",
-        "aria-label": `${title}: logarithmic scale` }, "log");
+        "aria-label": `log scale: ${title}` }, "log");
       log.onclick = () => {
         chart.log = !chart.log;
         log.setAttribute("aria-pressed", chart.log);
@@ -145,9 +145,9 @@
       node(svg, "text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, short(value));
     }
     for (const step of ticks(view.lo, view.hi, width / 90).filter(Number.isInteger)) {
-      const at = x(step), anchor = at > width - 30 ? "end" : "middle";
+      const at = x(step);
       node(svg, "line", { class: "tick", x1: at, x2: at, y1: HEIGHT - BOTTOM, y2: HEIGHT - BOTTOM + 4 });
-      node(svg, "text", { x: at, y: HEIGHT - 5, "text-anchor": anchor }, step.toLocaleString("en"));
+      node(svg, "text", { x: at, y: HEIGHT - 5, "text-anchor": "middle" }, step.toLocaleString("en"));
     }
     // An inner svg cuts off what lies outside of the view.
     const box = [LEFT, 0, width - LEFT - RIGHT + 4, HEIGHT - BOTTOM + 4];

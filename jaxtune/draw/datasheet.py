@@ -55,7 +55,7 @@ def data_tables(report: Mapping[str, Any]) -> str:
     if report.get("evaluation"):
         held = report["evaluation"]
         rows = [(name.replace("_", " "), count) for name, count in held.items()]
-        tables.append(table("Evaluation", ("", "count"), rows))
+        tables.append(table("Held out for evaluation", ("", "count"), rows))
     parts = [
         f'<div class="two">{drawn}</div>' if drawn else "",
         _mixture(report.get("mixture", ())),

@@ -29,12 +29,12 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[object]])
     if not rows:
         return ""
     head = "".join(
-        f'<th scope="col"{_side(value)}>{escaped(name)}</th>'
+        f'<th scope="col"{_side(value)}>{escaped(name)}</th>' if name else "<td></td>"
         for name, value in zip(header, rows[0], strict=True)
     )
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return (
-        f'<div class="scroll" role="region" aria-label="{escaped(caption)}" tabindex="0"><table>'
+        f'<div class="scroll" role="group" aria-label="{escaped(caption)}" tabindex="0"><table>'
         f"<caption>{escaped(caption)}</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )

@@ -141,7 +141,7 @@ def _loss(row: Row) -> float:
 
 def _repeat(run: RunPage) -> str:
     commands = "".join(
-        f'<p>{escaped(what)}</p><pre class="command" tabindex="0">{escaped(command)}</pre>'
+        f'<p>{escaped(what)}</p><pre tabindex="0">{escaped(command)}</pre>'
         for what, command in run.commands
     )
     starts = table(
@@ -150,7 +150,7 @@ def _repeat(run: RunPage) -> str:
         [
             (
                 row["step"],
-                row.get("time", ""),
+                str(row.get("time", "")).replace("T", " ").replace("+00:00", " UTC"),
                 f"{row.get('devices', '?')} x {row.get('device', '?')}",
                 row.get("hosts", ""),
                 f"{row.get('system', '')}, {row.get('cores', '?')} cores",

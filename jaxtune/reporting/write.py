@@ -30,9 +30,13 @@ def write_page(
     data: Mapping[str, Any] | str,
     examples: Iterable[Shown] = (),
     evaluations: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    base: str | None = None,
 ) -> None:
-    """`data` is the data report, or why there is none. A page that was there before is replaced in
-    one step, so that a browser never reads half of one. Raises `ConfigError`."""
+    """`data` is the data report, or why there is none; `base` the model that was tuned.
+
+    A page that was there before is replaced in one step, so that a browser never reads half of
+    one. Raises `ConfigError`.
+    """
     from jaxtune.draw.report import RunPage, run_page
 
     now = datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="minutes")
@@ -47,7 +51,7 @@ def write_page(
             data=data,
             examples=examples,
             config=run.config,
-            commands=_commands(run),
+            commands=_commands(run, base),
             notes=run.notes,
             written=f"Written by jaxtune {__version__}, {now.removesuffix('+00:00')} UTC.",
         )
@@ -77,36 +81,42 @@ def after_training(
             "histograms": histograms(train),
             "mixture": with_targets(config, report["mixture"]),
         }
+        base = config.model_name_or_path
         shown = examples(config, settings, EXAMPLES)
-        write_page(run_dir / NAME, read_run(run_dir), data=data, examples=shown)
+        write_page(run_dir / NAME, read_run(run_dir), data=data, examples=shown, base=base)
     except Exception as error:
         note(f"report: not written: {type(error).__name__}: {error}")
     else:
         note(f"report: {run_dir / NAME}")
 
 
-def _commands(run: RunFiles) -> list[tuple[str, str]]:
+def _commands(run: RunFiles, base: str | None) -> list[tuple[str, str]]:
+    """(what it does, the command) of all that can be done with what is in the folder."""
     if run.config is None:
         return []
-    folder = shlex.quote(str(run.folder))
-    config = shlex.quote(str(run.folder / "config.yaml"))
-    found = [
-        (
-            "The same run again, in another folder:",
-            f"python -m jaxtune.train --config {config} --output_dir {folder}-again",
-        ),
-        ("This page anew:", f"python -m jaxtune.report {folder}"),
-    ]
-    model = run.folder / "hf"
-    if model.is_dir():
+    folder, config = str(run.folder), str(run.folder / "config.yaml")
+    anew = _command("train", f"--config {shlex.quote(config)}", f"--output_dir {_again(folder)}")
+    found = [("The same run again, in another folder:", anew)]
+    if (run.folder / "hf").is_dir():
         answers = shlex.quote(str(run.folder / "evaluation.json"))
-        found.insert(
-            1,
-            (
-                "What it answers beside its base, and this page with the answers:",
-                f"python -m jaxtune.evaluate --config {config} --model_name_or_path "
-                f"{shlex.quote(str(model))} --base BASE --generate 50 --json > {answers}\n"
-                f"python -m jaxtune.report {folder} --evaluation {answers}",
-            ),
+        asked = _command(
+            "evaluate",
+            f"--config {shlex.quote(config)}",
+            f"--model_name_or_path {shlex.quote(str(run.folder / 'hf'))}",
+            f"--base {shlex.quote(base or 'BASE')}",
+            f"--generate 50 --json > {answers}",
         )
-    return found
+        shown = _command("report", shlex.quote(folder), f"--evaluation {answers}")
+        what = "What it answers beside its base, and this page with the answers:"
+        found.append((what, f"{asked}\n{shown}"))
+    return [*found, ("This page anew:", _command("report", shlex.quote(folder)))]
+
+
+def _again(folder: str) -> str:
+    return shlex.quote(f"{folder.rstrip('/')}-again")
+
+
+def _command(door: str, *parts: str) -> str:
+    """Over several lines, as one types a long command; a short one on its own."""
+    lines = [f"python -m jaxtune.{door}", *parts]
+    return (" \\\n  " if sum(map(len, lines)) > 80 else " ").join(lines)

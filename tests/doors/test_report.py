@@ -219,6 +219,7 @@ def test_data_that_is_gone_is_said_and_can_be_pointed_to(folder: Path, capsys: A
 
 
 def test_where_it_ran_and_how_it_was_batched(folder: Path) -> None:
+    (folder / "hf").mkdir()
     for step in (0, 5):
         record_start(
             folder, step=step, total_steps=40, rows_per_step=3, device="TPU v9", devices=16, hosts=4
@@ -227,7 +228,9 @@ def test_where_it_ran_and_how_it_was_batched(folder: Path) -> None:
     for text in ("of 40", "16 x TPU v9", "of each row filled", "jaxlib"):
         assert text in page.text
     assert page.text.count("16 x TPU v9") == 2
-    assert f"--config {folder / 'config.yaml'}" in page.text
+    again = f"--config {folder / 'config.yaml'} \\\n  --output_dir {folder}-again"
+    assert again in page.text
+    assert f"--model_name_or_path {folder / 'hf'} \\\n  --base BASE" in page.text
 
 
 def test_answers_with_their_differences(folder: Path) -> None:
