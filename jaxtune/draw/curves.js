@@ -158,7 +158,8 @@
       const fair = smoothed(chart, line), kind = `line s${number % 6}`;
       curve(inner, chart, line.x, line.y, fair ? `${kind} faint` : kind);
       if (fair) curve(inner, chart, line.x, fair, kind);
-      if (line.marked || line.x.length === 1) line.x.forEach((step, i) => {
+      const lone = line.y.filter((value) => value !== null).length === 1; // no line shows it
+      if (line.marked || lone) line.x.forEach((step, i) => {
         if (drawable(chart, line.y[i]) && step >= view.lo && step <= view.hi)
           node(inner, "circle", { class: `s${number % 6}`, cx: x(step), cy: y(line.y[i]), r: 3 });
       });

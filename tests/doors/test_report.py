@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html.parser
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from data.made import NAMES, byte_level_backend, save
 
 from jaxtune import report
 from jaxtune.config import DataError, dump, load
+from jaxtune.reporting.data import with_targets
 from jaxtune.reporting.starts import record_start
 
 HOSTILE = (
@@ -222,15 +225,30 @@ def test_where_it_ran_and_how_it_was_batched(folder: Path) -> None:
     (folder / "hf").mkdir()
     for step in (0, 5):
         record_start(
-            folder, step=step, total_steps=40, rows_per_step=3, device="TPU v9", devices=16, hosts=4
+            folder, step=step, total_steps=40, rows_per_step=1, device="TPU v9", devices=16, hosts=4
         )
-    page = page_of(folder)
-    for text in ("of 40", "16 x TPU v9", "of each row filled", "jaxlib"):
+    page = page_of(folder, "--packing", "false")
+    # Three rows, one a step, three epochs; alone, a device would take eight at once.
+    for text in ("of 40", "9 steps", "16 x TPU v9", "of each row filled", "jaxlib"):
         assert text in page.text
     assert page.text.count("16 x TPU v9") == 2
     again = f"--config {folder / 'config.yaml'} \\\n  --output_dir {folder}-again"
     assert again in page.text
     assert f"--model_name_or_path {folder / 'hf'} \\\n  --base BASE" in page.text
+
+
+def test_a_target_is_a_share_of_its_own_data_set() -> None:
+    target = {"column": "kind", "target": {"odd": 0.25, "plain": 0.75}}
+    datasets = [{"path": "a.jsonl", "proportions": target}, {"path": "b.jsonl"}]
+    rows = [
+        {"dataset": "a", "value": "odd", "share_after": 0.1},
+        {"dataset": "a", "value": "plain", "share_after": 0.3},
+        {"dataset": "b", "value": None, "share_after": 0.6},
+    ]
+    found = with_targets(load(overrides={"datasets": datasets}), rows)
+    assert [row.get("target") for row in found] == pytest.approx([0.1, 0.3, None])
+    twice = load(overrides={"datasets": [datasets[0], {**datasets[0], "path": "x/a.csv"}]})
+    assert with_targets(twice, rows) == rows
 
 
 def test_answers_with_their_differences(folder: Path) -> None:
@@ -335,3 +353,34 @@ def test_from_python(folder: Path) -> None:
     (folder / "samples.jsonl").write_text("1\n")
     with pytest.raises(DataError, match=r"samples\.jsonl:1: expected an object"):
         report.run(load(), report.ReportOptions(run_dir=str(folder)))
+
+
+def test_a_browser_draws_the_curves(folder: Path) -> None:
+    """The script itself: Chromium runs it and prints the document that it made."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here: the page's script did not run")
+    evals = {**EVAL[0], "by_dataset": {HOSTILE: {"eval_loss": 0.25}, "b": {"eval_loss": 0.75}}}
+    (folder / "metrics.jsonl").write_text(lines(*TRAIN, evals))
+    page_of(folder)
+    done = subprocess.run(
+        [
+            browser, "--headless=new", "--no-sandbox", "--disable-gpu",
+            "--virtual-time-budget=2000", "--enable-logging=stderr", "--dump-dom",
+            f"--user-data-dir={folder / 'browser'}", f"file://{folder / 'report.html'}",
+        ],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr
+    drawn = Reader()
+    drawn.feed(done.stdout)
+    charts = drawn.tags.count("figcaption") - 2  # two are histograms
+    assert charts == 5
+    classes = drawn.values("class")
+    assert classes.count("line s0") == charts
+    assert classes.count("s0") == charts + 1  # a button each; throughput's one point is a dot
+    assert {"training", "evaluation", "log"} <= set(re.findall(r">([a-z]+)<", done.stdout))
+    assert ">0.1235<" in done.stdout  # the last loss, beside its line's name
+    assert drawn.tags.count("script") == 1
+    assert "img" not in drawn.tags
+    assert HOSTILE.replace("\u202e", "<U+202E>").replace("\x1b", "\u241b") in drawn.text
