@@ -224,6 +224,9 @@ def test_data_that_is_gone_is_said_and_can_be_pointed_to(folder: Path, capsys: A
 def test_where_it_ran_and_how_it_was_batched(folder: Path) -> None:
     (folder / "hf").mkdir()
     for step in (0, 5):
+        if step:
+            with (folder / "starts.jsonl").open("a") as file:
+                file.write('{"step": 3, "ti')  # killed there
         record_start(
             folder, step=step, total_steps=40, rows_per_step=1, device="TPU v9", devices=16, hosts=4
         )
