@@ -112,6 +112,7 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
         start = _where_to_begin(config, checkpoints, batches, model, adapters, chosen, total_steps)
         state, frozen = _first_state(config, model, adapters, program, checkpoints, start)
         (run_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
+        _record_start(run_dir, start, mesh, batches, total_steps)
 
         # 4. The loop.
         from jaxtune.data.position import fingerprint
@@ -141,6 +142,7 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
                 adapter_dir = _export_adapter(run_dir, model, adapters, variables, material)
                 variables = {"params": merged(model, adapters.lora, variables["lora"])}
             model_dir = _export(config, run_dir, model, variables, material, report, loop.last)
+    _draw_report(config, run_dir, material, report)
     return Result(run_dir, model_dir, total_steps, loop.last, adapter_dir)
 
 
@@ -215,8 +217,12 @@ def _announce(
     if material.held_out is not None:
         common = overlap(material.train, material.held_out)
         alike = near_overlap(material.train, material.held_out)
+        held_out = len(material.held_out)
+        found["evaluation"] = {
+            "examples": held_out, "also_trained": common, "nearly_trained": alike
+        }  # fmt: skip
         note(
-            f"evaluation: {len(material.held_out)} examples"
+            f"evaluation: {held_out} examples"
             + (f"; {common} of them are in the training data" if common else "")
             + (f"; {alike} records say nearly the same as a trained one" if alike else "")
         )
@@ -313,6 +319,23 @@ def _first_state(
     return program.first_state(variables)
 
 
+def _record_start(
+    run_dir: Path, start: int, mesh: Mesh, batches: Batches, total_steps: int
+) -> None:
+    from jaxtune.reporting.starts import record_start
+
+    devices = mesh.devices.flat
+    record_start(
+        run_dir,
+        step=start,
+        total_steps=total_steps,
+        rows_per_step=batches.batch_size,
+        device=devices[0].device_kind,
+        devices=mesh.size,
+        hosts=len({device.process_index for device in devices}),
+    )
+
+
 # -- after the loop ------------------------------------------------------------------------------
 
 
@@ -376,6 +399,18 @@ def _export(
         "read back and equal to the parameters)"
     )
     return exported.folder
+
+
+def _draw_report(
+    config: Config, run_dir: Path, material: Material, report: Mapping[str, Any]
+) -> None:
+    from jaxtune.data.prepare import Settings
+    from jaxtune.reporting.write import after_training
+
+    settings = Settings(
+        material.tokenizer, material.template, config.train_on, config.max_length, config.truncation
+    )
+    after_training(run_dir, config, settings, material.train, report)
 
 
 if __name__ == "__main__":

@@ -38,12 +38,13 @@ ROOMS: dict[str, set[str]] = {
         *("config", "chips", "compiled", "assemble", "spec", "tree", "mesh", "data", "model"),
         *("ops", "learn", "hf", "weights"),
     },
+    "reporting": {"config", "command", "untrusted", "data", "draw"},
     "loop": {"config", "command", "mesh", "data", "draw", "learn"},
     "inference": {
         *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "weights")
     },
 }
-DOORS = {"train", "preview", "plan", "convert", "evaluate", "chat"}
+DOORS = {"train", "preview", "plan", "convert", "evaluate", "chat", "report"}
 # room -> third-party packages it must not know.
 BANNED = {
     "config": {"jax", "flax", "numpy", "transformers"},
@@ -54,6 +55,7 @@ BANNED = {
     "hub": {"jax", "flax", "numpy", "transformers", "torch"},
     "data": {"jax", "flax", "optax", "orbax", "torch"},
     "draw": {"jax", "flax", "torch"},
+    "reporting": {"jax", "flax", "torch"},
     "ops": {"flax", "optax", "transformers", "torch"},
     "model": {"optax", "orbax", "transformers", "torch", "safetensors"},
     "learn": {"flax", "transformers", "tokenizers", "safetensors", "torch"},
