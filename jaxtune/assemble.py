@@ -31,6 +31,21 @@ def set_compiler_flags() -> None:
     os.environ["LIBTPU_INIT_ARGS"] = libtpu_args(os.environ.get("LIBTPU_INIT_ARGS", ""))
 
 
+def keep_compiled(folder: str | None) -> None:
+    """Keeps compiled programs in `folder` for the next run; "auto" = where JAX was told to, else in
+    the user's cache; None = nowhere. Programs that compile within a second are not kept.
+    """
+    import jax
+
+    from jaxtune.data.cache import default_folder
+
+    if folder == "auto":
+        told: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+        folder = told or str(default_folder() / "compiled")
+    kept = None if folder in (None, "none") else folder
+    jax.config.update("jax_compilation_cache_dir", kept)
+
+
 def microbatches(config: Config, mesh: Mesh) -> int:
     """In a step. Raises `ConfigError` for a global_batch_size that does not divide."""
     from jaxtune.mesh import row_shards

@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import os
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
@@ -32,6 +33,7 @@ from jaxtune.config import (
     parse_model,
 )
 
+BUG = 1
 BAD_INPUT = 2
 DIVERGED = 3
 STOPPED = 75  # EX_TEMPFAIL: run the same command again
@@ -61,8 +63,26 @@ class Stopped(Exception):
     """Training was asked to stop and has saved; the same command resumes."""
 
 
+class Place:
+    """Where this process stands among those of a run: `watch` says so once they have joined.
+
+    `quiet` processes make no notes; their errors begin with `name`. `leave(code, message)` ends a
+    process that fails, when the others are to hear of it.
+    """
+
+    quiet = False
+    name = ""
+    leave: Callable[[int, str], None] | None = None
+
+
 def note(message: str) -> None:
     """One line for the person at the terminal, on stderr: stdout is for results."""
+    if not Place.quiet:
+        say(message)
+
+
+def say(message: str) -> None:
+    """What every process says, not the first alone."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -74,26 +94,32 @@ def execute(
     argv: Sequence[str] | None = None,
 ) -> int:
     """Parses, runs, and turns what went wrong into an exit code and one message on stderr."""
+    code, said = 0, ""
     try:
         config, chosen = parse(sys.argv[1:] if argv is None else argv, door, description, options)
         run(config, chosen)
     except Diverged as error:
-        note(f"jaxtune {door}: {error}")
-        return DIVERGED
+        code, said = DIVERGED, str(error)
     except JaxtuneError as error:
-        note(f"jaxtune {door}: {_harmless(str(error))}")
-        return BAD_INPUT
+        code, said = BAD_INPUT, _harmless(str(error))
     except Stopped as error:
-        note(f"jaxtune {door}: {error}")
-        return STOPPED
+        code, said = STOPPED, str(error)
     except BrokenPipeError:  # the reader of stdout left (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        if error.errno not in DISK_REFUSES:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_REFUSES:
+            said = f"{error.filename or 'a file'}: cannot be written: {error.strerror}."
+            code = BAD_INPUT
+        elif Place.leave is None:
             raise
-        note(f"jaxtune {door}: {error.filename or 'a file'}: cannot be written: {error.strerror}.")
-        return BAD_INPUT
-    return 0
+        else:
+            traceback.print_exc()
+            code, said = BUG, f"{type(error).__name__}: {error}"
+    if code:
+        say(f"jaxtune {door}: {Place.name}{said}")
+        if Place.leave is not None and code != STOPPED:
+            Place.leave(code, said)
+    return code
 
 
 def _harmless(text: str) -> str:

@@ -180,6 +180,30 @@ class MeshConfig(_Strict):
         return self
 
 
+class HostsConfig(_Strict):
+    """The processes of a run on many hosts; on TPU pods, GKE and SLURM they find each other."""
+
+    coordinator_address: str | None = Field(
+        None, description="HOST:PORT of process 0, alike for all; default: what the cluster says"
+    )
+    num_processes: PositiveInt | None = Field(None, description="processes of the run, in all")
+    process_id: NonNegativeInt | None = Field(
+        None, description="of this process, from 0; process 0 writes and speaks"
+    )
+    heartbeat_timeout_seconds: int = Field(
+        20,
+        ge=5,
+        description="without a sign of life, after which a host counts as lost and the others end",
+    )
+
+    @pydantic.field_validator("coordinator_address")
+    @classmethod
+    def _with_port(cls, address: str | None) -> str | None:
+        if address is not None and not re.fullmatch(r".+:\d+", address):
+            raise ValueError("expected HOST:PORT, as in 10.0.0.2:8476")
+        return address
+
+
 class SchedulerConfig(_Strict):
     """Options of a schedule under their Hugging Face names; `methods.SCHEDULES` says whose."""
 
@@ -389,6 +413,7 @@ class Config(_Strict):
     )
     lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
 
     seed: NonNegativeInt = Field(42, description="of data order and random weights")
     logging_steps: PositiveInt = Field(10, description="steps between rows of metrics.jsonl")
@@ -396,14 +421,44 @@ class Config(_Strict):
         None, description="steps between evaluations; default: at every epoch's end"
     )
     save_steps: PositiveInt = Field(500, description="steps between checkpoints; also at the end")
-    save_total_limit: PositiveInt | None = Field(2, description="checkpoints kept, newest first")
+    save_total_limit: PositiveInt | None = Field(
+        2, description="checkpoints kept, newest first; the best is kept besides; none = all"
+    )
+    load_best_model_at_end: bool = Field(
+        False,
+        description="save whenever eval_loss is the lowest so far, and export that step instead of "
+        "the last",
+    )
+    early_stopping_patience: PositiveInt | None = Field(
+        None, description="evaluations without a lower eval_loss after which training ends"
+    )
     resume: Literal["auto", "never", "must"] = Field(
-        "auto", description="from the newest checkpoint in output_dir"
+        "auto", description="from the newest undamaged checkpoint in output_dir"
+    )
+    max_skipped_steps: NonNegativeInt = Field(
+        0,
+        description="steps with a non-finite loss or gradient that may pass, changing nothing; one "
+        "more ends the run with exit 3",
+    )
+    hang_timeout_seconds: NonNegativeInt = Field(
+        3600,
+        description="without progress while training, after which every thread's stack is written "
+        "and the run ends with exit 75; longer than the slowest step and its compilation; 0 = off",
+    )
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="first and last step traced by jax.profiler into OUT/profile; slows them"
+    )
+    compilation_cache_dir: str | None = Field(
+        "auto",
+        description="where compiled programs are kept for the next run; auto = "
+        "JAX_COMPILATION_CACHE_DIR, else ~/.cache/jaxtune/compiled; none = nowhere",
     )
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         (), description="besides metrics.jsonl, which is always written"
     )
-    sample_prompts: tuple[str, ...] = Field((), description="answered at every evaluation")
+    sample_prompts: tuple[str, ...] = Field(
+        (), description="answered greedily at every evaluation, into OUT/samples.jsonl"
+    )
     export: bool = Field(True, description="write OUT/hf when training ends")
     output_dir: str | None = Field(None, description="the run directory; made if missing")
 
@@ -440,10 +495,19 @@ class Config(_Strict):
             raise ValueError(
                 "eval_datasets have no weight and no proportions: each example counts once"
             )
+        self._watching_agrees()
         self._part_agrees()
         self._optimiser_agrees()
         self._schedule_agrees()
         return self
+
+    def _watching_agrees(self) -> None:
+        for name in ("load_best_model_at_end", "early_stopping_patience", "sample_prompts"):
+            if getattr(self, name) and not (self.eval_split or self.eval_datasets):
+                raise ValueError(f"{name} needs evaluations; set eval_split or eval_datasets")
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            first, last = self.profile_steps
+            raise ValueError(f"profile_steps: first and last step; got {first} and {last}")
 
     def _part_agrees(self) -> None:
         try:
@@ -594,6 +658,10 @@ ALIASES: Mapping[str, _Alias] = {
     **dict.fromkeys(("resume_from_checkpoint", "resume"), _Alias("resume", _resume)),
     "log_interval": _Alias("logging_steps"),
     "out_dir": _Alias("output_dir"),
+    **{
+        name: _Alias(f"hosts.{name}")
+        for name in ("coordinator_address", "num_processes", "process_id")
+    },
 }
 
 
@@ -628,7 +696,6 @@ def load(
         adapted = config.lora.r > 0 or config.adapter_name_or_path is not None
         lora = " and LoRA" if name == "learning_rate" and adapted else ""
         note(f"{name}: {shown}, the default with {config.optim}{lora}")
-    _refuse_what_is_not_built(config)
     return config
 
 
@@ -698,7 +765,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     return values
 
 
-GROUPS = ("lora", "mesh", "lr_scheduler_kwargs")
+GROUPS = ("lora", "mesh", "hosts", "lr_scheduler_kwargs")
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -752,14 +819,3 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             nested[name] = value
     return nested
-
-
-def _refuse_what_is_not_built(config: Config) -> None:
-    """A knob that would be silently ignored is an error instead."""
-    wanted = {
-        "report_to=wandb": "wandb" in config.report_to,
-        "sample_prompts": bool(config.sample_prompts),
-    }
-    refused = [name for name, set_ in wanted.items() if set_]
-    if refused:
-        raise ConfigError(f"config: not in this version yet: {', '.join(refused)}. Unset it.")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import command
+from jaxtune import command, hosts, watch
 from jaxtune.command import note
 from jaxtune.config import Config, ConfigError, DataError, DatasetConfig
 
@@ -60,7 +60,14 @@ class Question(NamedTuple):
 def run(config: Config, options: EvaluateOptions | None = None) -> Result:
     """Prints to stdout. Raises `ConfigError`, `DataError` and `ModelError`."""
     options = options or EvaluateOptions()
+    watch.join(config.hosts)
+    if options.generate and hosts.count() > 1:
+        raise ConfigError("generate: answers are made on one host. Evaluate there, or without it.")
+    with watch.Watch(hang_seconds=0):
+        return _run(config, options)
 
+
+def _run(config: Config, options: EvaluateOptions) -> Result:
     # 1. What both models are asked.
     from jaxtune.inference import check_base, load_model, open_mesh, open_words, resolved
 
@@ -90,6 +97,8 @@ def run(config: Config, options: EvaluateOptions | None = None) -> Result:
     *base, result = scores.values()
     if base:
         result["base"] = base[0]
+    if not hosts.is_first():
+        return Result(result)
     if options.as_json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))
     else:

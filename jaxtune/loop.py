@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import signal
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from jaxtune import hosts, incident
+from jaxtune.chips import peak_flops
 from jaxtune.command import Stopped, note
 from jaxtune.config import Config, Diverged
 from jaxtune.data.pipeline import Batches, Dataset, eval_batches, prefetch
@@ -21,22 +24,42 @@ from jaxtune.data.position import counts_before, counts_of, epoch_at
 from jaxtune.draw.progress import Progress
 from jaxtune.learn.checkpoint import Checkpoints
 from jaxtune.learn.evaluation import Totals, evaluate
-from jaxtune.learn.metrics import Meter, MetricsWriter
+from jaxtune.learn.metrics import Meter, MetricsWriter, Spikes, memory_peak_bytes
 from jaxtune.learn.program import Program
 from jaxtune.learn.state import TrainState
 from jaxtune.learn.step import StepMetrics
+from jaxtune.learn.tracing import Tracing
 from jaxtune.mesh import put_batch, row_shards
+from jaxtune.tree import named
+from jaxtune.watch import Watch, asked_to_stop
 
 
 class Plan(NamedTuple):
     """What a run goes through: batches by step, and what it is evaluated on. `meta` is what every
-    checkpoint says of the run."""
+    checkpoint says of the run. `answer(variables, step)` answers the sample prompts.
+    """
 
     batches: Batches
     meta: Mapping[str, Any]
     total_steps: int
     held_out: Dataset | None
     flops_per_token: float
+    answer: Callable[[Any, Any, int], None] | None = None
+
+
+class Standing(NamedTuple):
+    """What a resumed run has to know of its past, kept in every checkpoint: the lowest eval_loss,
+    the step it was at, evaluations since then, and steps that were skipped."""
+
+    best_step: int | None = None
+    best_loss: float | None = None
+    since_best: int = 0
+    skipped: int = 0
+
+    def after(self, eval_loss: float, step: int) -> Standing:
+        if self.best_loss is None or eval_loss < self.best_loss:
+            return self._replace(best_step=step, best_loss=eval_loss, since_best=0)
+        return self._replace(since_best=self.since_best + 1)
 
 
 class Loop:
@@ -51,25 +74,35 @@ class Loop:
         plan: Plan,
         checkpoints: Checkpoints,
         writer: MetricsWriter,
+        watch: Watch,
+        *,
+        run_dir: Path,
         start: int,
+        past: Mapping[str, Any],
     ) -> None:
         self.config = config
         self.program = program
         self.plan = plan
         self.checkpoints = checkpoints
         self.writer = writer
+        self.watch = watch
+        self.run_dir = run_dir
         self.start = start
         self.last: dict[str, dict[str, Any]] = {}
+        self.standing = Standing(**past.get("standing", {}))
         self._seen = counts_before(plan.batches, start)
-        self._progress = Progress(start, plan.total_steps)
+        self._progress = Progress(start, plan.total_steps, quiet=not hosts.is_first())
         self._pending: tuple[int, StepMetrics] | None = None  # a step still on the device
+        self._spikes = Spikes()
+        kind = jax.devices()[0].device_kind
         self._meter = Meter(
-            flops_per_token=plan.flops_per_token,
-            device_kind=jax.devices()[0].device_kind,
-            devices=jax.device_count(),
+            flops_per_token=plan.flops_per_token, device_kind=kind, devices=jax.device_count()
         )
+        if peak := peak_flops(kind):
+            note(f"mfu: of {peak / 1e12:g} TFLOP/s a {kind} device, its published dense bfloat16")
 
-    def run(self, state: TrainState, frozen: Any) -> TrainState:
+    def run(self, state: TrainState, frozen: Any) -> tuple[TrainState, int]:
+        """The state after the last step, and which step that was."""
         batches, end = self.plan.batches, self.plan.total_steps
         size = {"batch_size": batches.batch_size, "length": batches.row_length}
 
@@ -77,25 +110,58 @@ class Loop:
             rows = functools.partial(batches.batch_rows, step)
             return put_batch(rows, **size, mesh=self.program.mesh)
 
-        with self._progress, asked_to_stop() as asked:
-            for step, batch in enumerate(prefetch(on_device, self.start, end), self.start):
+        done = self.start
+        if self._waited_enough():  # it had ended already
+            return state, done
+        with contextlib.ExitStack() as using:
+            using.enter_context(self._progress)
+            asked = using.enter_context(asked_to_stop(note))
+            tracing = using.enter_context(Tracing(self.run_dir, self.config.profile_steps))
+            feed = using.enter_context(contextlib.closing(prefetch(on_device, self.start, end)))
+            while done < end:
+                batch = self._next(feed, done + 1)
+                tracing.before(done + 1)
                 state, metrics = self.program.train_step(state, frozen, batch)
                 self._read()
-                self._pending = step, metrics
-                done = step + 1
+                self._pending = done, metrics
+                done += 1
+                tracing.after(done, metrics)
+                asking = asked(done)
+                improved = False
                 if self._evaluates_after(done):
                     self._read()
-                    self._evaluate(state.trained, frozen, done)
-                if asked or done == end or done % self.config.save_steps == 0:
+                    improved = self._evaluate(state.trained, frozen, done)
+                last = done == end or self._waited_enough()
+                if asking or last or improved or done % self.config.save_steps == 0:
                     self._read()
                     self._save(state, done)
-                if asked and done < end:
+                if last:
+                    break
+                if asking:
                     self.checkpoints.wait()
                     raise Stopped(
-                        f"stopped by {asked[0]} after step {done}, which is saved in "
+                        f"stopped by {asking} after step {done}, which is saved in "
                         f"{self.checkpoints.folder}. The same command goes on from there."
                     )
-        return state
+        if done < end:
+            note(
+                f"early stopping: {self.standing.since_best} evaluations without an eval_loss "
+                f"below {self.standing.best_loss:.4f} of step {self.standing.best_step}; training "
+                f"ends at step {done} of {end}"
+            )
+        return state, done
+
+    def _next(self, feed: Any, step: int) -> Any:
+        self.watch.at(step, "waiting for data")
+        began = time.monotonic()
+        batch = next(feed)
+        self._meter.waited(time.monotonic() - began)
+        self.watch.at(step, "in the step")
+        return batch
+
+    def _waited_enough(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.standing.since_best >= patience
 
     def _read(self) -> None:
         """Takes the pending step's metrics off the device; non-finite ones end the run."""
@@ -105,29 +171,31 @@ class Loop:
         self._pending = None
         metrics = jax.device_get(on_device)
         done = step + 1
-        if not metrics.finite:
-            raise Diverged(
-                f"step {done}: the loss is {metrics.loss:g} and the gradient norm "
-                f"{metrics.grad_norm:g}. The parameters before this step are kept; the newest "
-                f"checkpoint is step {self.checkpoints.latest() or 'none'}. Lower learning_rate "
-                f"(now {metrics.learning_rate:g}) or look at this step's rows with preview."
-            )
-        if metrics.weight == 0:
-            note(f"step {done}: no token of this batch is trained; nothing changed")
         counts = counts_of(self.plan.batches, step)
         self._seen = self._seen.plus(counts)
         self._meter.step(counts.tokens)
-        self._progress.advance(float(metrics.loss))
+        if not metrics.finite:
+            self._not_finite(done, metrics)
+            return
+        if metrics.weight == 0:
+            note(f"step {done}: no token of this batch is trained; nothing changed")
+        loss = float(metrics.loss)
+        if (usual := self._spikes.notice(loss)) is not None:
+            note(
+                f"step {done}: the loss jumped to {loss:.4f}; it was about {usual:.4f}. To look at "
+                f"that step: {incident.command_for(self.run_dir, done)}"
+            )
+        self._progress.advance(loss)
         if done % self.config.logging_steps and done != self.plan.total_steps:
             return
-        rate, mfu = self._meter.read()
+        reading = self._meter.read()
         added = "penalty" if self.config.z_loss else "router_loss"
         self._record(
             {
                 "kind": "train",
                 "step": done,
                 "epoch": round(epoch_at(self.plan.batches, done), 4),
-                "loss": float(metrics.loss),
+                "loss": loss,
                 "token_accuracy": float(metrics.token_accuracy),
                 **({added: float(metrics.penalty)} if metrics.penalty else {}),
                 "grad_norm": float(metrics.grad_norm),
@@ -135,9 +203,41 @@ class Loop:
                 "tokens_total": self._seen.tokens,
                 "tokens_trained": self._seen.trained,
                 "examples_seen": self._seen.examples,
-                "tokens_per_second": None if rate is None else round(rate, 1),
-                "mfu": None if mfu is None else round(mfu, 4),
+                "tokens_per_second": _rounded(reading.tokens_per_second, 1),
+                "mfu": _rounded(reading.mfu, 4),
+                "step_seconds": _rounded(reading.step_seconds, 4),
+                "data_wait": _rounded(reading.data_wait, 4),
+                "memory_peak_bytes": memory_peak_bytes(),
             }
+        )
+
+    def _not_finite(self, done: int, metrics: StepMetrics) -> None:
+        """The step changed nothing. Writes down what is known of it; ends the run, or skips it."""
+        self.checkpoints.wait()  # so that the one being written counts too
+        kept = self.checkpoints.latest()
+        path = incident.path_of(self.run_dir, done)
+        if hosts.is_first():
+            names = list(named(self.program.abstract.trained))
+            found = incident.describe(self.run_dir, done, metrics, names, self.plan.batches, kept)
+            incident.write(path, found)
+        skipped = self.standing.skipped + 1
+        what = f"step {done}: the loss is {metrics.loss:g} and the gradient norm " + (
+            f"{metrics.grad_norm:g}. "
+        )
+        if skipped <= self.config.max_skipped_steps:
+            self.standing = self.standing._replace(skipped=skipped)
+            note(
+                f"{what}Skipped, {skipped} of max_skipped_steps "
+                f"{self.config.max_skipped_steps}; parameters are as before. See {path}."
+            )
+            self._progress.advance(float("nan"))
+            return
+        raise Diverged(
+            f"{what}The parameters before this step are kept; the newest checkpoint is step "
+            f"{kept or 'none'}. The batch's rows and the gradient norm of each parameter are in "
+            f"{path}. To look at that step: {incident.command_for(self.run_dir, done)}. Lower "
+            f"learning_rate (now {metrics.learning_rate:g}), mend the rows, or allow "
+            "max_skipped_steps."
         )
 
     def _evaluates_after(self, done: int) -> bool:
@@ -149,16 +249,24 @@ class Loop:
             due = self.plan.batches.locate(done)[1] == 0
         return due or done == self.plan.total_steps
 
-    def _evaluate(self, trained: Any, frozen: Any, done: int) -> None:
+    def _evaluate(self, trained: Any, frozen: Any, done: int) -> bool:
+        """Whether this step is to be kept as the best so far."""
         data = self.plan.held_out
         assert data is not None
+        self.watch.at(done, "evaluating")
         rows = self.config.per_device_eval_batch_size * row_shards(self.program.mesh)
+
+        def batches(name: str) -> Iterator[Any]:
+            for batch in eval_batches(data.only(name), rows, packing=self.config.packing):
+                self.watch.at(done, "evaluating")
+                yield batch
+
         parts = {
             name: evaluate(
                 self.program.eval_step,
                 trained,
                 frozen,
-                eval_batches(data.only(name), rows, packing=self.config.packing),
+                batches(name),
                 mesh=self.program.mesh,
             )
             for name in dict.fromkeys(data.names)
@@ -166,12 +274,20 @@ class Loop:
         row = sum(parts.values(), Totals()).row()
         by_dataset = {name: part.row() for name, part in parts.items()}
         self._record({"kind": "eval", "step": done, **row, "by_dataset": by_dataset})
+        self.standing = self.standing.after(row["eval_loss"], done)
+        if self.plan.answer is not None:
+            self.watch.at(done, "answering the sample prompts")
+            self.plan.answer(trained, frozen, done)
         self._meter.pause()
+        return self.config.load_best_model_at_end and self.standing.best_step == done
 
     def _save(self, state: TrainState, done: int) -> None:
         if done == self.checkpoints.latest():
             return
-        self.checkpoints.save(state, self.plan.meta, step=done)
+        self.watch.at(done, "saving")
+        best = self.standing.best_step if self.config.load_best_model_at_end else None
+        meta = {**self.plan.meta, "standing": self.standing._asdict()}
+        self.checkpoints.save(state, meta, step=done, best=best)
 
     def _record(self, row: dict[str, Any]) -> None:
         self.last[row["kind"]] = row
@@ -179,24 +295,5 @@ class Loop:
         self._progress.show(row)
 
 
-@contextlib.contextmanager
-def asked_to_stop() -> Iterator[list[str]]:
-    """Fills the list on SIGTERM or SIGINT; a second SIGINT interrupts as usual."""
-    asked: list[str] = []
-
-    def remember(number: int, frame: Any) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(signal.Signals(number).name)
-        note(f"{asked[0]}: finishing this step, then saving")
-
-    try:
-        before = {n: signal.signal(n, remember) for n in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread (a notebook's worker): signals are not ours
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)

@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxtune import assemble, command
+from pydantic import Field
+
+from jaxtune import assemble, command, hosts, watch
 from jaxtune.command import note
-from jaxtune.config import Config, ConfigError, dump, shard_bytes
+from jaxtune.config import Config, ConfigError, HostsConfig, dump, shard_bytes
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -29,11 +31,17 @@ if TYPE_CHECKING:
     from jaxtune.learn.partial import Part
     from jaxtune.learn.program import Program
     from jaxtune.learn.state import TrainState
+    from jaxtune.samples import Samples
     from jaxtune.weights import Adapters
 
 
 class TrainOptions(command.Options):
-    """`train` has no flags but the config's."""
+    replay_step: int | None = Field(
+        None,
+        ge=1,
+        description="go to this step once more, from the checkpoint before it, and write its "
+        "loss by row and gradient norms into OUT/step-N.json; trains and saves nothing",
+    )
 
 
 class Result(NamedTuple):
@@ -64,10 +72,23 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     """
     from jaxtune.hf.folders import refuse_adapter
 
+    options = options or TrainOptions()
     model_name, run_dir = _required(config)
     refuse_adapter(model_name)
-    _claim(run_dir)
     assemble.set_compiler_flags()
+    watch.join(config.hosts)
+    _claim(run_dir)
+    limit = config.hang_timeout_seconds
+    with watch.Watch(hang_seconds=limit, folder=run_dir) as watching:
+        return _run(config, options, model_name, run_dir, watching)
+
+
+def _run(
+    config: Config, options: TrainOptions, model_name: str, run_dir: Path, watching: watch.Watch
+) -> Result:
+
+    # How this run was launched is not what it is: its config can be used again anywhere.
+    config = config.model_copy(update={"hosts": HostsConfig()})
 
     # 1. The data: everything that can be wrong with it is said before a device is touched.
     material = _open_data(config, model_name)
@@ -106,13 +127,28 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
 
     from jaxtune.learn.checkpoint import Checkpoints
 
+    assemble.keep_compiled(config.compilation_cache_dir)
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
+        hosts.check_shared(run_dir)
         checkpoints = Checkpoints(run_dir, keep=config.save_total_limit)
         closing.callback(checkpoints.close)
-        start = _where_to_begin(config, checkpoints, batches, model, adapters, chosen, total_steps)
+        start = _where_to_begin(
+            config,
+            checkpoints,
+            batches,
+            model,
+            adapters,
+            chosen,
+            total_steps,
+            before=options.replay_step,
+        )
         state, frozen = _first_state(config, model, adapters, program, checkpoints, start)
-        (run_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
-        _record_start(run_dir, start, mesh, batches, total_steps)
+        if options.replay_step is not None:
+            _replay(options.replay_step, run_dir, program, batches, start, state, frozen)
+            return Result(run_dir, None, options.replay_step, {})
+        if hosts.is_first():
+            (run_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
+            _record_start(run_dir, start, mesh, batches, total_steps)
 
         # 4. The loop.
         from jaxtune.data.position import fingerprint
@@ -121,29 +157,57 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
         from jaxtune.spec import flops_per_token
         from jaxtune.weights import base_and_part
 
-        writer = MetricsWriter(run_dir, resumed_at=start, report_to=config.report_to)
+        writer = MetricsWriter(
+            run_dir,
+            resumed_at=start,
+            report_to=config.report_to,
+            quiet=not hosts.is_first(),
+            settings=config.model_dump(mode="json"),
+        )
         closing.callback(writer.close)
+        past = checkpoints.meta(start) if start else {}
         meta = {"fingerprint": fingerprint(batches), "total_steps": total_steps}
         meta.update(base_and_part(model, adapters, chosen))
         flops = flops_per_token(model.spec, batches.row_length, frozen=adapters is not None)
-        plan = Plan(batches, meta, total_steps, material.held_out, flops)
-        loop = Loop(config, program, plan, checkpoints, writer, start)
-        state = loop.run(state, frozen)
+        answer = _samples(config, run_dir, material, model, adapters, mesh, start)
+        plan = Plan(batches, meta, total_steps, material.held_out, flops, answer)
+        loop = Loop(
+            config,
+            program,
+            plan,
+            checkpoints,
+            writer,
+            watching,
+            run_dir=run_dir,
+            start=start,
+            past=past,
+        )
+        state, done = loop.run(state, frozen)
+        watching.at(done, "saving")
         checkpoints.wait()
+        best = loop.standing.best_step
+        if config.load_best_model_at_end and best not in (None, done):
+            note(f"best: step {best}, eval_loss {loop.standing.best_loss:.4f}; it is exported")
+            del state
+            trained = checkpoints.restore_trained(best, program.abstract, program.shardings)
+        else:
+            trained = state.trained
 
         # 5. The export.
         from jaxtune.hf.merge import merged
         from jaxtune.tree import merge
 
         model_dir = adapter_dir = None
-        if config.export:
-            variables = merge(state.trained, frozen)
-            if adapters is not None:
-                adapter_dir = _export_adapter(run_dir, model, adapters, variables, material)
-                variables = {"params": merged(model, adapters.lora, variables["lora"])}
-            model_dir = _export(config, run_dir, model, variables, material, report, loop.last)
-    _draw_report(config, run_dir, material, report)
-    return Result(run_dir, model_dir, total_steps, loop.last, adapter_dir)
+        with watching.unlimited("exporting"):
+            if config.export:
+                variables = merge(trained, frozen)
+                if adapters is not None:
+                    adapter_dir = _export_adapter(run_dir, model, adapters, variables, material)
+                    variables = {"params": merged(model, adapters.lora, variables["lora"])}
+                model_dir = _export(config, run_dir, model, variables, material, report, loop.last)
+    if hosts.is_first():
+        _draw_report(config, run_dir, material, report)
+    return Result(run_dir, model_dir, done, loop.last, adapter_dir)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -171,7 +235,7 @@ def _claim(run_dir: Path) -> None:
     """Makes the run directory and proves that it can be written, before anything is paid for."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
+        probe = run_dir / f".writable-{hosts.index()}"
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
@@ -213,7 +277,8 @@ def _announce(
     from jaxtune.mesh import sizes_of
 
     found = report(material.train, batches, total_steps=total_steps)
-    show_report(found, short=True)
+    if hosts.is_first():
+        show_report(found, short=True)
     if material.held_out is not None:
         common = overlap(material.train, material.held_out)
         alike = near_overlap(material.train, material.held_out)
@@ -227,10 +292,12 @@ def _announce(
             + (f"; {alike} records say nearly the same as a trained one" if alike else "")
         )
     axes = " x ".join(f"{name} {size}" for name, size in sizes_of(mesh).items() if size > 1)
+    shared = f" of {hosts.count()} hosts" if hosts.count() > 1 else ""
     note(
         f"training: {total_steps} steps of {batches.batch_size} rows x {batches.row_length} tokens "
         f"({batches.steps_per_epoch} steps an epoch), on {mesh.size} "
-        f"{mesh.devices.flat[0].device_kind} device(s){', ' + axes if axes else ''}; learning rate "
+        f"{mesh.devices.flat[0].device_kind} device(s){shared}{', ' + axes if axes else ''}; "
+        f"learning rate "
         f"{config.learning_rate:g}"
     )
     return found
@@ -247,17 +314,19 @@ def _where_to_begin(
     adapters: Adapters | None,
     chosen: Part | None,
     total_steps: int,
+    *,
+    before: int | None = None,
 ) -> int:
     """The step to go on from; 0 is the beginning. Refuses what would not be the same run."""
     from jaxtune.data.position import fingerprint
     from jaxtune.weights import check_resumed
 
-    latest = checkpoints.latest()
+    latest = checkpoints.newest_good(note, before=before)
     if latest is None:
-        if config.resume == "must":
+        if config.resume == "must" and before is None:
             raise ConfigError(f"resume: must, but {checkpoints.folder} holds no checkpoint.")
         return 0
-    if config.resume == "never":
+    if config.resume == "never" and before is None:
         raise ConfigError(
             f"resume: never, but {checkpoints.folder} holds step {latest} of an earlier run, "
             "which would be overwritten. Choose another output_dir, or remove that one."
@@ -271,7 +340,7 @@ def _where_to_begin(
             "output_dir to start anew."
         )
     check_resumed(meta, model, adapters, chosen, where=f"{checkpoints.folder}: step {latest}")
-    if latest > total_steps:
+    if latest > total_steps and before is None:
         raise ConfigError(
             f"{checkpoints.folder}: holds step {latest}, but this run ends at {total_steps}. "
             "Raise max_steps or num_train_epochs, or choose another output_dir."
@@ -334,6 +403,59 @@ def _record_start(
         devices=mesh.size,
         hosts=len({device.process_index for device in devices}),
     )
+
+
+def _samples(
+    config: Config,
+    run_dir: Path,
+    material: Material,
+    model: HfModel,
+    adapters: Adapters | None,
+    mesh: Mesh,
+    start: int,
+) -> Samples | None:
+    """What answers `sample_prompts` at every evaluation."""
+    if not config.sample_prompts:
+        return None
+    from jaxtune.inference import Words
+    from jaxtune.learn.program import compute_dtype
+    from jaxtune.mesh import platform_of
+    from jaxtune.samples import Samples
+
+    return Samples(
+        run_dir,
+        config.sample_prompts,
+        Words(material.tokenizer, material.template),
+        model,
+        adapters,
+        mesh,
+        compute_dtype(config.dtype, platform_of(mesh)),
+        resumed_at=start,
+    )
+
+
+def _replay(
+    step: int,
+    run_dir: Path,
+    program: Program,
+    batches: Batches,
+    start: int,
+    state: TrainState,
+    frozen: Any,
+) -> None:
+    """Goes to the step once more, prints what stands out, writes the rest beside the run."""
+    from jaxtune import incident
+    from jaxtune.tree import named
+
+    metrics, losses = incident.again(step, program, batches, start, state, frozen)
+    names = list(named(program.abstract.trained))
+    found = incident.describe(run_dir, step, metrics, names, batches, start or None)
+    found["row_losses"] = losses
+    path = incident.path_of(run_dir, step)
+    if hosts.is_first():
+        incident.write(path, found)
+        print(incident.summary(found))
+    note(f"replayed step {step}: {path}")
 
 
 # -- after the loop ------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import pytest
 
-from jaxtune.assemble import rows_per_step
+from jaxtune.assemble import keep_compiled, rows_per_step
 from jaxtune.config import ConfigError, load
 from jaxtune.mesh import make_mesh
 
@@ -31,3 +33,23 @@ def test_rows_are_of_all_devices_that_do_not_share_one() -> None:
 def test_what_cannot_be_cut_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         rows(**fields)
+
+
+def test_compiled_programs_are_kept_where_the_field_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        for told, field, folder in (
+            ("/told", "auto", "/told"),
+            (None, "auto", str(tmp_path / "compiled")),
+            ("/told", "/mine", "/mine"),
+            ("/told", "none", None),
+            ("/told", None, None),
+        ):
+            jax.config.update("jax_compilation_cache_dir", told)
+            monkeypatch.setenv("JAXTUNE_CACHE", str(tmp_path))
+            keep_compiled(field)
+            assert jax.config.jax_compilation_cache_dir == folder
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

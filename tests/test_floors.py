@@ -30,16 +30,26 @@ ROOMS: dict[str, set[str]] = {
     "draw": {"config"},
     "ops": {"spec"},
     "model": {"config", "spec", "tree", "mesh", "collectives", "ops"},
-    "learn": {"config", "chips", "spec", "tree", "mesh", "collectives", "ops", "model"},
+    "hosts": {"config"},
+    "watch": {"config", "command", "hosts"},
+    "learn": {"config", "hosts", "chips", "spec", "tree", "mesh", "collectives", "ops", "model"},
     "hf": {"config", "untrusted", "hub", "spec", "tree", "mesh", "model"},
     "weights": {"config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf"},
-    "assemble": {"config", "chips", "spec", "mesh", "model", "learn", "hf", "weights"},
+    "assemble": {"config", "chips", "data", "spec", "mesh", "model", "learn", "hf", "weights"},
     "planning": {
         *("config", "chips", "compiled", "assemble", "spec", "tree", "mesh", "data", "model"),
         *("ops", "learn", "hf", "weights"),
     },
     "reporting": {"config", "command", "untrusted", "data", "draw"},
-    "loop": {"config", "command", "mesh", "data", "draw", "learn"},
+    "incident": {"mesh", "data", "learn"},
+    "loop": {
+        *("config", "command", "hosts", "watch", "chips", "tree", "mesh", "data", "draw", "learn"),
+        "incident",
+    },
+    "samples": {
+        *("config", "hosts", "tree", "mesh", "data", "model", "learn", "hf", "weights"),
+        "inference",
+    },
     "inference": {
         *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "weights")
     },

@@ -85,10 +85,10 @@ class Searching:
 
 
 class Progress:
-    """A context manager over steps [start, total); everything goes to stderr."""
+    """A context manager over steps [start, total); all goes to stderr, nothing if `quiet`."""
 
-    def __init__(self, start: int, total: int) -> None:
-        self._console = Console(stderr=True, highlight=False)
+    def __init__(self, start: int, total: int, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, highlight=False, quiet=quiet)
         self._total = total
         self._bar = Bar(
             TextColumn("[bold]step"),

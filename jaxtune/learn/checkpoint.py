@@ -2,76 +2,139 @@
 
     trained  the trained part of the variables      opt   the optimiser's state
     meta     JSON: step, fingerprint of the data, what else a resumed run must agree with
+    digests-HOST.json   what the files were when they were written
 
-Saving is asynchronous and atomic: a step is there whole or not at all. What makes batches (data,
-tokenizer, template, seed, rows) has one fingerprint; a checkpoint with another is refused, since
-its position would mean other examples.
+Saving is asynchronous and atomic: a step is there whole or not at all, and counts once its digests
+are written. One that is no longer what was written is put aside, and the one before it is taken.
+Older steps are removed only after a newer one counts. What makes batches (data, tokenizer,
+template, seed, rows) has one fingerprint; a checkpoint with another is refused, since its position
+would mean other examples.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from jaxtune import hosts
 from jaxtune.config import ConfigError
+from jaxtune.learn import digests
 from jaxtune.learn.state import TrainState
 
 FOLDER = "checkpoints"
+_DAMAGED, _REMOVED = "damaged-", ".removed-"
+_SHARES_SECONDS = 600  # for the digests of the other hosts, before older steps are removed
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates; errors are raised
 
 
 class Checkpoints:
-    """Holds the one open Orbax manager of a run; `close` waits for what is being written."""
+    """The checkpoints of a run that writes them. Every host calls everything; `close` waits for
+    what is being written. `keep` newest ones stay, None = all.
+    """
 
     def __init__(self, run_dir: Path, *, keep: int | None = None) -> None:
         self.folder = (run_dir / FOLDER).absolute()
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                create=True,
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=True,
-            ),
-        )
+        self._keep = keep
+        self._latest: int | None = None
+        self._sealing: threading.Thread | None = None
+        self._failed: BaseException | None = None
+        with self._explained():
+            hosts.on_first(self._tidy, "checkpoints")
+        self._latest = max(_counting(self.folder), default=None)
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
     def latest(self) -> int | None:
-        return self._manager.latest_step()
+        """The newest step that counts, what is being written aside."""
+        return self._latest
 
-    def save(self, state: TrainState, meta: Mapping[str, Any], *, step: int) -> None:
-        """Returns once the arrays are copied off the devices; writing goes on behind.
+    def newest_good(self, note: Callable[[str], None], *, before: int | None = None) -> int | None:
+        """The newest step (below `before`) whose files are what was written.
 
-        Raises `ConfigError` when the disk cannot hold it, or could not hold the one before.
+        Damaged ones are named by `note` and renamed to damaged-STEP, out of the way.
+        """
+        for step in sorted(_counting(self.folder), reverse=True):
+            if before is not None and step >= before:
+                continue
+            place = self.folder / str(step)
+            found = digests.damage(place, host=hosts.index(), hosts=hosts.count())
+            said = [text for text in hosts.everyones(found) if text]
+            if not said:
+                self._latest = step
+                return step
+            note(
+                f"checkpoint {place}: is damaged and not used: {said[0]}. It is now "
+                f"{_DAMAGED}{step}; remove that folder when it is of no more use."
+            )
+            hosts.on_first(functools.partial(self._put_aside, place), "damaged")
+        self._latest = None if before is None else self._latest
+        return None
+
+    def save(
+        self, state: TrainState, meta: Mapping[str, Any], *, step: int, best: int | None = None
+    ) -> None:
+        """Returns once the arrays are copied off the devices; writing and hashing go on behind.
+
+        The step `best` stays too, however old. Raises `ConfigError` when the disk cannot hold it,
+        or could not hold the one before.
         """
         self.wait()
         self._check_space(state, step)
         with self._explained():
-            self._manager.save(
-                step,
+            hosts.on_first(functools.partial(self._remove, [step]), "before saving")
+            self._checkpointer.save(
+                self.folder / str(step),
                 args=ocp.args.Composite(
                     trained=ocp.args.StandardSave(state.trained),
                     opt=ocp.args.StandardSave(state.opt_state),
                     meta=ocp.args.JsonSave({**meta, "step": step}),
                 ),
             )
+        seal = functools.partial(self._seal, step, best)
+        self._sealing = threading.Thread(target=seal, name="jaxtune-checkpoint")
+        self._sealing.start()
+
+    def _seal(self, step: int, best: int | None) -> None:
+        """In a thread: once all is written, its digests; then older steps go."""
+        try:
+            self._checkpointer.wait_until_finished()
+            place = self.folder / str(step)
+            digests.write(place, host=hosts.index(), hosts=hosts.count())
+            self._latest = step
+            if not hosts.is_first() or self._keep is None:
+                return
+            deadline = time.monotonic() + _SHARES_SECONDS
+            while not digests.complete(place):
+                if time.monotonic() > deadline:
+                    return  # nothing is removed for a step that does not count
+                time.sleep(0.1)
+            counting = sorted(_counting(self.folder))
+            self._remove(old for old in counting[: -self._keep] if old != best)
+        except BaseException as error:  # raised by `wait`, in the thread that can answer it
+            self._failed = error
 
     def _check_space(self, state: TrainState, step: int) -> None:
         """Asked before writing: a disk that fills up half way fails in a hundred lines."""
-        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if leaf.is_fully_addressable)
+        shards = (s for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards)
+        needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
         free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise ConfigError(
-                f"{self.folder}: step {step} needs {needed / 1e6:,.1f} MB and the disk has "
-                f"{free / 1e6:,.1f} MB free. {self._advice()}"
-            )
+        full = "" if free >= needed else (
+            f"{self.folder}: step {step} needs {needed / 1e6:,.1f} MB and the disk has "
+            f"{free / 1e6:,.1f} MB free. {self._advice()}"
+        )  # fmt: skip
+        if said := [text for text in hosts.everyones(full) if text]:
+            raise ConfigError(said[0])
 
     def _advice(self) -> str:
         kept = self.latest()
@@ -95,29 +158,70 @@ class Checkpoints:
     ) -> tuple[TrainState, dict[str, Any]]:
         """The whole state, each array straight into its sharding."""
         wanted = place(abstract, shardings)
-        found = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                trained=ocp.args.StandardRestore(wanted.trained),
-                opt=ocp.args.StandardRestore(wanted.opt_state),
-                meta=ocp.args.JsonRestore(),
-            ),
+        found = _read(
+            self.folder / str(step),
+            trained=ocp.args.StandardRestore(wanted.trained),
+            opt=ocp.args.StandardRestore(wanted.opt_state),
+            meta=ocp.args.JsonRestore(),
         )
         position = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), shardings.step)
         return TrainState(position, found["trained"], found["opt"]), found["meta"]
 
+    def restore_trained(self, step: int, abstract: TrainState, shardings: TrainState) -> Any:
+        """The trained variables alone. Raises `ConfigError` for a step that is damaged."""
+        found = digests.damage(self.folder / str(step), host=hosts.index(), hosts=hosts.count())
+        if said := [text for text in hosts.everyones(found) if text]:
+            raise ConfigError(
+                f"{self.folder / str(step)}: is damaged: {said[0]}. Set load_best_model_at_end "
+                "false to export the last step."
+            )
+        wanted = place(abstract.trained, shardings.trained)
+        return _read(self.folder / str(step), trained=ocp.args.StandardRestore(wanted))["trained"]
+
     def meta(self, step: int) -> dict[str, Any]:
-        found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        return dict(found["meta"])
+        return dict(_read(self.folder / str(step), meta=ocp.args.JsonRestore())["meta"])
 
     def wait(self) -> None:
-        """Until what is being written is there whole; raises what `save` raises."""
-        with self._explained():
-            self._manager.wait_until_finished()
+        """Until what is being written counts; raises what `save` raises."""
+        if self._sealing is not None:
+            self._sealing.join()
+            self._sealing = None
+        if self._failed is not None:
+            error, self._failed = self._failed, None
+            with self._explained():
+                raise error
 
     def close(self) -> None:
-        with self._explained():
-            self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+    # -- the folder, by host 0 -------------------------------------------------------------------
+
+    def _tidy(self) -> None:
+        """Makes the folder, and removes what killed runs left: parts of steps, steps half removed,
+        and those that were never finished."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.iterdir():
+            unfinished = path.name.isdigit() and not digests.complete(path)
+            if ".orbax-checkpoint-tmp" in path.name or path.name.startswith(_REMOVED) or unfinished:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _put_aside(self, step: Path) -> None:
+        target = step.with_name(f"{_DAMAGED}{step.name}")
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(step, target)
+
+    def _remove(self, steps: Any) -> None:
+        """By another name first: a step is never there in part."""
+        for step in steps:
+            path = self.folder / str(step)
+            gone = path.with_name(f"{_REMOVED}{step}")
+            if path.exists():
+                shutil.rmtree(gone, ignore_errors=True)
+                os.replace(path, gone)
+                shutil.rmtree(gone, ignore_errors=True)
 
 
 def place(abstract: Any, shardings: Any) -> Any:
@@ -129,38 +233,56 @@ def place(abstract: Any, shardings: Any) -> Any:
     )
 
 
+def _counting(folder: Path) -> list[int]:
+    """Steps that were finished, damaged since or not."""
+    found = [path for path in folder.iterdir() if path.name.isdigit()]
+    return [int(path.name) for path in found if digests.complete(path)]
+
+
+def _read(folder: Path, **parts: Any) -> Any:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(folder, args=ocp.args.Composite(**parts))
+
+
+# -- for those who only read -----------------------------------------------------------------------
+
+
 def read_meta(run_dir: Path, step: int | None = None) -> dict[str, Any]:
-    """What the checkpoint of `step`, or the newest, says of itself; "step" is which it is."""
-    with _open(run_dir, step) as (manager, found):
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return dict(manager.restore(found, args=args)["meta"])
-
-
-@contextlib.contextmanager
-def _open(run_dir: Path, step: int | None) -> Iterator[tuple[ocp.CheckpointManager, int]]:
-    """A run's checkpoints to read, and the step that is meant."""
-    folder = (run_dir / FOLDER).absolute()
-    if not folder.is_dir():
-        raise ConfigError(f"{run_dir}: no checkpoints; expected {folder}.")
-    with ocp.CheckpointManager(folder) as manager:
-        steps = sorted(manager.all_steps())
-        step = steps[-1] if step is None and steps else step
-        if step is None or step not in steps:
-            known = ", ".join(map(str, steps)) or "none"
-            raise ConfigError(f"{folder}: no checkpoint of step {step}; there are: {known}.")
-        yield manager, step
+    """What the checkpoint of `step`, or the newest good one, says of itself; "step" is which."""
+    return dict(_read(_find(run_dir, step), meta=ocp.args.JsonRestore())["meta"])
 
 
 def restore_trained(
     run_dir: Path, abstract: Any, shardings: Any, *, step: int | None = None
 ) -> tuple[Any, dict[str, Any]]:
-    """The trained part of the variables, and the meta, of `step` or of the newest checkpoint."""
-    with _open(run_dir, step) as (manager, step):
-        found = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                trained=ocp.args.StandardRestore(place(abstract, shardings)),
-                meta=ocp.args.JsonRestore(),
-            ),
-        )
+    """The trained part of the variables, and the meta, of `step` or of the newest good one."""
+    wanted = ocp.args.StandardRestore(place(abstract, shardings))
+    found = _read(_find(run_dir, step), trained=wanted, meta=ocp.args.JsonRestore())
     return found["trained"], found["meta"]
+
+
+def _find(run_dir: Path, step: int | None) -> Path:
+    """The folder of the step that is meant. Raises `ConfigError` when it is not there or damaged;
+    without a `step` damaged ones are passed over as long as an older one is good.
+    """
+    folder = (run_dir / FOLDER).absolute()
+    if not folder.is_dir():
+        raise ConfigError(f"{run_dir}: no checkpoints; expected {folder}.")
+    steps = sorted(_counting(folder), reverse=True)
+    if not steps or step not in (None, *steps):
+        known = ", ".join(map(str, reversed(steps))) or "none"
+        raise ConfigError(f"{folder}: no checkpoint of step {step}; there are: {known}.")
+    said = ""
+    for found in steps if step is None else [step]:
+        stamp = (folder / str(found) / "digests-0.json").stat().st_mtime_ns
+        if not (what := _damage(folder / str(found), stamp)):
+            return folder / str(found)
+        said = said or f"{folder / str(found)}: is damaged: {what}."
+    others = ", ".join(str(other) for other in reversed(steps) if other != step)
+    raise ConfigError(f"{said} Choose another step with --step; there are: {others or 'none'}.")
+
+
+@functools.lru_cache(maxsize=4)
+def _damage(folder: Path, stamp: int) -> str:
+    """`digests.damage`, once for the two reads that follow each other."""
+    return digests.damage(folder)

@@ -186,10 +186,14 @@ def _places(axes: Any) -> dict[str, Dims]:
     return {name: dims(name, logical) for name, logical in named(axes).items()}
 
 
+def squares(tree: Any) -> list[jax.Array]:
+    """The sum of squares of each leaf, in f32, in the order of `tree.named`."""
+    return [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
+
+
 def global_norm(tree: Any) -> jax.Array:
     """The 2-norm over all leaves, squared and summed in f32."""
-    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
+    return jnp.sqrt(sum(squares(tree), jnp.zeros((), jnp.float32)))
 
 
 def clip(tree: Any, norm: jax.Array, max_norm: float) -> Any:

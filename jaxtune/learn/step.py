@@ -31,6 +31,8 @@ from jaxtune.tree import merge
 class StepMetrics(NamedTuple):
     """Scalars of one step, f32: `loss` = sum(w*ce)/sum(w); `finite` is 1.0 unless loss or gradient
     norm is not finite; `weight` is sum(w). `penalty` is what else was minimised: the routers'.
+    `leaf_norms` are the gradient norms of the trained leaves `[leaves]`, in the order of
+    `tree.named`: they say where a gradient went wrong.
     """
 
     loss: jax.Array
@@ -40,6 +42,7 @@ class StepMetrics(NamedTuple):
     learning_rate: jax.Array
     finite: jax.Array
     penalty: jax.Array
+    leaf_norms: jax.Array
 
 
 def split_microbatches(batch: Tokens, count: int) -> Any:
@@ -117,7 +120,8 @@ def train_step(
     grads, sums = gradient(point, frozen, batch, state.step)
     per_weight = jnp.where(sums.weight > 0, 1.0 / jnp.where(sums.weight > 0, sums.weight, 1.0), 0.0)
     grads = jax.tree.map(lambda g: g * per_weight, grads)
-    norm = optim.global_norm(grads)
+    squares = optim.squares(grads)
+    norm = jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
     changes = finite & (sums.weight > 0)
 
@@ -146,6 +150,7 @@ def train_step(
         learning_rate=rate,
         finite=finite.astype(jnp.float32),
         penalty=sums.penalty * per_weight,
+        leaf_norms=jnp.sqrt(jnp.stack(squares)),
     )
 
 

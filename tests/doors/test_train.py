@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
 
-from jaxtune import train
+from jaxtune import chat, evaluate, train
 from jaxtune.config import Diverged, load
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.tree import named
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "configs" / "quickstart" / "model"
+# What depends on the clock and the machine.
+# Tiny programs: compiling them well would take longer than running them badly.
+FAST = "--xla_backend_optimization_level=0"
+CLOCK = ("tokens_per_second", "mfu", "step_seconds", "data_wait", "memory_peak_bytes")
 PLACES = ("Paris", "Rome", "Oslo", "Cairo", "Lima", "Quito", "Delhi", "Seoul")
 
 
@@ -72,7 +79,7 @@ def flags(material: Path, out: Path, **more: object) -> list[str]:
 def rows_of(out: Path) -> list[dict]:
     """metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k not in ("tokens_per_second", "mfu")} for r in rows]
+    return [{k: v for k, v in r.items() if k not in CLOCK} for r in rows]
 
 
 def assert_same_model(a: Path, b: Path) -> None:
@@ -81,10 +88,12 @@ def assert_same_model(a: Path, b: Path) -> None:
         assert np.asarray(value).tobytes() == np.asarray(theirs[name]).tobytes(), name
 
 
-def in_process(argv: Sequence[str], *, before: str = "") -> subprocess.CompletedProcess[str]:
-    """The door in a process of its own, on two devices, after some Python lines."""
+def in_process(
+    argv: Sequence[str], *, before: str = "", devices: int = 2
+) -> subprocess.CompletedProcess[str]:
+    """The door in a process of its own, on some devices, after some Python lines."""
     code = f"import sys\n{before}\nfrom jaxtune import train\nsys.exit(train.main(sys.argv[1:]))"
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST}"}
     env["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".jax_cache")
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     return subprocess.run(
@@ -93,11 +102,34 @@ def in_process(argv: Sequence[str], *, before: str = "") -> subprocess.Completed
     )  # fmt: skip
 
 
+# Writes down which examples each batch to train on holds.
+LISTED = """
+from jaxtune.data.pipeline import Batches
+make = Batches.batch_rows
+def listed(self, step, low, high):
+    if self._order == "shuffled":
+        with open({path!r}, "a") as file:
+            file.write(f"{{step}} {{self.examples(step)}}\\n")
+    return make(self, step, low, high)
+Batches.batch_rows = listed
+"""
+
+
+def listed(path: Path) -> dict[str, str]:
+    """Step -> its examples; a step that was made twice held the same."""
+    found: dict[str, str] = {}
+    for line in path.read_text().splitlines():
+        step, examples = line.split(" ", 1)
+        assert found.setdefault(step, examples) == examples
+    return found
+
+
 @pytest.fixture(scope="module")
 def straight(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of 12 steps on two devices, evaluated at every epoch's end."""
     out = tmp_path_factory.mktemp("straight") / "out"
-    done = in_process(flags(material, out, eval_datasets=material / "eval.jsonl"))
+    argv = flags(material, out, eval_datasets=material / "eval.jsonl")
+    done = in_process(argv, before=LISTED.format(path=str(out.parent / "ids")))
     assert done.returncode == 0, done.stderr
     assert "step 12/12" in done.stderr
     assert "read back and equal to the parameters" in done.stderr
@@ -166,10 +198,8 @@ loop.Loop._read = dying
     ("step", "settled", "resumes_after"),
     [
         (2, True, None),
-        (5, True, None),
         (6, False, None),  # perhaps while step 5 is being written: None = wherever it can
         (6, True, 5),  # exactly at an epoch's end
-        (9, True, 5),
         (11, True, 10),
     ],
 )
@@ -226,7 +256,8 @@ def test_other_data_is_refused_on_resume(material: Path, straight: Path, tmp_pat
 def run(material: Path, out: Path, **more: object) -> train.Result:
     names = flags(material, out, **more)
     overrides = dict(zip((n[2:] for n in names[::2]), names[1::2], strict=True))
-    return train.run(load(overrides=overrides))
+    listed = {name: value for name, value in more.items() if isinstance(value, list)}
+    return train.run(load(overrides={**overrides, **listed}))
 
 
 def test_run_from_python_gives_its_result(material: Path, tmp_path: Path) -> None:
@@ -332,3 +363,171 @@ def test_mistakes_are_exit_2_with_one_message(
     assert last.startswith("jaxtune train: ")
     assert "Traceback" not in shown.err
     assert not (tmp_path / "out" / "hf").exists()
+
+
+# -- what a run says of steps that go wrong -------------------------------------------------------
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 5 of the fourth step's batch has weights that are not numbers."""
+    from jaxtune.data.pipeline import Batches
+
+    make = Batches.batch_rows
+
+    def batch_rows(self: Batches, step: int, low: int, high: int) -> Any:
+        batch = make(self, step, low, high)
+        if step == 3 and low <= 5 < high and self._order == "shuffled":
+            batch.weights[5 - low] = np.nan
+        return batch
+
+    monkeypatch.setattr(Batches, "batch_rows", batch_rows)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_a_step_that_is_not_finite_is_written_down_skipped_and_replayed(
+    material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    more = {"max_steps": 6, "save_steps": 2, "export": False}
+    with pytest.raises(Diverged) as error:
+        run(material, out, **more)
+    assert f"in {out / 'step-4.json'}" in str(error.value)
+    assert "step 2." in str(error.value)  # the newest checkpoint
+    found = json.loads((out / "step-4.json").read_text())
+    assert found["loss"] == "nan"
+    assert set(found["grad_norms"].values()) == {"nan"}
+    assert "params/embed/table" in found["grad_norms"]
+    assert found["checkpoint"] == 2
+    assert len(found["rows"]) == 8
+    (example,) = found["rows"][5]
+    assert example["path"] == str(material / "train.jsonl")
+
+    # The same command, allowed to skip one, goes on from step 2 and keeps count over a resume.
+    result = run(material, out, **more, max_skipped_steps=1)
+    assert result.step == 6
+    steps = [row["step"] for row in rows_of(out)]
+    assert steps == [1, 2, 3, 5, 6]
+    assert "Skipped, 1 of max_skipped_steps 1" in capsys.readouterr().err
+
+    # The command it gives: the row is named.
+    command = shlex.split(found["replay"])
+    assert command[:3] == ["python", "-m", "jaxtune.train"]
+    before = (out / "metrics.jsonl").read_bytes()
+    assert train.main(command[3:]) == 0
+    again = json.loads((out / "step-4.json").read_text())
+    assert {k: again[k] for k in ("loss", "rows", "grad_norms")} == {
+        k: found[k] for k in ("loss", "rows", "grad_norms")
+    }
+    assert [row for row, loss in enumerate(again["row_losses"]) if loss == "nan"] == [5]
+    shown = capsys.readouterr().out
+    assert f"row 5: {material / 'train.jsonl'} record {example['record']}" in shown
+
+    # A sound step too, and it is the step that was.
+    assert train.main([*command[3:-1], "3"]) == 0
+    sound = json.loads((out / "step-3.json").read_text())
+    was = next(row for row in rows_of(out) if row["step"] == 3)
+    assert sound["loss"] == pytest.approx(was["loss"], abs=1e-6)
+    assert sound["grad_norm"] == pytest.approx(was["grad_norm"], rel=1e-5)
+    whole = math.sqrt(sum(norm**2 for norm in sound["grad_norms"].values()))
+    assert whole == pytest.approx(sound["grad_norm"], rel=1e-5)
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_early_stopping_exports_the_best_step_and_ends_for_good(
+    material: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate at which eval_loss falls and then rises."""
+    out = tmp_path / "out"
+    more = {
+        "eval_split": 0.2, "eval_steps": 1, "learning_rate": 0.5, "save_steps": 100,
+        "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2, "max_grad_norm": 0,
+        "early_stopping_patience": 2, "load_best_model_at_end": True, "max_steps": 40,
+        "profile_steps": [1, 2], "save_total_limit": 1, "save_dtype": "float32",
+    }  # fmt: skip
+    result = run(material, out, **more)
+    losses = {r["step"]: r["eval_loss"] for r in rows_of(out) if r["kind"] == "eval"}
+    best = min(losses, key=lambda step: losses[step])
+    assert result.step == best + 2 == max(losses) < 40
+    said = capsys.readouterr().err
+    assert f"of step {best}; training ends at step {best + 2} of 40" in said
+    assert f"best: step {best}, eval_loss" in said
+    kept = {path.name for path in (out / "checkpoints").iterdir()}
+    assert kept == {str(best), str(best + 2)}
+    asked = {
+        "model_name_or_path": str(out / "hf"), "dataset": str(material / "train.jsonl"),
+        "eval_split": 0.2, "max_length": 64, "packing": False,
+    }  # fmt: skip
+    evaluated = evaluate.run(load(overrides=asked))
+    assert evaluated.scores["eval_loss"] == pytest.approx(losses[best], abs=1e-4)
+    assert list((out / "profile").rglob("*.xplane.pb"))
+    # Run again, it has nothing to do but the export.
+    assert run(material, out, **more).step == best + 2
+
+
+def test_elastic_from_eight_devices_to_four_to_one(
+    material: Path, straight: Path, tmp_path: Path
+) -> None:
+    """fsdp over 8, killed; tensor=2 over 4, killed; 1 device: the same batches, the same losses."""
+    out = tmp_path / "out"
+    argv = flags(material, out, eval_datasets=material / "eval.jsonl")
+    cut = {"mesh.fsdp": "-1", "mesh.data": "1"}
+    seen: dict[str, str] = {}
+    for devices, more, step in (
+        (8, cut, 7),
+        (4, {**cut, "mesh.tensor": "2"}, 11),
+        (1, cut, None),
+    ):
+        words = list(argv)
+        for name, value in more.items():
+            if f"--{name}" in words:
+                words[words.index(f"--{name}") + 1] = value
+            else:
+                words += [f"--{name}", value]
+        ids = tmp_path / f"ids-{devices}"
+        before = LISTED.format(path=str(ids)) + (
+            KILL.format(step=step, settled=True) if step else ""
+        )
+        done = in_process(words, before=before, devices=devices)
+        assert done.returncode == (-signal.SIGKILL if step else 0), done.stderr
+        for number, examples in listed(ids).items():  # steps after the checkpoint come twice
+            assert seen.setdefault(number, examples) == examples
+    assert seen == listed(straight.parent / "ids")
+    assert len(seen) == 12
+    rows = rows_of(out)
+    assert len(rows) == len(rows_of(straight))
+    for row, expected in zip(rows, rows_of(straight), strict=True):
+        assert (row["kind"], row["step"]) == (expected["kind"], expected["step"])
+        name = "loss" if row["kind"] == "train" else "eval_loss"
+        assert row[name] == pytest.approx(expected[name], abs=1e-5)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_sample_prompts_are_answered_at_every_evaluation(
+    lora: int, material: Path, straight: Path, tmp_path: Path
+) -> None:
+    """What a checkpoint answers, the exported model answers too; a resumed run drops later rows."""
+    out = tmp_path / "out"
+    prompts = ["Where is number 3?", "Where is number 4?"]
+    more = {
+        "sample_prompts": prompts, "eval_split": 0.2, "eval_steps": 2, "max_steps": 4,
+        "save_steps": 2, "save_dtype": "float32",
+    }  # fmt: skip
+    if lora:
+        more |= {"lora.r": lora, "init": "pretrained", "model_name_or_path": straight / "hf"}
+    run(material, out, **more)
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["prompt"]) for row in rows] == [
+        (step, prompt) for step in (2, 4) for prompt in prompts
+    ]
+    assert {type(row["stopped"]) for row in rows} == {bool}
+    name = str(out / "hf")
+    said = chat.run(
+        load(overrides={"model_name_or_path": name}),
+        chat.ChatOptions(prompt=prompts[1], max_new_tokens=256),
+    )
+    assert said.answers[0]["response"] == rows[-1]["response"]
+    shutil.rmtree(out / "checkpoints" / "4")
+    before = (out / "samples.jsonl").read_text()
+    run(material, out, **more)
+    assert (out / "samples.jsonl").read_text() == before

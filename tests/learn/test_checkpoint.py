@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.config import ConfigError
-from jaxtune.learn import optim
+from jaxtune.learn import digests, optim
 from jaxtune.learn.checkpoint import Checkpoints, restore_trained
 from jaxtune.learn.state import TrainState, abstract_state, init_opt_state, state_shardings
 from jaxtune.mesh import make_mesh
@@ -129,3 +129,92 @@ def test_a_write_that_fails_is_explained(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="could not be written") as error:
         no_json()
     assert "it goes on from step 1, which is intact" in str(error.value)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "flip": (flip, "its bytes are not those that were written"),
+    "truncate": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes instead of"),
+    "delete": (Path.unlink, "No such file"),
+    "digests": (lambda path: path.write_bytes(path.read_bytes()[:-9]), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_step_is_named_and_the_one_before_it_taken(kind: str, tmp_path: Path) -> None:
+    state, shapes, shardings = state_on("fsdp", 1.0)
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(state, META, step=step)
+    checkpoints.close()
+    folder = tmp_path / "checkpoints"
+    digest = kind == "digests"
+    files = [path for path in (folder / "2").rglob("*") if path.is_file()]
+    struck = max(files, key=lambda p: (p.name.startswith("digests") is digest, p.stat().st_size))
+    strike, said = DAMAGE[kind]
+    strike(struck)
+    name = struck.relative_to(folder / "2").as_posix()
+
+    with pytest.raises(ConfigError, match="is damaged") as error:
+        restore_trained(tmp_path, shapes.trained, shardings.trained, step=2)
+    assert name in str(error.value)
+    assert "there are: 1" in str(error.value)
+    _, meta = restore_trained(tmp_path, shapes.trained, shardings.trained)
+    assert meta["step"] == 1
+
+    notes: list[str] = []
+    again = Checkpoints(tmp_path)
+    assert again.newest_good(notes.append) == 1
+    assert len(notes) == 1
+    assert name in notes[0]
+    assert said in notes[0]
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "damaged-2"]
+    again.save(state, META, step=2)  # the run comes here again
+    again.close()
+    assert Checkpoints(tmp_path).newest_good(notes.append) == 2
+    assert len(notes) == 1
+
+
+def test_the_best_step_is_kept_besides_the_newest(tmp_path: Path) -> None:
+    state, _, _ = state_on("fsdp", 1.0)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in (1, 2, 3, 4):
+        checkpoints.save(state, META, step=step, best=2)
+    checkpoints.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def test_a_step_without_its_digests_does_not_count(tmp_path: Path) -> None:
+    """Killed between the last byte and the digests: nothing says that the bytes are right."""
+    state, _, _ = state_on("fsdp", 1.0)
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(state, META, step=step)
+    checkpoints.close()
+    folder = tmp_path / "checkpoints"
+    (folder / "2" / "digests-0.json").unlink()
+    with pytest.raises(ConfigError, match="no checkpoint of step 2; there are: 1"):
+        restore_trained(tmp_path, None, None, step=2)
+    again = Checkpoints(tmp_path)
+    assert again.newest_good(lambda text: None) == 1
+    assert not (folder / "2").exists()
+
+
+def test_of_several_hosts_all_must_have_written_their_digests(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(name.encode() * 9)
+    digests.write(tmp_path, host=0, hosts=2)
+    assert "never finished" in digests.damage(tmp_path)
+    digests.write(tmp_path, host=1, hosts=2)
+    assert digests.damage(tmp_path) == ""
+    flip(tmp_path / "b")
+    # Read by three: only the one whose share it is looks at the bytes.
+    said = [digests.damage(tmp_path, host=host, hosts=3) for host in range(3)]
+    assert [text.partition(":")[0] for text in said] == ["", "b", ""]
+    (tmp_path / "d").write_bytes(b"d")
+    assert digests.damage(tmp_path) == "d: is not one of its files"

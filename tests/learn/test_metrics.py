@@ -12,7 +12,7 @@ import pytest
 
 from jaxtune.learn import metrics
 from jaxtune.learn.evaluation import Totals, evaluate
-from jaxtune.learn.metrics import Meter, MetricsWriter
+from jaxtune.learn.metrics import Meter, MetricsWriter, Spikes
 from jaxtune.mesh import make_mesh
 from jaxtune.ops.cross_entropy import Sums
 
@@ -53,14 +53,18 @@ def test_the_meter_leaves_out_compilation_and_pauses(monkeypatch: pytest.MonkeyP
     now = [0.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     meter = Meter(flops_per_token=1e9, device_kind="TPU v5 lite", devices=2)
-    assert meter.read() == (None, None)
+    assert meter.read() == (None, None, None, None)
     now[0] = 60.0  # compiling
+    meter.waited(50.0)
     meter.step(1000)
-    assert meter.read() == (None, None)
+    assert meter.read() == (None, None, None, None)
+    now[0] = 61.0
+    meter.waited(0.5)
+    meter.step(1000)
     now[0] = 62.0
-    meter.step(3000)
-    rate, mfu = meter.read()
-    assert rate == 1500
+    meter.step(2000)
+    rate, mfu, seconds, waited = meter.read()
+    assert (rate, seconds, waited) == (1500, 1.0, 0.25)
     assert mfu == pytest.approx(1500 * 1e9 / (2 * 197e12))
     now[0] = 100.0  # an evaluation
     meter.pause()
@@ -68,7 +72,39 @@ def test_the_meter_leaves_out_compilation_and_pauses(monkeypatch: pytest.MonkeyP
     now[0] = 101.0
     meter.step(500)
     assert meter.read()[0] == 500
+    assert meter.read() == (None, None, None, None)  # no step since
     assert Meter(flops_per_token=1, device_kind="cpu", devices=1).read()[1] is None
+
+
+def test_a_loss_that_jumps_is_noticed_once() -> None:
+    spikes = Spikes()
+    rng = np.random.default_rng(0)
+    calm = [2.0 + 0.05 * value for value in rng.normal(size=60)]
+    assert [spikes.notice(loss) for loss in calm] == [None] * 60
+    assert spikes.notice(4.0) == pytest.approx(2.0, abs=0.05)
+    assert spikes.notice(4.0) is None  # once in 20 steps
+    assert [Spikes().notice(9.0 - step) for step in range(9)] == [None] * 9  # too early to tell
+
+
+def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline: what it would send lies in the run directory."""
+    pytest.importorskip("wandb")
+    for name, value in (("MODE", "offline"), ("SILENT", "true"), ("API_KEY", "not-to-be-seen")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    for start in (0, 1):
+        writer = MetricsWriter(
+            tmp_path, resumed_at=start, report_to=("wandb",), settings={"learning_rate": 0.5}
+        )
+        writer.write({"kind": "train", "step": start + 1, "loss": 2.0, "mfu": None})
+        writer.close()
+    kept = (tmp_path / "wandb-run-id.txt").read_text()
+    folders = [path for path in (tmp_path / "wandb").iterdir() if path.name.startswith("offline")]
+    assert len(folders) >= 1
+    for folder in folders:
+        assert folder.name.endswith(kept)
+        (file,) = folder.glob("*.wandb")
+        assert b"train/loss" in file.read_bytes()
+        assert b"not-to-be-seen" not in file.read_bytes()
 
 
 class Batch(NamedTuple):

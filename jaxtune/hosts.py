@@ -1,0 +1,205 @@
+"""The processes of a run: how they find each other, who speaks, what they agree on.
+
+One process is the usual case and starts without a wait: a cluster is looked for only where the
+environment says that there is one. Knows no model and no data. Host 0 is the one that writes and
+speaks; all of them compute.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from jaxtune.config import ConfigError
+
+_TEXT = 1024  # bytes of a text that hosts show each other
+_JOIN_SECONDS = 300  # machines of a pod do not boot at the same moment
+
+
+class Asked(Protocol):
+    """What a config says of hosts; each None where the cluster is to say it."""
+
+    @property
+    def coordinator_address(self) -> str | None: ...
+    @property
+    def num_processes(self) -> int | None: ...
+    @property
+    def process_id(self) -> int | None: ...
+    @property
+    def heartbeat_timeout_seconds(self) -> int: ...
+
+
+def start(asked: Asked) -> None:
+    """Joins the other processes of the run; with one process there is nothing to join.
+
+    To be called before JAX looks for devices; a second call does nothing. Raises `ConfigError`
+    when the others cannot be found.
+    """
+    given = _given(asked)
+    if not given and not detected():
+        return
+    import jax
+
+    if jax.distributed.is_initialized():
+        return
+    # The devices of a CPU have no network of their own.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            **given,
+            heartbeat_timeout_seconds=asked.heartbeat_timeout_seconds,
+            initialization_timeout=_JOIN_SECONDS,
+        )
+    except (ValueError, RuntimeError) as error:
+        where = given.get("coordinator_address", "the cluster that the environment describes")
+        raise ConfigError(
+            f"hosts: process {given.get('process_id', '?')} of {given.get('num_processes', '?')} "
+            f"could not join {where}: {str(error).splitlines()[0]} Every process gets the same "
+            "hosts.coordinator_address (HOST:PORT of process 0) and hosts.num_processes, and its "
+            "own hosts.process_id from 0; all start within five minutes."
+        ) from None
+
+
+def _given(asked: Asked) -> dict[str, Any]:
+    """What is set, by flags or by JAX's variables. Raises `ConfigError` for a part of it."""
+    environment: Mapping[str, str] = os.environ
+    address = asked.coordinator_address or environment.get("JAX_COORDINATOR_ADDRESS")
+    count, own = asked.num_processes, asked.process_id
+    if count is None and "JAX_NUM_PROCESSES" in environment:
+        count = int(environment["JAX_NUM_PROCESSES"])
+    if own is None and "JAX_PROCESS_ID" in environment:
+        own = int(environment["JAX_PROCESS_ID"])
+    found = {"coordinator_address": address, "num_processes": count, "process_id": own}
+    known = {name: value for name, value in found.items() if value is not None}
+    if not known or (count == 1 and own in (None, 0)):
+        return {}
+    if len(known) < len(found) and not detected():
+        missing = ", ".join(f"hosts.{name}" for name in found if name not in known)
+        raise ConfigError(f"hosts: {missing} is not set, and no cluster is here to say it.")
+    if count is not None and own is not None and not 0 <= own < count:
+        raise ConfigError(f"hosts.process_id: {own} of {count}; expected 0 to {count - 1}.")
+    return known
+
+
+def detected(environment: Mapping[str, str] | None = None, devices: Path = Path("/dev")) -> bool:
+    """Whether JAX will find a cluster of several processes here; asks no network.
+
+    SLURM and Open MPI say how many they are. A TPU machine is asked only where it has TPUs that
+    are used: `jax.distributed` takes the rest from the machine's metadata, or from what GKE sets.
+    """
+    environment = os.environ if environment is None else environment
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        if name in environment:
+            return int(environment[name]) > 1
+    if environment.get("MEGASCALE_NUM_SLICES", "1") != "1":
+        return True
+    workers = environment.get("TPU_WORKER_HOSTNAMES") or environment.get("TPU_PROCESS_ADDRESSES")
+    if workers is not None:
+        return "," in workers
+    platforms = environment.get("JAX_PLATFORMS", "tpu").split(",")
+    has_tpus = any(any(devices.glob(name)) for name in ("accel[0-9]*", "vfio/[0-9]*"))
+    return "tpu" in platforms and has_tpus and _is_google(devices)
+
+
+def _is_google(devices: Path) -> bool:
+    """A TPU VM, rather than another machine with devices under /dev/vfio."""
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        return False
+    product = devices.parent / "sys" / "class" / "dmi" / "id" / "product_name"
+    try:
+        return "Google" in product.read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+# -- what they know of each other ----------------------------------------------------------------
+
+
+def _joined() -> Any | None:
+    """JAX's state of the cluster; None for a process that is alone. Asking it finds no devices."""
+    if "jax" not in sys.modules:
+        return None
+    # Not public, and the only way to the key-value store; Orbax takes it from here too.
+    from jax._src import distributed
+
+    state = distributed.global_state
+    return state if state.client is not None and (state.num_processes or 1) > 1 else None
+
+
+def index() -> int:
+    state = _joined()
+    return 0 if state is None else int(state.process_id)
+
+
+def count() -> int:
+    state = _joined()
+    return 1 if state is None else int(state.num_processes)
+
+
+def store() -> Any | None:
+    """The key-value store on host 0 that all hosts reach; None for a process that is alone."""
+    state = _joined()
+    return None if state is None else state.client
+
+
+def is_first() -> bool:
+    return index() == 0
+
+
+def everyones(text: str) -> list[str]:
+    """What each host says, by host; all must call. Long texts are cut."""
+    if count() == 1:
+        return [text]
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    own = text.encode()[:_TEXT].ljust(_TEXT, b"\0")
+    gathered = multihost_utils.process_allgather(np.frombuffer(own, np.uint8))
+    said = (row.tobytes().rstrip(b"\0") for row in np.asarray(gathered).reshape(count(), _TEXT))
+    return [row.decode(errors="replace") for row in said]
+
+
+def wait(name: str) -> None:
+    """Until all hosts are here."""
+    if count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
+
+
+def on_first(act: Callable[[], None], name: str) -> None:
+    """`act()` on host 0, while the others wait."""
+    if is_first():
+        act()
+    wait(name)
+
+
+def check_shared(folder: Path) -> None:
+    """Raises `ConfigError` on every host unless all of them see what host 0 writes in `folder`."""
+    if count() == 1:
+        return
+    path = folder / ".seen-by-all-hosts"
+    secret = everyones(secrets.token_hex(8))[0]
+    on_first(lambda: _write(path, secret), "shared folder")
+    try:
+        seen = path.read_text(encoding="utf-8") == secret
+    except OSError:
+        seen = False
+    blind = [str(host) for host, said in enumerate(everyones("" if seen else "blind")) if said]
+    on_first(lambda: path.unlink(missing_ok=True), "shared folder seen")
+    if blind:
+        raise ConfigError(
+            f"output_dir {folder}: host {', '.join(blind)} of {count()} does not see what host 0 "
+            "writes there. All hosts write their part of a checkpoint: choose a folder on storage "
+            "that they share."
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,109 @@
+"""Digests of the files in a folder: written when they are complete, compared before they are read.
+
+Orbax writes a checkpoint whole or not at all, but reads a flipped bit as if it were a number. Each
+host hashes its share of the files into `digests-HOST.json`; a folder without all of these was never
+finished.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+_THREADS = 8  # hashing lets go of the interpreter
+
+
+def write(folder: Path, *, host: int = 0, hosts: int = 1) -> None:
+    """This host's share: sizes in bytes and SHA-256 of every file under `folder`."""
+    files = _files(folder)[host::hosts]
+    found = {"hosts": hosts, "files": dict(zip(files, _digests(folder, files), strict=True))}
+    path = folder / _name(host)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(found, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def complete(folder: Path) -> bool:
+    """Whether every host has written its share, readable or not."""
+    try:
+        return bool(_parts(folder))
+    except ValueError:
+        return True
+
+
+def damage(folder: Path, *, host: int = 0, hosts: int = 1) -> str:
+    """What is not as it was written, for the person who asks; empty where all is well.
+
+    Looks at this host's share of the files; hosts need not be those of the writing.
+    """
+    try:
+        parts = _parts(folder)
+    except ValueError as error:
+        return str(error)
+    if not parts:
+        return "it was never finished: its digests are missing"
+    known = {name: entry for part in parts for name, entry in part.items()}
+    if new := sorted(set(_files(folder)) - known.keys()):
+        return f"{new[0]}: is not one of its files"
+    for name, (size, _) in sorted(known.items()):
+        try:
+            now = (folder / name).stat().st_size
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if now != size:
+            return f"{name}: has {now:,} bytes instead of {size:,}"
+    files = sorted(known)[host::hosts]
+    try:
+        for name, (_, digest) in zip(files, _digests(folder, files), strict=True):
+            if digest != known[name][1]:
+                return f"{name}: its bytes are not those that were written (SHA-256 differs)"
+    except OSError as error:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    return ""
+
+
+def _name(host: int) -> str:
+    return f"digests-{host}.json"
+
+
+def _parts(folder: Path) -> list[Mapping[str, tuple[int, str]]]:
+    """What each host wrote; empty when one is missing. Raises `ValueError` for one that cannot be
+    read."""
+    parts: list[Mapping[str, tuple[int, str]]] = []
+    hosts = 1
+    while len(parts) < hosts:
+        name = _name(len(parts))
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+            hosts = int(found["hosts"])
+            parts.append({file: (size, digest) for file, (size, digest) in found["files"].items()})
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{name}: cannot be read") from None
+    return parts
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of all files under `folder`, sorted, without the digests themselves."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.as_posix() for path in found if path.parts[1:] or not path.match("digests-*")
+    )
+
+
+def _digests(folder: Path, files: Iterable[str]) -> list[tuple[int, str]]:
+    def of(name: str) -> tuple[int, str]:
+        with (folder / name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return file.tell(), digest
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(of, files))

@@ -1,0 +1,84 @@
+"""Answers to the sample prompts while a model is trained: OUT/samples.jsonl.
+
+The words and the stop ids are those of the training, so what is answered is what will be chatted
+with. Greedy, so that two steps differ by what was learnt alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxtune import hosts
+from jaxtune.config import ConfigError
+from jaxtune.data.schema import Conversation, Message
+from jaxtune.inference import Model, Words, answer, prompt_ids
+from jaxtune.learn.metrics import keep_rows_up_to
+from jaxtune.tree import merge
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from jaxtune.hf.load import HfModel
+    from jaxtune.weights import Adapters
+
+_LONGEST = 256  # tokens of an answer
+
+
+class Samples:
+    """Call it at an evaluation; rows after `resumed_at` are dropped, as those of metrics are.
+
+    Raises `ConfigError` on many hosts, where no single one has the whole model.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        prompts: Sequence[str],
+        words: Words,
+        model: HfModel,
+        adapters: Adapters | None,
+        mesh: Mesh,
+        dtype: Any,
+        *,
+        resumed_at: int,
+    ) -> None:
+        if hosts.count() > 1:
+            raise ConfigError("sample_prompts: are answered on one host only. Unset them.")
+        self.path = run_dir / "samples.jsonl"
+        self._prompts, self._words = prompts, words
+        self._model, self._adapters = model, adapters
+        self._mesh, self._dtype = mesh, dtype
+        asked = self._with({})
+        chats = (Conversation((Message("user", prompt),)) for prompt in prompts)
+        self._ids = [prompt_ids(asked, words, chat) for chat in chats]
+        keep_rows_up_to(self.path, resumed_at)
+
+    def __call__(self, trained: Any, frozen: Any, step: int) -> None:
+        params = self._params(merge(trained, frozen))
+        found = answer(self._with(params), self._words, self._ids, max_new_tokens=_LONGEST)
+        with self.path.open("a", encoding="utf-8") as file:
+            for prompt, said in zip(self._prompts, found, strict=True):
+                row = {"step": step, "prompt": prompt, "response": said.text}
+                row["stopped"] = said.stopped
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _with(self, params: Any) -> Model:
+        stop_ids = frozenset({self._words.template.stop_id, *self._model.eos_ids})
+        name, spec = self._model.name, self._model.spec
+        return Model(name, spec, params, stop_ids, self._dtype, self._mesh)
+
+    def _params(self, variables: Any) -> Any:
+        """Whole parameters; adapters are merged into the unquantised base, read once more."""
+        if self._adapters is None:
+            return variables["params"]
+        from jaxtune.hf.merge import merged_params
+        from jaxtune.mesh import shardings
+        from jaxtune.model import decoder
+
+        spec = self._model.spec
+        placed = shardings(decoder.axes(spec), decoder.abstract(spec, self._dtype), self._mesh)
+        lora = self._adapters.lora
+        return merged_params(self._model, lora, variables["lora"], placed, self._dtype)

@@ -1,0 +1,300 @@
+"""A thread beside a run: tells the hosts what each is doing, and ends one that waits in vain.
+
+Every host writes a beat every two seconds into the key-value store that JAX keeps on host 0, and
+reads those of the others. So the hosts hear of one that failed and why, a lost one has a name, and
+a step that hangs shows who lags. When host 0 is lost, or a host is silent for
+`hosts.heartbeat_timeout_seconds`, JAX itself ends the process by SIGABRT: here it ends with a
+message and exit code 75, since the same command goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtune import hosts
+from jaxtune.command import STOPPED, Place, say
+from jaxtune.config import HostsConfig
+
+_BEAT_SECONDS = 2.0
+_SILENT_BEATS = 4
+_ENDED_SECONDS = 10.0  # host 0, which keeps the store, stays for the others to read why it ends
+_HOST, _ENDED = "jaxtune/host/", "jaxtune/ended/"
+
+
+class Beat(NamedTuple):
+    """What a host last said, and when that was heard, by this host's clock."""
+
+    number: int
+    step: int
+    doing: str
+    heard: float
+
+
+def join(asked: HostsConfig) -> None:
+    """Joins the other processes (`hosts.start`), and says who speaks. Every door begins so."""
+    hosts.start(asked)
+    if hosts.count() == 1 or Place.name:
+        return
+    Place.name = f"host {hosts.index()} of {hosts.count()}: "
+    Place.quiet = not hosts.is_first()
+    Place.leave = _leave
+    _answer_aborts()
+    _keep_stdout()
+
+
+class Watch:
+    """`at(step, doing)` is called as the run goes; nothing for `hang_seconds` ends it, 0 = never.
+
+    A context manager; without other hosts and without a limit there is no thread.
+    """
+
+    def __init__(self, *, hang_seconds: float, folder: Path | None = None) -> None:
+        self._hang_seconds, self._folder = hang_seconds, folder
+        self._now = (0, "starting")
+        self._since: float | None = None  # set while hanging counts
+        self._number = 0
+        self._closed = threading.Event()
+        self._store = hosts.store()
+        self.peers: dict[int, Beat] = {}
+        self._thread = threading.Thread(target=self._run, name="jaxtune-watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        if self._store is not None or self._hang_seconds:
+            _State.watch = self
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._store is not None and _of_runtime(error):
+            self._blame(error)
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def at(self, step: int, doing: str) -> None:
+        self._now, self._since = (step, doing), time.monotonic()
+
+    @contextlib.contextmanager
+    def unlimited(self, doing: str) -> Iterator[None]:
+        """What may take as long as it likes, such as an export of unknown size."""
+        self._now, self._since = (self._now[0], doing), None
+        yield
+        self._since = time.monotonic()
+
+    def _run(self) -> None:
+        while not self._closed.wait(min(_BEAT_SECONDS, (self._hang_seconds or 99) / 4)):
+            if self._store is not None:
+                # Host 0 may be gone: then JAX ends this process, and `_on_abort` says why.
+                with contextlib.suppress(Exception):
+                    self._exchange(self._store)
+            since = self._since
+            if self._hang_seconds and since and time.monotonic() - since > self._hang_seconds:
+                self._hangs()
+
+    def _exchange(self, store: Any) -> None:
+        self._number += 1
+        step, doing = self._now
+        own = f"{_HOST}{hosts.index()}"
+        store.key_value_set(own, f"{self._number} {step} {doing}", allow_overwrite=True)
+        for key, value in store.key_value_dir_get(_HOST):
+            host = int(key.rpartition("/")[2])
+            number, at, said = value.split(" ", 2)
+            before = self.peers.get(host)
+            if before is None or before.number != int(number):
+                self.peers[host] = Beat(int(number), int(at), said, time.monotonic())
+        for key, value in store.key_value_dir_get(_ENDED):
+            host, (code, _, said) = int(key.rpartition("/")[2]), value.partition("\n")
+            if host != hosts.index():
+                _exit(int(code), f"host {host} has ended, so this one does too. It said: {said}")
+
+    def silent(self) -> list[int]:
+        """Other hosts of which nothing was heard for a while."""
+        limit = time.monotonic() - _SILENT_BEATS * _BEAT_SECONDS
+        own = hosts.index()
+        return sorted(h for h, beat in self.peers.items() if beat.heard < limit and h != own)
+
+    def _blame(self, error: BaseException | None) -> None:
+        """A collective fails at once when another host is gone, before JAX hears that it is: a few
+        beats show which. Returns if all are well: then the error is our own."""
+        deadline = time.monotonic() + (_SILENT_BEATS + 2) * _BEAT_SECONDS
+        while time.monotonic() < deadline:
+            if silent := self.silent():
+                text = str(error).splitlines()[0]
+                _exit(STOPPED, f"{_lost(silent, self._now[0])} What failed first: {text}")
+            time.sleep(0.2)
+
+    def _hangs(self) -> None:
+        step, doing = self._now
+        stacks = "stderr"
+        faulthandler.dump_traceback(sys.__stderr__ or 2)
+        if self._folder is not None:
+            path = self._folder / f"stacks-host-{hosts.index()}.txt"
+            with contextlib.suppress(OSError), path.open("w") as file:
+                faulthandler.dump_traceback(file)
+                stacks = str(path)
+        limit = f"{self._hang_seconds:g}"
+        _exit(
+            STOPPED,
+            f"no progress for {limit} s at step {step}, {doing}. {self._laggard()}Every thread's "
+            f"stack is in {stacks}. The same command goes on from the last checkpoint; a step that "
+            "really takes longer needs a larger hang_timeout_seconds.",
+        )
+
+    def _laggard(self) -> str:
+        if len(self.peers) < 2:
+            return ""
+        behind = min(self.peers, key=lambda host: self.peers[host].step)
+        least, most = self.peers[behind], max(self.peers.values(), key=lambda beat: beat.step)
+        if silent := self.silent():
+            return f"Host {', '.join(map(str, silent))} is silent. "
+        if least.step < most.step:
+            return (
+                f"Host {behind} lags: it is at step {least.step}, {least.doing}; others are at "
+                f"step {most.step}. "
+            )
+        others = [h for h, beat in self.peers.items() if beat.doing != self._now[1]]
+        if others:
+            told = ", ".join(f"host {host}: {self.peers[host].doing}" for host in sorted(others))
+            return f"All hosts are at that step, but not all do the same ({told}). "
+        return f"All {len(self.peers)} hosts are at that step and do the same. "
+
+
+class _State:
+    """What the handler of a signal can find."""
+
+    watch: Watch | None = None
+    handler: Any = None  # kept: C calls it
+
+
+def _leave(code: int, said: str) -> None:
+    """Ends this host without waiting for the others, and lets them know why."""
+    store: Any = hosts.store()
+    with contextlib.suppress(Exception):
+        store.key_value_set(f"{_ENDED}{hosts.index()}", f"{code}\n{said}")
+        deadline = time.monotonic() + _ENDED_SECONDS
+        while hosts.is_first() and time.monotonic() < deadline:
+            if len(store.key_value_dir_get(_ENDED)) == hosts.count():
+                break
+            time.sleep(0.2)
+    _flush()
+    os._exit(code)
+
+
+def _exit(code: int, message: str) -> None:
+    """From a thread; the main one may hang in a call that never returns."""
+    say(f"jaxtune: {Place.name}{message}")
+    store = hosts.store()
+    with contextlib.suppress(Exception):
+        if store is not None:
+            store.key_value_set(f"{_ENDED}{hosts.index()}", f"{code}\n{message}")
+    if hosts.count() > 1 and hosts.is_first():
+        time.sleep(2 * _BEAT_SECONDS)
+    _flush()
+    os._exit(code)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+def _answer_aborts() -> None:
+    """JAX's own answer to a lost host is abort(): this says which, and exits as the caller expects.
+
+    A handler of Python's would never run, since abort() does not return to the interpreter; one of
+    C's runs in the thread that aborts, which waits for the interpreter's lock like any other.
+    """
+    _State.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(_on_abort)
+    ctypes.CDLL(None).signal(ctypes.c_int(signal.SIGABRT), _State.handler)
+
+
+def _on_abort(number: int) -> None:
+    watch = _State.watch
+    silent = watch.silent() if watch is not None else []
+    lost = _lost(silent, watch._now[0] if watch is not None else 0)
+    os.write(2, f"jaxtune: {Place.name}{lost}\n".encode())
+    os._exit(STOPPED)
+
+
+def _lost(silent: list[int], step: int) -> str:
+    who = " and ".join(map(str, silent)) or "0, which coordinates the others,"
+    return (
+        f"host {who} was lost at step {step}: killed, restarted or cut off. Ending; the same "
+        "command on all hosts goes on from the last checkpoint."
+    )
+
+
+def _of_runtime(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, came from XLA."""
+    import jax
+
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _keep_stdout() -> None:
+    """The collectives of CPUs write greetings to stdout, which is for results: those go to stderr,
+    by the number of the file, and what Python prints goes where it did."""
+    if sys.stdout is sys.__stdout__ and sys.stdout is not None:
+        sys.stdout.flush()
+        sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+        os.dup2(2, 1)
+
+
+Notice = Callable[[int], str | None]
+
+
+@contextlib.contextmanager
+def asked_to_stop(note: Callable[[str], None]) -> Iterator[Notice]:
+    """Gives `notice(step)`: the signal after which all hosts are to save `step`, or None.
+
+    SIGTERM (or a TPU's notice of maintenance, which JAX receives) and SIGINT; on many hosts the
+    one that hears of it tells the others, and JAX finds the step that all of them still reach. To
+    be asked at every step. A second SIGINT interrupts as usual.
+    """
+    asked: list[str] = []
+    many = hosts.count() > 1
+
+    def remember(number: int, frame: Any) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(signal.Signals(number).name)
+        say(f"{Place.name}{asked[0]}: finishing this step, then saving")
+        if many:
+            os.kill(os.getpid(), signal.SIGTERM)  # which JAX passes on
+
+    def notice(step: int) -> str | None:
+        if not many:
+            return asked[0] if asked else None
+        from jax.experimental import multihost_utils
+
+        if multihost_utils.reached_preemption_sync_point(step):
+            return asked[0] if asked else "SIGTERM on one of the hosts"
+        return None
+
+    # On many hosts SIGTERM is JAX's: its handler stands since they joined.
+    ours = (signal.SIGINT,) if many else (signal.SIGTERM, signal.SIGINT)
+    try:
+        before = {n: signal.signal(n, remember) for n in ours}
+    except ValueError:  # not the main thread (a notebook's worker): signals are not ours
+        yield notice
+        return
+    try:
+        yield notice
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,114 @@
+"""Runs of several processes with gloo between them: as one process, whatever befalls them."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from multihost import runs
+from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.xdist_group("multihost")  # one worker: the two cores are shared as it is
+
+# Says which rows of each batch to train on this host makes.
+COUNTED = """
+from jaxtune.data import pipeline
+make = pipeline.Batches.batch_rows
+def counted(self, step, low, high):
+    if self._order == "shuffled":
+        print("ROWS", step, low, high, flush=True)
+    return make(self, step, low, high)
+pipeline.Batches.batch_rows = counted
+"""
+# Once the given step's update is done, on one host; a checkpoint before it is complete. Steps are
+# made as slow as real ones: JAX looks for signals once a second.
+AT_STEP = """
+import os, signal, time
+from jaxtune import loop
+read = loop.Loop._read
+def struck(self):
+    if HOST == {host} and self._pending and self._pending[0] + 1 == {step}:
+        self.checkpoints.wait()
+        os.kill(os.getpid(), signal.{signal})
+    time.sleep({seconds})
+    read(self)
+loop.Loop._read = struck
+"""
+
+
+def assert_same_run(out: Path, alone: Path) -> None:
+    """Step by step the same data and the same numbers, f32 sums in another order aside."""
+    rows, expected = runs.rows_of(out), runs.rows_of(alone)
+    assert [(r["kind"], r["step"]) for r in rows] == [(r["kind"], r["step"]) for r in expected]
+    for row, other in zip(rows, expected, strict=True):
+        for name in ("tokens_total", "tokens_trained", "examples_seen", "eval_tokens_trained"):
+            assert row.get(name) == other.get(name)
+        loss = "loss" if row["kind"] == "train" else "eval_loss"
+        assert row[loss] == pytest.approx(other[loss], abs=1e-5), row["step"]
+    ours, theirs = (load_file(o / "hf" / "model.safetensors") for o in (out, alone))
+    for name, values in theirs.items():
+        np.testing.assert_allclose(ours[name], values, atol=1e-5, err_msg=name)
+
+
+def test_two_hosts_are_one_run(material: Path, alone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    hosts = runs.start(runs.flags(material, out), hosts=2, devices=4, before=COUNTED)
+    assert [host.end() for host in hosts] == [0, 0], hosts[0].stderr + hosts[1].stderr
+    assert_same_run(out, alone)
+    # Each host made half of every batch, and only the first one spoke.
+    for host, (low, high) in zip(hosts, ((0, 4), (4, 8)), strict=True):
+        expected = [f"ROWS {step} {low} {high}" for step in range(12)]
+        assert host.stdout.splitlines() == expected
+    assert "step 12/12" in hosts[0].stderr
+    for word in ("data\n", "training: ", "step ", "model: "):  # the others are silent
+        assert word in hosts[0].stderr
+        assert word not in hosts[1].stderr
+
+
+def test_killed_stopped_and_resumed_by_other_numbers_of_hosts(
+    material: Path, alone: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    four = runs.start(
+        runs.flags(material, out, **{"hosts.heartbeat_timeout_seconds": 10}),
+        hosts=4, devices=4, before=AT_STEP.format(host=2, step=5, signal="SIGKILL", seconds=0),
+    )  # fmt: skip
+    four[2].process.wait(240)
+    killed = time.monotonic()
+    codes = [host.end(60) for host in four]
+    assert time.monotonic() - killed < 30
+    assert codes == [75, 75, -9, 75], four[0].stderr
+    for number in (0, 1, 3):
+        assert f"host {number} of 4: host 2 was lost" in four[number].stderr, number
+        assert "goes on from the last checkpoint" in four[number].stderr
+
+    two = runs.start(
+        runs.flags(material, out), hosts=2, devices=4,
+        before=AT_STEP.format(host=1, step=5, signal="SIGTERM", seconds=0.7),
+    )  # fmt: skip
+    assert [host.end() for host in two] == [75, 75], two[0].stderr + two[1].stderr
+    assert "going on after step 4" in two[0].stderr
+    saved = max(int(p.name) for p in (out / "checkpoints").iterdir() if p.name.isdigit())
+    assert 5 <= saved < 12
+    for host in two:
+        assert f"after step {saved}, which is saved" in host.stderr
+
+    (one,) = runs.start(runs.flags(material, out), hosts=1, devices=1)
+    assert one.end() == 0, one.stderr
+    assert f"going on after step {saved}" in one.stderr
+    assert_same_run(out, alone)
+
+
+def test_a_host_that_fails_ends_the_others_with_its_reason(material: Path, tmp_path: Path) -> None:
+    """Host 1 finds a broken file where host 0 finds a good one: each host reads its own disk."""
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(json.dumps({"instruction": "a"}) + "\n")
+    before = f"if HOST == 1: sys.argv[sys.argv.index('--dataset') + 1] = {str(broken)!r}"
+    hosts = runs.start(runs.flags(material, tmp_path / "out"), hosts=2, devices=2, before=before)
+    assert [host.end(60) for host in hosts] == [2, 2], hosts[0].stderr
+    assert "jaxtune train: host 1 of 2: " in hosts[1].stderr
+    assert "host 1 has ended, so this one does too. It said: " in hosts[0].stderr
+    assert "broken.jsonl" in hosts[0].stderr

@@ -1,0 +1,51 @@
+"""A run that makes no progress: its stacks are shown, and it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from jaxtune.watch import Beat, Watch
+
+HANGS = """
+import sys, time
+from pathlib import Path
+from jaxtune.watch import Watch
+
+def never_returns():
+    time.sleep(60)
+
+with Watch(hang_seconds=0.4, folder=Path(sys.argv[1])) as watch:
+    with watch.unlimited("exporting"):
+        time.sleep(1)
+    watch.at(7, "in the step")
+    never_returns()
+"""
+
+
+def test_a_hang_shows_every_stack_and_ends_with_75(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS, str(tmp_path)],
+        capture_output=True, text=True, timeout=30, check=False, env={**os.environ},
+    )  # fmt: skip
+    assert done.returncode == 75, done.stderr
+    assert "no progress for 0.4 s at step 7, in the step" in done.stderr
+    for text in (done.stderr, (tmp_path / "stacks-host-0.txt").read_text()):
+        assert "in never_returns" in text
+
+
+def test_who_lags_is_named() -> None:
+    watch = Watch(hang_seconds=1)
+    watch.at(9, "in the step")
+    here = dict.fromkeys(range(3), Beat(5, 9, "in the step", float("inf")))
+    watch.peers = {**here, 1: Beat(5, 8, "waiting for data", float("inf"))}
+    assert "Host 1 lags: it is at step 8, waiting for data; others are at step 9" in (
+        watch._laggard()
+    )
+    watch.peers = {**here, 2: Beat(5, 9, "saving", float("inf"))}
+    assert "not all do the same (host 2: saving)" in watch._laggard()
+    watch.peers = {**here, 2: Beat(3, 9, "in the step", 0.0)}
+    assert watch.silent() == [2]
+    assert "Host 2 is silent" in watch._laggard()
