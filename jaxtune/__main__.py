@@ -15,6 +15,7 @@ DOORS = {
     "train": "Hugging Face model in, fine-tuned Hugging Face model out",
     "evaluate": "loss, perplexity, token accuracy, generations; base and tuned side by side",
     "chat": "talk to a model in the terminal, or answer a file of prompts",
+    "report": "one page for a run directory: curves, data, examples, answers",
     "convert": "a checkpoint or a run -> Hugging Face format",
 }
 

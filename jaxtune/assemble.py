@@ -152,6 +152,7 @@ def build(
         attention=config.attention,
         loss_block=config.loss_block,
         z_loss=config.z_loss,
+        optim_offload=config.optim_offload,
         lora=None if adapters is None else adapters.lora,
         is_trained=None if chosen is None else chosen.is_trained,
     )

@@ -341,6 +341,11 @@ class Config(_Strict):
         description="of first moments; bfloat16 saves 2 bytes a trained parameter and rounds the "
         "momentum to 3 digits; second moments stay float32",
     )
+    optim_offload: bool = Field(
+        False,
+        description="the optimiser's moments in the host's memory, moved to the device and back in "
+        "every step: less device memory (adamw: 8 bytes a trained parameter), slower steps",
+    )
     momentum: float | None = Field(
         None, ge=0, lt=1, description="of sgd (default 0) and muon (default 0.95)"
     )
@@ -394,7 +399,7 @@ class Config(_Strict):
     loss_block: PositiveInt | None = Field(
         None,
         description="entries of the vocabulary whose logits exist at a time; fewer = less memory; "
-        "default: 256 MiB of logits a device; never changes results",
+        "default: all for a small head, else 256 MiB of logits a device; never changes results",
     )
     z_loss: NonNegativeFloat = Field(
         0.0,

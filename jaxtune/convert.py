@@ -24,7 +24,7 @@ from jaxtune.config import Config, ConfigError, dump, shard_bytes
 if TYPE_CHECKING:
     from jaxtune.data.template import Template
     from jaxtune.data.tokenizer import Tokenizer
-    from jaxtune.hf.adapter import WrittenAdapter
+    from jaxtune.hf.adapter_write import WrittenAdapter
     from jaxtune.hf.export import Exported
     from jaxtune.hf.load import HfModel
     from jaxtune.weights import Restored
@@ -53,7 +53,7 @@ class Result(NamedTuple):
 
 def run(config: Config, options: ConvertOptions) -> Result:
     """Raises `ConfigError` and `ModelError`; what stood in `out_dir` before stays on failure."""
-    from jaxtune.hf.adapter import WrittenAdapter
+    from jaxtune.hf.adapter_write import WrittenAdapter
     from jaxtune.hf.folders import is_adapter
     from jaxtune.weights import checkpoint_of
 
@@ -130,7 +130,7 @@ def _export_run(
 def _write_adapter(
     out: Path, restored: Restored, tokenizer: Tokenizer | None, template: Template | None
 ) -> WrittenAdapter:
-    from jaxtune.hf.adapter import write_adapter
+    from jaxtune.hf.adapter_write import write_adapter
 
     if restored.lora is None:
         raise ConfigError(
@@ -151,9 +151,11 @@ def _export_adapter(
 ) -> Exported | WrittenAdapter:
     """Of an adapter in PEFT's format, beside its base or the one that `model_name_or_path` says."""
     from jaxtune.data.tokenizer import load_tokenizer
-    from jaxtune.hf.adapter import merged, on_model, open_adapter, write_adapter
+    from jaxtune.hf.adapter_read import on_model, open_adapter
+    from jaxtune.hf.adapter_write import write_adapter
     from jaxtune.hf.export import check_target, export_model
     from jaxtune.hf.load import open_model
+    from jaxtune.hf.merge import merged
 
     adapter = open_adapter(source)
     name = config.model_name_or_path or adapter.base

@@ -51,7 +51,7 @@ class Answer(NamedTuple):
 def resolved(config: Config) -> Config:
     """The config to ask a model with: for RUN/checkpoints/STEP that of the run, and for an adapter
     the tokenizer that lies beside it, or its base's. Flags stand above both."""
-    from jaxtune.hf.adapter import open_adapter
+    from jaxtune.hf.adapter_read import open_adapter
     from jaxtune.hf.folders import is_adapter
     from jaxtune.weights import checkpoint_of, is_checkpoint, run_config
 
@@ -133,8 +133,9 @@ def _load_trained(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
     """A checkpoint of a run, or an adapter with its base: adapters merged into the weights."""
     import jax
 
-    from jaxtune.hf.adapter import merged_params, on_model, open_adapter
+    from jaxtune.hf.adapter_read import on_model, open_adapter
     from jaxtune.hf.load import open_model, with_tokens
+    from jaxtune.hf.merge import merged_params
     from jaxtune.learn.program import compute_dtype
     from jaxtune.mesh import shardings
     from jaxtune.model import decoder

@@ -74,7 +74,7 @@ class Samples:
         """Whole parameters; adapters are merged into the unquantised base, read once more."""
         if self._adapters is None:
             return variables["params"]
-        from jaxtune.hf.adapter import merged_params
+        from jaxtune.hf.merge import merged_params
         from jaxtune.mesh import shardings
         from jaxtune.model import decoder
 

@@ -95,7 +95,7 @@ def _run(
 
     # 2. The model and the program for these devices.
     from jaxtune.data.position import largest_id
-    from jaxtune.hf.adapter import check_adapter_target
+    from jaxtune.hf.adapter_write import check_adapter_target
     from jaxtune.hf.export import check_target
     from jaxtune.hf.load import open_model, with_tokens
     from jaxtune.learn.partial import share
@@ -148,6 +148,7 @@ def _run(
             return Result(run_dir, None, options.replay_step, {})
         if hosts.is_first():
             (run_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
+            _record_start(run_dir, start, mesh, batches, total_steps)
 
         # 4. The loop.
         from jaxtune.data.position import fingerprint
@@ -193,7 +194,7 @@ def _run(
             trained = state.trained
 
         # 5. The export.
-        from jaxtune.hf.adapter import merged
+        from jaxtune.hf.merge import merged
         from jaxtune.tree import merge
 
         model_dir = adapter_dir = None
@@ -204,6 +205,8 @@ def _run(
                     adapter_dir = _export_adapter(run_dir, model, adapters, variables, material)
                     variables = {"params": merged(model, adapters.lora, variables["lora"])}
                 model_dir = _export(config, run_dir, model, variables, material, report, loop.last)
+    if hosts.is_first():
+        _draw_report(config, run_dir, material, report)
     return Result(run_dir, model_dir, done, loop.last, adapter_dir)
 
 
@@ -279,8 +282,12 @@ def _announce(
     if material.held_out is not None:
         common = overlap(material.train, material.held_out)
         alike = near_overlap(material.train, material.held_out)
+        held_out = len(material.held_out)
+        found["evaluation"] = {
+            "examples": held_out, "also_trained": common, "nearly_trained": alike
+        }  # fmt: skip
         note(
-            f"evaluation: {len(material.held_out)} examples"
+            f"evaluation: {held_out} examples"
             + (f"; {common} of them are in the training data" if common else "")
             + (f"; {alike} records say nearly the same as a trained one" if alike else "")
         )
@@ -381,6 +388,23 @@ def _first_state(
     return program.first_state(variables)
 
 
+def _record_start(
+    run_dir: Path, start: int, mesh: Mesh, batches: Batches, total_steps: int
+) -> None:
+    from jaxtune.reporting.starts import record_start
+
+    devices = mesh.devices.flat
+    record_start(
+        run_dir,
+        step=start,
+        total_steps=total_steps,
+        rows_per_step=batches.batch_size,
+        device=devices[0].device_kind,
+        devices=mesh.size,
+        hosts=len({device.process_index for device in devices}),
+    )
+
+
 def _samples(
     config: Config,
     run_dir: Path,
@@ -444,7 +468,7 @@ def _export_adapter(
     variables: Mapping[str, Any],
     material: Material,
 ) -> Path:
-    from jaxtune.hf.adapter import write_adapter
+    from jaxtune.hf.adapter_write import write_adapter
 
     written = write_adapter(
         run_dir / "adapter",
@@ -497,6 +521,18 @@ def _export(
         "read back and equal to the parameters)"
     )
     return exported.folder
+
+
+def _draw_report(
+    config: Config, run_dir: Path, material: Material, report: Mapping[str, Any]
+) -> None:
+    from jaxtune.data.prepare import Settings
+    from jaxtune.reporting.write import after_training
+
+    settings = Settings(
+        material.tokenizer, material.template, config.train_on, config.max_length, config.truncation
+    )
+    after_training(run_dir, config, settings, material.train, report)
 
 
 if __name__ == "__main__":

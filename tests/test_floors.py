@@ -40,6 +40,7 @@ ROOMS: dict[str, set[str]] = {
         *("config", "chips", "compiled", "assemble", "spec", "tree", "mesh", "data", "model"),
         *("ops", "learn", "hf", "weights"),
     },
+    "reporting": {"config", "command", "untrusted", "data", "draw"},
     "incident": {"mesh", "data", "learn"},
     "loop": {
         *("config", "command", "hosts", "watch", "chips", "tree", "mesh", "data", "draw", "learn"),
@@ -53,7 +54,7 @@ ROOMS: dict[str, set[str]] = {
         *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "weights")
     },
 }
-DOORS = {"train", "preview", "plan", "convert", "evaluate", "chat"}
+DOORS = {"train", "preview", "plan", "convert", "evaluate", "chat", "report"}
 # room -> third-party packages it must not know.
 BANNED = {
     "config": {"jax", "flax", "numpy", "transformers"},
@@ -64,6 +65,7 @@ BANNED = {
     "hub": {"jax", "flax", "numpy", "transformers", "torch"},
     "data": {"jax", "flax", "optax", "orbax", "torch"},
     "draw": {"jax", "flax", "torch"},
+    "reporting": {"jax", "flax", "torch"},
     "ops": {"flax", "optax", "transformers", "torch"},
     "model": {"optax", "orbax", "transformers", "torch", "safetensors"},
     "learn": {"flax", "transformers", "tokenizers", "safetensors", "torch"},

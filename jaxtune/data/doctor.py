@@ -131,6 +131,18 @@ def distribution(
     return found
 
 
+def histograms(dataset: Dataset, bins: int = 30) -> dict[str, dict[str, list[int]]]:
+    """How often each length occurs: {what: {"edges": n + 1 whole numbers, "counts": n}}.
+
+    Bin i holds the lengths from edges[i] up to, not including, edges[i + 1]; all bins are equally
+    wide but for the last, which ends with the longest.
+    """
+    return {
+        "Tokens of an example": _histogram(dataset.token_counts, bins),
+        "Trained tokens of an example": _histogram(dataset.trained_counts, bins),
+    }
+
+
 def overlap(train: Dataset, held_out: Dataset) -> int:
     """How many held-out examples are also trained, token for token."""
     return int(np.isin(held_out.gather("digests"), train.gather("digests")).sum())
@@ -215,3 +227,15 @@ def _quantiles(values: NDArray[np.int64]) -> dict[str, int]:
     named = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
     found = np.percentile(values, list(named.values()), method="inverted_cdf")
     return {name: int(value) for name, value in zip(named, found, strict=True)}
+
+
+def _histogram(values: NDArray[np.int64], bins: int) -> dict[str, list[int]]:
+    if not len(values):
+        return {"edges": [], "counts": []}
+    low, high = int(values.min()), int(values.max())
+    width = -(-(high - low + 1) // bins)
+    counts = np.bincount((values - low) // width)
+    return {
+        "edges": [*(low + width * i for i in range(len(counts))), high + 1],
+        "counts": counts.tolist(),
+    }

@@ -71,13 +71,15 @@ def build(
     loss_block: int | None = None,
     z_loss: float = 0.0,
     attention: str | None = None,
+    optim_offload: bool = False,
 ) -> Program:
     """`dtype` is of the computation, `param_dtype` of what is stored, `hyper` of the optimiser.
 
     `is_trained` decides by the names of the variables, `params/embed/table`; without it everything
     is trained, or with `lora` its adapters alone. `seed` is of what is random while training,
     `noise_alpha` NEFTune's; `loss_block` and `z_loss` are of the loss, `z_loss` of training alone;
-    `attention` names its implementation, None or "auto" chooses.
+    `attention` names its implementation, None or "auto" chooses. `optim_offload` keeps moments in
+    the host's memory between steps.
     """
     axes = _axes(spec, lora)
     variables = {"params": decoder.abstract(spec, param_dtype, lora)}
@@ -89,7 +91,9 @@ def build(
     trained, _ = split(variables, is_trained)
     optimiser = optim.optimiser(hyper, trained_axes)
     abstract = abstract_state(trained, optimiser)
-    state_placed = state_shardings(abstract, shardings(trained_axes, trained, mesh), mesh)
+    trained_placed = shardings(trained_axes, trained, mesh)
+    state_placed = state_shardings(abstract, trained_placed, mesh, offload=optim_offload)
+    beside = state_shardings(abstract, trained_placed, mesh).opt_state  # the parameters, on devices
     everywhere = replicated(mesh)
     of_rows = functools.partial(
         next_token,
@@ -116,13 +120,19 @@ def build(
         given = own, others, tokens(batch.inputs.shape, mesh), EVERYWHERE
         return per_device(here, mesh, given, (own, EVERYWHERE))(trained, frozen, batch, step)
 
-    step = functools.partial(
-        train_step,
-        gradient=gradient_of,
-        optimiser=optimiser,
-        learning_rate=learning_rate,
-        max_grad_norm=max_grad_norm,
-    )
+    def step(state: TrainState, frozen: Any, batch: Any) -> Any:
+        if optim_offload:
+            state = state._replace(opt_state=jax.device_put(state.opt_state, beside))
+        return train_step(
+            state,
+            frozen,
+            batch,
+            gradient=gradient_of,
+            optimiser=optimiser,
+            learning_rate=learning_rate,
+            max_grad_norm=max_grad_norm,
+        )
+
     return Program(
         mesh=mesh,
         variables=variables,

@@ -39,8 +39,14 @@ def abstract_state(trained: Any, optimiser: Optimiser) -> TrainState:
     )
 
 
-def state_shardings(abstract: TrainState, trained_shardings: Any, mesh: Mesh) -> TrainState:
-    """Moments live where their parameters live; counters everywhere.
+HOST = "pinned_host"  # JAX's name of the host's memory that devices read and write
+
+
+def state_shardings(
+    abstract: TrainState, trained_shardings: Any, mesh: Mesh, *, offload: bool = False
+) -> TrainState:
+    """Moments live where their parameters live, or with `offload` in the memory of that device's
+    host; counters everywhere.
 
     A leaf of the optimiser's state belongs to the parameter whose name ends its path. Where it has
     the parameter's size along a dimension it is cut like the parameter, elsewhere not at all.
@@ -55,7 +61,7 @@ def state_shardings(abstract: TrainState, trained_shardings: Any, mesh: Mesh) ->
         axes = [*where[name].spec, *[None] * leaf.ndim]
         same = [a == b for a, b in zip(leaf.shape, sizes[name].shape, strict=True)]
         kept = [axis if cut else None for axis, cut in zip(axes, same, strict=False)]
-        return NamedSharding(mesh, PartitionSpec(*kept))
+        return NamedSharding(mesh, PartitionSpec(*kept), memory_kind=HOST if offload else None)
 
     return TrainState(
         step=everywhere,  # type: ignore[arg-type]

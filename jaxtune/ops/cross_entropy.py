@@ -30,7 +30,7 @@ from jaxtune.ops.product import einsum_f32
 
 SMALL_LOGITS = 2**23  # elements, of all tokens: below this one block of all is the fastest
 BLOCK_LOGITS = 2**26  # elements of one block of the vocabulary, of all tokens: 256 MiB
-WHOLE_KERNEL = 2**28  # elements of a kernel that may be whole: with its gradient 1.5 GiB
+WHOLE_KERNEL = 5 * 2**26  # elements of a kernel that may be whole: with its gradient 1.9 GiB
 WHOLE_LOGITS = 2**28  # elements of a chunk with all of the vocabulary: 1 GiB
 SHORTEST_CHUNK = 2048  # tokens: shorter ones leave a matrix unit waiting for sums in memory
 NARROW, NARROW_CHUNK = 1024, 1024  # below that width a step is short and the memory a CPU's

@@ -120,6 +120,11 @@ def _changes(found: Study) -> Iterator[tuple[str, str, Config, str]]:
             f"--optim_state_dtype bfloat16{small}", "rounds the momentum",
             **smallest, optim_state_dtype="bfloat16",
         )  # fmt: skip
+    if not adapted and not config.optim_offload:
+        yield change(
+            f"--optim_offload true{small}", "moments cross to the host and back in every step",
+            **smallest, optim_offload=True,
+        )  # fmt: skip
     for ways in (2, 4, 8):
         yield change(
             f"--mesh.tensor {ways}{small}", "activations are exchanged in every layer",

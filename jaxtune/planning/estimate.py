@@ -67,13 +67,22 @@ class Work(NamedTuple):
         return self.rows * self.length * self.microbatches * shards
 
 
-def held(program: Program) -> dict[str, int]:
-    """Bytes of `parameters` and `optimiser` on one device, and of the `trained` parameters alone
-    as f32, by shapes and shardings."""
+def held(program: Program, *, offload: bool = False) -> dict[str, int]:
+    """Bytes of `parameters` and `optimiser` on one device, of what of the optimiser is in its
+    `host`'s memory, and of the `trained` parameters alone as f32, by shapes and shardings.
+
+    With `offload` that is all of it, but for the arrays on their way: by rule four of the largest.
+    """
+    import jax
+
     state, placed = program.abstract, program.shardings
+    moments = _bytes(state.opt_state, placed.opt_state)
+    pairs = zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(placed.opt_state), strict=True)
+    largest = max((_bytes([leaf], [where]) for leaf, where in pairs), default=0)
     return {
         "parameters": _bytes(program.variables, program.placed),
-        "optimiser": _bytes(state.opt_state, placed.opt_state),
+        "optimiser": min(moments, 4 * largest) if offload else moments,
+        "host": moments if offload else 0,
         "trained": _bytes(state.trained, placed.trained, item=4),
     }
 

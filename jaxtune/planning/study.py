@@ -82,7 +82,7 @@ def study(
     """`compiles` overrules what the hardware can; `folder` keeps what the compiler said. Raises
     `ConfigError` for a mesh or a batch that does not match the devices."""
     program, work, trained = _built(config, subject, hardware)
-    held = estimate.held(program)
+    held = estimate.held(program, offload=config.optim_offload)
     counted = estimate.memory(work, held)
     slice, per_chip = hardware.slice, hardware.per_chip
     read, time = None, None
@@ -119,7 +119,10 @@ def _built(config: Config, subject: Subject, hardware: Hardware) -> tuple[Progra
     model, adapters = adapters_of(config, subject.model, note=lambda message: None)
     model, chosen = part_of(config, model)
     mesh = make_mesh(config.mesh.model_dump(), hardware.devices)
-    program = assemble.build(config, model, adapters, chosen, mesh, subject.steps or _STEPS)
+    steps = subject.steps or _STEPS
+    # A stand-in for a device has no memories that state could be placed in.
+    placed = config if hardware.compiles else config.model_copy(update={"optim_offload": False})
+    program = assemble.build(placed, model, adapters, chosen, mesh, steps)
     dtype = compute_dtype(config.dtype, platform_of(mesh))
     kind, _ = assemble.attention_of(config, model.spec, mesh, subject.length)
     trained = jax.tree.leaves(program.abstract.trained)
@@ -208,11 +211,12 @@ def figures(found: Study) -> dict[str, Any]:
 
 def _host_bytes(found: Study) -> int:
     """Of one host, at the most: the process, a copy of its devices' trained state while a
-    checkpoint is written, and activations that were offloaded."""
+    checkpoint is written, and what was offloaded."""
     devices = len(found.hardware.devices) / found.hardware.hosts
     trained = found.held["trained"] / 4 * (4 if found.config.param_dtype == "float32" else 2)
-    state = trained + found.held["optimiser"] + estimate.offloaded(found.work)
-    return round(devices * state) + _PROCESS_BYTES
+    offloaded = found.held["host"] + estimate.offloaded(found.work)
+    copied = trained + (found.held["host"] or found.held["optimiser"])
+    return round(devices * (copied + offloaded)) + _PROCESS_BYTES
 
 
 def _run(found: Study) -> dict[str, Any] | None:

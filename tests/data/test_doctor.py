@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxtune.config import DataError, DatasetConfig
-from jaxtune.data.doctor import distribution, near_overlap, overlap, refuse, report
+from jaxtune.data.doctor import distribution, histograms, near_overlap, overlap, refuse, report
 from jaxtune.data.pipeline import Batches, Dataset, open_dataset, split
 from jaxtune.data.template import resolve
 from jaxtune.data.tokenizer import Tokenizer
@@ -143,3 +143,20 @@ def test_predicted_steps(tmp_path: Path, byte_level: Tokenizer) -> None:
     packing = report(data, batches, total_steps=batches.total_steps(2))["packing"]
     assert (packing["steps_per_epoch"], packing["total_steps"]) == (3, 6)
     assert packing["fill"] == pytest.approx((data.token_counts - 1).sum() / (10 * 128))
+
+
+@pytest.mark.parametrize("bins", [1, 2, 7, 1000])
+def test_histograms_count_every_example_once(
+    tmp_path: Path, byte_level: Tokenizer, bins: int
+) -> None:
+    rows = [{"instruction": "q", "output": "word " * (i % 9 + i)} for i in range(1, 40)]
+    data = opened([write(tmp_path / "a.jsonl", rows)], byte_level)
+    found = histograms(data, bins)
+    assert list(found) == ["Tokens of an example", "Trained tokens of an example"]
+    for lengths, part in zip((data.token_counts, data.trained_counts), found.values(), strict=True):
+        edges, counts = part["edges"], part["counts"]
+        assert (edges[0], edges[-1]) == (lengths.min(), lengths.max() + 1)
+        assert len(edges) == len(counts) + 1 <= bins + 1
+        for low, high, count in zip(edges, edges[1:], counts, strict=False):
+            assert count == sum(low <= length < high for length in lengths.tolist())
+        assert sum(counts) == len(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import os
@@ -156,6 +157,13 @@ def test_a_run_leaves_what_the_contract_says(straight: Path) -> None:
     for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
                  "chat_template.jinja", "README.md"):  # fmt: skip
         assert (straight / "hf" / name).is_file(), name
+    (start,) = [json.loads(line) for line in (straight / "starts.jsonl").read_text().splitlines()]
+    assert (start["step"], start["total_steps"], start["devices"]) == (0, 12, 2)
+    page = html.unescape((straight / "report.html").read_text())
+    losses = json.dumps([row["loss"] for row in trains], separators=(",", ":"))
+    for text in (f'"name":"training","x":[1,2,3,4,5,6,7,8,9,10,11,12],"y":{losses}', "of 12",
+                 "Tokens of an example", "<span class=\"t y\"", "nearly trained"):  # fmt: skip
+        assert text in page
 
 
 def test_the_same_command_again_finds_the_run_done(straight: Path, tmp_path: Path) -> None:

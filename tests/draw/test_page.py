@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from jaxtune.draw.page import Piece, Shown, page
+from jaxtune.draw.example import Piece, Shown
+from jaxtune.draw.page import page
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -30,7 +31,7 @@ REPORT: dict[str, Any] = {
 ALLOWED = {
     "html", "head", "meta", "title", "style", "body", "header", "main", "section", "article", "div",
     "span", "p", "b", "i", "h1", "h2", "h3", "table", "caption", "thead", "tbody", "tr", "th", "td",
-    "ul", "li",
+    "ul", "li", "figure", "figcaption", "svg", "g", "rect", "line", "text",
 }  # fmt: skip
 
 
@@ -70,8 +71,9 @@ def report_with(text: str) -> dict[str, Any]:
         "notes": [text],
         "mixture": [
             {"dataset": text, "value": text, "examples": 9, "share_before": 0.9, "per_epoch": 8,
-             "share_after": 0.8}
+             "share_after": 0.8, "target": 0.75}
         ],
+        "histograms": {text: {"edges": [1, 3, 4], "counts": [5, 1]}},
         "columns": {text: {text: {"records": 1, "examples": 1}}},
         "dropped_by_reason": {text: dropped},
     }  # fmt: skip
@@ -86,6 +88,8 @@ def test_hostile_text_stays_text_wherever_it_comes_from(text: str) -> None:
     assert set(found.tags) <= ALLOWED
     assert {name for name, _ in found.attributes} <= {
         "lang", "charset", "name", "content", "http-equiv", "class", "dir", "title",
+        "scope", "role", "aria-label", "tabindex", "x", "y", "width", "height", "viewbox", "x1",
+        "x2", "y1", "y2", "text-anchor", "preserveaspectratio",
     }  # fmt: skip
     assert found.tags.count("td") == harmless.tags.count("td")
     assert found.tags.count("article") == 2

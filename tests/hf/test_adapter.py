@@ -15,9 +15,10 @@ from golden.cases import TEXTS, write_folder
 from safetensors.numpy import load_file, save_file
 
 from jaxtune.config import ConfigError, ModelError
-from jaxtune.hf import adapter as adapters
+from jaxtune.hf import adapter_read, adapter_write, identity, merge, peft_names
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import HfModel, load_params, open_model
+from jaxtune.hf.targets import resolve_targets
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
 from jaxtune.tree import map_named, named
@@ -51,20 +52,20 @@ def test_an_adapter_of_peft_gives_its_logits_beside_and_merged(
     kind: str, base: HfModel, params: Any, tmp_path: Path
 ) -> None:
     """Stored by golden/make_adapters.py: patterns of ranks and scales and rows of tokens too."""
-    adapter = adapters.open_adapter(str(GOLDEN / kind))
-    lora, collection = adapters.read_adapter(adapter, base)
+    adapter = adapter_read.open_adapter(str(GOLDEN / kind))
+    lora, collection = adapter_read.read_adapter(adapter, base)
     assert (lora.dora, lora.rslora, lora.dropout) == (kind == "dora", kind == "rslora", 0.1)
     beside = logits(base, params, collection, lora)
     np.testing.assert_allclose(beside, LOGITS[kind], atol=1e-4)
     assert np.abs(beside - logits(base, params)).max() > 0.1
-    merged = adapters.merged(base, lora, collection)
+    merged = merge.merged(base, lora, collection)
     out = tmp_path / "merged"
     export_model(out, model=base, params=merged, tokenizer=None, template=None, card="#\n")
     again = open_model(out)
     whole = logits(again, load_params(again, None, jnp.float32))
     np.testing.assert_allclose(whole, beside, atol=1e-5)
     placed = jax.tree.map(lambda leaf: leaf.sharding, params)
-    loaded = adapters.merged_params(base, lora, collection, placed, np.float32)
+    loaded = merge.merged_params(base, lora, collection, placed, np.float32)
     np.testing.assert_allclose(logits(base, loaded), beside, atol=1e-5)
 
 
@@ -72,19 +73,19 @@ def test_an_adapter_of_peft_gives_its_logits_beside_and_merged(
 def test_what_was_read_is_written_as_peft_wrote_it(
     kind: str, base: HfModel, tmp_path: Path
 ) -> None:
-    adapter = adapters.open_adapter(str(GOLDEN / kind))
-    lora, collection = adapters.read_adapter(adapter, base)
-    adapters.write_adapter(
+    adapter = adapter_read.open_adapter(str(GOLDEN / kind))
+    lora, collection = adapter_read.read_adapter(adapter, base)
+    adapter_write.write_adapter(
         tmp_path / "out", model=base, lora=lora, adapters=collection, tokenizer=None, template=None
     )
     ours, theirs = (
-        load_file(folder / adapters.WEIGHTS) for folder in (tmp_path / "out", GOLDEN / kind)
+        load_file(folder / peft_names.WEIGHTS) for folder in (tmp_path / "out", GOLDEN / kind)
     )
     assert ours.keys() == theirs.keys()
     for name, values in theirs.items():
         np.testing.assert_array_equal(ours[name], values, err_msg=name)
-    said = json.loads((tmp_path / "out" / adapters.CONFIG).read_text())
-    stored = json.loads((GOLDEN / kind / adapters.CONFIG).read_text())
+    said = json.loads((tmp_path / "out" / peft_names.CONFIG).read_text())
+    stored = json.loads((GOLDEN / kind / peft_names.CONFIG).read_text())
     for key in ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "peft_type"):
         assert said[key] == stored[key], key
     assert said["trainable_token_indices"] == stored["trainable_token_indices"]
@@ -117,7 +118,7 @@ def test_peft_loads_ours_and_gives_our_logits(case: str, lora: Lora, tmp_path: P
     fresh = decoder.init_adapters(model.spec, lora, params, jax.random.key(0))
     moved = map_named(_moved, fresh)
     out = tmp_path / "adapter"
-    adapters.write_adapter(
+    adapter_write.write_adapter(
         out, model=model, lora=lora, adapters=moved, tokenizer=None, template=None
     )
     theirs = AutoModelForCausalLM.from_pretrained(
@@ -129,7 +130,7 @@ def test_peft_loads_ours_and_gives_our_logits(case: str, lora: Lora, tmp_path: P
     ours = logits(model, params, moved, lora)
     np.testing.assert_allclose(found, ours, atol=1e-4)
     assert np.abs(ours - logits(model, params)).max() > 0.1
-    again, collection = adapters.read_adapter(adapters.open_adapter(str(out)), model)
+    again, collection = adapter_read.read_adapter(adapter_read.open_adapter(str(out)), model)
     assert again.r == lora.r
     for name, values in named(collection).items():
         np.testing.assert_array_equal(values, named(moved)[name], err_msg=name)
@@ -150,7 +151,7 @@ def _moved(name: str, leaf: jax.Array) -> jax.Array:
     ],
 )
 def test_targets(base: HfModel, targets: Any, expected: set[str]) -> None:
-    found = adapters.resolve_targets(base, targets)
+    found = resolve_targets(base, targets)
     assert {name.rpartition("/")[2] for name in found} == expected
 
 
@@ -168,19 +169,19 @@ def test_targets_that_match_nothing_or_some_layers(
     base: HfModel, targets: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        adapters.resolve_targets(base, targets)
+        resolve_targets(base, targets)
 
 
 def _changed(tmp_path: Path, config: dict[str, Any], drop: str = "", add: str = "") -> Path:
     folder = tmp_path / "changed"
     shutil.copytree(GOLDEN / "lora", folder)
-    file = folder / adapters.CONFIG
+    file = folder / peft_names.CONFIG
     file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
-    tensors = load_file(folder / adapters.WEIGHTS)
+    tensors = load_file(folder / peft_names.WEIGHTS)
     tensors = {name: values for name, values in tensors.items() if not drop or drop not in name}
     if add:
         tensors[add] = np.zeros((3, 32), np.float32)
-    save_file(tensors, folder / adapters.WEIGHTS)
+    save_file(tensors, folder / peft_names.WEIGHTS)
     return folder
 
 
@@ -202,31 +203,31 @@ def test_adapters_that_would_be_misread_are_refused(
     base: HfModel, tmp_path: Path, config: dict, drop: str, add: str, message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
-        adapters.read_adapter(
-            adapters.open_adapter(str(_changed(tmp_path, config, drop, add))), base
+        adapter_read.read_adapter(
+            adapter_read.open_adapter(str(_changed(tmp_path, config, drop, add))), base
         )
 
 
 def test_another_models_adapter_and_a_pickle_are_refused(base: HfModel, tmp_path: Path) -> None:
     other = open_model(write_folder("llama-head-dim", tmp_path / "other"))
-    golden = adapters.open_adapter(str(GOLDEN / "lora"))
+    golden = adapter_read.open_adapter(str(GOLDEN / "lora"))
     with pytest.raises(ModelError, match="It is another model's adapter"):
-        adapters.read_adapter(golden, other)
+        adapter_read.read_adapter(golden, other)
     folder = _changed(tmp_path, {})
-    (folder / adapters.WEIGHTS).rename(folder / "adapter_model.bin")
+    (folder / peft_names.WEIGHTS).rename(folder / "adapter_model.bin")
     with pytest.raises(ModelError, match=r"Pickled adapters .* are never read"):
-        adapters.open_adapter(str(folder))
+        adapter_read.open_adapter(str(folder))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "a.tex").write_text("")
     with pytest.raises(ConfigError, match="holds files that are no adapter"):
-        adapters.check_adapter_target(tmp_path / "thesis")
+        adapter_write.check_adapter_target(tmp_path / "thesis")
 
 
 def test_digests_tell_two_trainings_of_one_architecture_apart(tmp_path: Path) -> None:
     folder = write_folder("llama", tmp_path / "a")
-    first = adapters.digests(open_model(folder))
-    assert first == adapters.digests(open_model(folder))
+    first = identity.digests(open_model(folder))
+    assert first == identity.digests(open_model(folder))
     tensors = load_file(folder / "model.safetensors")
     tensors = {name: values * np.float32(1.001) for name, values in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert adapters.digests(open_model(folder)) != first
+    assert identity.digests(open_model(folder)) != first

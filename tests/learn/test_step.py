@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxtune.learn import optim, program, schedules
-from jaxtune.learn.state import TrainState
+from jaxtune.learn.state import HOST, TrainState
 from jaxtune.learn.step import StepMetrics, eval_step, gradient, train_step
 from jaxtune.mesh import make_mesh, put_batch
 from jaxtune.model import decoder
@@ -94,6 +94,7 @@ def run(
     max_grad_norm: float = 1.0,
     remat: str = "full",
     is_trained: Callable[[str], bool] = lambda name: True,
+    optim_offload: bool = False,
 ) -> tuple[TrainState, TrainState, StepMetrics]:
     """(state before, as numpy; state after; metrics of the last step)."""
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, **(sizes or {})}
@@ -106,6 +107,7 @@ def run(
         ),
         max_grad_norm=max_grad_norm, microbatches=microbatches,
         dtype=jnp.float32, param_dtype=jnp.float32, remat=remat, is_trained=is_trained,
+        optim_offload=optim_offload,
     )  # fmt: skip
     params = params_on(mesh, built)
     if poison is not None:
@@ -207,6 +209,18 @@ def test_eight_devices_equal_one(
     assert kernel.addressable_shards[0].data.size * shards == kernel.size
     moment = after.opt_state[0].nu["params"]["stack_0"]["layer_0"]["mlp"]["gate"]["kernel"]
     assert moment.sharding == kernel.sharding
+
+
+def test_moments_in_the_memory_of_the_host_change_nothing(
+    reference: tuple[TrainState, TrainState, StepMetrics],
+) -> None:
+    options = {"sizes": {"fsdp": 4}, "max_grad_norm": 0.0, "optim_offload": True}
+    _, after, metrics = run(one_per_row(), **options)
+    assert float(metrics.loss) == pytest.approx(float(reference[2].loss), abs=1e-5)
+    assert_same(reference[1], after)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(after.opt_state[0].mu)}
+    assert kinds == {HOST}
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(after.trained)} == {"device"}
 
 
 def test_packed_equals_unpacked(reference: tuple[TrainState, TrainState, StepMetrics]) -> None:

@@ -78,6 +78,16 @@ def test_adapters_leave_the_base_in_half_or_a_quarter(model: Path) -> None:
     assert kernels * (1.5 - 8 * 4 / 64) < saved < kernels * (1.5 - 4 / 64)
 
 
+def test_moments_in_the_memory_of_the_host_are_not_on_the_device(model: Path) -> None:
+    here, there = planned(model), planned(model, optim_offload=True)
+    assert there.held["host"] == here.held["optimiser"] > 0
+    largest = 4 * 512 * 128 // 8  # mu or nu of a table on one of eight devices, f32
+    assert there.held["optimiser"] <= 4 * max(largest, 4 * 4 * 128 * 256 // 8)
+    assert there.needed < here.needed
+    more = figures(there)["host_bytes"] - figures(here)["host_bytes"]
+    assert more == 4 * there.held["host"]  # the moments of a host's four devices
+
+
 def test_flops_are_those_of_the_products(model: Path) -> None:
     found = planned(model, gradient_checkpointing="none")
     tokens = 4 * 1024

@@ -1,0 +1,222 @@
+"""Answers of models on a page: samples step by step, base beside tuned with the words that differ.
+
+Takes plain values only. Prompts and answers are hostile: they pass through `escaped`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jaxtune.draw.curves import written
+from jaxtune.draw.markup import Markup, Number, escaped, table
+
+_ANSWERS, _OPEN = 50, 8  # of an evaluation file that are shown; those not folded away
+_PROMPTS, _STEPS = 20, 8  # of samples.jsonl
+_LONGEST = 4000  # letters of a text; a difference takes time quadratic in its words
+_LONG = 400  # letters with their marks, from which a text scrolls
+_ALIKE = 0.3  # below this share of common words two answers are shown as they are
+
+# key of `evaluate --json` -> (name, how it is written); other numbers follow under their own names
+_SCORES: Mapping[str, tuple[str, str]] = {
+    "eval_loss": ("loss", ".4f"),
+    "eval_perplexity": ("perplexity", ".4g"),
+    "eval_token_accuracy": ("token accuracy", ".1%"),
+    "exact_match": ("exact match", ".1%"),
+    "rougeL": ("ROUGE-L", ".3f"),
+    "stop_rate": ("stop rate", ".1%"),
+    "eval_tokens_trained": ("tokens of answers", ","),
+    "examples": ("examples", ","),
+}
+
+
+def difference(before: str, after: str) -> tuple[Markup, Markup]:
+    """Both texts as HTML: what only the first has in `<del>`, what only the second has in `<ins>`.
+
+    Words and the blanks between them are compared. Texts with little in common stay plain: marks
+    everywhere would show nothing.
+
+    >>> difference("a red fox", "a blue fox")[1]
+    'a <ins>blue</ins> fox'
+    """
+    before, after = _cut(before), _cut(after)
+    old, new = _words(before), _words(after)
+    found = difflib.SequenceMatcher(None, old, new, autojunk=False)
+    shared = _letters(old[i] for a, _, n in found.get_matching_blocks() for i in range(a, a + n))
+    if 2 * shared < _ALIKE * (_letters(old) + _letters(new)):
+        return Markup(escaped(before)), Markup(escaped(after))
+    left, right = "", ""
+    for what, a, b, c, d in found.get_opcodes():
+        gone, come = escaped("".join(old[a:b])), escaped("".join(new[c:d]))
+        left += gone if what == "equal" or not gone else f"<del>{gone}</del>"
+        right += come if what == "equal" or not come else f"<ins>{come}</ins>"
+    return Markup(left), Markup(right)
+
+
+def scores(name: str, found: Mapping[str, Any]) -> str:
+    """The scores that `evaluate --json` printed, with `base` side by side; per data set too."""
+    base = found.get("base")
+    columns = {"base": base, "tuned": found} if base else {"model": found}
+    several = found.get("by_dataset", {})
+    parts = [_scores(f"{name}: all" if len(several) > 1 else name, columns)]
+    if len(several) > 1:
+        for dataset, of_it in several.items():
+            beside = {"base": base.get("by_dataset", {}).get(dataset, {})} if base else {}
+            parts.append(_scores(f"{name}: {dataset}", {**beside, [*columns][-1]: of_it}))
+    return "\n".join(parts)
+
+
+def answer_cards(name: str, found: Mapping[str, Any]) -> str:
+    """The answers that `evaluate --json` printed, a card per question; nothing without any."""
+    answers, base = found.get("generations"), found.get("base")
+    if not answers:
+        return ""
+    cards = _answers(answers, base and base.get("generations"))
+    return f"<h3>Answers in {escaped(name)}</h3>{cards}"
+
+
+def samples(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of samples.jsonl, by prompt: how the answer changed from step to step."""
+    by_prompt: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_prompt.setdefault(row["prompt"], []).append(row)
+    cards = []
+    for prompt, answers in itertools.islice(by_prompt.items(), _PROMPTS):
+        lines, before = [], None
+        for row in _spread(answers, _STEPS):
+            text = Markup(escaped(_cut(row["response"])))
+            if before is not None:
+                text = difference(before, row["response"])[1]
+            before = row["response"]
+            ending = _ending(row.get("stopped"))
+            lines.append(f"<div><dt>step {row['step']:,}{ending}</dt>{_said(text)}</div>")
+        cards.append(f"<article>{_prompt(prompt)}<dl>{''.join(lines)}</dl></article>")
+    return "".join(cards) + _more(len(by_prompt), _PROMPTS, "prompts", "samples.jsonl")
+
+
+def _scores(caption: str, columns: Mapping[str, Mapping[str, Any]]) -> str:
+    there = [scores for scores in columns.values() if scores]
+    keys = [key for key in _SCORES if any(key in scores for scores in there)]
+    keys += dict.fromkeys(
+        key
+        for scores in there
+        for key, value in scores.items()
+        if key not in _SCORES and isinstance(value, int | float) and not isinstance(value, bool)
+    )
+    rows = []
+    for key in keys:
+        title, how = _SCORES.get(key, (key.replace("_", " "), ".4g"))
+        values = [scores.get(key) for scores in columns.values()]
+        cells: list[object] = [written(value, how) for value in values]
+        if len(values) == 2:
+            cells.append(_change(values, how))
+        rows.append((title, *cells))
+    header = ("", *columns, *(("change",) if len(columns) == 2 else ()))
+    return table(caption, header, rows)
+
+
+def _change(values: Sequence[Any], how: str) -> Number:
+    if not all(isinstance(v, int | float) and math.isfinite(v) for v in values) or how == ",":
+        return Number("")
+    change = values[1] - values[0]
+    text = f"{100 * change:+.1f} points" if how.endswith("%") else format(change, f"+{how}")
+    return Number(text.replace("-", "\u2212"))
+
+
+def _answers(tuned: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]] | None) -> str:
+    """A card per question; with a base that answered the same questions both, else one.
+
+    Tuned is compared with base; where these have little in common or are equal, with what was
+    expected, which is then the difference that tells something.
+    """
+    paired = base is not None and [r["prompt"] for r in base] == [r["prompt"] for r in tuned]
+    cards = []
+    for i, row in enumerate(tuned[:_ANSWERS]):
+        wanted, answer = row["reference"], row["response"]
+        expected = Markup(escaped(_cut(wanted)))
+        if paired and base is not None:
+            before = base[i]["response"]
+            left, right = difference(before, answer)
+            against = "base"
+            if not _marked(left, right):
+                against = "expected"
+                expected, right = difference(wanted, answer)
+            against = f", beside {against}" if _marked(expected, left, right) else ""
+            columns = [("base", left, base[i]), (f"tuned{against}", right, row)]
+        else:
+            expected, right = difference(wanted, answer)
+            columns = [("answer", right, row)]
+        said = "".join(
+            f"<div><dt>{name}{_mark(found, wanted)}{_ending(found.get('stopped'))}</dt>"
+            f"{_said(text)}</div>"
+            for name, text, found in columns
+        )
+        cards.append(
+            f'<article>{_prompt(row["prompt"])}<dl class="beside">'
+            f'<div class="expected"><dt>expected</dt>{_said(expected)}</div>'
+            f"{said}</dl></article>"
+        )
+    first, others = cards[:_OPEN], cards[_OPEN:]
+    folded = (
+        f"<details><summary>{len(others)} more answers</summary>{''.join(others)}</details>"
+        if others
+        else ""
+    )
+    return "".join(first) + folded + _more(len(tuned), _ANSWERS, "answers", "the file")
+
+
+def _prompt(prompt: str) -> str:
+    return (
+        f'<h3 class="unseen">A question</h3><p class="asked" dir="auto">{escaped(_cut(prompt))}</p>'
+    )
+
+
+def _said(text: Markup) -> str:
+    """A long text scrolls in its place, also with the keyboard."""
+    if not text:
+        return '<dd><i class="empty">nothing</i></dd>'
+    long = ' class="long" tabindex="0"' if len(text) > _LONG else ""
+    return f'<dd{long}><span class="said" dir="auto">{text}</span></dd>'
+
+
+def _marked(*texts: str) -> bool:
+    return any("<ins>" in text or "<del>" in text for text in texts)
+
+
+def _mark(answer: Mapping[str, Any], wanted: str) -> str:
+    same = answer["response"].strip() == wanted.strip()
+    return ' <b class="right">exact</b>' if same else ""
+
+
+def _ending(stopped: Any) -> str:
+    return "" if stopped is not False else ' <i class="wrong">did not stop</i>'
+
+
+def _more(there: int, shown: int, what: str, where: str) -> str:
+    if there <= shown:
+        return ""
+    return f'<p class="empty">The first {shown} of {there:,} {what}; {where} has all.</p>'
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+|\s+|[^\w\s]", text)
+
+
+def _letters(words: Iterable[str]) -> int:
+    """Without blanks, which any two texts share."""
+    return sum(len(word) for word in words if not word.isspace())
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+
+
+def _spread(rows: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` of them, evenly, the first and the last among them."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]

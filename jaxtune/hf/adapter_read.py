@@ -1,0 +1,273 @@
+"""Adapters in: folders of `peft`, read for a model of ours."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxtune import hub
+from jaxtune.config import ModelError
+from jaxtune.hf.load import HfModel, read_part, with_tokens
+from jaxtune.hf.peft_names import (
+    CONFIG,
+    MAGNITUDE,
+    PREFIX,
+    ROWS,
+    WEIGHTS,
+    A,
+    B,
+    first_row,
+    modules_of,
+    table_module,
+)
+from jaxtune.hf.tensors import fetch, read_header
+from jaxtune.model.lora import Lora
+from jaxtune.tree import unnamed
+from jaxtune.untrusted import plain, read_object, some
+
+_FILES = (CONFIG, WEIGHTS, "tokenizer*.json", "special_tokens_map.json", "*.jinja", "README.md")
+
+
+class Adapter(NamedTuple):
+    """A folder of PEFT understood as far as it goes without its base."""
+
+    folder: Path
+    base: str
+    revision: str | None
+    config: Mapping[str, Any]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Ids whose rows of embedding and head the adapter brings."""
+        given = self.config.get("trainable_token_indices")
+        lists = list(given.values()) if isinstance(given, Mapping) else [given or []]
+        if any(each != lists[0] for each in lists):
+            raise ModelError(
+                f"{self.folder / CONFIG}: other tokens in each table; expected the same."
+            )
+        return tuple(int(i) for i in (lists[0] if lists else ()))
+
+
+# What changes what an adapter computes and is not represented here: key -> values that do not.
+_PLAIN: Mapping[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "lora_bias": (False,),
+    "modules_to_save": (None, []),
+    "target_parameters": (None, []),
+    "layer_replication": (None,),
+    "use_qalora": (False,),
+    "use_bdlora": (None, False),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+    "megatron_config": (None,),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "lora_ga"),
+}
+
+
+def open_adapter(path_or_id: str, *, revision: str | None = None) -> Adapter:
+    """Reads an adapter's config. Raises `ModelError` for what is none, or is of another kind."""
+    folder = Path(path_or_id).expanduser()
+    if not folder.exists():
+        folder = hub.download(path_or_id, revision=revision, patterns=_FILES)
+    if (folder / "adapter" / CONFIG).is_file() and not (folder / CONFIG).is_file():
+        folder = folder / "adapter"  # a run directory
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"{path_or_id}: no {CONFIG} there. Expected an adapter as PEFT writes it.")
+    config = read_object(folder / CONFIG, folder)
+    for key, allowed in _PLAIN.items():
+        if key in config and config[key] not in allowed:
+            raise ModelError(
+                f"{folder / CONFIG}: {key} is {plain(str(config[key]))}, which is not supported; "
+                f"expected {' or '.join(str(value) for value in allowed[:2])}. Merge it with peft "
+                "(merge_and_unload) and start from the merged model."
+            )
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            f"{folder / CONFIG}: no base_model_name_or_path; set it to the base model."
+        )
+    if not (folder / WEIGHTS).exists():
+        raise ModelError(
+            f"{folder}: no {WEIGHTS}. Pickled adapters (adapter_model.bin) are never read; save it "
+            "again with safetensors."
+        )
+    return Adapter(folder, base, config.get("revision"), config)
+
+
+def read_adapter(adapter: Adapter, model: HfModel) -> tuple[Lora, Any]:
+    """How the adapter works on `model`, and its collection "lora" as numpy arrays, f32.
+
+    Modules of one tensor get an adapter each, with the same A where the folder has one for all.
+    Where ranks or scales differ by module, smaller ranks are filled up with zeros and B carries the
+    difference of scales. Raises `ModelError` for tensors without a place, or places without one.
+    """
+    file = adapter.folder / WEIGHTS
+    header = read_header(file)
+    left = set(header)
+
+    def take(name: str, shape: tuple[int | None, ...]) -> np.ndarray:
+        key = PREFIX + name
+        if key not in header:
+            raise ModelError(f"{file}: {plain(key)} is missing.")
+        found = header[key]
+        if len(found.shape) != len(shape) or any(
+            want not in (None, have) for want, have in zip(shape, found.shape, strict=True)
+        ):
+            raise ModelError(
+                f"{file}: {plain(key)} is {list(found.shape)}; {model.name} needs "
+                f"{['R' if n is None else n for n in shape]}. It is another model's adapter."
+            )
+        left.discard(key)
+        return fetch(found, tuple(slice(0, n) for n in found.shape)).astype(np.float32)
+
+    config = adapter.config
+    dora, rslora = bool(config.get("use_dora")), bool(config.get("use_rslora"))
+    rank, alpha = int(config.get("r", 8)), float(config.get("lora_alpha", 8))
+    modules = modules_of(model)
+    sharing: dict[str, list[str]] = {}
+    for name, each in modules.items():
+        sharing.setdefault(each[0], []).append(name)
+    layers: dict[str, list[tuple[np.ndarray, ...]]] = {}
+    for names in sharing.values():
+        names.sort(key=lambda name: first_row(model, name))
+        present = [f"{PREFIX}{module}{A}" in header for module in modules[names[0]]]
+        if not any(present):
+            continue
+        if not all(present):
+            raise ModelError(
+                f"{file}: adapts {sum(present)} of {len(present)} layers as "
+                f"{modules[names[0]][0]}; layers that are repeated are adapted together here. "
+                "Merge it with peft (merge_and_unload) and start from the merged model."
+            )
+        for module in modules[names[0]]:
+            placed = model.placed[f"{names[0]}/kernel"]
+            out, inputs = placed.tensor_shape
+            a = take(f"{module}{A}", (None, inputs))
+            b = take(f"{module}{B}", (out, len(a)))
+            length = take(f"{module}{MAGNITUDE}", (out,)) if dora else None
+            own_alpha = float(_pattern(config.get("alpha_pattern"), module, alpha))
+            scale = own_alpha / (math.sqrt(len(a)) if rslora else len(a))
+            for name, parts in zip(names, _split(model, names, a, b, rank), strict=True):
+                rows = slice(first_row(model, name), first_row(model, name) + len(parts[1]))
+                layers.setdefault(name, []).append(
+                    (
+                        *parts,
+                        np.asarray(scale, np.float32),
+                        *(() if length is None else (length[rows],)),
+                    )
+                )
+    if not layers:
+        raise ModelError(f"{file}: none of its adapters is of a projection of {model.name}.")
+    largest = max(len(layer[0]) for each in layers.values() for layer in each)
+    lora = Lora(
+        r=largest,
+        alpha=alpha if largest == rank else alpha * largest / rank,
+        targets=frozenset(layers),
+        dropout=float(config.get("lora_dropout", 0.0)),
+        rslora=rslora,
+        dora=dora,
+        tokens=adapter.tokens,
+    )
+    leaves: dict[str, np.ndarray] = {}
+    for name, found in layers.items():
+        leaves |= _leaves(model, name, found, lora)
+    if lora.tokens:
+        leaves |= _read_rows(model, adapter, take)
+    if left:
+        raise ModelError(f"{file}: {some(sorted(left))} have no place in {model.name}.")
+    return lora, unnamed(leaves)
+
+
+def _pattern(patterns: Any, module: str, otherwise: float) -> float:
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return float(value)
+    return otherwise
+
+
+def _split(
+    model: HfModel, names: Sequence[str], a: np.ndarray, b: np.ndarray, rank: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """A [R in] and B [rows R] of each projection of a module; its own block where it has one."""
+    count = len(names)
+    bounds = [first_row(model, name) for name in names] + [len(b)]
+    blocks = [slice(n * rank, (n + 1) * rank) for n in range(count)]
+    apart = count > 1 and len(a) == count * rank
+    for n in range(count):
+        rows = b[bounds[n] : bounds[n + 1]]
+        others = np.delete(rows, blocks[n], axis=1) if apart else rows
+        apart = apart and not others.any()
+    for n in range(count):
+        rows = b[bounds[n] : bounds[n + 1]]
+        yield (a[blocks[n]], rows[:, blocks[n]]) if apart else (a, rows)
+
+
+def _leaves(
+    model: HfModel, name: str, layers: Sequence[tuple[np.ndarray, ...]], lora: Lora
+) -> dict[str, np.ndarray]:
+    placed = model.placed[f"{name}/kernel"]
+    sizes = dict(zip(placed.row.axes, placed.shape, strict=True))
+    shared = [axis for axis in placed.row.axes if axis in placed.row.groups[1]]
+    added = [axis for axis in placed.row.axes if axis in placed.row.groups[0]]
+    found: dict[str, list[np.ndarray]] = {"a": [], "b": [], "magnitude": []}
+    for a, b, scale, *length in layers:
+        pad = lora.r - len(a)
+        a = np.pad(a, ((0, pad), (0, 0)))
+        b = np.pad(b * (scale / np.float32(lora.scale)), ((0, 0), (0, pad)))
+        inner = a.reshape(lora.r, *(sizes[axis] for axis in placed.row.groups[1]))
+        order = [1 + placed.row.groups[1].index(axis) for axis in shared]
+        found["a"].append(inner.transpose(*order, 0))
+        outer = b.reshape(*(sizes[axis] for axis in placed.row.groups[0]), lora.r)
+        order = [placed.row.groups[0].index(axis) for axis in added]
+        found["b"].append(outer.transpose(len(added), *order))
+        for values in length:
+            split = values.reshape([sizes[axis] for axis in placed.row.groups[0]])
+            found["magnitude"].append(split.transpose(order))
+    return {f"{name}/{leaf}": np.stack(values) for leaf, values in found.items() if values}
+
+
+def _read_rows(
+    model: HfModel, adapter: Adapter, take: Callable[..., np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Rows of the tables; those of a table that the adapter leaves alone are the base's."""
+    given = adapter.config["trainable_token_indices"]
+    shape = (len(adapter.tokens), model.spec.width)
+    found = {}
+    for table in ("embed/table", *(() if model.spec.tie_head else ("head/kernel",))):
+        module = table_module(model, table)
+        named_here = not isinstance(given, Mapping) and table == "embed/table"
+        if named_here or (isinstance(given, Mapping) and _is_named(module, given)):
+            rows = take(f"{module}{ROWS}", shape)
+        else:
+            placed = model.placed[table]
+            axis = placed.row.axes.index("V")
+            whole = read_part(model, table, tuple(slice(0, n) for n in placed.shape))
+            rows = np.moveaxis(whole, axis, 0)[list(adapter.tokens)]
+        found[f"{table.split('/')[0]}/rows"] = rows
+    return found
+
+
+def _is_named(module: str, names: Mapping[str, Any]) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def on_model(adapter: Adapter, model: HfModel) -> tuple[HfModel, Lora, Any]:
+    """The model with rows for the tokens the adapter brings, and what `read_adapter` says of it."""
+    model = with_token_rows(model, adapter.tokens)
+    return model, *read_adapter(adapter, model)
+
+
+def with_token_rows(model: HfModel, tokens: Sequence[int]) -> HfModel:
+    """The model with tables that reach all `tokens`, whose rows are an adapter's."""
+    rows = model.spec.vocab
+    return with_tokens(model, [token for token in tokens if token >= rows], trained=rows)

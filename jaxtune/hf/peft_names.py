@@ -1,0 +1,60 @@
+"""What PEFT calls the parts of an adapter, and which modules of transformers a projection is.
+
+    adapter_config.json          what is adapted and how; the base by name
+    adapter_model.safetensors    base_model.model.{module}.lora_A.weight [R in], lora_B [out R], ...
+
+Modules have the names of the family's rows. Several projections in one tensor (q, k and v in
+qkv_proj) are one module there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from jaxtune.config import ModelError
+from jaxtune.hf.folders import ADAPTER as CONFIG
+from jaxtune.hf.load import HfModel
+from jaxtune.model import decoder
+
+__all__ = ["CONFIG"]
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+ROWS = ".token_adapter.trainable_tokens_delta"
+
+Leaves = Mapping[str, np.ndarray]  # names in the collection "lora" -> values on this host
+
+
+def modules_of(model: HfModel) -> dict[str, tuple[str, ...]]:
+    """Projection -> the modules of transformers it is or is a part of, one per layer."""
+    return {
+        name: tuple(module_of(piece.name) for piece in model.placed[f"{name}/kernel"].pieces())
+        for name in decoder.projections(model.spec)
+    }
+
+
+def module_of(tensor: str) -> str:
+    return tensor.removesuffix(".weight")
+
+
+def table_module(model: HfModel, parameter: str) -> str:
+    return module_of(next(model.placed[parameter].pieces()).name)
+
+
+def rows_in(model: HfModel, name: str) -> int:
+    return model.placed[f"{name}/kernel"].tensor_shape[0]
+
+
+def first_row(model: HfModel, name: str) -> int:
+    """The first row of a projection in its tensor."""
+    part = model.placed[f"{name}/kernel"].part
+    if part is not None and part.step != 1:
+        raise ModelError(f"{model.name}: {name} takes turns with others; it has no PEFT adapter.")
+    return 0 if part is None else part.start
+
+
+def adapted(leaves: Leaves) -> list[str]:
+    return [name.removesuffix("/a") for name in leaves if name.endswith("/a")]

@@ -1,0 +1,59 @@
+"""Which projections `lora.targets` means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from jaxtune.config import ConfigError, nearest
+from jaxtune.hf.load import HfModel
+from jaxtune.hf.peft_names import modules_of
+
+ALL = "all-linear"
+
+
+def resolve_targets(model: HfModel, targets: str | Sequence[str]) -> frozenset[str]:
+    """The projections that `targets` means: all-linear (all but the head), names of modules as
+    transformers has them (`q_proj`, `self_attn.q_proj`, several with commas), or a regex that
+    matches whole names (`.*layers\\.\\d+\\.mlp\\..*`).
+
+    Raises `ConfigError` for what matches nothing, or a part of the layers that are repeated.
+    """
+    known = modules_of(model)
+    if targets == ALL:
+        return frozenset(known)
+    words = targets.split(",") if isinstance(targets, str) else targets
+    chosen: set[str] = set()
+    for word in map(str.strip, words if _are_names(words) else [str(targets)]):
+        matches = _matcher(word)
+        found = {name: [matches(m) for m in modules] for name, modules in known.items()}
+        hit = {name for name, hits in found.items() if any(hits)}
+        if not hit:
+            names = sorted({m.rpartition(".")[2] for each in known.values() for m in each})
+            raise ConfigError(
+                f"lora.targets: '{word}' matches none of {model.name}'s projections. There are: "
+                f"{', '.join(names)}; or {ALL}.{nearest(word, [*names, ALL])}"
+            )
+        for name in sorted(hit):
+            if not all(found[name]):
+                raise ConfigError(
+                    f"lora.targets: '{word}' matches {sum(found[name])} of the {len(known[name])} "
+                    f"layers that are repeated with {known[name][0]}. They are adapted together; "
+                    "choose projections, not layers."
+                )
+        chosen |= hit
+    return frozenset(chosen)
+
+
+def _are_names(words: Sequence[str]) -> bool:
+    return all(re.fullmatch(r"\s*[\w.]+\s*", word) for word in words)
+
+
+def _matcher(word: str) -> Callable[[str], bool]:
+    if _are_names([word]):
+        return lambda module: module == word or module.endswith(f".{word}")
+    try:
+        pattern = re.compile(word)
+    except re.error as error:
+        raise ConfigError(f"lora.targets: '{word}' is no regex: {error}.") from None
+    return lambda module: pattern.fullmatch(module) is not None

@@ -1,0 +1,116 @@
+"""One self-contained HTML page for a run directory: curves, data, examples, answers, how to repeat.
+
+    python -m jaxtune.report RUN_DIR [--evaluation FILE.json ...] [--png]
+
+Needs no model and no device. Reads RUN_DIR/metrics.jsonl, samples.jsonl and config.yaml, and the
+data that the config names; writes RUN_DIR/report.html. The run may still be going. Flags overrule
+the run's config: `--dataset FILE` where the data has moved.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import Field
+
+from jaxtune import command
+from jaxtune.command import note
+from jaxtune.config import Config, ConfigError, DataError, ModelError
+from jaxtune.reporting.write import EXAMPLES, NAME
+
+if TYPE_CHECKING:
+    from jaxtune.draw.example import Shown
+    from jaxtune.reporting.files import RunFiles
+
+
+class ReportOptions(command.Options):
+    run_dir: str = Field(description="the output_dir of a training run")
+    evaluation: tuple[str, ...] = Field(
+        (), description="files that 'evaluate --json' printed; shown with their answers"
+    )
+    examples: int = Field(EXAMPLES, ge=0, description="rows of the data to show token by token")
+    columns: tuple[str, ...] = Field(
+        (), description="columns of the data whose values are counted, e.g. category"
+    )
+    html: str | None = Field(None, description="FILE to write; default RUN_DIR/report.html")
+    png: bool = Field(
+        False, description="also RUN_DIR/loss.png; needs pip install 'jaxtune[report]'"
+    )
+
+    @classmethod
+    def positional(cls) -> tuple[str, ...]:
+        return ("run_dir",)
+
+
+class Result(NamedTuple):
+    """`picture` is None without `png`."""
+
+    page: Path
+    picture: Path | None
+
+
+def run(config: Config, options: ReportOptions) -> Result:
+    """Raises `ConfigError` and `DataError`; data that cannot be read is said on the page."""
+    from jaxtune.reporting.files import read_evaluation, read_run
+    from jaxtune.reporting.write import write_page
+
+    # 1. The run, and what it is asked to be shown with.
+    files = read_run(Path(options.run_dir))
+    evaluations = [(Path(name).name, read_evaluation(Path(name))) for name in options.evaluation]
+
+    # 2. Its data, where it still is.
+    data, examples, base = _data(config, options, files)
+
+    # 3. The page.
+    page = files.folder / NAME if options.html is None else Path(options.html)
+    write_page(page, files, data=data, examples=examples, evaluations=evaluations, base=base)
+    note(f"written: {page}")
+    picture = None
+    if options.png:
+        from jaxtune.draw.picture import save_loss
+
+        picture = files.folder / "loss.png"
+        save_loss(picture, files.folder.resolve().name, files.train, files.evals)
+        note(f"written: {picture}")
+    return Result(page, picture)
+
+
+def main(argv: list[str] | None = None) -> int:
+    description = (__doc__ or "").split("\n\n")[0]
+    return command.execute("report", description, ReportOptions, run, argv)
+
+
+def _data(
+    flags: Config, options: ReportOptions, files: RunFiles
+) -> tuple[Mapping[str, Any] | str, list[Shown], str | None]:
+    """The data report and the examples, or why there are none; and the base of the run."""
+    from jaxtune.reporting.data import data_report, examples, open_settings
+    from jaxtune.weights import run_config
+
+    if files.config is None:
+        return "The run directory has no config.yaml, which would name the data.", [], None
+    config = run_config(files.folder, flags)
+    rows_per_step = files.starts[-1].get("rows_per_step") if files.starts else None
+    if isinstance(rows_per_step, int) and "global_batch_size" not in flags.model_fields_set:
+        config = config.model_copy(update={"global_batch_size": rows_per_step})
+    try:
+        settings = open_settings(config, note=note)
+        report = data_report(config, settings, options.columns)
+        if not isinstance(rows_per_step, int):
+            # How it was batched depends on the devices it ran on, which nothing here says.
+            report.pop("packing")
+        shown = list(examples(config, settings, options.examples))
+        return report, shown, config.model_name_or_path
+    except (ConfigError, DataError, ModelError) as error:
+        if options.columns:
+            raise
+        note(f"data: left out: {error}")
+        why = f"The data could not be read again, so it is left out here: {error}"
+        return why, [], config.model_name_or_path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

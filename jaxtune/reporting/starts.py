@@ -1,0 +1,51 @@
+"""Where, with what and from which step a run began and went on: OUT/starts.jsonl.
+
+One line a start, so that a run which was stopped and resumed elsewhere says so.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+from jaxtune import __version__
+
+NAME = "starts.jsonl"
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
+
+
+def record_start(
+    run_dir: Path,
+    *,
+    step: int,
+    total_steps: int,
+    rows_per_step: int,
+    device: str,
+    devices: int,
+    hosts: int,
+) -> None:
+    """`device` is what JAX calls one; `devices` and `hosts` are those of the whole run."""
+    row = {
+        "step": step,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "total_steps": total_steps,
+        "rows_per_step": rows_per_step,
+        "device": device,
+        "devices": devices,
+        "hosts": hosts,
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {
+            "jaxtune": __version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+    }
+    file = run_dir / NAME
+    before = file.read_bytes() if file.exists() else b""
+    whole = before[: before.rfind(b"\n") + 1]  # a killed run may have left half a line
+    file.write_bytes(whole + json.dumps(row).encode("utf-8") + b"\n")

@@ -1,0 +1,122 @@
+"""OUT/report.html: what a run directory and its data say, drawn."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxtune import __version__
+from jaxtune.command import note
+from jaxtune.config import Config, ConfigError
+from jaxtune.reporting.files import RunFiles, read_run
+
+if TYPE_CHECKING:
+    from jaxtune.data.pipeline import Dataset
+    from jaxtune.data.prepare import Settings
+    from jaxtune.draw.example import Shown
+
+NAME = "report.html"
+EXAMPLES = 10
+
+
+def write_page(
+    file: Path,
+    run: RunFiles,
+    *,
+    data: Mapping[str, Any] | str,
+    examples: Iterable[Shown] = (),
+    evaluations: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    base: str | None = None,
+) -> None:
+    """`data` is the data report, or why there is none; `base` the model that was tuned.
+
+    A page that was there before is replaced in one step, so that a browser never reads half of
+    one. Raises `ConfigError`.
+    """
+    from jaxtune.draw.report import RunPage, run_page
+
+    now = datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="minutes")
+    page = run_page(
+        RunPage(
+            name=run.folder.resolve().name,
+            train=run.train,
+            evals=run.evals,
+            starts=run.starts,
+            samples=run.samples,
+            evaluations=evaluations,
+            data=data,
+            examples=examples,
+            config=run.config,
+            commands=_commands(run, base),
+            notes=run.notes,
+            written=f"Written by jaxtune {__version__}, {now.removesuffix('+00:00')} UTC.",
+        )
+    )
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(page, encoding="utf-8")
+        os.replace(unfinished, file)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise ConfigError(f"{file}: cannot be written: {error.strerror}.") from None
+
+
+def after_training(
+    run_dir: Path, config: Config, settings: Settings, train: Dataset, report: Mapping[str, Any]
+) -> None:
+    """The page at the end of a run, with the data report that it has at hand.
+
+    A trained model is worth more than its picture: whatever goes wrong here is said and forgotten.
+    """
+    from jaxtune.data.doctor import histograms
+    from jaxtune.reporting.data import examples, with_targets
+
+    try:
+        data = {
+            **report,
+            "histograms": histograms(train),
+            "mixture": with_targets(config, report["mixture"]),
+        }
+        base = config.model_name_or_path
+        shown = examples(config, settings, EXAMPLES)
+        write_page(run_dir / NAME, read_run(run_dir), data=data, examples=shown, base=base)
+    except Exception as error:
+        note(f"report: not written: {type(error).__name__}: {error}")
+    else:
+        note(f"report: {run_dir / NAME}")
+
+
+def _commands(run: RunFiles, base: str | None) -> list[tuple[str, str]]:
+    """(what it does, the command) of all that can be done with what is in the folder."""
+    if run.config is None:
+        return []
+    folder, config = str(run.folder), str(run.folder / "config.yaml")
+    anew = _command("train", f"--config {shlex.quote(config)}", f"--output_dir {_again(folder)}")
+    found = [("The same run again, in another folder:", anew)]
+    if (run.folder / "hf").is_dir():
+        answers = shlex.quote(str(run.folder / "evaluation.json"))
+        asked = _command(
+            "evaluate",
+            f"--config {shlex.quote(config)}",
+            f"--model_name_or_path {shlex.quote(str(run.folder / 'hf'))}",
+            f"--base {shlex.quote(base or 'BASE')}",
+            f"--generate 50 --json > {answers}",
+        )
+        shown = _command("report", shlex.quote(folder), f"--evaluation {answers}")
+        what = "What it answers beside its base, and this page with the answers:"
+        found.append((what, f"{asked}\n{shown}"))
+    return [*found, ("This page anew:", _command("report", shlex.quote(folder)))]
+
+
+def _again(folder: str) -> str:
+    return shlex.quote(f"{folder.rstrip('/')}-again")
+
+
+def _command(door: str, *parts: str) -> str:
+    """Over several lines, as one types a long command; a short one on its own."""
+    lines = [f"python -m jaxtune.{door}", *parts]
+    return (" \\\n  " if sum(map(len, lines)) > 80 else " ").join(lines)

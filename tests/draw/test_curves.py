@@ -1,0 +1,60 @@
+"""What goes onto which chart; and the differences between two answers."""
+
+from __future__ import annotations
+
+import pytest
+
+from jaxtune.draw.answers import difference, samples, scores
+from jaxtune.draw.curves import charts, curves
+
+
+def test_a_number_that_no_chart_names_has_its_own() -> None:
+    rows = [{"kind": "train", "step": 1, "loss": 1.0, "data_wait": 0.5, "note": "x", "done": True}]
+    found = {chart.title: chart.series for chart in charts(rows, [])}
+    assert list(found) == ["Loss", "Data wait"]
+    assert found["Data wait"][0].y == [0.5]
+
+
+def test_many_rows_are_all_on_the_chart_and_thinned_in_the_table() -> None:
+    rows = [{"kind": "train", "step": s, "loss": 1 / s} for s in range(1, 1001)]
+    (chart,) = charts(rows, [])
+    assert chart.series[0].x == list(range(1, 1001))
+    made = curves(rows, [])
+    assert "1,000 rows, every 5th and the last; metrics.jsonl has all" in made
+    assert made.count("<tr>") == 1 + 201
+    assert ">996<" in made
+    assert ">1,000<" in made
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "left", "right"),
+    [
+        ("a red fox", "a blue fox", "a <del>red</del> fox", "a <ins>blue</ins> fox"),
+        ("same", "same", "same", "same"),
+        ("", "new", "", "new"),
+        ("all & gone", "quite other words", "all &amp; gone", "quite other words"),
+        ("<b> x y", "<b> x", "&lt;b&gt; x<del> y</del>", "&lt;b&gt; x"),
+    ],
+)
+def test_differences(before: str, after: str, left: str, right: str) -> None:
+    assert difference(before, after) == (left, right)
+
+
+def test_samples_keep_the_first_and_the_last() -> None:
+    rows = [
+        {"step": s, "prompt": p, "response": f"{s}", "stopped": True}
+        for s in range(1, 31)
+        for p in ("p", "q")
+    ]
+    made = samples(rows)
+    assert made.count("<article>") == 2
+    assert made.count("<dt>") == 16
+    assert made.count("step 1<") == made.count("step 30<") == 2
+
+
+def test_scores_of_one_model_and_of_a_data_set_that_base_lacks() -> None:
+    assert "change" not in scores("f", {"eval_loss": 1.0})
+    parts = {"a": {"eval_loss": 1.0}, "b": {"eval_loss": 2.0}}
+    made = scores("f", {"eval_loss": 1.0, "by_dataset": parts, "base": {"eval_loss": None}})
+    assert made.count("<table>") == 3
+    assert "\u2013" in made  # base has no loss there
