@@ -121,10 +121,12 @@ class Watch:
                 _exit(int(code), f"host {host} has ended, so this one does too. It said: {said}")
 
     def silent(self) -> list[int]:
-        """Other hosts of which nothing was heard for a while."""
-        limit = time.monotonic() - _SILENT_BEATS * _BEAT_SECONDS
-        own = hosts.index()
-        return sorted(h for h, beat in self.peers.items() if beat.heard < limit and h != own)
+        """The other hosts of which nothing was heard for a while; of several the ones that fell
+        silent first, since those after them may have ended because of it."""
+        own, limit = hosts.index(), time.monotonic() - _SILENT_BEATS * _BEAT_SECONDS
+        quiet = {h: b.heard for h, b in self.peers.items() if b.heard < limit and h != own}
+        first = min(quiet.values(), default=0.0) + 2 * _BEAT_SECONDS
+        return sorted(host for host, heard in quiet.items() if heard <= first)
 
     def _blame(self, error: BaseException | None) -> None:
         """A collective fails at once when another host is gone, before JAX hears that it is: a few

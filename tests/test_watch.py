@@ -49,3 +49,5 @@ def test_who_lags_is_named() -> None:
     watch.peers = {**here, 2: Beat(3, 9, "in the step", 0.0)}
     assert watch.silent() == [2]
     assert "Host 2 is silent" in watch._laggard()
+    watch.peers = {**here, 1: Beat(3, 9, "in the step", 9.0), 2: Beat(3, 9, "in the step", 0.0)}
+    assert watch.silent() == [2]  # host 1 ended because of it

@@ -6,6 +6,7 @@ The meter is the only clock. Peaks are those of `chips`: published, dense, bfloa
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import math
 import os
@@ -58,8 +59,14 @@ class MetricsWriter:
     def write(self, row: Mapping[str, Any]) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path}: cannot be written: {error.strerror}. Free some space, then run the "
+                "same command: it goes on from the last checkpoint."
+            ) from None
         kind, step = row["kind"], row["step"]
         numbers = {
             f"{kind}/{name}": value
@@ -71,7 +78,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what a full disk refused is said by `write`
+                self._file.close()
         for board in self._boards:
             board.close()
 

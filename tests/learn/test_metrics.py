@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +89,14 @@ def test_a_loss_that_jumps_is_noticed_once() -> None:
     assert [Spikes().notice(9.0 - step) for step in range(9)] == [None] * 9  # too early to tell
 
 
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, resumed_at=0)
+    writer._file = open("/dev/full", "a")  # noqa: SIM115 (the writer closes it)
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: cannot be written: No space left"):
+        writer.write({"kind": "train", "step": 1})
+    writer.close()
+
+
 def test_a_board_that_is_not_installed_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +112,7 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
     for name, value in (("MODE", "offline"), ("SILENT", "true"), ("API_KEY", "not-to-be-seen")):
         monkeypatch.setenv(f"WANDB_{name}", value)
     for start in (0, 1):
+        time.sleep(1.1 * start)  # its folders are named by the second
         writer = MetricsWriter(
             tmp_path, resumed_at=start, report_to=("wandb",), settings={"learning_rate": 0.5}
         )
@@ -110,7 +120,7 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
         writer.close()
     kept = (tmp_path / "wandb-run-id.txt").read_text()
     folders = [path for path in (tmp_path / "wandb").iterdir() if path.name.startswith("offline")]
-    assert len(folders) >= 1
+    assert len(folders) == 2
     for folder in folders:
         assert folder.name.endswith(kept)
         (file,) = folder.glob("*.wandb")
