@@ -120,13 +120,15 @@ class Watch:
                     self._show_stacks()
                 _exit(int(code), f"host {host} has ended, so this one does too. It said: {said}")
 
-    def silent(self) -> list[int]:
-        """The other hosts of which nothing was heard for a while; of several the ones that fell
-        silent first, since those after them may have ended because of it."""
-        own, limit = hosts.index(), time.monotonic() - _SILENT_BEATS * _BEAT_SECONDS
-        quiet = {h: b.heard for h, b in self.peers.items() if b.heard < limit and h != own}
+    def silent(self, *, beats: int = _SILENT_BEATS) -> list[int]:
+        """The other hosts of which nothing was heard for so many beats while others were; of
+        several the ones that fell silent first, since those after them may have ended for it."""
+        own = hosts.index()
+        heard = {host: beat.heard for host, beat in self.peers.items()}
+        limit = max(heard.values(), default=0.0) - beats * _BEAT_SECONDS
+        quiet = {host: at for host, at in heard.items() if at < limit and host != own}
         first = min(quiet.values(), default=0.0) + 2 * _BEAT_SECONDS
-        return sorted(host for host, heard in quiet.items() if heard <= first)
+        return sorted(host for host, at in quiet.items() if at <= first)
 
     def _blame(self, error: BaseException | None) -> None:
         """A collective fails at once when another host is gone, before JAX hears that it is: a few
@@ -233,7 +235,7 @@ def _answer_aborts() -> None:
 
 def _on_abort(number: int) -> None:
     watch = _State.watch
-    silent = watch.silent() if watch is not None else []
+    silent = watch.silent(beats=2) if watch is not None else []
     lost = _lost(silent, watch._now[0] if watch is not None else 0)
     os.write(2, f"jaxtune: {Place.name}{lost}\n".encode())
     os._exit(STOPPED)

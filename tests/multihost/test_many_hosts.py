@@ -68,6 +68,7 @@ def test_two_hosts_are_one_run(material: Path, alone: Path, tmp_path: Path) -> N
         assert word not in hosts[1].stderr
 
 
+@pytest.mark.slow
 def test_killed_stopped_and_resumed_by_other_numbers_of_hosts(
     material: Path, alone: Path, tmp_path: Path
 ) -> None:
