@@ -3,7 +3,8 @@
 Every door is two functions, `run(config, options) -> Result` for Python and `main(argv)` for the
 shell; `main` is `command.execute(...)`. This room knows no JAX, so `--help` is quick.
 
-Exit codes: 0 done, 2 bad input, 3 diverged, 75 stopped after saving, 1 a bug (with its traceback).
+Exit codes: 0 done, 2 bad input, 3 diverged, 75 stopped after saving or with a lost host, 1 a bug
+(with its traceback).
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ BUG = 1
 BAD_INPUT = 2
 DIVERGED = 3
 STOPPED = 75  # EX_TEMPFAIL: run the same command again
-DISK_REFUSES = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+DISK_REFUSES = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    errno.EFBIG,
+)
 
 
 class Options(pydantic.BaseModel):

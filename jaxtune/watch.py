@@ -29,6 +29,7 @@ _BEAT_SECONDS = 2.0
 _SILENT_BEATS = 4
 _ENDED_SECONDS = 10.0  # host 0, which keeps the store, stays for the others to read why it ends
 _HOST, _ENDED = "jaxtune/host/", "jaxtune/ended/"
+_STACKS = "stacks"
 
 
 class Beat(NamedTuple):
@@ -113,15 +114,21 @@ class Watch:
             if before is None or before.number != int(number):
                 self.peers[host] = Beat(int(number), int(at), said, time.monotonic())
         for key, value in store.key_value_dir_get(_ENDED):
-            host, (code, _, said) = int(key.rpartition("/")[2]), value.partition("\n")
+            host, (code, stacks, said) = int(key.rpartition("/")[2]), value.split("\n", 2)
             if host != hosts.index():
+                if stacks == _STACKS:
+                    self._show_stacks()
                 _exit(int(code), f"host {host} has ended, so this one does too. It said: {said}")
 
-    def silent(self) -> list[int]:
-        """Other hosts of which nothing was heard for a while."""
-        limit = time.monotonic() - _SILENT_BEATS * _BEAT_SECONDS
+    def silent(self, *, beats: int = _SILENT_BEATS) -> list[int]:
+        """The other hosts of which nothing was heard for so many beats while others were; of
+        several the ones that fell silent first, since those after them may have ended for it."""
         own = hosts.index()
-        return sorted(h for h, beat in self.peers.items() if beat.heard < limit and h != own)
+        heard = {host: beat.heard for host, beat in self.peers.items()}
+        limit = max(heard.values(), default=0.0) - beats * _BEAT_SECONDS
+        quiet = {host: at for host, at in heard.items() if at < limit and host != own}
+        first = min(quiet.values(), default=0.0) + 2 * _BEAT_SECONDS
+        return sorted(host for host, at in quiet.items() if at <= first)
 
     def _blame(self, error: BaseException | None) -> None:
         """A collective fails at once when another host is gone, before JAX hears that it is: a few
@@ -135,20 +142,25 @@ class Watch:
 
     def _hangs(self) -> None:
         step, doing = self._now
-        stacks = "stderr"
-        faulthandler.dump_traceback(sys.__stderr__ or 2)
-        if self._folder is not None:
-            path = self._folder / f"stacks-host-{hosts.index()}.txt"
-            with contextlib.suppress(OSError), path.open("w") as file:
-                faulthandler.dump_traceback(file)
-                stacks = str(path)
+        stacks = self._show_stacks()
         limit = f"{self._hang_seconds:g}"
         _exit(
             STOPPED,
             f"no progress for {limit} s at step {step}, {doing}. {self._laggard()}Every thread's "
             f"stack is in {stacks}. The same command goes on from the last checkpoint; a step that "
             "really takes longer needs a larger hang_timeout_seconds.",
+            stacks=True,
         )
+
+    def _show_stacks(self) -> str:
+        """Every thread's stack to stderr, and into a file where there is room; says where."""
+        faulthandler.dump_traceback(sys.__stderr__ or 2)
+        if self._folder is not None:
+            path = self._folder / f"stacks-host-{hosts.index()}.txt"
+            with contextlib.suppress(OSError), path.open("w") as file:
+                faulthandler.dump_traceback(file)
+                return str(path)
+        return "stderr"
 
     def _laggard(self) -> str:
         if len(self.peers) < 2:
@@ -180,7 +192,7 @@ def _leave(code: int, said: str) -> None:
     """Ends this host without waiting for the others, and lets them know why."""
     store: Any = hosts.store()
     with contextlib.suppress(Exception):
-        store.key_value_set(f"{_ENDED}{hosts.index()}", f"{code}\n{said}")
+        store.key_value_set(f"{_ENDED}{hosts.index()}", f"{code}\n\n{said}")
         deadline = time.monotonic() + _ENDED_SECONDS
         while hosts.is_first() and time.monotonic() < deadline:
             if len(store.key_value_dir_get(_ENDED)) == hosts.count():
@@ -190,13 +202,15 @@ def _leave(code: int, said: str) -> None:
     os._exit(code)
 
 
-def _exit(code: int, message: str) -> None:
-    """From a thread; the main one may hang in a call that never returns."""
+def _exit(code: int, message: str, *, stacks: bool = False) -> None:
+    """From a thread; the main one may hang in a call that never returns. With `stacks` the other
+    hosts show theirs too."""
     say(f"jaxtune: {Place.name}{message}")
     store = hosts.store()
     with contextlib.suppress(Exception):
         if store is not None:
-            store.key_value_set(f"{_ENDED}{hosts.index()}", f"{code}\n{message}")
+            told = f"{code}\n{_STACKS if stacks else ''}\n{message}"
+            store.key_value_set(f"{_ENDED}{hosts.index()}", told)
     if hosts.count() > 1 and hosts.is_first():
         time.sleep(2 * _BEAT_SECONDS)
     _flush()
@@ -221,7 +235,7 @@ def _answer_aborts() -> None:
 
 def _on_abort(number: int) -> None:
     watch = _State.watch
-    silent = watch.silent() if watch is not None else []
+    silent = watch.silent(beats=2) if watch is not None else []
     lost = _lost(silent, watch._now[0] if watch is not None else 0)
     os.write(2, f"jaxtune: {Place.name}{lost}\n".encode())
     os._exit(STOPPED)

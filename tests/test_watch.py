@@ -39,13 +39,15 @@ def test_a_hang_shows_every_stack_and_ends_with_75(tmp_path: Path) -> None:
 def test_who_lags_is_named() -> None:
     watch = Watch(hang_seconds=1)
     watch.at(9, "in the step")
-    here = dict.fromkeys(range(3), Beat(5, 9, "in the step", float("inf")))
-    watch.peers = {**here, 1: Beat(5, 8, "waiting for data", float("inf"))}
+    here = dict.fromkeys(range(3), Beat(5, 9, "in the step", 99.0))
+    watch.peers = {**here, 1: Beat(5, 8, "waiting for data", 99.0)}
     assert "Host 1 lags: it is at step 8, waiting for data; others are at step 9" in (
         watch._laggard()
     )
-    watch.peers = {**here, 2: Beat(5, 9, "saving", float("inf"))}
+    watch.peers = {**here, 2: Beat(5, 9, "saving", 99.0)}
     assert "not all do the same (host 2: saving)" in watch._laggard()
     watch.peers = {**here, 2: Beat(3, 9, "in the step", 0.0)}
     assert watch.silent() == [2]
     assert "Host 2 is silent" in watch._laggard()
+    watch.peers = {**here, 1: Beat(3, 9, "in the step", 9.0), 2: Beat(3, 9, "in the step", 0.0)}
+    assert watch.silent() == [2]  # host 1 ended because of it

@@ -82,11 +82,13 @@ def _parts(folder: Path) -> list[Mapping[str, tuple[int, str]]]:
         name = _name(len(parts))
         try:
             found = json.loads((folder / name).read_text(encoding="utf-8"))
-            hosts = int(found["hosts"])
-            parts.append({file: (size, digest) for file, (size, digest) in found["files"].items()})
+            hosts = range(1, int(found["hosts"]) + 1)[-1]  # one at least
+            files = found["files"].items()
+            parts.append({file: (int(size), str(digest)) for file, (size, digest) in files})
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError,
+                RecursionError):  # fmt: skip
             raise ValueError(f"{name}: cannot be read") from None
     return parts
 

@@ -465,6 +465,7 @@ def test_early_stopping_exports_the_best_step_and_ends_for_good(
     assert run(material, out, **more).step == best + 2
 
 
+@pytest.mark.slow
 def test_elastic_from_eight_devices_to_four_to_one(
     material: Path, straight: Path, tmp_path: Path
 ) -> None:

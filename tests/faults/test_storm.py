@@ -6,6 +6,7 @@ import pytest
 from faults import storm
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("multihost")
 def test_a_short_storm(capsys: pytest.CaptureFixture[str]) -> None:
     asked = {"kills": 1, "sigterms": 1, "corruptions": 1, "full-disks": 1, "seed": 3}

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -218,3 +220,33 @@ def test_of_several_hosts_all_must_have_written_their_digests(tmp_path: Path) ->
     assert [text.partition(":")[0] for text in said] == ["", "b", ""]
     (tmp_path / "d").write_bytes(b"d")
     assert digests.damage(tmp_path) == "d: is not one of its files"
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sealed")
+    (folder / "a").write_bytes(b"abc" * 50)
+    digests.write(folder)
+    return folder
+
+
+@settings(max_examples=1000, deadline=None)
+@given(at=st.integers(0, 10_000), mask=st.integers(1, 255), cut=st.booleans())
+def test_no_digests_are_too_broken_to_be_refused(
+    sealed: Path, at: int, mask: int, cut: bool
+) -> None:
+    """One byte of them changed, or all after it gone: an answer, never a traceback."""
+    path = sealed / "digests-0.json"
+    whole = path.read_bytes()
+    at %= len(whole)
+    try:
+        path.write_bytes(
+            whole[:at] if cut else whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :]
+        )
+        said, counts = digests.damage(sealed), digests.complete(sealed)
+    finally:
+        path.write_bytes(whole)
+    assert isinstance(said, str)
+    assert counts or "never finished" in said
+    assert said or not (cut or chr(whole[at]).isalnum())
+    assert digests.damage(sealed) == ""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
+from jaxtune.config import ConfigError
 from jaxtune.learn import metrics
 from jaxtune.learn.evaluation import Totals, evaluate
 from jaxtune.learn.metrics import Meter, MetricsWriter, Spikes
@@ -83,7 +86,26 @@ def test_a_loss_that_jumps_is_noticed_once() -> None:
     assert [spikes.notice(loss) for loss in calm] == [None] * 60
     assert spikes.notice(4.0) == pytest.approx(2.0, abs=0.05)
     assert spikes.notice(4.0) is None  # once in 20 steps
+    by_heart = Spikes()
+    assert [by_heart.notice(loss) for loss in [0.001] * 60 + [0.06]] == [None] * 61
     assert [Spikes().notice(9.0 - step) for step in range(9)] == [None] * 9  # too early to tell
+
+
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, resumed_at=0)
+    writer._file = open("/dev/full", "a")  # noqa: SIM115 (the writer closes it)
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl: cannot be written: No space left"):
+        writer.write({"kind": "train", "step": 1})
+    writer.close()
+
+
+def test_a_board_that_is_not_installed_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, module in (("wandb", "wandb"), ("tensorboard", "tensorboardX")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ConfigError, match=rf"pip install 'jaxtune\[{name}\]'"):
+            MetricsWriter(tmp_path, resumed_at=0, report_to=(name,))
 
 
 def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +114,7 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
     for name, value in (("MODE", "offline"), ("SILENT", "true"), ("API_KEY", "not-to-be-seen")):
         monkeypatch.setenv(f"WANDB_{name}", value)
     for start in (0, 1):
+        time.sleep(1.1 * start)  # its folders are named by the second
         writer = MetricsWriter(
             tmp_path, resumed_at=start, report_to=("wandb",), settings={"learning_rate": 0.5}
         )
@@ -99,7 +122,7 @@ def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monke
         writer.close()
     kept = (tmp_path / "wandb-run-id.txt").read_text()
     folders = [path for path in (tmp_path / "wandb").iterdir() if path.name.startswith("offline")]
-    assert len(folders) >= 1
+    assert len(folders) == 2
     for folder in folders:
         assert folder.name.endswith(kept)
         (file,) = folder.glob("*.wandb")

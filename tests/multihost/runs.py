@@ -113,7 +113,9 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def start(argv: Sequence[str], *, hosts: int, devices: int, before: str = "") -> list[Host]:
+def start(
+    argv: Sequence[str], *, hosts: int, devices: int, before: str = "", door: str = "train"
+) -> list[Host]:
     """`hosts` processes of one run, with `devices` in all. `before` is Python for each of them,
     run first, with HOST in it replaced by its number."""
     address = f"127.0.0.1:{free_port()}"
@@ -126,6 +128,7 @@ def start(argv: Sequence[str], *, hosts: int, devices: int, before: str = "") ->
             ],
             devices=devices // hosts,
             before=before.replace("HOST", str(host)),
+            door=door,
         )
         for host in range(hosts)
     ]  # fmt: skip

@@ -68,6 +68,7 @@ def test_two_hosts_are_one_run(material: Path, alone: Path, tmp_path: Path) -> N
         assert word not in hosts[1].stderr
 
 
+@pytest.mark.slow
 def test_killed_stopped_and_resumed_by_other_numbers_of_hosts(
     material: Path, alone: Path, tmp_path: Path
 ) -> None:
@@ -112,3 +113,14 @@ def test_a_host_that_fails_ends_the_others_with_its_reason(material: Path, tmp_p
     assert "jaxtune train: host 1 of 2: " in hosts[1].stderr
     assert "host 1 has ended, so this one does too. It said: " in hosts[0].stderr
     assert "broken.jsonl" in hosts[0].stderr
+
+
+def test_evaluation_on_two_hosts_is_printed_by_one(material: Path, alone: Path) -> None:
+    argv = ["--model_name_or_path", str(alone / "hf"), "--dataset", str(material / "eval.jsonl"),
+            "--max_length", "64", "--packing", "false", "--json"]  # fmt: skip
+    hosts = runs.start(argv, hosts=2, devices=2, door="evaluate")
+    assert [host.end() for host in hosts] == [0, 0], hosts[0].stderr
+    assert hosts[1].stdout == ""
+    found, expected = json.loads(hosts[0].stdout), runs.rows_of(alone)[-1]
+    for name in ("eval_loss", "eval_tokens_trained"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-5)
