@@ -86,6 +86,8 @@ def test_a_loss_that_jumps_is_noticed_once() -> None:
     assert [spikes.notice(loss) for loss in calm] == [None] * 60
     assert spikes.notice(4.0) == pytest.approx(2.0, abs=0.05)
     assert spikes.notice(4.0) is None  # once in 20 steps
+    by_heart = Spikes()
+    assert [by_heart.notice(loss) for loss in [0.001] * 60 + [0.06]] == [None] * 61
     assert [Spikes().notice(9.0 - step) for step in range(9)] == [None] * 9  # too early to tell
 
 
