@@ -72,6 +72,7 @@ class Trial:
         self.folder, self.material, self.dice = folder, material, dice
         self.out = folder / "out"
         self.log: list[str] = []
+        self.landed = 0  # signals that met the run, and full disks that were met
         folder.mkdir()
 
     def run(
@@ -101,9 +102,16 @@ class Trial:
         phase = self.dice.choice([*PHASES])
         code, seconds = PHASES[phase]
         delay = self.dice.uniform(0, seconds)
-        self.log.append(f"{name} in {phase} after {delay:.2f} s")
-        armed = code.format(step=self.dice.randint(1, LAST))
+        done = newest(self.out)
+        if phase == "cache":  # so that the phase comes about
+            shutil.rmtree(self.folder / "cache", ignore_errors=True)
+        elif phase in ("step", "save") and done == LAST:
+            shutil.rmtree(self.out / "checkpoints" / str(LAST))
+            done = newest(self.out)
+        armed = code.format(step=self.dice.randint(min(done + 1, LAST), LAST))
         status, said = self.run(STRIKE.format(delay=delay, signal=name) + armed)
+        self.landed += status != 0
+        self.log.append(f"{name} in {phase} after {delay:.2f} s: exit {status}")
         # 0: it had ended before; SIGTERM outside of the loop ends a process as it always did.
         allowed = (0, -9) if name == "SIGKILL" else (0, 75, -15)
         self.expect(status in allowed, f"exit {status}\n{said}")
@@ -138,8 +146,9 @@ class Trial:
 
     def full_disk(self) -> None:
         with disk(self.folder / "disk", self.out, self.dice) as (place, before, size):
-            self.log.append(f"full disk of {size:,} bytes")
             status, said = self.run(before, out=place)
+            self.landed += status != 0
+            self.log.append(f"full disk of {size:,} bytes: exit {status}")
             self.expect(status in (0, 2), f"exit {status}\n{said}")
             if status == 2:
                 self.expect("jaxtune train: " in said, said)
@@ -180,7 +189,7 @@ def disk(folder: Path, out: Path, dice: random.Random) -> Iterator[tuple[Path, s
     folder.mkdir(exist_ok=True)
     sizes = [path.stat().st_size for path in out.rglob("*") if path.is_file()]
     held = sum(-(-size // 4096) * 4096 for size in sizes)  # in pages, as a tmpfs keeps them
-    size = held + dice.randrange(50_000, 1_500_000)
+    size = held + dice.randrange(20_000, 700_000)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         limit = dice.randrange(1_000, 200_000)
@@ -208,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     events = ["SIGKILL"] * asked.kills + ["SIGTERM"] * asked.sigterms
     events += ["corruption"] * asked.corruptions + ["full_disk"] * asked.full_disks
     dice.shuffle(events)
-    began = time.monotonic()
+    began, landed = time.monotonic(), 0
     with tempfile.TemporaryDirectory(prefix="storm-") as where:
         base = Path(where)
         material = runs.make_material(base / "material")
@@ -223,14 +232,16 @@ def main(argv: list[str] | None = None) -> int:
                 else:
                     getattr(trial, event)()
             trial.finish(calm.out)
+            landed += trial.landed
             seconds = round(time.monotonic() - began)
             print(
                 json.dumps({"trial": number, "seconds": seconds, "events": trial.log}), flush=True
             )
             shutil.rmtree(trial.folder)
     print(
-        f"{asked.kills} kills, {asked.sigterms} SIGTERM, {asked.corruptions} corruptions, "
-        f"{asked.full_disks} full disks: every run ended as the undisturbed one"
+        f"{asked.corruptions} corruptions, {asked.kills} kills, {asked.sigterms} SIGTERM, "
+        f"{asked.full_disks} full disks ({landed} of these {len(events) - asked.corruptions} met "
+        "the run before it had ended): every run ended as the undisturbed one"
     )
     return 0
 
