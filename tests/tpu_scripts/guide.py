@@ -6,7 +6,6 @@ follows, up to the end of the block, is what the script prints.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -23,7 +22,8 @@ def blocks(text: str) -> list[tuple[str, str]]:
 
 def printed(command: str) -> str:
     """What the command prints, run at the root of the checkout, where no gcloud is to be found."""
-    environment = {**os.environ, "PATH": "/usr/bin:/bin", "HF_TOKEN": "hf_never_shown"}
+    # Nothing else: what `make` exports (PYTHON) would change what is printed.
+    environment = {"PATH": "/usr/bin:/bin", "HF_TOKEN": "hf_never_shown"}
     done = subprocess.run(
         ["bash", "-c", f"gcloud() {{ exit 99; }}; export -f gcloud; {command}"],
         capture_output=True,
