@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -82,9 +83,12 @@ def test_killed_stopped_and_resumed_by_other_numbers_of_hosts(
     codes = [host.end(60) for host in four]
     assert time.monotonic() - killed < 60  # wanted: 30, with cores of their own
     assert codes == [75, 75, -9, 75], four[0].stderr
+    assert "host 0 of 4: host 2 was lost" in four[0].stderr
+    # On a busy machine one that is slow to end may be named beside it, or by the others.
     for number in (0, 1, 3):
-        assert f"host {number} of 4: host 2 was lost" in four[number].stderr, number
-        assert "goes on from the last checkpoint" in four[number].stderr
+        said = four[number].stderr
+        assert re.search(rf"host {number} of 4: host .* was lost", said), (number, said)
+        assert "goes on from the last checkpoint" in said
 
     two = runs.start(
         runs.flags(material, out), hosts=2, devices=4,
