@@ -203,11 +203,11 @@ def _export_folder(source: str, out: Path, config: Config) -> Exported:
 
 def _shardings(model: HfModel, dtype: str) -> Any:
     """Spread over the devices that are here, whatever mesh the run had."""
-    from jaxtune.mesh import make_mesh, shardings
-    from jaxtune.model import decoder
+    from jaxtune.mesh import make_mesh
+    from jaxtune.weights import param_shardings
 
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1, "context": 1})
-    return shardings(decoder.axes(model.spec), decoder.abstract(model.spec, dtype), mesh)
+    return param_shardings(model.spec, mesh, dtype)
 
 
 def _metrics(file: Path, step: int) -> dict[str, Mapping[str, Any]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import jax
 import numpy as np
 
 from jaxtune.data.pipeline import Batches
+from jaxtune.learn.files import write_whole
 from jaxtune.learn.program import Program
 from jaxtune.learn.state import TrainState
 from jaxtune.learn.step import StepMetrics
@@ -122,9 +122,7 @@ def number(value: Any) -> float | str:
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 
 def summary(found: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxtune.data.schema import Conversation, Message
     from jaxtune.data.template import Template
     from jaxtune.data.tokenizer import Tokenizer
+    from jaxtune.hf.load import HfModel
     from jaxtune.spec import ModelSpec
 
 
@@ -112,21 +113,18 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
     from jaxtune.hf.folders import is_adapter
     from jaxtune.hf.load import open_model
     from jaxtune.learn.program import compute_dtype
-    from jaxtune.mesh import shardings
-    from jaxtune.model import decoder
-    from jaxtune.weights import base_params, is_checkpoint
+    from jaxtune.weights import base_params, is_checkpoint, param_shardings
 
     if is_checkpoint(name) or is_adapter(name):
         return _load_trained(name, config, words, mesh)
     random = config.init == "random" and not _has_weights(name)
     model = open_model(name, revision=config.revision, weights=not random, note=note)
     dtype = compute_dtype(config.dtype)
-    placed = shardings(decoder.axes(model.spec), decoder.abstract(model.spec, dtype), mesh)
+    placed = param_shardings(model.spec, mesh, dtype)
     if random:
         note(f"{name}: no weights there; random ones of seed {config.seed}, as training began")
     params = base_params(model, config, placed, dtype)
-    stop_ids = {words.template.stop_id, *model.eos_ids}
-    return Model(name, model.spec, params, frozenset(stop_ids), dtype, mesh)
+    return Model(name, model.spec, params, stop_ids(words, model), dtype, mesh)
 
 
 def _load_trained(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
@@ -137,9 +135,13 @@ def _load_trained(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
     from jaxtune.hf.load import open_model, with_tokens
     from jaxtune.hf.merge import merged_params
     from jaxtune.learn.program import compute_dtype
-    from jaxtune.mesh import shardings
-    from jaxtune.model import decoder
-    from jaxtune.weights import checkpoint_of, is_checkpoint, restore, run_config
+    from jaxtune.weights import (
+        checkpoint_of,
+        is_checkpoint,
+        param_shardings,
+        restore,
+        run_config,
+    )
 
     dtype = compute_dtype(config.dtype)
     if is_checkpoint(name):
@@ -157,14 +159,18 @@ def _load_trained(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
         adapter = open_adapter(name)
         model = open_model(adapter.base, revision=adapter.revision)
         model, lora, leaves = on_model(adapter, model)
-    placed = shardings(decoder.axes(model.spec), decoder.abstract(model.spec, dtype), mesh)
+    placed = param_shardings(model.spec, mesh, dtype)
     if lora is None:
         cast = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree))
         params = jax.device_put(cast(leaves), placed)
     else:
         params = merged_params(model, lora, leaves, placed, dtype)
-    stop_ids = {words.template.stop_id, *model.eos_ids}
-    return Model(name, model.spec, params, frozenset(stop_ids), dtype, mesh)
+    return Model(name, model.spec, params, stop_ids(words, model), dtype, mesh)
+
+
+def stop_ids(words: Words, model: HfModel) -> frozenset[int]:
+    """What ends an answer: the template's end of a turn, and what the model's files say."""
+    return frozenset({words.template.stop_id, *model.eos_ids})
 
 
 def prompt_ids(model: Model, words: Words, asked: Conversation) -> list[int]:

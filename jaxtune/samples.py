@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtune import hosts
 from jaxtune.config import ConfigError
 from jaxtune.data.schema import Conversation, Message
-from jaxtune.inference import Model, Words, answer, prompt_ids
+from jaxtune.inference import Model, Words, answer, prompt_ids, stop_ids
 from jaxtune.learn.metrics import keep_rows_up_to
 from jaxtune.tree import merge
 
@@ -66,19 +66,16 @@ class Samples:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _with(self, params: Any) -> Model:
-        stop_ids = frozenset({self._words.template.stop_id, *self._model.eos_ids})
-        name, spec = self._model.name, self._model.spec
-        return Model(name, spec, params, stop_ids, self._dtype, self._mesh)
+        name, spec, stops = self._model.name, self._model.spec, stop_ids(self._words, self._model)
+        return Model(name, spec, params, stops, self._dtype, self._mesh)
 
     def _params(self, variables: Any) -> Any:
         """Whole parameters; adapters are merged into the unquantised base, read once more."""
         if self._adapters is None:
             return variables["params"]
         from jaxtune.hf.merge import merged_params
-        from jaxtune.mesh import shardings
-        from jaxtune.model import decoder
+        from jaxtune.weights import param_shardings
 
-        spec = self._model.spec
-        placed = shardings(decoder.axes(spec), decoder.abstract(spec, self._dtype), self._mesh)
+        placed = param_shardings(self._model.spec, self._mesh, self._dtype)
         lora = self._adapters.lora
         return merged_params(self._model, lora, variables["lora"], placed, self._dtype)

@@ -86,7 +86,6 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
 def _run(
     config: Config, options: TrainOptions, model_name: str, run_dir: Path, watching: watch.Watch
 ) -> Result:
-
     # How this run was launched is not what it is: its config can be used again anywhere.
     config = config.model_copy(update={"hosts": HostsConfig()})
 
@@ -297,8 +296,7 @@ def _announce(
         f"training: {total_steps} steps of {batches.batch_size} rows x {batches.row_length} tokens "
         f"({batches.steps_per_epoch} steps an epoch), on {mesh.size} "
         f"{mesh.devices.flat[0].device_kind} device(s){shared}{', ' + axes if axes else ''}; "
-        f"learning rate "
-        f"{config.learning_rate:g}"
+        f"learning rate {config.learning_rate:g}"
     )
     return found
 

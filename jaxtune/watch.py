@@ -192,7 +192,7 @@ def _leave(code: int, said: str) -> None:
     """Ends this host without waiting for the others, and lets them know why."""
     store: Any = hosts.store()
     with contextlib.suppress(Exception):
-        store.key_value_set(f"{_ENDED}{hosts.index()}", f"{code}\n\n{said}")
+        _tell(store, code, said)
         deadline = time.monotonic() + _ENDED_SECONDS
         while hosts.is_first() and time.monotonic() < deadline:
             if len(store.key_value_dir_get(_ENDED)) == hosts.count():
@@ -209,12 +209,17 @@ def _exit(code: int, message: str, *, stacks: bool = False) -> None:
     store = hosts.store()
     with contextlib.suppress(Exception):
         if store is not None:
-            told = f"{code}\n{_STACKS if stacks else ''}\n{message}"
-            store.key_value_set(f"{_ENDED}{hosts.index()}", told)
+            _tell(store, code, message, stacks=stacks)
     if hosts.count() > 1 and hosts.is_first():
         time.sleep(2 * _BEAT_SECONDS)
     _flush()
     os._exit(code)
+
+
+def _tell(store: Any, code: int, message: str, *, stacks: bool = False) -> None:
+    """Leaves for the other hosts what `Watch._exchange` reads."""
+    told = f"{code}\n{_STACKS if stacks else ''}\n{message}"
+    store.key_value_set(f"{_ENDED}{hosts.index()}", told)
 
 
 def _flush() -> None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxtune.config import Config, ConfigError, load
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from jaxtune.data.tokenizer import Tokenizer
     from jaxtune.hf.load import HfModel
     from jaxtune.learn.partial import Part
@@ -57,20 +59,26 @@ def base_params(
     return jax.jit(first, out_shardings=placed)(jax.random.key(config.seed))
 
 
+def param_shardings(spec: ModelSpec, mesh: Mesh, dtype: Any) -> Any:
+    """Where plain parameters lie on `mesh`."""
+    from jaxtune.mesh import shardings
+    from jaxtune.model import decoder
+
+    return shardings(decoder.axes(spec), decoder.abstract(spec, dtype), mesh)
+
+
 def _quantised_params(model: HfModel, lora: Lora, placed: Any, dtype: Any) -> Any:
     import functools
 
     import jax
 
     from jaxtune.hf.load import load_params
-    from jaxtune.mesh import shardings
     from jaxtune.model import decoder, quantise
     from jaxtune.tree import named
 
     kernels = {f"{name}/kernel" for name in decoder.projections(model.spec)}
     where = named(placed)
-    mesh = next(iter(where.values())).mesh
-    whole = shardings(decoder.axes(model.spec), decoder.abstract(model.spec, dtype), mesh)
+    whole = param_shardings(model.spec, next(iter(where.values())).mesh, dtype)
 
     def smaller(name: str, leaf: jax.Array) -> Any:
         if name not in kernels:

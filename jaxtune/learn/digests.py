@@ -10,9 +10,10 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from jaxtune.learn.files import write_whole
 
 _THREADS = 8  # hashing lets go of the interpreter
 
@@ -21,13 +22,7 @@ def write(folder: Path, *, host: int = 0, hosts: int = 1) -> None:
     """This host's share: sizes in bytes and SHA-256 of every file under `folder`."""
     files = _files(folder)[host::hosts]
     found = {"hosts": hosts, "files": dict(zip(files, _digests(folder, files), strict=True))}
-    path = folder / _name(host)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(found, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(folder / _name(host), json.dumps(found))
 
 
 def complete(folder: Path) -> bool:

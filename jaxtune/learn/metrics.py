@@ -20,6 +20,7 @@ import jax
 
 from jaxtune.chips import peak_flops
 from jaxtune.config import ConfigError
+from jaxtune.learn.files import write_whole
 
 
 class Board(Protocol):
@@ -96,9 +97,7 @@ def keep_rows_up_to(path: Path, step: int) -> None:
             continue
         if row.get("step", 0) <= step:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(kept))
 
 
 class _TensorBoard:
@@ -221,7 +220,7 @@ class Spikes:
 
     def notice(self, loss: float) -> float | None:
         """The median that `loss` stands out from, or None."""
-        recent, self._quiet = sorted(self._recent), max(0, self._quiet - 1)
+        recent, self._quiet = list(self._recent), max(0, self._quiet - 1)
         self._recent.append(loss)
         if len(recent) < 10 or self._quiet or not math.isfinite(loss):
             return None

@@ -193,7 +193,11 @@ def squares(tree: Any) -> list[jax.Array]:
 
 def global_norm(tree: Any) -> jax.Array:
     """The 2-norm over all leaves, squared and summed in f32."""
-    return jnp.sqrt(sum(squares(tree), jnp.zeros((), jnp.float32)))
+    return norm_of(squares(tree))
+
+
+def norm_of(squares: list[jax.Array]) -> jax.Array:
+    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
 
 
 def clip(tree: Any, norm: jax.Array, max_norm: float) -> Any:

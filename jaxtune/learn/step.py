@@ -121,7 +121,7 @@ def train_step(
     per_weight = jnp.where(sums.weight > 0, 1.0 / jnp.where(sums.weight > 0, sums.weight, 1.0), 0.0)
     grads = jax.tree.map(lambda g: g * per_weight, grads)
     squares = optim.squares(grads)
-    norm = jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
+    norm = optim.norm_of(squares)
     finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
     changes = finite & (sums.weight > 0)
 

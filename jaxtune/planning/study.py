@@ -81,9 +81,11 @@ def study(
 ) -> Study:
     """`compiles` overrules what the hardware can; `folder` keeps what the compiler said. Raises
     `ConfigError` for a mesh or a batch that does not match the devices."""
-    program, work, trained = _built(config, subject, hardware)
-    held = estimate.held(program, offload=config.optim_offload)
+    program, work, held = _built(config, subject, hardware)
+    import jax
+
     counted = estimate.memory(work, held)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(program.abstract.trained))
     slice, per_chip = hardware.slice, hardware.per_chip
     read, time = None, None
     if hardware.compiles if compiles is None else compiles:
@@ -108,8 +110,9 @@ def study(
     return Study(config, subject, hardware, work, held, counted, trained, read, time)
 
 
-def _built(config: Config, subject: Subject, hardware: Hardware) -> tuple[Program, Work, int]:
-    import jax
+def _built(
+    config: Config, subject: Subject, hardware: Hardware
+) -> tuple[Program, Work, dict[str, int]]:
     import jax.numpy as jnp
 
     from jaxtune.learn.program import compute_dtype
@@ -125,7 +128,7 @@ def _built(config: Config, subject: Subject, hardware: Hardware) -> tuple[Progra
     program = assemble.build(placed, model, adapters, chosen, mesh, steps)
     dtype = compute_dtype(config.dtype, platform_of(mesh))
     kind, _ = assemble.attention_of(config, model.spec, mesh, subject.length)
-    trained = jax.tree.leaves(program.abstract.trained)
+    held = estimate.held(program, offload=config.optim_offload)
     work = Work(
         spec=model.spec,
         sizes=sizes_of(mesh),
@@ -134,13 +137,13 @@ def _built(config: Config, subject: Subject, hardware: Hardware) -> tuple[Progra
         microbatches=assemble.microbatches(config, mesh),
         remat=config.gradient_checkpointing,
         item=jnp.dtype(dtype).itemsize,
-        trained=estimate.held(program)["trained"],
+        trained=held["trained"],
         lora=adapters is not None,
         attention=kind,
         block=config.loss_block,
         z_loss=config.z_loss,
     )
-    return program, work, sum(leaf.size for leaf in trained)
+    return program, work, held
 
 
 # -- what is said of it --------------------------------------------------------------------------
