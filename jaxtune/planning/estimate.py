@@ -11,13 +11,13 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxtune.ops import cross_entropy
+from jaxtune.ops import cross_entropy, splash
 from jaxtune.spec import (
     LayerSpec,
     ModelSpec,
     flops_per_token,
-    layer_parameters,
     matmul_parameters,
+    parameter_count,
 )
 
 if TYPE_CHECKING:
@@ -33,9 +33,10 @@ class Work(NamedTuple):
 
     `sizes` are the devices along data, fsdp, tensor and context; `rows` of `length` tokens are one
     microbatch of one device, before `context` cuts them. `item` is the bytes of a number in the
-    computation's dtype; `trained` are the bytes of trained parameters in f32 on one device, `lora`
-    whether they are adapters. `attention` is the implementation's name, `block` how many columns
-    of the vocabulary, or None for what the loss chooses.
+    computation's dtype, `stored` those of a stored matrix's; `trained` are the bytes of trained
+    parameters in f32 on one device, `lora` whether they are adapters. `attention` is the
+    implementation's name, `block` how many columns of the vocabulary, or None for what the loss
+    chooses.
     """
 
     spec: ModelSpec
@@ -45,6 +46,7 @@ class Work(NamedTuple):
     microbatches: int
     remat: str
     item: int
+    stored: int
     trained: int
     lora: bool
     attention: str
@@ -108,22 +110,56 @@ def memory(work: Work, held: Mapping[str, int]) -> dict[str, int]:
     """Bytes by `KINDS` on one device when most is held; they add up to the estimate.
 
     That is either in the loss, with the logits, or in the backward pass of a layer, with the
-    gradients of those before it: the larger of both counts.
+    gradients of all layers: the larger of both counts. Weights that are stored wider than they are
+    computed with lie beside themselves, narrow, from the first layer to the last.
     """
-    gradients = work.trained * (2 if work.microbatches > 1 else 1)
+    narrow = narrowed(work, held)
     kept = activations(work)
     logits, head = loss(work)
     layer = max(one_layer(work, layer) for layer in set(work.spec.layers))
     accumulated = work.trained if work.microbatches > 1 else 0
+    gradients = accumulated + arriving(work)
     in_loss, in_layer = logits + head + accumulated, layer + gradients
-    parts = (accumulated, kept, logits, head) if in_loss > in_layer else (gradients, kept, 0, layer)
-    counted = (held["parameters"], held["optimiser"], *parts)
+    at_loss = in_loss > in_layer
+    parts = (accumulated, kept, logits, head) if at_loss else (gradients, kept, 0, layer)
+    *parts, temporary = parts
+    counted = (held["parameters"], held["optimiser"], *parts, temporary + narrow)
     return {name: round(size) for name, size in zip(KINDS, counted, strict=True)}
+
+
+def narrowed(work: Work, held: Mapping[str, int]) -> float:
+    """Weights beside themselves in the computation's dtype. The compiler casts all layers at once,
+    before the loop over them, and a head that is streamed; an embedding is looked up as it is
+    stored. With nothing recomputed the backward pass finds the layers' weights as the forward pass
+    gathered them: whole."""
+    layers, head = _shares(work.spec)
+    if work.remat == "none" and work.sizes["fsdp"] > 1:
+        whole = layers * parameter_count(work.spec) * work.item / work.sizes["tensor"]
+        return whole + (0.0 if work.lora else head * work.trained * work.item / 4)
+    if work.stored <= work.item:
+        return 0.0
+    cast = layers + (0.0 if _head(work).at_once else head)
+    return held["parameters"] * cast * work.item / work.stored
+
+
+def arriving(work: Work) -> float:
+    """Gradients of one microbatch in the backward pass of the layers: in the computation's dtype,
+    but for the head's (adapters': all of them), which are f32."""
+    if work.lora:
+        return work.trained
+    layers, head = _shares(work.spec)
+    return work.trained * (head + layers * work.item / 4)
+
+
+def _shares(spec: ModelSpec) -> tuple[float, float]:
+    """What part of the parameters is matrices of layers, and what part the head."""
+    head, every = spec.vocab * spec.width, parameter_count(spec)
+    return (matmul_parameters(spec, active=False) - head) / every, head / every
 
 
 def activations(work: Work) -> float:
     """What the forward pass leaves for the backward pass, of all layers."""
-    return sum(work.tokens * work.item * kept(work, layer) for layer in work.spec.layers)
+    return sum(work.tokens * kept(work, layer) for layer in work.spec.layers)
 
 
 def offloaded(work: Work) -> float:
@@ -134,29 +170,79 @@ def offloaded(work: Work) -> float:
 
 
 def kept(work: Work, layer: LayerSpec) -> float:
-    """Numbers per token that a layer leaves behind, by the name of the policy."""
-    D, cut = work.spec.width, work.sizes["tensor"]
+    """Bytes per token that a layer leaves behind, by the name of the policy; as JAX says of it
+    (`jax.vjp`) for causal attention in a kernel."""
+    D, cut, item = work.spec.width, work.sizes["tensor"], work.item
     q, kv = layer.heads * layer.head_dim / cut, 2 * layer.kv_heads * layer.head_dim / cut
-    wide = _mlp_width(layer) / cut * (2 if layer.gated else 1)
+    sums = 4 * layer.heads / cut  # of the softmax
+    # The products of a mixture have no name of their own.
+    wide = (layer.mlp_width if layer.moe is None else layer.moe.shared_width) / cut
+    wide *= 2 if layer.gated else 1
+    everything = item * (2 * D + 3 * q + kv) + sums + _in_norms(work, layer) + _in_mlp(work, layer)
     return {
-        "full": D,
+        "full": item * D,
         "offload": 0.0,
-        "attention": D + q,
-        "projections": 2 * D + 2 * q + kv + wide,
-        "dots": 2 * D + q + kv + wide,
-        "none": 6 * D + 3 * q + 2 * kv + 2 * wide,
+        "attention": item * (D + q) + sums,
+        "projections": item * (2 * D + 2 * q + kv + wide) + sums,
+        "dots": item * (2 * D + q + kv + wide),
+        "none": everything,
     }[work.remat]
 
 
+def _in_norms(work: Work, layer: LayerSpec) -> float:
+    """What norms keep, twice in f32 and twice as it is computed with."""
+    cut = work.sizes["tensor"]
+    widths = (4 if layer.norms == "both" else 2) * work.spec.width
+    if layer.qk_norm is not None:
+        widths += (layer.heads + layer.kv_heads) * layer.head_dim / cut
+    return (2 * work.item + 2 * 4) * widths
+
+
+def _in_mlp(work: Work, layer: LayerSpec) -> float:
+    cut, item = work.sizes["tensor"], work.item
+    if layer.moe is None:
+        return item * (3 if layer.gated else 5) * layer.mlp_width / cut
+    each = layer.moe.per_token
+    experts = item * 6 * layer.mlp_width / cut + (item + 4) * work.spec.width
+    return each * experts + 4 * work.spec.width + item * 3 * layer.moe.shared_width / cut
+
+
 def one_layer(work: Work, layer: LayerSpec) -> float:
-    """While a layer is computed backward: its own activations again, the gradients of the widest,
-    and its weights gathered, with those of the next one under way."""
-    everything = kept(work._replace(remat="none"), layer)
-    wide = 2 * _mlp_width(layer) / work.sizes["tensor"]
-    whole = layer_parameters(work.spec, layer, active=False)
-    weights = whole / work.sizes["tensor"] * work.item
-    gathered = 2 * weights + (0 if work.lora else weights) if work.sizes["fsdp"] > 1 else 0.0
-    return work.tokens * work.item * (everything + wide) + gathered + _scores(work, layer)
+    """While a layer is computed backward: its MLP or its attention, whichever takes more, beside
+    the gradients that pass through, and weights gathered: the widest in use, its gradient and the
+    next one under way."""
+    D, cut, item = work.spec.width, work.sizes["tensor"], work.item
+    in_mlp, in_attention = item * _mlp_at_once(work, layer), item * _attention_at_once(work, layer)
+    # The small products of an adapter are left for later, and what they read with them.
+    at_once = in_mlp + in_attention if work.lora else max(in_mlp, in_attention)
+    gathered = 0.0
+    if work.sizes["fsdp"] > 1:
+        experts = 1 if layer.moe is None else layer.moe.experts
+        widest = D * layer.mlp_width * experts
+        gathered = item * (3 * widest + 2 * D * layer.heads * layer.head_dim) / cut
+    return work.tokens * (at_once + item * 4 * D) + gathered + _scores(work, layer)
+
+
+def _mlp_at_once(work: Work, layer: LayerSpec) -> float:
+    """Numbers per token: gate and up, and the gradients of both."""
+    again = work.remat in ("full", "offload", "attention")
+    cut = work.sizes["tensor"]
+    if layer.moe is None:
+        ways = 2 if layer.gated else 1
+        return (2 if again else 1) * ways * layer.mlp_width / cut
+    return layer.moe.per_token * (4 * layer.mlp_width / cut + 4 * work.spec.width)
+
+
+def _attention_at_once(work: Work, layer: LayerSpec) -> float:
+    """Numbers per token: queries, what heads mix, the gradients of both, of keys and of values;
+    and the kernel's partial sums of the gradient of queries, one a block of keys."""
+    q = layer.heads * layer.head_dim / work.sizes["tensor"]
+    kv = 2 * layer.kv_heads * layer.head_dim / work.sizes["tensor"]
+    partial = 0
+    if work.attention == "splash":
+        blocks = splash.blocks(work.length, work.length, layer.head_dim)
+        partial = work.length // blocks.keys if blocks.fused else 0
+    return (4 + partial) * q + 2 * kv
 
 
 def _scores(work: Work, layer: LayerSpec) -> float:
@@ -175,11 +261,13 @@ def _mlp_width(layer: LayerSpec) -> float:
 
 
 def loss(work: Work) -> tuple[float, float]:
-    """(logits, head): bytes of the logits that are there at once and of their gradient, and of the
-    block of the head they are made with, its gradient and that of the hidden states."""
+    """(logits, head): bytes of the logits that are there at once, f32, and where they are streamed
+    of their gradient; of the block of the head they are made with and its gradient, and of those
+    of the hidden states."""
     tokens, width, cut = work.tokens, work.spec.width, _head(work)
+    each = 4 if cut.at_once else 4 + work.item
     head = cut.block * width * (work.item + (0 if work.lora else 4))
-    return 2 * 4 * cut.chunk * cut.block, head + tokens * width * (4 + work.item)
+    return each * cut.chunk * cut.block, head + tokens * width * (4 + work.item)
 
 
 def _head(work: Work) -> cross_entropy.Plan:

@@ -137,6 +137,7 @@ def _built(
         microbatches=assemble.microbatches(config, mesh),
         remat=config.gradient_checkpointing,
         item=jnp.dtype(dtype).itemsize,
+        stored=jnp.dtype(dtype if adapters is not None else config.param_dtype).itemsize,
         trained=held["trained"],
         lora=adapters is not None,
         attention=kind,
