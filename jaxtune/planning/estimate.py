@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from jaxtune.learn.program import Program
 
 KINDS = ("parameters", "optimiser", "gradients", "activations", "logits", "temporaries")
-MATMUL_SHARE = {"v6e": 0.55}  # of the peak that matrix products reach; see `share`
-KERNEL_SHARE = 0.5  # of the peak that attention kernels reach
 
 
 class Work(NamedTuple):
@@ -57,6 +55,11 @@ class Work(NamedTuple):
     def tokens(self) -> float:
         """Of one microbatch on one device."""
         return self.rows * self.length / self.sizes["context"]
+
+    @property
+    def shards(self) -> int:
+        """Into how many slices a weight is cut that is gathered where it is used."""
+        return self.sizes["fsdp"] * self.sizes["context"]
 
     @property
     def devices(self) -> int:
@@ -133,12 +136,12 @@ def narrowed(work: Work, held: Mapping[str, int]) -> float:
     stored. With nothing recomputed the backward pass finds the layers' weights as the forward pass
     gathered them: whole."""
     layers, head = _shares(work.spec)
-    if work.remat == "none" and work.sizes["fsdp"] > 1:
+    if work.remat == "none" and work.shards > 1:
         whole = layers * parameter_count(work.spec) * work.item / work.sizes["tensor"]
         return whole + (0.0 if work.lora else head * work.trained * work.item / 4)
     if work.stored <= work.item:
         return 0.0
-    cast = layers + (0.0 if _head(work).at_once else head)
+    cast = layers + (0.0 if loss_plan(work).at_once else head)
     return held["parameters"] * cast * work.item / work.stored
 
 
@@ -216,7 +219,7 @@ def one_layer(work: Work, layer: LayerSpec) -> float:
     # The small products of an adapter are left for later, and what they read with them.
     at_once = in_mlp + in_attention if work.lora else max(in_mlp, in_attention)
     gathered = 0.0
-    if work.sizes["fsdp"] > 1:
+    if work.shards > 1:
         experts = 1 if layer.moe is None else layer.moe.experts
         widest = D * layer.mlp_width * experts
         gathered = item * (3 * widest + 2 * D * layer.heads * layer.head_dim) / cut
@@ -238,11 +241,16 @@ def _attention_at_once(work: Work, layer: LayerSpec) -> float:
     and the kernel's partial sums of the gradient of queries, one a block of keys."""
     q = layer.heads * layer.head_dim / work.sizes["tensor"]
     kv = 2 * layer.kv_heads * layer.head_dim / work.sizes["tensor"]
-    partial = 0
-    if work.attention == "splash":
-        blocks = splash.blocks(work.length, work.length, layer.head_dim)
-        partial = work.length // blocks.keys if blocks.fused else 0
-    return (4 + partial) * q + 2 * kv
+    return (4 + partial_sums(work, layer)) * q + 2 * kv
+
+
+def partial_sums(work: Work, layer: LayerSpec) -> int:
+    """Of the gradient of queries, that the attention kernel leaves in memory: one a key block."""
+    if work.attention != "splash":
+        return 0
+    length = -(-work.length // splash.TILE) * splash.TILE
+    blocks = splash.blocks(length, length // work.sizes["context"], layer.head_dim)
+    return length // blocks.keys if blocks.fused else 0
 
 
 def _scores(work: Work, layer: LayerSpec) -> float:
@@ -264,13 +272,13 @@ def loss(work: Work) -> tuple[float, float]:
     """(logits, head): bytes of the logits that are there at once, f32, and where they are streamed
     of their gradient; of the block of the head they are made with and its gradient, and of those
     of the hidden states."""
-    tokens, width, cut = work.tokens, work.spec.width, _head(work)
+    tokens, width, cut = work.tokens, work.spec.width, loss_plan(work)
     each = 4 if cut.at_once else 4 + work.item
     head = cut.block * width * (work.item + (0 if work.lora else 4))
     return each * cut.chunk * cut.block, head + tokens * width * (4 + work.item)
 
 
-def _head(work: Work) -> cross_entropy.Plan:
+def loss_plan(work: Work) -> cross_entropy.Plan:
     """How the loss is cut."""
     tensor = work.sizes["tensor"]
     cuts = tensor if work.spec.vocab % tensor == 0 else 1
@@ -289,48 +297,82 @@ def model_flops(work: Work) -> float:
 
 def all_flops(work: Work) -> tuple[float, float]:
     """(matrix products, attention) of one device and step, recomputation included."""
+    products, attention = flops(work), attention_flops(work)
+    return products.layers + products.head, attention
+
+
+class Products(NamedTuple):
+    """FLOPs of matrix products of one device and step."""
+
+    layers: float
+    head: float
+
+
+def flops(work: Work) -> Products:
     spec, tokens = work.spec, work.tokens_per_step / work.devices
-    products = matmul_parameters(spec)
-    attention = flops_per_token(spec, work.length) - 6.0 * products
-    # What a layer's last product gives is not needed again.
-    last = sum(spec.width * _mlp_width(layer) for layer in spec.layers)
-    layers = products - spec.vocab * spec.width - last
-    again = {"none": 0.0, "dots": 0.0, "projections": 0.0}.get(work.remat, 1.0)
-    # A head that is streamed makes its logits again in the backward pass whatever the policy.
-    head = 0 if _head(work).at_once else spec.vocab * spec.width
-    of_matrices = (4.0 if work.lora else 6.0) * products + 2.0 * (again * layers + head)
-    repeated = 0.0 if work.remat in ("none", "attention", "projections") else attention / 3
-    return tokens * of_matrices, tokens * (attention + repeated)
-
-
-def wire(work: Work, held: Mapping[str, int]) -> dict[str, float]:
-    """Bytes one device sends in a step, by mesh axis: weights gathered forward and backward, a
-    whole head once, gradients scattered once; activations over tensor, keys and values over
-    context."""
-    spec, sizes = work.spec, work.sizes
     head = spec.vocab * spec.width
-    whole = matmul_parameters(spec, active=False)
-    gathered = (whole - head) * (1 if work.remat == "none" else 2)
-    gathered += head * (1 if _head(work).at_once else 2)
-    scattered = 0 if work.lora else whole
-    weights = (gathered + scattered) * work.item / sizes["tensor"] * work.microbatches
-    along: dict[str, float] = {}
-    for axis, size in sizes.items():
-        share = (size - 1) / size
-        along[axis] = {
-            "fsdp": share * weights,
-            "data": 2 * share * work.trained,
-            "tensor": 2 * share * 6 * len(spec.layers) * spec.width
-            * work.item * work.tokens * work.microbatches,
-            "context": (size - 1) * work.tokens * work.item * work.microbatches
-            * sum(4 * layer.kv_heads * layer.head_dim for layer in spec.layers),
-        }[axis]  # fmt: skip
-    return {axis: sent for axis, sent in along.items() if sent}
+    layers = matmul_parameters(spec) - head
+    # What a layer's last product gives is not needed again.
+    again = layers - sum(spec.width * _mlp_width(layer) for layer in spec.layers)
+    each = 4.0 if work.lora else 6.0
+    of_layers = each * layers + (2.0 * again if recomputes(work) else 0.0)
+    # A head that is streamed makes its logits again in the backward pass whatever the policy.
+    of_head = (each + (0.0 if loss_plan(work).at_once else 2.0)) * head
+    return Products(tokens * of_layers, tokens * of_head)
 
 
-def share(kind: str) -> float:
-    """What part of a chip's peak the matrix products of a large step reach: 0.7, and 0.55 on v6e.
+def attention_flops(work: Work) -> float:
+    spec, tokens = work.spec, work.tokens_per_step / work.devices
+    attention = flops_per_token(spec, work.length) - 6.0 * matmul_parameters(spec)
+    repeated = 0.0 if work.remat in ("none", "attention", "projections") else attention / 3
+    return tokens * (attention + repeated)
 
-    From the compiler's schedules of an 8B model on v5e, v5p and v6e; docs/plan.md.
-    """
-    return MATMUL_SHARE.get(kind, 0.7)
+
+def recomputes(work: Work) -> bool:
+    """Whether a layer's products with weights are made again in the backward pass."""
+    return work.remat not in ("none", "dots", "projections")
+
+
+class Sent(NamedTuple):
+    """Bytes that one device sends in a step, by what they are."""
+
+    gathered: float  # weights of the layers, made whole
+    head: float  # a head, made whole
+    scattered: float  # gradients, added up and cut
+    everywhere: float  # gradients along `data`, added up
+    exchanged: float  # activations over `tensor`
+    rows: float  # keys and values over `context`
+
+
+def sent(work: Work) -> Sent:
+    """Weights are gathered forward and backward, a head that is whole once, gradients scattered
+    once: for each microbatch. Over `tensor` a layer adds up what attention and MLP give, and the
+    gradients of what they were given, and attention's again where it is recomputed."""
+    spec, sizes, again = work.spec, work.sizes, work.microbatches
+    head = spec.vocab * spec.width
+    layers = matmul_parameters(spec, active=False) - head
+    share = {axis: (size - 1) / size for axis, size in sizes.items()}
+    each = (work.shards - 1) / work.shards * work.item / sizes["tensor"] * again
+    times = 5 if recomputes(work) else 4
+    widths = times * len(spec.layers) * spec.width * work.item
+    keys = sum(4 * layer.kv_heads * layer.head_dim for layer in spec.layers) * work.item
+    return Sent(
+        gathered=each * layers * (1 if work.remat == "none" else 2),
+        head=each * head * (1 if loss_plan(work).at_once else 2),
+        scattered=0.0 if work.lora else each * (layers + head),
+        everywhere=2 * share["data"] * work.trained,
+        exchanged=2 * share["tensor"] * widths * work.tokens * again,
+        rows=(sizes["context"] - 1) * keys * work.tokens * again,
+    )
+
+
+def wire(work: Work) -> dict[str, float]:
+    """The same bytes by mesh axis."""
+    found = sent(work)
+    along = {
+        "fsdp": found.gathered + found.head + found.scattered,
+        "data": found.everywhere,
+        "tensor": found.exchanged,
+        "context": found.rows,
+    }
+    return {axis: size for axis, size in along.items() if size}

@@ -1,9 +1,10 @@
-"""The fastest settings that fit: mesh x rows x what the backward pass recomputes.
+"""The fastest settings that fit: mesh x rows x what the backward pass recomputes x loss block.
 
 The rows of a step, and with them what is learnt, stay those of the config: more rows at once means
 fewer microbatches. Arithmetic leaves out what cannot fit and orders the rest; the compiler decides,
-in processes beside each other, until the time is up. A setting with more rows than one that did not
-fit is not tried.
+in processes beside each other, and every answer corrects the arithmetic of what is left. A setting
+with more rows than one that did not fit is not tried, nor one expected to be slower than what is
+known; the search ends when the time is up or nothing is left.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from jaxtune.planning.study import Study, Subject, study
 
 SLACK = 1.15  # arithmetic this far above the limit is not worth compiling
 NEAR = 1.04  # nor what is this far above it once answers to its like have corrected it
-PATIENCE = 1.08  # nor what is expected to take this much longer than the fastest so far
+PATIENCE = 1.12  # nor what is expected to take this much longer than the fastest so far
+SMALLEST_BLOCK = 4096  # entries of the vocabulary at a time; below, products are short
 PROCESS_BYTES = 2 * 2**30  # of one that compiles: 1.2 to 1.5 GB measured
 
 
@@ -90,19 +92,32 @@ def _of_mesh(base: Study, mesh: Mapping[str, int], whole: int) -> Iterator[Candi
                 "global_batch_size": whole,
                 "gradient_checkpointing": remat,
             }
+            if (block := _smaller_block(work, base)) is not None:
+                work, fields = work._replace(block=block), {**fields, "loss_block": block}
             settings = " ".join(f"--{name} {value}" for name, value in fields.items())
             needed = sum(estimate.memory(work, base.held).values())
-            family = (*mesh.values(), remat)
+            family = (*mesh.values(), work.block, remat)
             seconds = _seconds(work, base)
             yield Candidate(settings, fields, needed, seconds, work.tokens_per_step, rows, family)
 
 
+def _smaller_block(work: Work, base: Study) -> int | None:
+    """A block of the vocabulary for the loss with which it fits, where the loss is what does not;
+    None where it fits as it is, or does not for other reasons."""
+    limit, block = base.limit, estimate.loss_plan(work).block * work.sizes["tensor"]
+    if limit is None or sum(estimate.memory(work, base.held).values()) <= limit:
+        return None
+    while block > SMALLEST_BLOCK:
+        block = -(-block // 2)
+        smaller = work._replace(block=block)
+        if sum(estimate.memory(smaller, base.held).values()) <= limit:
+            return block
+    return None
+
+
 def _seconds(work: Work, base: Study) -> float:
     there = base.hardware
-    state = base.held["parameters"] + base.held["optimiser"]
-    wire = estimate.wire(work, base.held)
-    flops = estimate.all_flops(work)
-    return timing.of_estimate(flops, wire, state, there.slice, there.per_chip).step
+    return timing.of_estimate(work, base.held, there.slice, there.per_chip).step
 
 
 def remat_names() -> tuple[str, ...]:
@@ -155,6 +170,7 @@ def compile_all(
     """
     answers = Answers(there.limit and there.limit * there.per_chip, there.per_chip)
     left, running = list(ranked), dict[subprocess.Popen[str], Candidate]()
+    topology = there.slice.name
     ends, failed, started = time.monotonic() + 60 * minutes, "", 0
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as closing:
         while time.monotonic() < ends:
@@ -162,7 +178,7 @@ def compile_all(
             while left and len(running) < workers():
                 candidate = min(left, key=answers.expected)
                 left.remove(candidate)
-                process = _start(candidate, config, subject, there.slice.name, Path(folder), started)
+                process = _start(candidate, config, subject, topology, Path(folder), started)
                 closing.callback(_stop, process)
                 running[process], started = candidate, started + 1
             for process in [each for each in running if each.poll() is not None]:
@@ -207,17 +223,14 @@ class Answers:
 
     def hopeful(self, candidate: Candidate) -> bool:
         """Whether it may fit and may be faster than the fastest known."""
-        for other, plan in self.known:
-            if other.family == candidate.family and not plan["fits"]:
-                if candidate.rows >= other.rows:
-                    return False
+        alike = [each for each in self.known if each[0].family == candidate.family]
+        if any(not plan["fits"] and candidate.rows >= other.rows for other, plan in alike):
+            return False
         best = self.best()
         if best and self.expected(candidate) > PATIENCE * best[1]["step_seconds"]:
             return False
         pairs = [
-            (plan["hbm_bytes"] / (other.needed * self.per_chip), other)
-            for other, plan in self.known
-            if other.family == candidate.family
+            (plan["hbm_bytes"] / (other.needed * self.per_chip), other) for other, plan in alike
         ]
         if not pairs or self.limit is None:
             return True
@@ -231,16 +244,12 @@ class Answers:
 
 
 def _ratio(candidate: Candidate, known: Sequence[tuple[float, Candidate]]) -> float:
-    """The mean of those of the same family, else of the same policy, else of all; 1 of none."""
+    """The mean of those of the same family, else of the same policy; 1 of none, so that every
+    policy has its chance."""
     *_, remat = candidate.family
-    for alike in (
-        lambda other: other.family == candidate.family,
-        lambda other: other.family[-1] == remat,
-        lambda other: True,
-    ):
-        if found := [ratio for ratio, other in known if alike(other)]:
-            return sum(found) / len(found)
-    return 1.0
+    alike = [ratio for ratio, other in known if other.family == candidate.family]
+    alike = alike or [ratio for ratio, other in known if other.family[-1] == remat]
+    return sum(alike) / len(alike) if alike else 1.0
 
 
 def workers() -> int:
