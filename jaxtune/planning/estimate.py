@@ -16,6 +16,7 @@ from jaxtune.spec import (
     LayerSpec,
     ModelSpec,
     flops_per_token,
+    layer_parameters,
     matmul_parameters,
     parameter_count,
 )
@@ -297,28 +298,34 @@ def model_flops(work: Work) -> float:
 
 def all_flops(work: Work) -> tuple[float, float]:
     """(matrix products, attention) of one device and step, recomputation included."""
-    products, attention = flops(work), attention_flops(work)
-    return products.layers + products.head, attention
+    return sum(flops(work)), attention_flops(work)
 
 
 class Products(NamedTuple):
-    """FLOPs of matrix products of one device and step."""
+    """FLOPs of matrix products of one device and step, those of a mixture's experts apart."""
 
     layers: float
+    experts: float
     head: float
 
 
 def flops(work: Work) -> Products:
     spec, tokens = work.spec, work.tokens_per_step / work.devices
-    head = spec.vocab * spec.width
-    layers = matmul_parameters(spec) - head
-    # What a layer's last product gives is not needed again.
-    again = layers - sum(spec.width * _mlp_width(layer) for layer in spec.layers)
-    each = 4.0 if work.lora else 6.0
-    of_layers = each * layers + (2.0 * again if recomputes(work) else 0.0)
+    each, again = (4.0 if work.lora else 6.0), (2.0 if recomputes(work) else 0.0)
+    of_layers = of_experts = 0.0
+    for layer in spec.layers:
+        # What a layer's last product gives is not needed again.
+        last = spec.width * _mlp_width(layer)
+        found = layer_parameters(spec, layer)
+        if layer.moe is not None:
+            width = layer.moe.per_token * layer.mlp_width
+            experts = 3 * spec.width * width
+            of_experts += (each + again) * experts - again * spec.width * width
+            found, last = found - experts, spec.width * layer.moe.shared_width
+        of_layers += (each + again) * found - again * last
     # A head that is streamed makes its logits again in the backward pass whatever the policy.
-    of_head = (each + (0.0 if loss_plan(work).at_once else 2.0)) * head
-    return Products(tokens * of_layers, tokens * of_head)
+    of_head = (each + (0.0 if loss_plan(work).at_once else 2.0)) * spec.vocab * spec.width
+    return Products(tokens * of_layers, tokens * of_experts, tokens * of_head)
 
 
 def attention_flops(work: Work) -> float:

@@ -30,7 +30,7 @@ from jaxtune.planning.estimate import Work
 from jaxtune.planning.hardware import Hardware
 from jaxtune.planning.study import Study, Subject, study
 
-SLACK = 1.15  # arithmetic this far above the limit is not worth compiling
+SLACK = 1.05  # arithmetic this far above the limit is not worth compiling
 NEAR = 1.04  # nor what is this far above it once answers to its like have corrected it
 PATIENCE = 1.12  # nor what is expected to take this much longer than the fastest so far
 SMALLEST_BLOCK = 4096  # entries of the vocabulary at a time; below, products are short

@@ -16,11 +16,12 @@ from jaxtune.planning import estimate
 from jaxtune.planning.compiling import Read
 from jaxtune.planning.estimate import Work
 
-KERNEL_SHARE = 0.5  # of the peak that attention kernels reach
+KERNEL_SHARE = 0.5  # of the peak that kernels reach: attention, and experts' grouped products
 ADAPTER_SHARE = 0.3  # of the memory's rate that the products of adapters reach
 KEPT_SHARE = 0.5  # and what is written for the backward pass and read there
 EXCHANGE_PASSES = 14  # over activations, for each sum over `tensor`: nothing is fused across it
 STATE_PASSES = 3.5  # as long as state takes to be read and written once: norms, update, casts
+MIXTURE_PASSES = 62  # over a token's copy for each of its experts: sorted, and summed in f32
 LANES = 128  # numbers of a vector register's row; a head of 64 fills half of it
 
 
@@ -79,7 +80,7 @@ def of_estimate(work: Work, held: Mapping[str, int], slice: Slice, per_chip: int
     compute = (
         products(work, speed) / peak
         + vectors(work, speed) * per_chip
-        + (kept / KEPT_SHARE + summed + adapters(work) / ADAPTER_SHARE) / rate
+        + (kept / KEPT_SHARE + summed + adapters(work) / ADAPTER_SHARE + routing(work)) / rate
         + STATE_PASSES * state
     )
     attention = estimate.attention_flops(work) / (KERNEL_SHARE * peak)
@@ -97,7 +98,7 @@ def products(work: Work, speed: Speed) -> float:
     """FLOPs of matrix products as if all ran at the peak."""
     found, at_once = estimate.flops(work), estimate.loss_plan(work).at_once
     head = speed.whole_head if at_once else speed.products
-    return found.layers / speed.products + found.head / head
+    return found.layers / speed.products + found.experts / KERNEL_SHARE + found.head / head
 
 
 def vectors(work: Work, speed: Speed) -> float:
@@ -111,6 +112,13 @@ def vectors(work: Work, speed: Speed) -> float:
         each += speed.partials * parts * layer.heads * lanes
     tokens = work.tokens_per_step / work.devices
     return 1e-9 * tokens * each
+
+
+def routing(work: Work) -> float:
+    """Bytes that pass while tokens go to their experts and back."""
+    chosen = sum(layer.moe.per_token for layer in work.spec.layers if layer.moe is not None)
+    tokens = work.tokens_per_step / work.devices
+    return MIXTURE_PASSES * chosen * tokens * work.item * work.spec.width
 
 
 def adapters(work: Work) -> float:
