@@ -15,6 +15,7 @@ from jaxtune.ops import cross_entropy, splash
 from jaxtune.spec import (
     LayerSpec,
     ModelSpec,
+    Stack,
     flops_per_token,
     layer_parameters,
     matmul_parameters,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from jaxtune.learn.program import Program
 
 KINDS = ("parameters", "optimiser", "gradients", "activations", "logits", "temporaries")
+BODY_BYTES = 30 * 2**20  # of a program, for each layer of a pattern; its code lies in HBM too
 
 
 class Work(NamedTuple):
@@ -120,14 +122,15 @@ def memory(work: Work, held: Mapping[str, int]) -> dict[str, int]:
     narrow = narrowed(work, held)
     kept = activations(work)
     logits, head = loss(work)
-    layer = max(one_layer(work, layer) for layer in set(work.spec.layers))
+    layer = max(one_turn(work, stack) for stack in work.spec.stacks)
     accumulated = work.trained if work.microbatches > 1 else 0
     gradients = accumulated + arriving(work)
     in_loss, in_layer = logits + head + accumulated, layer + gradients
     at_loss = in_loss > in_layer
     parts = (accumulated, kept, logits, head) if at_loss else (gradients, kept, 0, layer)
     *parts, temporary = parts
-    counted = (held["parameters"], held["optimiser"], *parts, temporary + narrow)
+    program = BODY_BYTES * sum(len(stack.pattern) for stack in work.spec.stacks)
+    counted = (held["parameters"], held["optimiser"], *parts, temporary + narrow + program)
     return {name: round(size) for name, size in zip(KINDS, counted, strict=True)}
 
 
@@ -182,13 +185,15 @@ def kept(work: Work, layer: LayerSpec) -> float:
     # The products of a mixture have no name of their own.
     wide = (layer.mlp_width if layer.moe is None else layer.moe.shared_width) / cut
     wide *= 2 if layer.gated else 1
+    # A norm behind the MLP needs what the MLP gave.
+    given = 2 * D if layer.norms == "pre" else 3 * D
     everything = item * (2 * D + 3 * q + kv) + sums + _in_norms(work, layer) + _in_mlp(work, layer)
     return {
         "full": item * D,
         "offload": 0.0,
         "attention": item * (D + q) + sums,
-        "projections": item * (2 * D + 2 * q + kv + wide) + sums,
-        "dots": item * (2 * D + q + kv + wide),
+        "projections": item * (given + 2 * q + kv + wide) + sums,
+        "dots": item * (given + q + kv + wide),
         "none": everything,
     }[work.remat]
 
@@ -209,6 +214,16 @@ def _in_mlp(work: Work, layer: LayerSpec) -> float:
     each = layer.moe.per_token
     experts = item * 6 * layer.mlp_width / cut + (item + 4) * work.spec.width
     return each * experts + 4 * work.spec.width + item * 3 * layer.moe.shared_width / cut
+
+
+def one_turn(work: Work, stack: Stack) -> float:
+    """While a pattern of layers is computed backward, which is one turn of a loop: the layer that
+    takes most, and the whole gradients of the others' weights, which are scattered at its end."""
+    most = max(one_layer(work, layer) for layer in stack.pattern)
+    if work.lora or work.shards == 1:
+        return most
+    every = [layer_parameters(work.spec, layer, active=False) for layer in stack.pattern]
+    return most + work.item * (sum(every) - max(every)) / work.sizes["tensor"]
 
 
 def one_layer(work: Work, layer: LayerSpec) -> float:
@@ -314,14 +329,15 @@ def flops(work: Work) -> Products:
     each, again = (4.0 if work.lora else 6.0), (2.0 if recomputes(work) else 0.0)
     of_layers = of_experts = 0.0
     for layer in spec.layers:
-        # What a layer's last product gives is not needed again.
-        last = spec.width * _mlp_width(layer)
+        # What a layer's last product gives is not needed again, but by a norm behind it.
+        last = spec.width * _mlp_width(layer) if layer.norms == "pre" else 0.0
         found = layer_parameters(spec, layer)
         if layer.moe is not None:
             width = layer.moe.per_token * layer.mlp_width
             experts = 3 * spec.width * width
-            of_experts += (each + again) * experts - again * spec.width * width
-            found, last = found - experts, spec.width * layer.moe.shared_width
+            of_experts += (each + again) * experts - (again * spec.width * width if last else 0.0)
+            found -= experts
+            last = spec.width * layer.moe.shared_width if last else 0.0
         of_layers += (each + again) * found - again * last
     # A head that is streamed makes its logits again in the backward pass whatever the policy.
     of_head = (each + (0.0 if loss_plan(work).at_once else 2.0)) * spec.vocab * spec.width
