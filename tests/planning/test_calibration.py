@@ -1,8 +1,8 @@
 """The arithmetic of `plan` beside what the TPU compiler said, and beside what JAX keeps.
 
-compiled.jsonl: whole steps compiled by libtpu 0.0.50.1 with jax 0.12.0.1 (benchmarks/plan_fit.py and
-benchmarks/recipes.py), rows of 2048, everything recomputed, where the fields say nothing else. Of a
-program that is too large the compiler says what it needs at the least.
+compiled.jsonl: whole steps compiled by libtpu 0.0.50.1 with jax 0.12.0.1 (benchmarks/plan_fit.py
+and benchmarks/recipes.py), rows of 2048, everything recomputed, where the fields say nothing else.
+Of a program that is too large the compiler says what it needs at the least.
 """
 
 from __future__ import annotations
