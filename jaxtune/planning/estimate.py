@@ -119,18 +119,17 @@ def memory(work: Work, held: Mapping[str, int]) -> dict[str, int]:
     gradients of all layers: the larger of both counts. Weights that are stored wider than they are
     computed with lie beside themselves, narrow, from the first layer to the last.
     """
-    narrow = narrowed(work, held)
     kept = activations(work)
     logits, head = loss(work)
     layer = max(one_turn(work, stack) for stack in work.spec.stacks)
     accumulated = work.trained if work.microbatches > 1 else 0
     gradients = accumulated + arriving(work)
-    in_loss, in_layer = logits + head + accumulated, layer + gradients
-    at_loss = in_loss > in_layer
-    parts = (accumulated, kept, logits, head) if at_loss else (gradients, kept, 0, layer)
-    *parts, temporary = parts
     program = BODY_BYTES * sum(len(stack.pattern) for stack in work.spec.stacks)
-    counted = (held["parameters"], held["optimiser"], *parts, temporary + narrow + program)
+    everywhere = narrowed(work, held) + program
+    peak: tuple[float, ...] = (gradients, kept, 0, layer + everywhere)
+    if logits + head + accumulated > layer + gradients:
+        peak = (accumulated, kept, logits, head + everywhere)
+    counted = (held["parameters"], held["optimiser"], *peak)
     return {name: round(size) for name, size in zip(KINDS, counted, strict=True)}
 
 
@@ -183,8 +182,8 @@ def kept(work: Work, layer: LayerSpec) -> float:
     q, kv = layer.heads * layer.head_dim / cut, 2 * layer.kv_heads * layer.head_dim / cut
     sums = 4 * layer.heads / cut  # of the softmax
     # The products of a mixture have no name of their own.
-    wide = (layer.mlp_width if layer.moe is None else layer.moe.shared_width) / cut
-    wide *= 2 if layer.gated else 1
+    named = layer.mlp_width if layer.moe is None else layer.moe.shared_width
+    wide = named * (2 if layer.gated else 1) / cut
     # A norm behind the MLP needs what the MLP gave.
     given = 2 * D if layer.norms == "pre" else 3 * D
     everything = item * (2 * D + 3 * q + kv) + sums + _in_norms(work, layer) + _in_mlp(work, layer)
@@ -201,7 +200,7 @@ def kept(work: Work, layer: LayerSpec) -> float:
 def _in_norms(work: Work, layer: LayerSpec) -> float:
     """What norms keep, twice in f32 and twice as it is computed with."""
     cut = work.sizes["tensor"]
-    widths = (4 if layer.norms == "both" else 2) * work.spec.width
+    widths: float = (4 if layer.norms == "both" else 2) * work.spec.width
     if layer.qk_norm is not None:
         widths += (layer.heads + layer.kv_heads) * layer.head_dim / cut
     return (2 * work.item + 2 * 4) * widths
