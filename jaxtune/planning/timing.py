@@ -75,7 +75,7 @@ def of_estimate(work: Work, held: Mapping[str, int], slice: Slice, per_chip: int
     peak, rate = chip.flops / per_chip, chip.hbm_rate / per_chip
     state = 2 * (held["parameters"] + held["optimiser"]) / rate
     link, found = chip.link_rate / per_chip, estimate.sent(work)
-    kept = 2 * estimate.activations(work) * work.microbatches
+    kept = 2 * (estimate.activations(work) + estimate.offloaded(work)) * work.microbatches
     summed = EXCHANGE_PASSES * found.exchanged / 2  # a sum is sent twice
     compute = (
         products(work, speed) / peak
