@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jaxtune.chips import DCN_RATE, Slice
+from jaxtune.chips import DCN_RATE, HOST_RATE, Slice
 from jaxtune.planning import estimate
 from jaxtune.planning.compiling import Read
 from jaxtune.planning.estimate import Work
@@ -54,6 +54,7 @@ class Time(NamedTuple):
     network: float  # all collectives, hidden ones too
     other_slices: float  # through the data-centre network
     memory: float  # the least the memory needs: state read and written once
+    host: float = 0.0  # to the host's memory and back
 
 
 def of_compiled(read: Read, slice: Slice, per_chip: int) -> Time:
@@ -65,8 +66,9 @@ def of_compiled(read: Read, slice: Slice, per_chip: int) -> Time:
     exposed, network = read.exposed_bytes / link, read.wire_bytes / link
     far = other_slices(read.axes, slice, per_chip)
     memory = 2 * read.arguments / (chip.hbm_rate / per_chip)
-    step = max(compute + attention + exposed, network, memory) + far
-    return Time(step, compute, attention, exposed, network, far, memory)
+    host = 2 * read.host / (HOST_RATE / per_chip)  # nothing is assumed to hide it
+    step = max(compute + attention + exposed, network, memory) + far + host
+    return Time(step, compute, attention, exposed, network, far, memory, host)
 
 
 def of_estimate(work: Work, held: Mapping[str, int], slice: Slice, per_chip: int) -> Time:
@@ -75,7 +77,8 @@ def of_estimate(work: Work, held: Mapping[str, int], slice: Slice, per_chip: int
     peak, rate = chip.flops / per_chip, chip.hbm_rate / per_chip
     state = 2 * (held["parameters"] + held["optimiser"]) / rate
     link, found = chip.link_rate / per_chip, estimate.sent(work)
-    kept = 2 * (estimate.activations(work) + estimate.offloaded(work)) * work.microbatches
+    kept = 2 * estimate.activations(work) * work.microbatches
+    away = 2 * (estimate.offloaded(work) * work.microbatches + held["host"])
     summed = EXCHANGE_PASSES * found.exchanged / 2  # a sum is sent twice
     compute = (
         products(work, speed) / peak
@@ -86,12 +89,14 @@ def of_estimate(work: Work, held: Mapping[str, int], slice: Slice, per_chip: int
     attention = estimate.attention_flops(work) / (KERNEL_SHARE * peak)
     # Gradients, and what a layer exchanges over `tensor` or `context`, are waited for everywhere.
     waited = found.exchanged + found.rows + found.scattered + found.everywhere + found.head
-    waited = waited if speed.hides else sum(found)
+    # Inside of the loop over microbatches the compiler hides nothing.
+    waited = waited if speed.hides and work.microbatches == 1 else sum(found)
     network = sum(found) / link
     exposed = max(waited / link, network - compute - attention)
     far = other_slices(estimate.wire(work), slice, per_chip)
-    step = compute + attention + exposed + far
-    return Time(step, compute, attention, exposed, network, far, state)
+    host = away / (HOST_RATE / per_chip)
+    step = compute + attention + exposed + far + host
+    return Time(step, compute, attention, exposed, network, far, state, host)
 
 
 def products(work: Work, speed: Speed) -> float:

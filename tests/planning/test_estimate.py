@@ -162,6 +162,17 @@ def test_the_terms_of_a_compiled_step(model: Path) -> None:
     assert timing.of_compiled(longer, slice, 1).step == pytest.approx(3.0)
     across = read._replace(axes={"data": 6.25e9})
     assert timing.of_compiled(across, parse_slice("2xv5e-8"), 1).step == pytest.approx(2.6)
+    offloaded = timing.of_compiled(read._replace(host=8 * 10**9), slice, 1)
+    assert (offloaded.host, offloaded.step) == pytest.approx((1.0, 2.6))
+
+
+def test_what_waits_in_the_memory_of_the_host_is_paid_for(model: Path) -> None:
+    full, offload = planned(model), planned(model, gradient_checkpointing="offload")
+    assert full.time is not None
+    assert offload.time is not None
+    assert full.time.host == 0
+    assert offload.time.host == pytest.approx(2 * 4 * 4 * 1024 * 2 * 128 / 16e9)
+    assert offload.time.step > full.time.step
 
 
 # -- the compiler's answer -----------------------------------------------------------------------
