@@ -22,6 +22,7 @@ KEPT_SHARE = 0.5  # and what is written for the backward pass and read there
 EXCHANGE_PASSES = 14  # over activations, for each sum over `tensor`: nothing is fused across it
 STATE_PASSES = 3.5  # as long as state takes to be read and written once: norms, update, casts
 MIXTURE_PASSES = 62  # over a token's copy for each of its experts: sorted, and summed in f32
+NEARLY_FULL = 0.92  # of the memory
 LANES = 128  # numbers of a vector register's row; a head of 64 fills half of it
 
 
@@ -89,8 +90,9 @@ def of_estimate(work: Work, held: Mapping[str, int], slice: Slice, per_chip: int
     attention = estimate.attention_flops(work) / (KERNEL_SHARE * peak)
     # Gradients, and what a layer exchanges over `tensor` or `context`, are waited for everywhere.
     waited = found.exchanged + found.rows + found.scattered + found.everywhere + found.head
-    # Inside of the loop over microbatches the compiler hides nothing.
-    waited = waited if speed.hides and work.microbatches == 1 else sum(found)
+    # What is hidden lies in memory meanwhile: where that is nearly full, nothing is.
+    full = sum(estimate.memory(work, held).values()) > NEARLY_FULL * chip.hbm / per_chip
+    waited = waited if speed.hides and not full else sum(found)
     network = sum(found) / link
     exposed = max(waited / link, network - compute - attention)
     far = other_slices(estimate.wire(work), slice, per_chip)
