@@ -84,6 +84,13 @@ SWITCHES = {
     "olmo3": {"rope_theta": 400_000.0},
     "granite": {"residual_multiplier": 0.601},
     "smollm3": {"no_rope_layer_interval": 3},
+    "ministral3": {
+        "rope_parameters": {**CASES["ministral3"]["rope_parameters"], "llama_4_scaling_beta": 0.39}
+    },
+    "seed-oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 101.0}},
+    "glm": {"partial_rotary_factor": 0.25},
+    "glm4": {"partial_rotary_factor": 1.0},
+    "exaone4": {"sliding_window": None},
     "mixtral": {"num_experts_per_tok": 3},
     "qwen3-moe": {"norm_topk_prob": False},
     "gpt-oss": {"swiglu_limit": 0.9},
