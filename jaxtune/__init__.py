@@ -12,7 +12,8 @@ The floor plan; imports only go down, siblings never import each other (`tests/t
     floor 1  data  ops  draw            numpy only | jnp only | numbers -> pictures
              mesh  collectives          who holds which slice | what devices do together
              hosts  watch               processes of a run | who is lost, who lags
-    floor 0  config  command  spec  tree    knobs | argv and exit codes | what a model is | names
+    floor 0  config  command  spec  tree    a config read | argv and exits | what a model is | names
+             knobs  aliases  methods        what can be set | elsewhere called | and follows from it
              untrusted  hub             strangers' files, read with limits | models by their id
 
 Importing this package imports nothing heavy.

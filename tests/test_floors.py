@@ -16,7 +16,9 @@ PACKAGE = Path(jaxtune.__file__).parent
 # room -> the rooms it may import. A room may import itself; doors import every room, no door.
 ROOMS: dict[str, set[str]] = {
     "methods": set(),
-    "config": {"methods"},
+    "knobs": {"methods"},
+    "aliases": {"methods"},
+    "config": {"knobs", "aliases"},
     "spec": set(),
     "chips": {"config"},
     "compiled": set(),
@@ -57,6 +59,8 @@ ROOMS: dict[str, set[str]] = {
 DOORS = {"train", "preview", "plan", "convert", "evaluate", "chat", "report"}
 # room -> third-party packages it must not know.
 BANNED = {
+    "knobs": {"jax", "flax", "numpy", "transformers"},
+    "aliases": {"jax", "flax", "numpy", "transformers"},
     "config": {"jax", "flax", "numpy", "transformers"},
     "methods": {"jax", "flax", "numpy", "transformers"},
     "command": {"jax", "flax", "numpy", "transformers"},
