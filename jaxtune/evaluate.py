@@ -243,7 +243,7 @@ def _benchmarks(names: Mapping[str, str], options: EvaluateOptions) -> dict[str,
 def _show(
     scores: Mapping[str, Mapping[str, Any]], questions: Sequence[Question], model: str
 ) -> None:
-    from jaxtune.draw.scores import answers_text, evaluation_text
+    from jaxtune.draw.scores import answers_text, scores_text
 
     for number in range(0, len(questions), max(1, len(questions) // _SHOWN)):
         question = questions[number]
@@ -251,7 +251,7 @@ def _show(
         said = {column: (row["response"], row["stopped"]) for column, row in rows.items()}
         asked = " ".join(f"{m.content} {m.input}" for m in question.asked.messages[-1:])
         print(answers_text(asked, question.reference, said), end="\n\n")
-    print(evaluation_text(scores))
+    print(scores_text(scores))
     *_, tuned = scores.values()
     generated = f"; {len(questions):,} questions answered" if questions else ""
     print(

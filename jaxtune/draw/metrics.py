@@ -53,6 +53,11 @@ def written(value: Any, how: str) -> str:
 
 def change(value: float, how: str) -> str:
     """With its sign; of percentages in points. A change too small to show has none."""
+    points = " points" if how.endswith("%") else ""
+    return f"{_signed(value, how)}{points}"
+
+
+def _signed(value: float, how: str) -> str:
     text = f"{100 * value:+.1f}" if how.endswith("%") else format(value, f"+{how}")
     return text.lstrip("+-") if float(text) == 0 else text.replace("-", "\u2212")
 
@@ -62,7 +67,7 @@ def between(ends: Any, how: str, *, signed: bool = False) -> str:
     if not is_interval(ends):
         return ""
     if signed:
-        return f"{change(ends[0], how)} to {change(ends[1], how)}"
+        return f"{_signed(ends[0], how)} to {_signed(ends[1], how)}"
     low, high = (written(end, how) for end in ends)
     return f"{low.removesuffix('%')} to {high}"
 
