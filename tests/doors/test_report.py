@@ -307,6 +307,11 @@ def test_differences_with_their_intervals(folder: Path) -> None:
     written = (folder / "report.html").read_text(encoding="utf-8")
     assert written.count('<b class="right">better</b>') == 3  # of all, of odd, of general text
     assert written.count('<b class="wrong">worse</b>') == 1
+    (folder / "hf").mkdir()
+    card = folder / "hf" / "README.md"
+    card.write_text("# tuned\n\n## Data\n")
+    page_of(folder, "--evaluation", str(file), "--card")
+    assert "| ROUGE-L | 0.500 | 0.250 | \u22120.250 |" in card.read_text(encoding="utf-8")
     alone = {"eval_loss": 1.5, "intervals": {"eval_loss": [1.25, 1.75]}}
     file.write_text(json.dumps(alone))
     assert "1.2500 to 1.7500" in page_of(folder, "--evaluation", str(file)).text
@@ -378,6 +383,12 @@ def test_what_is_no_run_directory(folder: Path, capsys: Any) -> None:
     assert "gone.json: cannot be read: No such file" in capsys.readouterr().err
     assert report.main([str(folder), "--html", str(folder / "no" / "r.html")]) == 2
     assert "r.html: cannot be written: No such file" in capsys.readouterr().err
+    assert report.main([str(folder), "--card"]) == 2
+    assert "card: there is no evaluation to put there" in capsys.readouterr().err
+    file = folder / "e.json"
+    file.write_text('{"eval_loss": 1}')
+    assert report.main([str(folder), "--evaluation", str(file), "--card"]) == 2
+    assert "README.md: cannot be read: No such file" in capsys.readouterr().err
     assert report.main([str(folder), "--columns", "sort"]) == 2
     assert "no record that is trained has a column 'sort'" in capsys.readouterr().err
 
