@@ -30,6 +30,8 @@ ROOMS: dict[str, set[str]] = {
     "collectives": {"mesh", "tree"},
     "data": {"config", "untrusted", "hub"},
     "draw": {"config"},
+    "scoring": set(),
+    "judge": {"config"},
     "ops": {"spec"},
     "model": {"config", "spec", "tree", "mesh", "collectives", "ops"},
     "hosts": {"config"},
@@ -52,6 +54,10 @@ ROOMS: dict[str, set[str]] = {
         *("config", "hosts", "tree", "mesh", "data", "model", "learn", "hf", "weights"),
         "inference",
     },
+    "evaluating": {
+        *("config", "command", "mesh", "data", "draw", "scoring", "judge", "learn", "weights"),
+        "inference",
+    },
     "inference": {
         *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "weights")
     },
@@ -69,6 +75,8 @@ BANNED = {
     "hub": {"jax", "flax", "numpy", "transformers", "torch"},
     "data": {"jax", "flax", "optax", "orbax", "torch"},
     "draw": {"jax", "flax", "torch"},
+    "scoring": {"jax", "flax", "transformers", "torch"},
+    "judge": {"jax", "flax", "numpy", "transformers", "torch"},
     "reporting": {"jax", "flax", "torch"},
     "ops": {"flax", "optax", "transformers", "torch"},
     "model": {"optax", "orbax", "transformers", "torch", "safetensors"},
