@@ -50,6 +50,8 @@ ROOMS: dict[str, set[str]] = {
         *("config", "hosts", "tree", "mesh", "data", "model", "learn", "hf", "weights"),
         "inference",
     },
+    "talk": {"config", "command", "data", "draw", "model", "inference"},
+    "serving": {"config", "command", "data", "draw", "model", "inference", "weights"},
     "inference": {
         *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "weights")
     },
@@ -66,6 +68,8 @@ BANNED = {
     "data": {"jax", "flax", "optax", "orbax", "torch"},
     "draw": {"jax", "flax", "torch"},
     "reporting": {"jax", "flax", "torch"},
+    "talk": {"jax", "flax", "torch"},
+    "serving": {"jax", "flax", "torch"},
     "ops": {"flax", "optax", "transformers", "torch"},
     "model": {"optax", "orbax", "transformers", "torch", "safetensors"},
     "learn": {"flax", "transformers", "tokenizers", "safetensors", "torch"},
