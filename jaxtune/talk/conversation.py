@@ -109,14 +109,24 @@ def load(labels: Sequence[str], path: str) -> Talk:
         if said and said[0].role == "system":
             system, said = said[0].content, said[1:]
         turns[label] = _turns(said)
-    length = max(map(len, turns.values()))
-    padded = {label: [()] * (length - len(each)) + each for label, each in turns.items()}
-    columns = list(padded.values())
-    rows = [
-        {label: turn for label, turn in zip(padded, row, strict=True) if turn}
-        for row in zip(*columns, strict=True)
-    ]
-    return Talk(system, tuple(rows))
+    longest = max(turns.values(), key=len)
+    columns = {label: _beside(longest, each) for label, each in turns.items()}
+    rows = zip(*columns.values(), strict=True)
+    return Talk(
+        system,
+        tuple({n: turn for n, turn in zip(columns, row, strict=True) if turn} for row in rows),
+    )
+
+
+def _beside(
+    longest: Sequence[tuple[Message, ...]], turns: Sequence[tuple[Message, ...]]
+) -> list[tuple[Message, ...]]:
+    """`turns` in the places of the same questions; where these are not the same, at the end."""
+    placed: list[tuple[Message, ...]] = []
+    left = list(turns)
+    for turn in longest:
+        placed.append(left.pop(0) if left and left[0][0] == turn[0] else ())
+    return [()] * (len(longest) - len(turns)) + list(turns) if left else placed
 
 
 def _read(fields: Mapping[str, Any], column: str, where: str) -> tuple[Message, ...]:
