@@ -3,7 +3,8 @@
 The floor plan; imports only go down, siblings never import each other (`tests/test_floors.py`):
 
     floor 5  doors    train  preview  plan  convert  evaluate  chat  report     `jaxtune <door>`
-    floor 4  inference  samples         a model asked | and while it is trained
+    floor 4  talk  serving              a conversation in the terminal | over HTTP
+             inference  samples         a model asked | and while it is trained
              assemble  planning         a program made | what it costs
              loop  incident             steps and what is between | a step that went wrong
              evaluating                 a model measured, by group

@@ -58,6 +58,8 @@ ROOMS: dict[str, set[str]] = {
         *("config", "command", "mesh", "data", "draw", "scoring", "judge", "learn", "weights"),
         "inference",
     },
+    "talk": {"config", "command", "data", "draw", "model", "inference"},
+    "serving": {"config", "command", "data", "draw", "model", "inference", "weights"},
     "inference": {
         *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "weights")
     },
@@ -78,6 +80,8 @@ BANNED = {
     "scoring": {"jax", "flax", "transformers", "torch"},
     "judge": {"jax", "flax", "numpy", "transformers", "torch"},
     "reporting": {"jax", "flax", "torch"},
+    "talk": {"jax", "flax", "torch"},
+    "serving": {"jax", "flax", "torch"},
     "ops": {"flax", "optax", "transformers", "torch"},
     "model": {"optax", "orbax", "transformers", "torch", "safetensors"},
     "learn": {"flax", "transformers", "tokenizers", "safetensors", "torch"},
