@@ -15,8 +15,11 @@ from golden.ours import ALONE, GRADIENT, LOGITS, LOSS, PACKED, greedy, logits_to
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.model import decoder
 
+# All of a case in one worker, which compiles it once.
+WHOLE = {name: pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in CASES}
 
-@pytest.mark.parametrize("name", CASES)
+
+@pytest.mark.parametrize("name", WHOLE.values())
 def test_against_stored_values(name):
     expected, found = stored(name), ours(name, PACKED)
     for want, got in zip(expected.logits, found.logits, strict=True):
@@ -29,7 +32,7 @@ def test_against_stored_values(name):
         np.testing.assert_allclose(got[-1], squares, rtol=2 * GRADIENT, err_msg=key)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", WHOLE.values())
 def test_packed_equals_alone(name):
     packed, alone = ours(name, PACKED), ours(name, ALONE)
     for a, b in zip(packed.logits, alone.logits, strict=True):
@@ -41,7 +44,7 @@ def test_packed_equals_alone(name):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", WHOLE.values())
 def test_against_transformers(name, tmp_path):
     pytest.importorskip("torch")
     expected, found = reference(write_folder(name, tmp_path)), ours(name, PACKED)
@@ -61,7 +64,8 @@ def test_against_transformers(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in CASES if not name.startswith("llama") or name == "llama-rope-llama3"]
+    "name",
+    [WHOLE[n] for n in CASES if not n.startswith("llama") or n == "llama-rope-llama3"],
 )
 def test_greedy_generation_is_that_of_transformers(name):
     """Prompts of unequal length in one batch, with the cache; windows shorter than the text."""
