@@ -1,5 +1,7 @@
 """GLM 4: half of each head rotated, in pairs of neighbours; from 0414 on norms on both sides."""
 
+from functools import partial
+
 from jaxtune.hf.family.family import (
     ATTENTION,
     GATED_MLP,
@@ -24,13 +26,8 @@ _POST_NORMS = layer_rows(
 )
 
 
-def _glm(config: Config, ropes: Ropes) -> list[LayerSpec]:
-    one = layer(config, ropes[ALL], qkv_bias=bool(config["attention_bias"]))
-    return [one] * size(config, "num_hidden_layers")
-
-
-def _glm4(config: Config, ropes: Ropes) -> list[LayerSpec]:
-    one = layer(config, ropes[ALL], qkv_bias=bool(config["attention_bias"]), norms="both")
+def _glm(config: Config, ropes: Ropes, *, norms: str) -> list[LayerSpec]:
+    one = layer(config, ropes[ALL], qkv_bias=bool(config["attention_bias"]), norms=norms)
     return [one] * size(config, "num_hidden_layers")
 
 
@@ -46,13 +43,17 @@ _ROPE = RopeKeys(partial=True, interleaved=True)
 
 FAMILIES: dict[str, Family] = {
     "glm": Family(
-        architecture="GlmForCausalLM", rows=_ROWS, defaults=_DEFAULTS, layers=_glm, rope=_ROPE
+        architecture="GlmForCausalLM",
+        rows=_ROWS,
+        defaults=_DEFAULTS,
+        layers=partial(_glm, norms="pre"),
+        rope=_ROPE,
     ),
     "glm4": Family(
         architecture="Glm4ForCausalLM",
         rows=_ROWS + _POST_NORMS,
         defaults=_DEFAULTS,
-        layers=_glm4,
+        layers=partial(_glm, norms="both"),
         rope=_ROPE,
     ),
 }
