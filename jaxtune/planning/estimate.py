@@ -249,13 +249,16 @@ def one_layer(work: Work, layer: LayerSpec) -> float:
 
 def spared(work: Work, layer: LayerSpec) -> float:
     """What the compiler does without where memory is short: gate or up beside their gradients, two
-    of the widths that pass through, and weights that are under way before they are needed."""
+    of the widths that pass through, and weights that are under way before they are needed; and it
+    leaves nothing of adapters for later."""
     D, cut, item = work.spec.width, work.sizes["tensor"], work.item
     inner = _mlp_width(layer) / cut if recomputes(work) else 0.0
     early = 0.0
     if work.shards > 1 and layer.moe is None:
         early = item * D * (layer.mlp_width + layer.heads * layer.head_dim) / cut
-    return work.tokens * item * (inner + 2 * D) + early
+    parts = _mlp_at_once(work, layer), _attention_at_once(work, layer)
+    later = min(parts) if work.lora else 0.0
+    return work.tokens * item * (inner + 2 * D + later) + early
 
 
 def _mlp_at_once(work: Work, layer: LayerSpec) -> float:
