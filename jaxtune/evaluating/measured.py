@@ -85,10 +85,11 @@ def with_verdicts(found: Measured, outcomes: Sequence[Outcome], judge: str) -> M
     """`win_rate` among the scores of the answers, ties as halves, over those with a verdict."""
     points = [outcome.points for outcome in outcomes]
     judged = [point is not None for point in points]
+    won = ratio([point or 0.0 for point in points], judged)
     counts = Counter(points)
     words = {1.0: "win", 0.5: "tie", 0.0: "loss", None: None}
     return found._replace(
-        answers={**found.answers, "win_rate": ratio([point or 0.0 for point in points], judged)},
+        answers={**found.answers, "win_rate": won._replace(rate=True)},
         generations=[
             {**row, "verdict": words[point]}
             for row, point in zip(found.generations, points, strict=True)

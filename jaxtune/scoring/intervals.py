@@ -79,9 +79,9 @@ def differences(base: Scores, tuned: Scores, how: Bootstrap) -> dict[str, Differ
     return found
 
 
-def wilson(hits: float, count: int, level: float) -> Interval:
+def wilson(hits: float, count: float, level: float) -> Interval:
     """Of a share (Wilson, 1927): also where all examples or none are in, of which every resample
-    would be the same."""
+    would be the same. Where some count half, as ties do, it is wider than it need be."""
     z = float(special.ndtri(0.5 + level / 2))
     share, more = hits / count, z * z / count
     middle = (share + more / 2) / (1 + more)
@@ -93,8 +93,9 @@ def _interval(score: Score, drawn: Floats | None, how: Bootstrap) -> Interval | 
     if isinstance(score, Distinct):
         found = _jackknife(score.point(), score.without_each(), how)
         return found and Interval(max(0.0, found.low), min(1.0, found.high))
-    if score.rate and len(score.parts) > 1:
-        return wilson(float(score.parts[:, 0].sum()), len(score.parts), how.level)
+    hits, count = score.parts.sum(axis=0)[:2]
+    if score.rate and count > 1:
+        return wilson(float(hits), float(count), how.level)
     assert drawn is not None
     return _quantiles(drawn, len(score.parts), how)
 
