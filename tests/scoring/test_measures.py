@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 import itertools
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,6 +137,12 @@ def test_refusals(phrase: str) -> None:
     for made in (phrase, phrase.lower(), phrase.replace("'", "\u2019"), f"Hm. {phrase} do that."):
         assert refuses(made), made
     assert not refuses("x" * 400 + phrase)
+
+
+def test_the_guide_lists_the_phrasings() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"(?:^> .*\n)+", guide, re.MULTILINE)
+    assert tuple(listed.replace("\n> ", " ")[2:].strip().split(" \u00b7 ")) == PHRASINGS
 
 
 @pytest.mark.parametrize(
