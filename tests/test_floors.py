@@ -16,7 +16,9 @@ PACKAGE = Path(jaxtune.__file__).parent
 # room -> the rooms it may import. A room may import itself; doors import every room, no door.
 ROOMS: dict[str, set[str]] = {
     "methods": set(),
-    "config": {"methods"},
+    "knobs": {"methods"},
+    "aliases": {"methods"},
+    "config": {"knobs", "aliases"},
     "spec": set(),
     "chips": {"config"},
     "compiled": set(),
@@ -56,6 +58,8 @@ ROOMS: dict[str, set[str]] = {
         *("config", "command", "mesh", "data", "draw", "scoring", "judge", "learn", "weights"),
         "inference",
     },
+    "talk": {"config", "command", "data", "draw", "model", "inference"},
+    "serving": {"config", "command", "data", "draw", "model", "inference", "weights"},
     "inference": {
         *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "weights")
     },
@@ -63,6 +67,8 @@ ROOMS: dict[str, set[str]] = {
 DOORS = {"train", "preview", "plan", "convert", "evaluate", "chat", "report"}
 # room -> third-party packages it must not know.
 BANNED = {
+    "knobs": {"jax", "flax", "numpy", "transformers"},
+    "aliases": {"jax", "flax", "numpy", "transformers"},
     "config": {"jax", "flax", "numpy", "transformers"},
     "methods": {"jax", "flax", "numpy", "transformers"},
     "command": {"jax", "flax", "numpy", "transformers"},
@@ -74,6 +80,8 @@ BANNED = {
     "scoring": {"jax", "flax", "transformers", "torch"},
     "judge": {"jax", "flax", "numpy", "transformers", "torch"},
     "reporting": {"jax", "flax", "torch"},
+    "talk": {"jax", "flax", "torch"},
+    "serving": {"jax", "flax", "torch"},
     "ops": {"flax", "optax", "transformers", "torch"},
     "model": {"optax", "orbax", "transformers", "torch", "safetensors"},
     "learn": {"flax", "transformers", "tokenizers", "safetensors", "torch"},

@@ -115,16 +115,18 @@ def test_streamed_text_never_shows_half_a_character() -> None:
     ids = tokenizer.encode(text)
     assert len(ids) > len(text)  # some characters are several tokens
 
-    def tokens(ids: Iterable[int]) -> Generator[int, None, bool]:
-        yield from ids
-        return True
-
     answers: list[inference.Answer] = []
 
     def text_of(ids: Iterable[int]) -> Generator[str, None, None]:
-        answers.append((yield from inference._as_text(tokens(ids), tokenizer)))
+        text = inference._Text(tokenizer, ())
+        for i in ids:
+            yield text.add([i], None)[0]
+        last, answer = text.add([], "stop")
+        assert answer is not None
+        answers.append(answer)
+        yield last
 
-    pieces = list(text_of(ids))
+    pieces = list(filter(None, text_of(ids)))
     assert answers == [inference.Answer(text, True, len(ids))]
     assert "".join(pieces) == text
     assert len(pieces) > 4
