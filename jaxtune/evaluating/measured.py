@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxtune.inference import Answer, Model, Words
     from jaxtune.judge.pairs import Outcome
     from jaxtune.learn.evaluation import Examples
+    from jaxtune.model.sampling import Sampling
 
 
 class Measured(NamedTuple):
@@ -43,6 +44,7 @@ def measure(
     questions: Sequence[Question],
     *,
     max_new_tokens: int,
+    sampling: Sampling,
 ) -> Measured:
     """Raises `ConfigError` for tokens that the model has no row for, `DataError` for a question
     that is too long for it."""
@@ -61,7 +63,7 @@ def measure(
     said: list[Said] = []
     if questions:
         note(f"{model.name}: answering {len(questions)} questions")
-        said = _said(model, words, questions, max_new_tokens)
+        said = _said(model, words, questions, max_new_tokens, sampling)
     return Measured(
         losses=_scores(found),
         tokens=found.tokens,
@@ -129,12 +131,18 @@ def _scores(found: Examples) -> dict[str, Score]:
 
 
 def _said(
-    model: Model, words: Words, questions: Sequence[Question], max_new_tokens: int
+    model: Model,
+    words: Words,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    sampling: Sampling,
 ) -> list[Said]:
     from jaxtune.inference import answer, prompt_ids
 
     prompts = [prompt_ids(model, question.words, question.asked) for question in questions]
-    answers: list[Answer] = answer(model, words, prompts, max_new_tokens=max_new_tokens)
+    answers: list[Answer] = answer(
+        model, words, prompts, max_new_tokens=max_new_tokens, sampling=sampling
+    )
     encode = words.tokenizer.encode
     return [
         Said(

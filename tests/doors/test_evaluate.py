@@ -266,10 +266,12 @@ def test_differences_of_two_models(
     assert found["bootstrap"] == {"resamples": 500, "level": 0.95, "seed": 42}
     shown = capsys.readouterr().out.splitlines()
     (line,) = [line for line in shown if line.startswith("  exact match")]
-    assert line.split()[:5] == ["exact", "match", "0.0%", "75.0%", "+75.0"]
+    assert line.split()[:6] == ["exact", "match", "0.0%", "75.0%", "+75.0", "points"]
     assert line.endswith("better")
     (line,) = [line for line in shown if line.startswith("  stop rate")]
-    assert line.split() == ["stop", "rate", "100.0%", "100.0%", "0.0", "0.0", "to", "0.0"]
+    assert line.split() == [
+        *("stop", "rate", "100.0%", "100.0%", "0.0", "points", "0.0", "to", "0.0")
+    ]
     same = scores(parrot, data, options={**options, "base": str(parrot.folder)})
     assert not any(change["clear"] for change in same["difference"].values())
 
@@ -332,6 +334,18 @@ def test_answers(parrot: Any, data: Path) -> None:
     )
 
 
+def test_drawn_answers_are_those_of_the_seed(unlearnt: dict[str, Any], data: Path) -> None:
+    drawn = {"generate": 2, "max_new_tokens": 6, "temperature": 1.0}
+
+    def said(**options: Any) -> list[str]:
+        found = scores(data=data, options={**drawn, **options}, seed=3, **unlearnt)
+        return [row["response"] for row in found["generations"]]
+
+    first = said()
+    assert said(generate=1) == first[:1]  # whatever else is asked
+    assert said(top_k=1)[0] != first[0]
+
+
 def test_an_answer_that_does_not_end_is_cut(parrot: Any, data: Path) -> None:
     found = scores(parrot, data, options={"generate": 1, "max_new_tokens": 2})
     assert found["stop_rate"] == 0.0
@@ -352,7 +366,8 @@ def test_base_and_tuned_side_by_side(
     assert f"tuned     {SAID} (right)\n" in shown
     lines = [line.split() for line in shown.splitlines()]
     assert ["base", "tuned", "difference", "95%", "interval"] in lines
-    assert ["exact", "match", "0.0%", "100.0%", "+100.0"] in lines  # of one question: no interval
+    # Of one question there is no interval.
+    assert ["exact", "match", "0.0%", "100.0%", "+100.0", "points"] in lines
     assert f"model: {parrot.folder}" in shown
 
 
