@@ -72,7 +72,10 @@ def differences(base: Scores, tuned: Scores, how: Bootstrap) -> dict[str, Differ
         else:
             assert isinstance(before, Measure)
             assert isinstance(after, Measure)
-            interval = _quantiles(drawn_tuned[name] - drawn_base[name], len(before.parts), how)
+            if before.rate and after.rate and len(before.parts) > 1:
+                interval = paired_shares(before.parts[:, 0], after.parts[:, 0], how.level)
+            else:
+                interval = _quantiles(drawn_tuned[name] - drawn_base[name], len(before.parts), how)
             pairs = np.count_nonzero((before.parts != after.parts).any(axis=1))
         excludes = interval is not None and not interval.low <= 0 <= interval.high
         found[name] = Difference(value, interval, excludes and bool(pairs >= FEWEST_PAIRS))
@@ -87,6 +90,18 @@ def wilson(hits: float, count: float, level: float) -> Interval:
     middle = (share + more / 2) / (1 + more)
     half = z / (1 + more) * math.sqrt(share * (1 - share) / count + more / (4 * count))
     return Interval(max(0.0, middle - half), min(1.0, middle + half))
+
+
+def paired_shares(before: Floats, after: Floats, level: float) -> Interval:
+    """Of the difference of two shares of the same examples, each 0 or 1 (Agresti and Min, 2005):
+    half an example more in each of the four cells. A bootstrap of 20 examples of which 4 changed is
+    too sure, and of examples that all changed it knows no doubt at all."""
+    count = len(before) + 2
+    up = float((after > before).sum()) + 0.5
+    down = float((after < before).sum()) + 0.5
+    middle = (up - down) / count
+    half = float(special.ndtri(0.5 + level / 2)) * math.sqrt(up + down - count * middle**2) / count
+    return Interval(max(-1.0, middle - half), min(1.0, middle + half))
 
 
 def _interval(score: Score, drawn: Floats | None, how: Bootstrap) -> Interval | None:
