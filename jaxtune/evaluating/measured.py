@@ -77,6 +77,7 @@ def measure(
                 "reference": question.reference,
                 "response": each.answer,
                 "stopped": each.stopped,
+                "tokens": each.made,
             }
             for question, each in zip(questions, said, strict=True)
         ],
@@ -151,6 +152,7 @@ def _said(
             stopped=found.stopped,
             reference_tokens=encode(question.reference.strip()),
             tokens=encode(found.text.strip()),
+            made=found.tokens,
         )
         for question, found in zip(questions, answers, strict=True)
     ]
