@@ -270,7 +270,7 @@ def test_differences_of_two_models(
     assert line.split()[6] == "better"
     (line,) = [line for line in shown if line.startswith("  stop rate")]
     assert line.split() == [
-        *("stop", "rate", "100.0%", "100.0%", "0.0", "points", "0.0", "to", "0.0")
+        *("stop", "rate", "100.0%", "100.0%", "0.0", "points", "\u221210.9", "to", "+10.9")
     ]
     same = scores(parrot, data, options={**options, "base": str(parrot.folder)})
     assert not any(change["clear"] for change in same["difference"].values())
