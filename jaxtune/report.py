@@ -1,6 +1,6 @@
 """One self-contained HTML page for a run directory: curves, data, examples, answers, how to repeat.
 
-    python -m jaxtune.report RUN_DIR [--evaluation FILE.json ...] [--png]
+    python -m jaxtune.report RUN_DIR [--evaluation FILE.json ...] [--card] [--png]
 
 Needs no model and no device. Reads RUN_DIR/metrics.jsonl, samples.jsonl and config.yaml, and the
 data that the config names; writes RUN_DIR/report.html. The run may still be going. Flags overrule
@@ -31,6 +31,9 @@ class ReportOptions(command.Options):
     evaluation: tuple[str, ...] = Field(
         (), description="files that 'evaluate --json' printed; shown with their answers"
     )
+    card: bool = Field(
+        False, description="also puts the last evaluation into the model card, RUN_DIR/hf/README.md"
+    )
     examples: int = Field(EXAMPLES, ge=0, description="rows of the data to show token by token")
     columns: tuple[str, ...] = Field(
         (), description="columns of the data whose values are counted, e.g. category"
@@ -46,20 +49,23 @@ class ReportOptions(command.Options):
 
 
 class Result(NamedTuple):
-    """`picture` is None without `png`."""
+    """`picture` is None without `png`, `card` without `card`."""
 
     page: Path
     picture: Path | None
+    card: Path | None = None
 
 
 def run(config: Config, options: ReportOptions) -> Result:
     """Raises `ConfigError` and `DataError`; data that cannot be read is said on the page."""
     from jaxtune.reporting.files import read_evaluation, read_run
-    from jaxtune.reporting.write import write_page
+    from jaxtune.reporting.write import write_card, write_page
 
     # 1. The run, and what it is asked to be shown with.
     files = read_run(Path(options.run_dir))
     evaluations = [(Path(name).name, read_evaluation(Path(name))) for name in options.evaluation]
+    if options.card and not evaluations:
+        raise ConfigError("card: there is no evaluation to put there. Give --evaluation FILE.json.")
 
     # 2. Its data, where it still is.
     data, examples, base = _data(config, options, files)
@@ -75,7 +81,12 @@ def run(config: Config, options: ReportOptions) -> Result:
         picture = files.folder / "loss.png"
         save_loss(picture, files.folder.resolve().name, files.train, files.evals)
         note(f"written: {picture}")
-    return Result(page, picture)
+    card = None
+    if options.card:
+        card = files.folder / "hf" / "README.md"
+        write_card(card, evaluations[-1][1])
+        note(f"written: {card}")
+    return Result(page, picture, card)
 
 
 def main(argv: list[str] | None = None) -> int:

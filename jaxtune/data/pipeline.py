@@ -389,9 +389,17 @@ class Batches:
 
 def eval_batches(dataset: Dataset, batch_size: int, *, packing: bool = False) -> Iterator[Batch]:
     """Every example once, in order; all of one shape, the last one filled up with empty rows."""
+    for batch, _ in eval_rows(dataset, batch_size, packing=packing):
+        yield batch
+
+
+def eval_rows(
+    dataset: Dataset, batch_size: int, *, packing: bool = False
+) -> Iterator[tuple[Batch, list[list[int]]]]:
+    """`eval_batches`, each with the numbers of the examples in its rows."""
     batches = Batches(dataset, batch_size=batch_size, seed=0, packing=packing, order="file")
     for step in range(batches.steps_per_epoch):
-        yield batches.batch(step)
+        yield batches.batch(step), batches.examples(step)
 
 
 def prefetch(

@@ -118,6 +118,12 @@ def _run(run: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
+def rate(plan: Mapping[str, Any]) -> str:
+    """Speed and memory of a chip in a few words."""
+    speed, size = plan["tokens_per_second_per_chip"], plan["hbm_bytes"] / _GIB
+    return f"{speed:,.0f} tokens/s in {size:.2f} GiB"
+
+
 def frontier_text(found: Sequence[Mapping[str, Any]]) -> str:
     """Memory against speed: a line for each plan, fastest first."""
     lines = ["      GiB  tokens/s  settings"]

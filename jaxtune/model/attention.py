@@ -4,6 +4,7 @@ reading     many tokens of each row see each other; with `keep` their keys and v
 decoding    one new token of each row sees what is kept of it, in a cache of slots
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -73,9 +74,11 @@ class Attention(nn.Module):
             q_BTHK = RMSNorm(*settings, name="q_norm")(q_BTHK)
             k_BTGK = RMSNorm(*settings, name="k_norm")(k_BTGK)
         if self.rotation is not None:
+            assert layer.rope is not None
+            turn = functools.partial(rope.rotate, interleaved=layer.rope.interleaved)
             cos, sin = places.rotations[self.rotation]
-            q_BTHK = rope.rotate(q_BTHK, cos, sin)
-            k_BTGK = rope.rotate(k_BTGK, cos, sin)
+            q_BTHK, k_BTGK = turn(q_BTHK, cos, sin), turn(k_BTGK, cos, sin)
+            q_BTHK = rope.grown(layer.rope, q_BTHK, places.positions)
 
         sinks_H = self._sinks() if layer.sinks else None
         if cache is not None:

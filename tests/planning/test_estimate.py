@@ -107,15 +107,15 @@ def test_flops_are_those_of_the_products(model: Path) -> None:
 
 def test_weights_travel_twice_and_gradients_once(model: Path) -> None:
     found = planned(model)
-    sent = estimate.wire(found.work, found.held)
+    sent = estimate.wire(found.work)
     assert sent == {"fsdp": 7 / 8 * 2 * (3 * 4 * LAYER + 2 * 512 * 128)}
     streamed = planned(model, loss_block=256)
-    again = estimate.wire(streamed.work, streamed.held)["fsdp"] - sent["fsdp"]
+    again = estimate.wire(streamed.work)["fsdp"] - sent["fsdp"]
     assert again == 7 / 8 * 2 * 512 * 128
-    adapters = estimate.wire(planned(model, **{"lora.r": 8}).work, found.held)
+    adapters = estimate.wire(planned(model, **{"lora.r": 8}).work)
     assert adapters == {"fsdp": 7 / 8 * 2 * (2 * 4 * LAYER + 512 * 128)}
     spread = planned(model, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
-    assert set(estimate.wire(spread.work, spread.held)) == {"data", "fsdp", "tensor"}
+    assert set(estimate.wire(spread.work)) == {"data", "fsdp", "tensor"}
 
 
 def test_more_rows_more_memory_and_kinds_add_up(model: Path) -> None:

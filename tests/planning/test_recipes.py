@@ -33,7 +33,7 @@ def test_by_arithmetic_it_fits_where_its_head_says(recipe: recipes.Recipe) -> No
     subject = Subject(open_model(recipe.model, weights=False), config.max_length)
     found = study(config, subject, hardware(parse_slice(recipe.topology), compiles=False))
     assert found.fits
-    assert figures(found)["mfu"] > 0.3
+    assert figures(found)["mfu"] > 0.2
 
 
 def test_recipes_cover_the_models_and_the_chips() -> None:
