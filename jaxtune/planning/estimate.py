@@ -128,15 +128,16 @@ def memory(work: Work, held: Mapping[str, int], limit: int | None = None) -> dic
     gradients = accumulated + arriving(work)
     program = BODY_BYTES * sum(len(stack.pattern) for stack in work.spec.stacks)
     everywhere = narrowed(work, held) + program
-    peak: tuple[float, ...] = (gradients, kept, 0, layer + everywhere)
+    sizes: list[float] = [gradients, kept, 0, layer + everywhere]
     if logits + head + accumulated > layer + gradients:
-        peak = (accumulated, kept, logits, head + everywhere)
-    *rest, temporary = held["parameters"], held["optimiser"], *peak
-    if limit is not None and not peak[2]:
-        above = max(0.0, sum(rest) + temporary - AIM * limit)
-        temporary -= min(above, max(spared(work, layer) for layer in set(work.spec.layers)))
-    counted = (*rest, temporary)
-    return {name: round(size) for name, size in zip(KINDS, counted, strict=True)}
+        sizes = [accumulated, kept, logits, head + everywhere]
+    sizes = [held["parameters"], held["optimiser"], *sizes]
+    counted = dict(zip(KINDS, sizes, strict=True))
+    if limit is not None and not counted["logits"]:
+        above = max(0.0, sum(sizes) - AIM * limit)
+        most = max(spared(work, layer) for layer in set(work.spec.layers))
+        counted["temporaries"] -= min(above, most)
+    return {name: round(size) for name, size in counted.items()}
 
 
 def narrowed(work: Work, held: Mapping[str, int]) -> float:
