@@ -13,7 +13,8 @@ The floor plan; imports only go down, siblings never import each other (`tests/t
              mesh  collectives          who holds which slice | what devices do together
              hosts  watch               processes of a run | who is lost, who lags
     floor 0  config  command  spec  tree    knobs | argv and exit codes | what a model is | names
-             untrusted  hub             strangers' files, read with limits | models by their id
+             untrusted  hub  stores     strangers' files, read with limits | models by their id |
+                                        objects at gs:// and s3:// URLs
 
 Importing this package imports nothing heavy.
 """

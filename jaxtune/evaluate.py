@@ -70,8 +70,11 @@ def run(config: Config, options: EvaluateOptions | None = None) -> Result:
 def _run(config: Config, options: EvaluateOptions) -> Result:
     # 1. What both models are asked.
     from jaxtune.inference import check_base, load_model, open_mesh, open_words, resolved
+    from jaxtune.weights import fetched
 
     config = resolved(config)
+    if options.base is not None and "/checkpoints/" in options.base:
+        options = options.model_copy(update={"base": fetched(options.base)})
     words = open_words(config)
     if options.base is not None:
         check_base(options.base, words)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import command
+from jaxtune import command, stores
 from jaxtune.command import note
 from jaxtune.config import Config, ConfigError, DataError, ModelError
 from jaxtune.reporting.write import EXAMPLES, NAME
@@ -56,9 +56,10 @@ def run(config: Config, options: ReportOptions) -> Result:
     """Raises `ConfigError` and `DataError`; data that cannot be read is said on the page."""
     from jaxtune.reporting.files import read_evaluation, read_run
     from jaxtune.reporting.write import write_page
+    from jaxtune.weights import fetched
 
     # 1. The run, and what it is asked to be shown with.
-    files = read_run(Path(options.run_dir))
+    files = read_run(Path(fetched(options.run_dir, checkpoint=False)))
     evaluations = [(Path(name).name, read_evaluation(Path(name))) for name in options.evaluation]
 
     # 2. Its data, where it still is.
@@ -75,6 +76,10 @@ def run(config: Config, options: ReportOptions) -> Result:
         picture = files.folder / "loss.png"
         save_loss(picture, files.folder.resolve().name, files.train, files.evals)
         note(f"written: {picture}")
+    if stores.is_url(options.run_dir):
+        for written in filter(None, (page if options.html is None else None, picture)):
+            stores.put(written, stores.join(options.run_dir, written.name))
+            note(f"put: {stores.join(options.run_dir, written.name)}")
     return Result(page, picture)
 
 

@@ -20,21 +20,27 @@ ROOMS: dict[str, set[str]] = {
     "spec": set(),
     "chips": {"config"},
     "compiled": set(),
-    "command": {"config"},
+    "command": {"config", "stores", "untrusted"},
     "tree": {"config"},
     "untrusted": {"config"},
-    "hub": {"config", "untrusted"},
+    "stores": {"config", "untrusted"},
+    "hub": {"config", "untrusted", "stores"},
     "mesh": {"config", "tree"},
     "collectives": {"mesh", "tree"},
-    "data": {"config", "untrusted", "hub"},
+    "data": {"config", "untrusted", "hub", "stores"},
     "draw": {"config"},
     "ops": {"spec"},
     "model": {"config", "spec", "tree", "mesh", "collectives", "ops"},
     "hosts": {"config"},
     "watch": {"config", "command", "hosts"},
-    "learn": {"config", "hosts", "chips", "spec", "tree", "mesh", "collectives", "ops", "model"},
-    "hf": {"config", "untrusted", "hub", "spec", "tree", "mesh", "model"},
-    "weights": {"config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf"},
+    "learn": {
+        *("config", "hosts", "chips", "spec", "tree", "mesh", "collectives", "ops", "model"),
+        "stores",
+    },
+    "hf": {"config", "untrusted", "hub", "stores", "spec", "tree", "mesh", "model"},
+    "weights": {
+        *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "stores")
+    },
     "assemble": {"config", "chips", "data", "spec", "mesh", "model", "learn", "hf", "weights"},
     "planning": {
         *("config", "chips", "compiled", "assemble", "spec", "tree", "mesh", "data", "model"),
@@ -51,7 +57,8 @@ ROOMS: dict[str, set[str]] = {
         "inference",
     },
     "inference": {
-        *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "weights")
+        *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "weights"),
+        "stores",
     },
 }
 DOORS = {"train", "preview", "plan", "convert", "evaluate", "chat", "report"}
@@ -63,6 +70,7 @@ BANNED = {
     "spec": {"jax", "flax", "numpy", "transformers"},
     "untrusted": {"jax", "flax", "numpy", "transformers"},
     "hub": {"jax", "flax", "numpy", "transformers", "torch"},
+    "stores": {"jax", "flax", "numpy", "transformers", "torch"},
     "data": {"jax", "flax", "optax", "orbax", "torch"},
     "draw": {"jax", "flax", "torch"},
     "reporting": {"jax", "flax", "torch"},
