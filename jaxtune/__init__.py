@@ -3,16 +3,20 @@
 The floor plan; imports only go down, siblings never import each other (`tests/test_floors.py`):
 
     floor 5  doors    train  preview  plan  convert  evaluate  chat  report     `jaxtune <door>`
-    floor 4  inference  samples         a model asked | and while it is trained
+    floor 4  talk  serving              a conversation in the terminal | over HTTP
+             inference  samples         a model asked | and while it is trained
              assemble  planning         a program made | what it costs
              loop  incident             steps and what is between | a step that went wrong
+             evaluating                 a model measured, by group
              reporting  weights         a run, read and drawn | a model as a config wants it
     floor 3  learn    hf                the step and its state | the outside world's checkpoints
     floor 2  model                      the only room with `nn.Module`
     floor 1  data  ops  draw            numpy only | jnp only | numbers -> pictures
              mesh  collectives          who holds which slice | what devices do together
              hosts  watch               processes of a run | who is lost, who lags
-    floor 0  config  command  spec  tree    knobs | argv and exit codes | what a model is | names
+             scoring  judge             what answers are worth | another model, asked which
+    floor 0  config  command  spec  tree    a config read | argv and exits | what a model is | names
+             knobs  aliases  methods        what can be set | elsewhere called | and follows from it
              untrusted  hub  stores     strangers' files, read with limits | models by their id |
                                         objects at gs:// and s3:// URLs
 

@@ -4,16 +4,18 @@
     python -m jaxtune.chat --model_name_or_path DIR --prompt TEXT         one answer on stdout
     python -m jaxtune.chat --model_name_or_path DIR --prompts FILE.jsonl --output OUT.jsonl
 
-DIR is a folder in Hugging Face format or a run directory. Answers are greedy. `--base DIR` asks a
-second model the same.
+    python -m jaxtune.chat --model_name_or_path DIR --serve :8000         a server and its page
+
+DIR is a folder in Hugging Face format, a run directory, a checkpoint or an adapter. Answers are
+greedy unless a temperature is given. `--base DIR` asks a second model the same. docs/chat.md has
+the commands of the conversation, and what the server promises.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,10 +26,10 @@ from jaxtune.command import note
 from jaxtune.config import Config, ConfigError, DataError
 
 if TYPE_CHECKING:
-    from jaxtune.data.schema import Conversation, Message
+    from jaxtune.data.schema import Conversation
     from jaxtune.inference import Answer, Model, Words
-
-_HELP = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C ends an answer"
+    from jaxtune.serving.listen import Taken
+    from jaxtune.talk.voices import Settings
 
 
 class ChatOptions(command.Options):
@@ -38,6 +40,36 @@ class ChatOptions(command.Options):
     output: str | None = Field(None, description="where the answers to --prompts go, not stdout")
     max_new_tokens: int = Field(512, ge=1, description="longest answer, in tokens")
     base: str | None = Field(None, description="a second model, asked the same")
+    temperature: float = Field(
+        0.0, ge=0, description="0 is greedy; 1 draws as the model says; above, more widely"
+    )
+    top_k: int = Field(0, ge=0, description="draws among the N likeliest tokens; 0 is all")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="draws among the likeliest tokens that make up this share"
+    )
+    repetition_penalty: float = Field(
+        1.0, gt=0, description="above 1 makes tokens that were said less likely; 1 is off"
+    )
+    sample_seed: int = Field(
+        0, ge=0, description="the same seed draws the same answers, however many are made at once"
+    )
+    history: str | None = Field(
+        None, description="file of the lines typed, read and written; none is kept otherwise"
+    )
+    serve: str | None = Field(
+        None,
+        description="[HOST]:PORT of an OpenAI-compatible server and a page to talk to; without a "
+        "host only this machine reaches it; needs pip install 'jaxtune[serve]'",
+    )
+    serve_slots: int = Field(
+        8, ge=1, description="answers that each model makes at a time; each takes memory"
+    )
+    serve_queue: int = Field(
+        64, ge=1, description="requests that may wait for one; more are refused with 429"
+    )
+    serve_seconds: float = Field(
+        300.0, gt=0, description="longest time from a request to the end of its answer"
+    )
 
 
 class Result(NamedTuple):
@@ -58,7 +90,17 @@ def run(config: Config, options: ChatOptions | None = None) -> Result:
     options = options or ChatOptions()
     asked = _asked(options)
     _check_output(options.output)
+    taken = _take(options)
+    try:
+        return _run(config, options, asked, taken)
+    finally:
+        if taken is not None:
+            taken.socket.close()
 
+
+def _run(
+    config: Config, options: ChatOptions, asked: list[Asked] | None, taken: Taken | None
+) -> Result:
     from jaxtune.inference import check_base, load_model, open_mesh, open_words, resolved
 
     config = resolved(config)
@@ -69,12 +111,17 @@ def run(config: Config, options: ChatOptions | None = None) -> Result:
     if options.base is not None:
         check_base(options.base, words)
         names = {"base": options.base, **names}
-    models = {label: load_model(name, config, words, mesh) for label, name in names.items()}
+    # For a file of prompts adapters are merged, which answers faster; others turn them off and on.
+    merge = asked is not None
+    models = {n: load_model(name, config, words, mesh, merge=merge) for n, name in names.items()}
 
-    if asked is None:
-        _converse(models, words, options.max_new_tokens)
+    if taken is not None:
+        _serve(models, words, options, taken)
         return Result([])
-    rows = _rows(models, words, asked, options.max_new_tokens)
+    if asked is None:
+        _converse(models, words, options)
+        return Result([])
+    rows = _rows(models, words, asked, options)
     if options.prompt is not None:
         _print_answers(rows[0])
     else:
@@ -132,17 +179,19 @@ def _read(path: str) -> Iterator[Asked]:
 
 
 def _rows(
-    models: Mapping[str, Model], words: Words, asked: list[Asked], max_new_tokens: int
+    models: Mapping[str, Model], words: Words, asked: list[Asked], options: ChatOptions
 ) -> list[Mapping[str, Any]]:
     """One object per prompt, in order; the base's answer under "base"."""
     from jaxtune.inference import answer, prompt_ids
+    from jaxtune.talk.voices import sampling
 
     by_model = {
         label: answer(
             model,
             words,
             [prompt_ids(model, words, prompt.conversation) for prompt in asked],
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=options.max_new_tokens,
+            sampling=sampling(_drawn(options)),
         )
         for label, model in models.items()
     }
@@ -190,61 +239,52 @@ def _write(rows: list[Mapping[str, Any]], output: str | None) -> None:
     note(f"answers: {output} ({len(rows)})")
 
 
-# -- the conversation ----------------------------------------------------------------------------
+# -- the conversation, and the server ------------------------------------------------------------
 
 
-def _converse(models: Mapping[str, Model], words: Words, max_new_tokens: int) -> None:
-    """Reads a line, streams each model's answer; every model remembers its own conversation."""
-    from jaxtune.data.schema import Message
+def _drawn(options: ChatOptions) -> Settings:
+    from jaxtune.talk.voices import Settings
 
-    fresh: dict[str, tuple[Message, ...]] = dict.fromkeys(models, ())
-    history = dict(fresh)
-    note(_HELP)
-    for line in _lines():
-        if line == "/reset":
-            history = dict(fresh)
-            note("forgotten")
-            continue
-        for label, model in models.items():
-            messages = (*history[label], Message("user", line))
-            if len(models) > 1:
-                print(f"{label}: ", end="", flush=True)
-            try:
-                said = _stream(model, words, messages, max_new_tokens)
-            except DataError as error:
-                note(f"{error} /reset begins a new conversation.")
-                continue
-            history[label] = (*messages, Message("assistant", said))
+    return Settings(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.sample_seed,
+        max_new_tokens=options.max_new_tokens,
+    )
 
 
-def _lines() -> Iterator[str]:
-    """What is typed, until /quit or the end of input."""
-    prompt = "> " if sys.stdin.isatty() else ""
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while (line := input(prompt).strip()) != "/quit":
-            if line:
-                yield line
+def _converse(models: Mapping[str, Model], words: Words, options: ChatOptions) -> None:
+    from jaxtune.talk.terminal import converse
+    from jaxtune.talk.voices import voices
+
+    converse(voices(models, words), _drawn(options), history=options.history)
 
 
-def _stream(
-    model: Model,
-    words: Words,
-    messages: tuple[Message, ...],
-    max_new_tokens: int,
-    show: Callable[[str], None] = lambda piece: print(piece, end="", flush=True),
-) -> str:
-    """Shows the answer as it is made and returns it; Ctrl-C ends it there."""
-    from jaxtune.draw.terminal import printable
-    from jaxtune.inference import stream
+def _take(options: ChatOptions) -> Taken | None:
+    """The port, before any model is loaded; None where none is asked for."""
+    if options.serve is None:
+        return None
+    from jaxtune.serving.listen import take
 
-    said = ""
-    pieces = stream(model, words, messages, max_new_tokens=max_new_tokens)
-    with contextlib.suppress(KeyboardInterrupt):
-        for piece in pieces:
-            said += piece
-            show(printable(piece))
-    show("\n")
-    return said
+    for name in ("prompt", "prompts", "history"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"serve and {name} exclude each other; give one.")
+    return take(options.serve)
+
+
+def _serve(models: Mapping[str, Model], words: Words, options: ChatOptions, taken: Taken) -> None:
+    from jaxtune.serving.app import Defaults
+    from jaxtune.serving.start import start
+    from jaxtune.serving.work import Limits
+    from jaxtune.talk.voices import sampling
+
+    limits = Limits(
+        slots=options.serve_slots, queue=options.serve_queue, seconds=options.serve_seconds
+    )
+    defaults = Defaults(sampling(_drawn(options)), options.max_new_tokens)
+    start(models, words, defaults, limits, taken)
 
 
 if __name__ == "__main__":

@@ -3,29 +3,28 @@
     python -m jaxtune.evaluate --model_name_or_path DIR --dataset FILE [--generate N] [--base DIR]
 
 Evaluates on `--dataset`, else on the config's eval_datasets, its eval_split, or its datasets.
-`--generate N` answers the first N questions of each data set greedily and compares with the
-answers there; `--base` does everything with a second model and puts both side by side.
+`--generate N` answers the first N questions of each data set and compares with the answers there;
+`--base` does everything with a second model and says which differences are more than chance;
+`--judge` asks a third one which answers are better. docs/evaluate.md says what each figure means.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
 from jaxtune import command, hosts, watch
 from jaxtune.command import note
-from jaxtune.config import Config, ConfigError, DataError, DatasetConfig
+from jaxtune.config import Config, ConfigError
 
 if TYPE_CHECKING:
-    from jaxtune.data.pipeline import Dataset
-    from jaxtune.data.schema import Conversation
-    from jaxtune.inference import Model, Words
+    from jaxtune.evaluating.measured import Measured
+    from jaxtune.evaluating.questions import Question
+    from jaxtune.judge.endpoint import Endpoint
 
 _SHOWN = 5  # questions, spread over all
 
@@ -35,10 +34,56 @@ class EvaluateOptions(command.Options):
         None, description="what to evaluate on; overrules the data of the config"
     )
     generate: int = Field(
-        0, ge=0, description="answers to generate for each data set; adds exact match, ROUGE-L"
+        0,
+        ge=0,
+        description="answers to generate for each data set; adds exact match, ROUGE-L, chrF, BLEU, "
+        "stop rate, length, refusals, variety",
     )
     max_new_tokens: int = Field(256, ge=1, description="longest answer, in tokens")
-    base: str | None = Field(None, description="a second model, put beside the first")
+    temperature: float = Field(
+        0.0, ge=0, description="0 is greedy; above, answers are drawn, by the config's seed"
+    )
+    top_k: int = Field(0, ge=0, description="draws among the N likeliest tokens; 0 is all")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="draws among the likeliest tokens that make up this share"
+    )
+    base: str | None = Field(
+        None, description="a second model, put beside the first, each difference with its interval"
+    )
+    by: str | None = Field(
+        None, description="column of the data, e.g. category: every score for each of its values"
+    )
+    general: str | None = Field(
+        None, description="file of plain text: the loss on what the model was not tuned on"
+    )
+    resamples: int = Field(
+        2000, ge=100, description="of the examples, for the intervals; more = steadier ends"
+    )
+    judge: str | None = Field(
+        None,
+        description="address of an OpenAI-compatible endpoint, e.g. https://api.openai.com/v1: "
+        "which answer is better, base's or tuned's; sends your questions and answers there",
+    )
+    judge_model: str | None = Field(None, description="the judging model, as the endpoint names it")
+    judge_key_env: str | None = Field(
+        None, description="environment variable with the key; default OPENAI_API_KEY, if set"
+    )
+    judge_prompt: str | None = Field(
+        None, description="file with {question} {answer_a} {answer_b}; default: the built-in rubric"
+    )
+    judge_concurrency: int = Field(4, ge=1, le=256, description="requests at a time")
+    judge_timeout: float = Field(60.0, gt=0, description="seconds for one request")
+    judge_temperature: float | None = Field(
+        0.0, ge=0, description="of the judge; none = as the endpoint has it"
+    )
+    harness: tuple[str, ...] = Field(
+        (),
+        description="tasks of lm-evaluation-harness, run on the exported folder as a process of "
+        "its own; needs pip install 'jaxtune[harness]'",
+    )
+    harness_args: tuple[str, ...] = Field(
+        (), description="YAML list of more flags for it, e.g. '[--limit, \"100\"]'"
+    )
     as_json: bool = Field(False, alias="json", description="one object on stdout")
 
 
@@ -46,15 +91,6 @@ class Result(NamedTuple):
     """What `--json` prints: the scores of the model, under "base" those of the base."""
 
     scores: Mapping[str, Any]
-
-
-class Question(NamedTuple):
-    """What inference is asked, and the answer that the data has for it."""
-
-    dataset: str
-    words: Words  # with the data set's own template where it has one
-    asked: Conversation
-    reference: str
 
 
 def run(config: Config, options: EvaluateOptions | None = None) -> Result:
@@ -69,34 +105,66 @@ def run(config: Config, options: EvaluateOptions | None = None) -> Result:
 
 def _run(config: Config, options: EvaluateOptions) -> Result:
     # 1. What both models are asked.
+    import numpy as np
+
+    from jaxtune.evaluating.general import open_general
+    from jaxtune.evaluating.measured import measure
+    from jaxtune.evaluating.questions import entries_of, open_column, open_data, questions_of
+    from jaxtune.evaluating.summary import Groups, summaries
     from jaxtune.inference import check_base, load_model, open_mesh, open_words, resolved
+    from jaxtune.model.sampling import Sampling
+    from jaxtune.scoring.intervals import Bootstrap
     from jaxtune.weights import fetched
 
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, seed=config.seed)
+    judge = _open_judge(options)
     config = resolved(config)
     if options.base is not None and "/checkpoints/" in options.base:
         options = options.model_copy(update={"base": fetched(options.base)})
     words = open_words(config)
     if options.base is not None:
         check_base(options.base, words)
-    entries = _entries(config, options)
-    dataset = _open_data(config, entries, words)
-    questions = _questions(entries, dataset, words, options.generate)
+    entries = entries_of(config, options.dataset)
+    dataset = open_data(config, entries, words)
+    column = None if options.by is None else open_column(dataset, entries, options.by)
+    general = None if options.general is None else open_general(config, options.general, words)
+    questions = questions_of(entries, dataset, words, options.generate)
     note(f"evaluation: {len(dataset)} examples of {', '.join(dict.fromkeys(dataset.names))}")
 
-    # 2. One model after the other, so that only one is in memory.
+    # 2. Public benchmarks, while no device is taken.
     assert config.model_name_or_path is not None
     names = {"tuned" if options.base else "model": config.model_name_or_path}
     if options.base is not None:
         names = {"base": options.base, **names}
-    mesh = open_mesh(config)
-    scores = {
-        column: _score(
-            load_model(name, config, words, mesh), words, config, dataset, questions, options
-        )
-        for column, name in names.items()
-    }
+    benchmarks = _benchmarks(names, options)
 
-    # 3. The answer.
+    # 3. One model after the other, so that only one is in memory.
+    mesh = open_mesh(config)
+    found = {
+        column_name: measure(
+            load_model(name, config, words, mesh),
+            words,
+            config,
+            dataset,
+            general,
+            questions,
+            max_new_tokens=options.max_new_tokens,
+            sampling=sampling,
+        )
+        for column_name, name in names.items()
+    }
+    if judge is not None:
+        found["tuned"] = _judged(found, questions, judge, options)
+
+    # 4. What it comes to, over all and by group, and how sure that is.
+    datasets = np.array(dataset.names, object)[dataset.source_of]
+    groups = Groups(datasets, np.array([q.example for q in questions], np.int64), column)
+    how = Bootstrap(resamples=options.resamples, seed=config.seed)
+    scores = summaries(found, groups, how)
+    for name, rows in benchmarks.items():
+        scores[name]["harness"] = rows
+
+    # 5. The answer.
     *base, result = scores.values()
     if base:
         result["base"] = base[0]
@@ -114,172 +182,72 @@ def main(argv: list[str] | None = None) -> int:
     return command.execute("evaluate", description, EvaluateOptions, run, argv)
 
 
-def compare(references: Sequence[str], responses: Sequence[str]) -> dict[str, float]:
-    """`exact_match`, blanks at the ends aside, and `rougeL`, both means over answers.
-
-    ROUGE-L is the f-measure of the rouge-score package without stemming. It sees Latin letters and
-    digits only: answers in other scripts score 0.
-    """
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    pairs = list(zip(references, responses, strict=True))
-    equal = sum(reference.strip() == response.strip() for reference, response in pairs)
-    overlap = math.fsum(scorer.score(a, b)["rougeL"].fmeasure for a, b in pairs)
-    return {"exact_match": equal / len(pairs), "rougeL": overlap / len(pairs)}
+# -- others who are asked ------------------------------------------------------------------------
 
 
-# -- the data ------------------------------------------------------------------------------------
+class _Judge(NamedTuple):
+    endpoint: Endpoint
+    rubric: str
 
 
-def _entries(config: Config, options: EvaluateOptions) -> Sequence[DatasetConfig]:
-    if options.dataset is not None:
-        return (DatasetConfig(path=options.dataset),)
-    entries = config.eval_datasets or config.datasets
-    if not entries:
-        raise ConfigError("dataset is not set. Give --dataset FILE, or a --config that has data.")
-    return entries
+def _open_judge(options: EvaluateOptions) -> _Judge | None:
+    """Asks it once: what is wrong there is said before a model is loaded."""
+    if options.judge is None:
+        return None
+    from jaxtune.judge.endpoint import open_endpoint
+    from jaxtune.judge.pairs import check
+    from jaxtune.judge.verdict import rubric
 
-
-def _open_data(config: Config, entries: Sequence[DatasetConfig], words: Words) -> Dataset:
-    from jaxtune.data.asked import open_entries
-    from jaxtune.data.pipeline import split
-    from jaxtune.draw.progress import Tokenising
-
-    with Tokenising() as progress:
-        dataset = open_entries(config, entries, words.tokenizer, words.template, progress=progress)
-    if entries is config.datasets and config.eval_split:
-        _, dataset = split(dataset, config.eval_split, seed=config.seed)
-    for source in dataset.sources:
-        for reason, dropped in source.stored.summary["dropped"].items():
-            note(f"{source.path}: {dropped['count']} rows left out: {reason}")
-    return dataset
-
-
-def _questions(
-    entries: Sequence[DatasetConfig], dataset: Dataset, words: Words, limit: int
-) -> tuple[Question, ...]:
-    """The first `limit` conversations of each entry that are among the examples of `dataset`."""
-    if not limit:
-        return ()
-    rows = dataset.gather("rows")
-    found = [
-        question
-        for number, entry in enumerate(entries)
-        for question in itertools.islice(
-            _conversations(entry, set(rows[dataset.source_of == number].tolist()), words), limit
+    if options.base is None or not options.generate:
+        raise ConfigError(
+            "judge: compares the answers of two models. Give --base DIR and --generate N as well."
         )
-    ]
-    if not found:
-        raise DataError(
-            f"{entries[0].path}: has no question to answer: its rows are plain text. Set generate "
-            "0, or give conversations."
-        )
-    return tuple(found)
-
-
-def _conversations(entry: DatasetConfig, rows: set[int], words: Words) -> Iterator[Question]:
-    from jaxtune.data.formats import to_noun
-    from jaxtune.data.prepare import dataset_name, format_of, read
-    from jaxtune.data.schema import Conversation
-    from jaxtune.data.template import variant
-
-    own = variant(
-        words.template, words.tokenizer, template=entry.template, system_prompt=entry.system_prompt
+    text = rubric(options.judge_prompt)
+    endpoint = open_endpoint(
+        options.judge,
+        options.judge_model,
+        key_name=options.judge_key_env,
+        temperature=options.judge_temperature,
+        timeout=options.judge_timeout,
     )
-    format_name = format_of(entry)
-    for row, record in read(entry):
-        if row not in rows:
-            continue
-        noun = to_noun(format_name, record.fields, entry.columns, record.where)
-        if isinstance(noun, Conversation):
-            last = max(i for i, m in enumerate(noun.messages) if m.role == "assistant")
-            asked, reference = noun._replace(messages=noun.messages[:last]), noun.messages[last]
-            if reference.content.strip():  # not a tool call alone: there is no text to compare
-                words_here = words._replace(template=own)
-                yield Question(dataset_name(entry), words_here, asked, reference.content)
+    check(endpoint, text)
+    return _Judge(endpoint, text)
 
 
-# -- the scores ----------------------------------------------------------------------------------
-
-
-def _score(
-    model: Model,
-    words: Words,
-    config: Config,
-    dataset: Dataset,
+def _judged(
+    found: Mapping[str, Measured],
     questions: Sequence[Question],
+    judge: _Judge,
     options: EvaluateOptions,
-) -> dict[str, Any]:
-    """One model's part of the JSON object."""
-    from jaxtune.data.position import largest_id
-    from jaxtune.weights import check_ids
+) -> Measured:
+    """What was measured of tuned, with its win rate against base."""
+    from jaxtune.evaluating.measured import with_verdicts
+    from jaxtune.judge.pairs import Pair
+    from jaxtune.judge.pairs import judge as ask
 
-    check_ids(largest_id(dataset), model.name, model.spec, words.tokenizer)
-    scores = _losses(model, config, dataset)
-    if questions:
-        note(f"{model.name}: answering {len(questions)} questions")
-        scores |= _answers(model, words, questions, options.max_new_tokens)
-    return scores
-
-
-def _losses(model: Model, config: Config, dataset: Dataset) -> dict[str, Any]:
-    import jax
-
-    from jaxtune.data.pipeline import eval_batches
-    from jaxtune.learn.evaluation import Totals, evaluate
-    from jaxtune.learn.program import build_eval
-    from jaxtune.mesh import row_shards
-
-    step = build_eval(model.spec, model.mesh, dtype=model.dtype)
-    rows = config.per_device_eval_batch_size * row_shards(model.mesh)
-    total, by_dataset = Totals(), {}
-    with jax.set_mesh(model.mesh):
-        for name in dict.fromkeys(dataset.names):
-            part = dataset.only(name)
-            batches = eval_batches(part, rows, packing=config.packing)
-            sums = evaluate(step, {}, {"params": model.params}, batches, mesh=model.mesh)
-            total += sums
-            by_dataset[name] = {**_finite(sums.row()), "examples": len(part)}
-    return {**_finite(total.row()), "examples": len(dataset), "by_dataset": by_dataset}
-
-
-def _finite(row: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON has no infinity and no NaN: they are null."""
-    return {key: value if math.isfinite(value) else None for key, value in row.items()}
-
-
-def _answers(
-    model: Model, words: Words, questions: Sequence[Question], max_new_tokens: int
-) -> dict[str, Any]:
-    from jaxtune.inference import answer, prompt_ids
-
-    prompts = [prompt_ids(model, question.words, question.asked) for question in questions]
-    answers = answer(model, words, prompts, max_new_tokens=max_new_tokens)
-    references = [question.reference for question in questions]
-    generations = [
-        {
-            "dataset": question.dataset,
-            "prompt": _prompt_text(question),
-            "reference": question.reference,
-            "response": found.text,
-            "stopped": found.stopped,
-        }
-        for question, found in zip(questions, answers, strict=True)
+    note(f"judge: {judge.endpoint.model} compares {len(questions)} pairs of answers, twice each")
+    sides = (found["base"].generations, found["tuned"].generations)
+    pairs = [
+        Pair(question.conversation, question.reference, base["response"], tuned["response"])
+        for question, base, tuned in zip(questions, *sides, strict=True)
     ]
+    outcomes = ask(judge.endpoint, judge.rubric, pairs, concurrency=options.judge_concurrency)
+    failed = [outcome.why for outcome in outcomes if outcome.why not in ("", "unparseable")]
+    if failed:
+        note(f"judge: {len(failed)} pairs have no verdict; the first: {failed[0]}")
+    return with_verdicts(found["tuned"], outcomes, judge.endpoint.model)
+
+
+def _benchmarks(names: Mapping[str, str], options: EvaluateOptions) -> dict[str, dict[str, Any]]:
+    if not options.harness:
+        return {}
+    from jaxtune.evaluating import harness
+
+    folders = {column: harness.folder_of(name) for column, name in names.items()}
     return {
-        **compare(references, [found.text for found in answers]),
-        "stop_rate": sum(found.stopped for found in answers) / len(answers),
-        "generations": generations,
+        column: harness.run(folder, options.harness, options.harness_args)
+        for column, folder in folders.items()
     }
-
-
-def _prompt_text(question: Question) -> str:
-    from jaxtune.data.spans import render_prompt
-
-    asked = question.asked
-    spans = render_prompt(question.words.template, asked.messages, tools=asked.tools)
-    return "".join(span.text for span in spans)
 
 
 # -- the terminal --------------------------------------------------------------------------------

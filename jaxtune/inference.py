@@ -2,11 +2,16 @@
 
 `evaluate` and `chat` meet here, so that what is measured is what one gets. A base model beside a
 tuned one is asked with the tuned one's tokenizer and template: the same tokens go into both.
+
+    answer(model, words, prompts, ...)     many answers, in order
+    stream(model, words, messages, ...)    one, piece by piece
+    Answering(model, words, slots=8)       any number at any time, which both of them use
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +26,12 @@ if TYPE_CHECKING:
     from jaxtune.data.template import Template
     from jaxtune.data.tokenizer import Tokenizer
     from jaxtune.hf.load import HfModel
+    from jaxtune.model.lora import Lora
+    from jaxtune.model.sampling import Sampling
     from jaxtune.spec import ModelSpec
+
+
+_ROWS = 32  # answered at a time
 
 
 class Words(NamedTuple):
@@ -32,7 +42,10 @@ class Words(NamedTuple):
 
 
 class Model(NamedTuple):
-    """`params` are in `dtype`, the computation's; any of `stop_ids` ends an answer."""
+    """`params` are in `dtype`, the computation's; any of `stop_ids` ends an answer.
+
+    `adapters` are used as `lora` says, where they are not merged into `params`.
+    """
 
     name: str
     spec: ModelSpec
@@ -40,14 +53,36 @@ class Model(NamedTuple):
     stop_ids: frozenset[int]
     dtype: Any
     mesh: Mesh
+    lora: Lora | None = None
+    adapters: Any = None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """As `decoder.forward` takes them, with `lora`."""
+        if self.lora is None:
+            return {"params": self.params}
+        return {"params": self.params, "lora": self.adapters}
+
+    def without_adapters(self) -> Model:
+        """The base under adapters that are not merged: the same arrays, nothing is loaded."""
+        return self._replace(lora=None, adapters=None)
 
 
 class Answer(NamedTuple):
-    """`stopped`: the model ended it; `tokens`: how many it has, without the stop."""
+    """`stopped`: the model ended it, or a stop string did; `tokens`: how many were made for it,
+    without the stop id, with a stop string's."""
 
     text: str
     stopped: bool
     tokens: int
+
+
+class Piece(NamedTuple):
+    """More text of a request; with the last piece of it the whole `answer`."""
+
+    request: int
+    text: str
+    answer: Answer | None
 
 
 def resolved(config: Config) -> Config:
@@ -108,11 +143,12 @@ def open_mesh(config: Config) -> Mesh:
     return make_mesh(config.mesh.model_dump())
 
 
-def load_model(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
+def load_model(name: str, config: Config, words: Words, mesh: Mesh, *, merge: bool = True) -> Model:
     """Weights in the computation's dtype, spread over `mesh`.
 
-    With `init: random` a folder without weights is filled with those that training with this seed
-    began with. Raises `ModelError`.
+    Adapters (of a checkpoint, or of a folder) are merged into the weights; without `merge` they
+    stay beside them, to be taken away by `without_adapters`. With `init: random` a folder without
+    weights is filled with those that training with this seed began with. Raises `ModelError`.
     """
     from jaxtune.hf.folders import is_adapter
     from jaxtune.hf.load import open_model
@@ -120,7 +156,7 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
     from jaxtune.weights import base_params, is_checkpoint, param_shardings
 
     if is_checkpoint(name) or is_adapter(name):
-        return _load_trained(name, config, words, mesh)
+        return _to_be_asked(_load_trained(name, config, words, mesh, merge))
     random = config.init == "random" and not _has_weights(name)
     model = open_model(name, revision=config.revision, weights=not random, note=note)
     dtype = compute_dtype(config.dtype)
@@ -128,17 +164,30 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
     if random:
         note(f"{name}: no weights there; random ones of seed {config.seed}, as training began")
     params = base_params(model, config, placed, dtype)
-    return Model(name, model.spec, params, stop_ids(words, model), dtype, mesh)
+    return _to_be_asked(Model(name, model.spec, params, stop_ids(words, model), dtype, mesh))
 
 
-def _load_trained(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
-    """A checkpoint of a run, or an adapter with its base: adapters merged into the weights."""
+def _to_be_asked(model: Model) -> Model:
+    """The same model in the layout that answers fastest; its former arrays are gone."""
+    from jaxtune.mesh import platform_of
+    from jaxtune.model.unrolled import unrolled
+
+    platform = platform_of(model.mesh)
+    spec, found = unrolled(model.spec, model.variables, platform=platform, consume=True)
+    return model._replace(spec=spec, params=found["params"], adapters=found.get("lora"))
+
+
+def _load_trained(name: str, config: Config, words: Words, mesh: Mesh, merge: bool) -> Model:
+    """A checkpoint of a run, or an adapter with its base: adapters merged into the weights, or
+    beside them."""
     import jax
 
     from jaxtune.hf.adapter_read import on_model, open_adapter
-    from jaxtune.hf.load import open_model, with_tokens
+    from jaxtune.hf.load import load_params, open_model, with_tokens
     from jaxtune.hf.merge import merged_params
     from jaxtune.learn.program import compute_dtype
+    from jaxtune.mesh import shardings
+    from jaxtune.model import decoder
     from jaxtune.weights import (
         checkpoint_of,
         is_checkpoint,
@@ -164,12 +213,23 @@ def _load_trained(name: str, config: Config, words: Words, mesh: Mesh) -> Model:
         model = open_model(adapter.base, revision=adapter.revision)
         model, lora, leaves = on_model(adapter, model)
     placed = param_shardings(model.spec, mesh, dtype)
+    stops = stop_ids(words, model)
+    if lora is not None and not merge:
+        lora = replace(lora, dropout=0.0, base="none", double_quant=False)  # the base as it is
+        where = shardings(
+            decoder.adapter_axes(model.spec, lora),
+            decoder.abstract_adapters(model.spec, lora),
+            mesh,
+        )
+        params = load_params(model, placed, dtype)
+        leaves = jax.device_put(leaves, where)
+        return Model(name, model.spec, params, stops, dtype, mesh, lora, leaves)
     if lora is None:
         cast = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree))
         params = jax.device_put(cast(leaves), placed)
     else:
         params = merged_params(model, lora, leaves, placed, dtype)
-    return Model(name, model.spec, params, stop_ids(words, model), dtype, mesh)
+    return Model(name, model.spec, params, stops, dtype, mesh)
 
 
 def stop_ids(words: Words, model: HfModel) -> frozenset[int]:
@@ -188,64 +248,196 @@ def prompt_ids(model: Model, words: Words, asked: Conversation) -> list[int]:
 
 
 def answer(
-    model: Model, words: Words, prompts: Sequence[Sequence[int]], *, max_new_tokens: int
+    model: Model,
+    words: Words,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
 ) -> list[Answer]:
-    """The greedy answer to each of `prompt_ids`, in order. Raises `DataError` for one too long."""
-    from jaxtune.model.sample import generate
+    """The answer to each of `prompt_ids`, in order: greedy, or drawn as `sampling` says, prompt i
+    with random numbers of its own. Raises `DataError` for one too long."""
+    from jaxtune.model.sample import by_length
 
-    generations = generate(
-        model.spec,
-        model.params,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        stop_ids=model.stop_ids,
-        dtype=model.dtype,
-        mesh=model.mesh,
-    )
-    decode = words.tokenizer.decode
-    return [Answer(decode(g.tokens), g.stopped, len(g.tokens)) for g in generations]
+    if not prompts:
+        return []
+    desk = Answering(model, words, slots=min(_ROWS, len(prompts)))
+    requests = {
+        desk.ask(
+            prompts[i], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, number=i
+        ): i
+        for i in by_length(prompts)
+    }
+    found: dict[int, Answer] = {}
+    while desk.busy:
+        for piece in desk.step():
+            if piece.answer is not None:
+                found[requests[piece.request]] = piece.answer
+    return [found[i] for i in range(len(prompts))]
 
 
 def stream(
-    model: Model, words: Words, conversation: Sequence[Message], *, max_new_tokens: int
+    model: Model,
+    words: Words,
+    conversation: Sequence[Message],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
 ) -> Generator[str, None, Answer]:
     """`answer` for one conversation, yielding text as it comes; the pieces make up the answer.
 
     Raises `DataError` here, before the first piece is asked for.
     """
     from jaxtune.data.schema import Conversation
-    from jaxtune.model import sample
 
-    tokens = sample.stream(
-        model.spec,
-        model.params,
-        prompt_ids(model, words, Conversation(tuple(conversation))),
-        max_new_tokens=max_new_tokens,
-        stop_ids=model.stop_ids,
-        dtype=model.dtype,
-        mesh=model.mesh,
-    )
-    return _as_text(tokens, words.tokenizer)
+    prompt = prompt_ids(model, words, Conversation(tuple(conversation)))
+    desk = Answering(model, words, slots=1)
+    desk.ask(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+    return _pieces(desk)
 
 
-def _as_text(
-    tokens: Generator[int, None, bool], tokenizer: Tokenizer
-) -> Generator[str, None, Answer]:
-    ids: list[int] = []
-    shown = ""
+def _pieces(desk: Answering) -> Generator[str, None, Answer]:
     while True:
-        try:
-            ids.append(next(tokens))
-        except StopIteration as end:
-            text = tokenizer.decode(ids)
-            if text != shown:
-                yield text[len(shown) :]
-            return Answer(text, bool(end.value), len(ids))
-        text = tokenizer.decode(ids)
+        for piece in desk.step(1):
+            if piece.text:
+                yield piece.text
+            if piece.answer is not None:
+                return piece.answer
+
+
+class Answering:
+    """`model.sample.Engine` in words: any number of requests, `slots` of them answered at a time,
+    first come, first served; what a request is answered depends on no other.
+
+        request = desk.ask(prompt_ids(model, words, conversation), max_new_tokens=256)
+        while desk.busy:
+            for piece in desk.step():        # Piece(request, "text", None), the last with an answer
+                ...
+
+    An answer ends before the first of its `stop` strings, wherever tokens begin and end; nothing
+    that may turn out to be one is shown before it is known. To be used by one thread.
+    """
+
+    def __init__(
+        self, model: Model, words: Words, *, slots: int = 8, max_length: int | None = None
+    ) -> None:
+        from jaxtune.model.sample import Engine
+
+        self._engine = Engine(
+            model.spec,
+            model.variables,
+            dtype=model.dtype,
+            slots=slots,
+            mesh=model.mesh,
+            lora=model.lora,
+            max_length=max_length,
+        )
+        self._stop_ids, self._tokenizer = model.stop_ids, words.tokenizer
+        self._texts: dict[int, _Text] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is being answered or waits."""
+        return self._engine.busy
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return self._engine.waiting
+
+    def ask(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        number: int = 0,
+    ) -> int:
+        """The request's number. Random numbers follow from `sampling.seed` and `number` alone; see
+        `Engine.submit`. Raises `ConfigError` and `DataError`."""
+        from jaxtune.model.sampling import GREEDY
+
+        if any(not text for text in stop):
+            raise ConfigError("stop: has an empty string, which every answer begins with. Drop it.")
+        request = self._engine.submit(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            stop_ids=self._stop_ids,
+            sampling=sampling or GREEDY,
+            number=number,
+        )
+        self._texts[request] = _Text(self._tokenizer, tuple(stop))
+        return request
+
+    def cancel(self, request: int) -> None:
+        """Ends a request, which has no piece after this; one that ended is ignored."""
+        self._engine.cancel(request)
+        self._texts.pop(request, None)
+
+    def step(self, most: int | None = None) -> list[Piece]:
+        """Some work, with what came of it: prompts read, or up to `most` tokens of each answer."""
+        events = self._engine.step() if most is None else self._engine.step(most)
+        pieces = []
+        for event in events:
+            text = self._texts[event.request]
+            shown, found = text.add(event.tokens, event.reason)
+            if found is not None:
+                self.cancel(event.request)
+            pieces.append(Piece(event.request, shown, found))
+        return pieces
+
+
+@dataclass
+class _Text:
+    """The text of one answer while its tokens come."""
+
+    tokenizer: Tokenizer
+    stop: tuple[str, ...]
+    ids: list[int] = field(default_factory=list)
+    shown: str = ""
+
+    def add(self, ids: Sequence[int], reason: str | None) -> tuple[str, Answer | None]:
+        """What can be shown now, and the answer, if this ends it: for a reason, or with a stop."""
+        self.ids += ids
+        text = self.tokenizer.decode(self.ids)
+        at = _first(self.stop, text)
+        if at is not None:
+            # However many tokens came at once, the answer has those that it took to say the stop.
+            before = len(self.ids) - len(ids)
+            for count in range(before + 1, len(self.ids) + 1):
+                whole = self.tokenizer.decode(self.ids[:count])
+                if (found := _first(self.stop, whole)) is not None:
+                    return self._show(whole[:found]), Answer(whole[:found], True, count)
+        if reason is not None:
+            return self._show(text), Answer(text, reason == "stop", len(self.ids))
         # A character of several tokens decodes to U+FFFD until its last one is there.
-        if text.startswith(shown) and not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
+        if not text.startswith(self.shown) or text.endswith("\ufffd"):
+            return "", None
+        return self._show(text[: len(text) - _begun(self.stop, text)]), None
+
+    def _show(self, text: str) -> str:
+        new = text[len(self.shown) :]
+        self.shown += new
+        return new
+
+
+def _first(stop: Sequence[str], text: str) -> int | None:
+    """Where the first of the stop strings begins, None without one."""
+    return min((at for each in stop if (at := text.find(each)) >= 0), default=None)
+
+
+def _begun(stop: Sequence[str], text: str) -> int:
+    """How many characters at the end of `text` may be the beginning of a stop string."""
+    longest = min(len(text), max(map(len, stop), default=1) - 1)
+    ends = (size for size in range(longest, 0, -1) if _begins(stop, text[-size:]))
+    return next(ends, 0)
+
+
+def _begins(stop: Sequence[str], end: str) -> bool:
+    return any(each.startswith(end) for each in stop)
 
 
 def _has_weights(name: str) -> bool:

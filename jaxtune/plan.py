@@ -267,20 +267,28 @@ def _tried(
     options: PlanOptions,
 ) -> Iterator[tuple[Candidate, dict[str, Any]]]:
     """Candidates and their plans: compiled as far as the time allows, or all by arithmetic."""
+    from jaxtune.draw.plan import rate
     from jaxtune.draw.progress import Searching
-    from jaxtune.planning.search import compile_all, counted
+    from jaxtune.planning.search import Progress, compile_all, counted
 
     if not there.compiles:
         yield from ((candidate, counted(candidate, there)) for candidate in ranked)
         return
-    with Searching() as progress:
+    with Searching(options.search_minutes) as told:
+
+        def advance(progress: Progress) -> None:
+            best = progress.best
+            fastest = "" if best is None else f"{rate(best)}: {progress.settings}"
+            told(progress.done, progress.total, fastest)
+
         yield from compile_all(
             ranked,
             config,
             subject,
-            there.slice.name,
+            there,
             minutes=options.search_minutes,
-            advance=progress,
+            advance=advance,
+            note=note,
         )
 
 

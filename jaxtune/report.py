@@ -1,6 +1,6 @@
 """One self-contained HTML page for a run directory: curves, data, examples, answers, how to repeat.
 
-    python -m jaxtune.report RUN_DIR [--evaluation FILE.json ...] [--png]
+    python -m jaxtune.report RUN_DIR [--evaluation FILE.json ...] [--card] [--png]
 
 Needs no model and no device. Reads RUN_DIR/metrics.jsonl, samples.jsonl and config.yaml, and the
 data that the config names; writes RUN_DIR/report.html. The run may still be going. Flags overrule
@@ -31,6 +31,9 @@ class ReportOptions(command.Options):
     evaluation: tuple[str, ...] = Field(
         (), description="files that 'evaluate --json' printed; shown with their answers"
     )
+    card: bool = Field(
+        False, description="also puts the last evaluation into the model card, RUN_DIR/hf/README.md"
+    )
     examples: int = Field(EXAMPLES, ge=0, description="rows of the data to show token by token")
     columns: tuple[str, ...] = Field(
         (), description="columns of the data whose values are counted, e.g. category"
@@ -46,21 +49,24 @@ class ReportOptions(command.Options):
 
 
 class Result(NamedTuple):
-    """`picture` is None without `png`."""
+    """`picture` is None without `png`, `card` without `card`."""
 
     page: Path
     picture: Path | None
+    card: Path | None = None
 
 
 def run(config: Config, options: ReportOptions) -> Result:
     """Raises `ConfigError` and `DataError`; data that cannot be read is said on the page."""
     from jaxtune.reporting.files import read_evaluation, read_run
-    from jaxtune.reporting.write import write_page
+    from jaxtune.reporting.write import write_card, write_page
     from jaxtune.weights import fetched
 
     # 1. The run, and what it is asked to be shown with.
     files = read_run(Path(fetched(options.run_dir, checkpoint=False)))
     evaluations = [(Path(name).name, read_evaluation(Path(name))) for name in options.evaluation]
+    if options.card and not evaluations:
+        raise ConfigError("card: there is no evaluation to put there. Give --evaluation FILE.json.")
 
     # 2. Its data, where it still is.
     data, examples, base = _data(config, options, files)
@@ -76,11 +82,18 @@ def run(config: Config, options: ReportOptions) -> Result:
         picture = files.folder / "loss.png"
         save_loss(picture, files.folder.resolve().name, files.train, files.evals)
         note(f"written: {picture}")
+    card = None
+    if options.card:
+        card = files.folder / "hf" / "README.md"
+        write_card(card, evaluations[-1][1])
+        note(f"written: {card}")
     if stores.is_url(options.run_dir):
-        for written in filter(None, (page if options.html is None else None, picture)):
-            stores.put(written, stores.join(options.run_dir, written.name))
-            note(f"put: {stores.join(options.run_dir, written.name)}")
-    return Result(page, picture)
+        page_there = page if options.html is None else None
+        for written in filter(None, (page_there, picture, card)):
+            there = written.relative_to(files.folder).parts
+            stores.put(written, stores.join(options.run_dir, *there))
+            note(f"put: {stores.join(options.run_dir, *there)}")
+    return Result(page, picture, card)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -29,7 +29,9 @@ class RopeSpec:
     `long_factors` in a longer one.
 
     `attention_factor` multiplies cosines and sines. `fraction` is the share of the head, counted
-    from its first feature, that is rotated at all.
+    from its first feature, that is rotated at all. A pair is feature i and the one half of these
+    behind it, or with `interleaved` features 2i and 2i + 1. Queries at position p are multiplied by
+    1 + `growth` * log(1 + floor(p / original_max_positions)).
     """
 
     theta: float = 10_000.0
@@ -45,6 +47,8 @@ class RopeSpec:
     long_factors: tuple[float, ...] = ()
     attention_factor: float = 1.0
     fraction: float = 1.0
+    interleaved: bool = False
+    growth: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self.theta > 0, f"rope theta is {self.theta}; expected a positive number")
@@ -69,6 +73,7 @@ class RopeSpec:
             all(number > 0 for number in self.short_factors + self.long_factors),
             "rope short and long factors must all be positive",
         )
+        _check(self.growth >= 0, f"rope growth is {self.growth}; expected 0 or more")
         _check(0 < self.fraction <= 1, f"rope fraction is {self.fraction}; expected 0 < x <= 1")
 
     def rotated(self, head_dim: int) -> int:

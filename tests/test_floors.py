@@ -16,7 +16,9 @@ PACKAGE = Path(jaxtune.__file__).parent
 # room -> the rooms it may import. A room may import itself; doors import every room, no door.
 ROOMS: dict[str, set[str]] = {
     "methods": set(),
-    "config": {"methods"},
+    "knobs": {"methods"},
+    "aliases": {"methods"},
+    "config": {"knobs", "aliases"},
     "spec": set(),
     "chips": {"config"},
     "compiled": set(),
@@ -29,6 +31,8 @@ ROOMS: dict[str, set[str]] = {
     "collectives": {"mesh", "tree"},
     "data": {"config", "untrusted", "hub", "stores"},
     "draw": {"config"},
+    "scoring": set(),
+    "judge": {"config"},
     "ops": {"spec"},
     "model": {"config", "spec", "tree", "mesh", "collectives", "ops"},
     "hosts": {"config"},
@@ -56,6 +60,12 @@ ROOMS: dict[str, set[str]] = {
         *("config", "hosts", "tree", "mesh", "data", "model", "learn", "hf", "weights"),
         "inference",
     },
+    "evaluating": {
+        *("config", "command", "mesh", "data", "draw", "scoring", "judge", "model", "learn"),
+        *("weights", "inference"),
+    },
+    "talk": {"config", "command", "data", "draw", "model", "inference"},
+    "serving": {"config", "command", "data", "draw", "model", "inference", "weights"},
     "inference": {
         *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "weights"),
         "stores",
@@ -64,6 +74,8 @@ ROOMS: dict[str, set[str]] = {
 DOORS = {"train", "preview", "plan", "convert", "evaluate", "chat", "report"}
 # room -> third-party packages it must not know.
 BANNED = {
+    "knobs": {"jax", "flax", "numpy", "transformers"},
+    "aliases": {"jax", "flax", "numpy", "transformers"},
     "config": {"jax", "flax", "numpy", "transformers"},
     "methods": {"jax", "flax", "numpy", "transformers"},
     "command": {"jax", "flax", "numpy", "transformers"},
@@ -73,7 +85,11 @@ BANNED = {
     "stores": {"jax", "flax", "numpy", "transformers", "torch"},
     "data": {"jax", "flax", "optax", "orbax", "torch"},
     "draw": {"jax", "flax", "torch"},
+    "scoring": {"jax", "flax", "transformers", "torch"},
+    "judge": {"jax", "flax", "numpy", "transformers", "torch"},
     "reporting": {"jax", "flax", "torch"},
+    "talk": {"jax", "flax", "torch"},
+    "serving": {"jax", "flax", "torch"},
     "ops": {"flax", "optax", "transformers", "torch"},
     "model": {"optax", "orbax", "transformers", "torch", "safetensors"},
     "learn": {"flax", "transformers", "tokenizers", "safetensors", "torch"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from jaxtune.config import DataError
 from jaxtune.data import likeness, mixture, prepare
+from jaxtune.data.columns import column_values
 from jaxtune.data.pipeline import Batches, Dataset
 
 # What is counted of examples and records -> what it means.
@@ -27,7 +27,6 @@ FLAGS = {
     "duplicates": "rows that are the same as an earlier one, token for token",
     "near_duplicates": "records that say nearly the same as an earlier one",
 }
-_LONGEST = 60  # letters of a column's value
 _VALUES = 20  # of a column that are named; the others are counted together
 
 
@@ -105,22 +104,11 @@ def distribution(
     `entries` are those `dataset` was opened from; they are read again. Records without the column
     count under "(absent)". Raises `DataError` when no record has it.
     """
-    records: Counter[str] = Counter()
-    examples: Counter[str] = Counter()
-    present = False
-    for number, entry in enumerate(entries):
-        rows = dataset.gather("rows")[dataset.source_of == number]
-        count = np.bincount(rows, minlength=1)
-        for row, (_, _, fields) in prepare.read(entry):
-            if row >= len(count):
-                break
-            if count[row]:
-                present |= column in fields
-                value = _shown(fields[column]) if column in fields else "(absent)"
-                records[value] += 1
-                examples[value] += int(count[row])
-    if not present:
+    labels = column_values(dataset, entries, column)
+    if labels is None:
         raise DataError(f"columns: no record that is trained has a column '{column}'.")
+    _, first = np.unique(dataset.record_of, return_index=True)
+    records, examples = Counter(labels[first].tolist()), Counter(labels.tolist())
     named = [value for value, _ in examples.most_common(_VALUES)]
     found = {v: {"records": records[v], "examples": examples[v]} for v in named}
     if len(examples) > _VALUES:
@@ -212,13 +200,6 @@ def _part(part: Dataset, whole: Dataset, name: str) -> dict[str, Any]:
         "tokens_total": int(part.token_counts.sum()),
         "tokens_trained": int(part.trained_counts.sum()),
     }
-
-
-def _shown(value: Any) -> str:
-    """A value as one short line, so that counting a column of long texts costs little."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    line = " ".join(text[: 2 * _LONGEST].split())
-    return line[:_LONGEST] + "..." if len(line) > _LONGEST else line or "(empty)"
 
 
 def _quantiles(values: NDArray[np.int64]) -> dict[str, int]:

@@ -410,6 +410,15 @@ def eval_batches(
         yield EvalBatch(rows, batch_size, batches.row_length, trained)
 
 
+def eval_rows(
+    dataset: Dataset, batch_size: int, *, packing: bool = False
+) -> Iterator[tuple[Batch, list[list[int]]]]:
+    """The same batches, whole, each with the numbers of the examples in its rows."""
+    batches = Batches(dataset, batch_size=batch_size, seed=0, packing=packing, order="file")
+    for step in range(batches.steps_per_epoch):
+        yield batches.batch(step), batches.examples(step)
+
+
 def prefetch(
     make: Callable[[int], T], start: int, stop: int, *, depth: int = 2
 ) -> Generator[T, None, None]:

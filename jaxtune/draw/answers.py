@@ -7,31 +7,17 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxtune.draw.curves import written
-from jaxtune.draw.markup import Markup, Number, escaped, table
+from jaxtune.draw.markup import Markup, escaped
 
 _ANSWERS, _OPEN = 50, 8  # of an evaluation file that are shown; those not folded away
 _PROMPTS, _STEPS = 20, 8  # of samples.jsonl
 _LONGEST = 4000  # letters of a text; a difference takes time quadratic in its words
 _LONG = 400  # letters with their marks, from which a text scrolls
 _ALIKE = 0.3  # below this share of common words two answers are shown as they are
-
-# key of `evaluate --json` -> (name, how it is written); other numbers follow under their own names
-_SCORES: Mapping[str, tuple[str, str]] = {
-    "eval_loss": ("loss", ".4f"),
-    "eval_perplexity": ("perplexity", ".4g"),
-    "eval_token_accuracy": ("token accuracy", ".1%"),
-    "exact_match": ("exact match", ".1%"),
-    "rougeL": ("ROUGE-L", ".3f"),
-    "stop_rate": ("stop rate", ".1%"),
-    "eval_tokens_trained": ("tokens of answers", ","),
-    "examples": ("examples", ","),
-}
 
 
 def difference(before: str, after: str) -> tuple[Markup, Markup]:
@@ -55,19 +41,6 @@ def difference(before: str, after: str) -> tuple[Markup, Markup]:
         left += gone if what == "equal" or not gone else f"<del>{gone}</del>"
         right += come if what == "equal" or not come else f"<ins>{come}</ins>"
     return Markup(left), Markup(right)
-
-
-def scores(name: str, found: Mapping[str, Any]) -> str:
-    """The scores that `evaluate --json` printed, with `base` side by side; per data set too."""
-    base = found.get("base")
-    columns = {"base": base, "tuned": found} if base else {"model": found}
-    several = found.get("by_dataset", {})
-    parts = [_scores(f"{name}: all" if len(several) > 1 else name, columns)]
-    if len(several) > 1:
-        for dataset, of_it in several.items():
-            beside = {"base": base.get("by_dataset", {}).get(dataset, {})} if base else {}
-            parts.append(_scores(f"{name}: {dataset}", {**beside, [*columns][-1]: of_it}))
-    return "\n".join(parts)
 
 
 def answer_cards(name: str, found: Mapping[str, Any]) -> str:
@@ -96,35 +69,6 @@ def samples(rows: Sequence[Mapping[str, Any]]) -> str:
             lines.append(f"<div><dt>step {row['step']:,}{ending}</dt>{_said(text)}</div>")
         cards.append(f"<article>{_prompt(prompt)}<dl>{''.join(lines)}</dl></article>")
     return "".join(cards) + _more(len(by_prompt), _PROMPTS, "prompts", "samples.jsonl")
-
-
-def _scores(caption: str, columns: Mapping[str, Mapping[str, Any]]) -> str:
-    there = [scores for scores in columns.values() if scores]
-    keys = [key for key in _SCORES if any(key in scores for scores in there)]
-    keys += dict.fromkeys(
-        key
-        for scores in there
-        for key, value in scores.items()
-        if key not in _SCORES and isinstance(value, int | float) and not isinstance(value, bool)
-    )
-    rows = []
-    for key in keys:
-        title, how = _SCORES.get(key, (key.replace("_", " "), ".4g"))
-        values = [scores.get(key) for scores in columns.values()]
-        cells: list[object] = [written(value, how) for value in values]
-        if len(values) == 2:
-            cells.append(_change(values, how))
-        rows.append((title, *cells))
-    header = ("", *columns, *(("change",) if len(columns) == 2 else ()))
-    return table(caption, header, rows)
-
-
-def _change(values: Sequence[Any], how: str) -> Number:
-    if not all(isinstance(v, int | float) and math.isfinite(v) for v in values) or how == ",":
-        return Number("")
-    change = values[1] - values[0]
-    text = f"{100 * change:+.1f} points" if how.endswith("%") else format(change, f"+{how}")
-    return Number(text.replace("-", "\u2212"))
 
 
 def _answers(tuned: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]] | None) -> str:
@@ -189,7 +133,11 @@ def _marked(*texts: str) -> bool:
 
 def _mark(answer: Mapping[str, Any], wanted: str) -> str:
     same = answer["response"].strip() == wanted.strip()
-    return ' <b class="right">exact</b>' if same else ""
+    found = ' <b class="right">exact</b>' if same else ""
+    word = answer.get("verdict")
+    if word in ("win", "loss", "tie"):
+        found += f' <i class="judged">judged a {word}</i>'
+    return found
 
 
 def _ending(stopped: Any) -> str:

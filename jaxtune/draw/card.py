@@ -11,6 +11,9 @@ from typing import Any
 import yaml
 
 from jaxtune import __version__
+from jaxtune.draw.sheets import LEGEND, Sheet, judge_lines, sheets
+
+_BEGIN, _END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 
 
 def model_card(
@@ -65,6 +68,38 @@ was taken on the answers only, their end of turn included.
 
 {_fenced("yaml", config.strip())}
 """
+
+
+def with_evaluation(card: str, found: Mapping[str, Any]) -> str:
+    """The card with what `evaluate --json` found, in place of what an earlier one had found.
+
+    It stands before the data, or last where the card has no such heading.
+    """
+    columns = {"base": found["base"], "tuned": found} if "base" in found else {"model": found}
+    parts = [_markdown(sheet) for sheet in sheets(columns, counts=True)]
+    parts += [_plain(line) for line in judge_lines(found)]
+    parts += [LEGEND] * ("difference" in found)
+    section = "\n\n".join([_BEGIN, "## Evaluation", *parts, _END])
+    before, begin, rest = card.partition(_BEGIN)
+    if begin and _END in rest:
+        return before + section + rest.partition(_END)[2]
+    before, heading, rest = card.partition("\n## Data\n")
+    if heading:
+        return f"{before}\n{section}\n{heading}{rest}"
+    return f"{card.rstrip()}\n\n{section}\n"
+
+
+def _markdown(sheet: Sheet) -> str:
+    width = len(sheet.header)
+    rows = [
+        (sheet.caption, *sheet.header[1:]),
+        ["---", *["---:"] * sheet.numbers, *["---"] * (width - 1 - sheet.numbers)],
+        *((*row, *[""] * (width - len(row))) for row in sheet.rows),
+    ]
+    lines = [
+        row if number == 1 else [_plain(cell) for cell in row] for number, row in enumerate(rows)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _plain(text: str) -> str:

@@ -13,6 +13,7 @@ _TERMS = {
     "attention": "attention kernels at half of the peak",
     "exposed": "collectives nothing hides",
     "other_slices": "to other slices",
+    "host": "to the host's memory and back",
 }
 _BY_RULE = {"compute": "matrix products", "attention": "attention"}
 
@@ -116,6 +117,12 @@ def _run(run: Mapping[str, Any] | None) -> list[str]:
         f"  the run: {run['steps']:,} steps, {duration(run['seconds'])}, "
         f"{run['chip_hours']:,.1f} chip-hours{price}"
     ]
+
+
+def rate(plan: Mapping[str, Any]) -> str:
+    """Speed and memory of a chip in a few words."""
+    speed, size = plan["tokens_per_second_per_chip"], plan["hbm_bytes"] / _GIB
+    return f"{speed:,.0f} tokens/s in {size:.2f} GiB"
 
 
 def frontier_text(found: Sequence[Mapping[str, Any]]) -> str:

@@ -58,20 +58,25 @@ class Tokenising:
 
 
 class Searching:
-    """A context manager, called with (settings done, of all); a bar on a terminal, else silent."""
+    """A context manager, called with (settings compiled, of how many, the fastest so far in words)
+    of a search that may take `minutes`.
 
-    def __init__(self) -> None:
-        console = Console(stderr=True, highlight=False)
+    Everything goes to stderr: on a terminal a bar of the time, elsewhere a line for every answer.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self._console = Console(stderr=True, highlight=False)
         self._bar = Bar(
             TextColumn("[bold]compiling"),
-            MofNCompleteColumn(),
             BarColumn(),
-            TextColumn("settings"),
-            console=console,
-            disable=not console.is_terminal,
+            TextColumn("{task.fields[clock]}"),
+            TextColumn("{task.description}", markup=False),
+            console=self._console,
+            disable=not self._console.is_terminal,
             transient=True,
         )
-        self._task = self._bar.add_task("search", total=None)
+        self._task = self._bar.add_task("", total=minutes, clock="")
+        self._minutes, self._began, self._said = minutes, time.monotonic(), 0
 
     def __enter__(self) -> Searching:
         self._bar.start()
@@ -80,8 +85,14 @@ class Searching:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def __call__(self, done: int, total: int) -> None:
-        self._bar.update(self._task, completed=done, total=total)
+    def __call__(self, done: int, total: int, best: str) -> None:
+        spent = (time.monotonic() - self._began) / 60
+        said = f"{done} of {total} settings" + (f"; fastest {best}" if best else "")
+        clock = f"{spent:.0f} of {self._minutes:g} min"
+        self._bar.update(self._task, completed=spent, clock=clock, description=said)
+        if done > self._said and not self._console.is_terminal:
+            self._said = done
+            self._console.print(f"search: {clock}, {said}", markup=False, soft_wrap=True)
 
 
 class Progress:

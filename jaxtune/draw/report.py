@@ -9,9 +9,10 @@ import importlib.resources
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxtune.draw.answers import answer_cards, samples, scores
+from jaxtune.draw.answers import answer_cards, samples
 from jaxtune.draw.curves import curves, evaluations, policy, script, written
 from jaxtune.draw.datasheet import data_tables, tiles
+from jaxtune.draw.evaluated import evaluation_tables
 from jaxtune.draw.example import KEY, Shown, example_card
 from jaxtune.draw.markup import STYLE, escaped, table
 
@@ -81,11 +82,12 @@ def _sections(run: RunPage) -> list[tuple[str, str]]:
     else:
         data = f'<p class="tiles">{tiles(run.data)}</p>\n{data_tables(run.data)}'
     cards = "\n".join(map(example_card, run.examples))
-    tables = evaluations(run.evals) + "".join(scores(*found) for found in run.evaluations)
+    found = [evaluation_tables(*found) for found in run.evaluations]
+    tables = "\n".join(filter(None, [*found, evaluations(run.evals)]))
     answers = "".join(answer_cards(*found) for found in run.evaluations)
     return [
         ("Curves", curves(run.train, run.evals)),
-        ("Evaluation", f'<div class="two">{tables}</div>{answers}' if tables else ""),
+        ("Evaluation", f'<div class="evaluated">{tables}</div>{answers}' if tables else ""),
         ("Samples", samples(run.samples)),
         ("Data", data),
         ("Examples", f"{KEY}\n{cards}" if cards else ""),

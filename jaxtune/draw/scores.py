@@ -2,46 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from jaxtune.draw.sheets import LEGEND, Sheet, judge_lines, sheets
 from jaxtune.draw.terminal import printable
 
 _LONGEST_LINE = 160
 
-# key of `evaluate --json` -> (name, how it is written)
-_ROWS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
-    "eval_loss": ("loss", "{:.4f}".format),
-    "eval_perplexity": ("perplexity", "{:.4g}".format),
-    "eval_token_accuracy": ("token accuracy", "{:.1%}".format),
-    "exact_match": ("exact match", "{:.1%}".format),
-    "rougeL": ("ROUGE-L", "{:.3f}".format),
-    "stop_rate": ("stop rate", "{:.1%}".format),
-}
-
 
 def scores_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """A column per model, a row per score that is there.
+    """All that `evaluate --json` holds but the answers: a column per model, with intervals.
 
-    >>> print(scores_text({"base": {"exact_match": 0.0}, "tuned": {"exact_match": 0.965}}))
-                          base    tuned
-      exact match         0.0%    96.5%
+    >>> row = {"exact_match": 0.965, "intervals": {"exact_match": [0.9, 1.0]}}
+    >>> print(scores_text({"model": row}))
+                         model  95% interval
+      exact match        96.5%  90.0 to 100.0%
     """
-    there = next(iter(columns.values()))
-    lines = [("", *(printable(name) for name in columns))]
-    lines += [
-        (name, *(_written(write, scores[key]) for scores in columns.values()))
-        for key, (name, write) in _ROWS.items()
-        if key in there
+    *_, last = columns.values()
+    parts = [_aligned(sheet) for sheet in sheets(columns)]
+    if lines := judge_lines(last):
+        parts.append("\n".join(f"  {_on_one_line(line)}" for line in lines))
+    if "difference" in last:
+        parts.append(f"  {LEGEND}")
+    return "\n\n".join(parts)
+
+
+def _aligned(sheet: Sheet) -> str:
+    """Columns two blanks apart: the first to the left, numbers to the right."""
+    header = (sheet.caption, *sheet.header[1:])
+    rows = [
+        [_on_one_line(cell) for cell in (*row, *[""] * (len(header) - len(row)))]
+        for row in (header, *sheet.rows)
     ]
-    width = max(9, 2 + max(len(name) for name in columns))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[0] = max(15, widths[0])
+    for number, name in enumerate(header[1 : 1 + sheet.numbers], 1):
+        widths[number] = max(7 if name else 0, widths[number])
     return "\n".join(
-        f"  {name:15}" + "".join(cell.rjust(width) for cell in cells) for name, *cells in lines
+        "  "
+        + "  ".join(
+            cell.rjust(width) if 0 < number <= sheet.numbers else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
     )
-
-
-def _written(write: Callable[[Any], str], value: Any) -> str:
-    return "not finite" if value is None else write(value)
 
 
 def answers_text(question: str, expected: str, answers: Mapping[str, tuple[str, bool]]) -> str:

@@ -8,7 +8,18 @@ docs/families.md is the recipe for another one.
 """
 
 from jaxtune.config import ModelError, nearest
-from jaxtune.hf.family import gemma, granite, llama, mixture, olmo, phi, smollm, starcoder
+from jaxtune.hf.family import (
+    exaone,
+    gemma,
+    glm,
+    granite,
+    llama,
+    mixture,
+    olmo,
+    phi,
+    smollm,
+    starcoder,
+)
 from jaxtune.hf.family.family import Family, stacked
 from jaxtune.hf.family.read import Config, config_dtype
 from jaxtune.hf.family.wrapped import WRAPPERS
@@ -23,6 +34,8 @@ FAMILIES: dict[str, Family] = {
     **granite.FAMILIES,
     **smollm.FAMILIES,
     **starcoder.FAMILIES,
+    **glm.FAMILIES,
+    **exaone.FAMILIES,
     **mixture.FAMILIES,
 }
 

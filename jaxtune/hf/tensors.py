@@ -13,7 +13,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxtune.config import ModelError
-from jaxtune.hf.moving import PAGE, Scratch
+from jaxtune.hf.moving import PAGE, Scratch, run_ahead
 from jaxtune.untrusted import (
     MAX_TABLE,
     open_inside,
@@ -359,25 +359,39 @@ def flush(file: Path) -> None:
         os.close(handle)
 
 
-def read_back(run: Written) -> bool:
-    """Whether the disk gives the bytes that were written: not the system's copy of them."""
-    direct = _open_direct(run.file)
-    handle = os.open(run.file, os.O_RDONLY) if direct is None else direct
+def damaged(runs: Sequence[Written]) -> Iterator[Written]:
+    """Those runs of one file that the disk gives other than they were written.
+
+    The disk, not the system's copy of it: the file is brought there first, and read past the cache
+    where the file system has a way.
+    """
+    file = runs[0].file
+    flush(file)
+    direct = _open_direct(file)
+    handle = os.open(file, os.O_RDONLY) if direct is None else direct
     try:
         if direct is None:
-            os.posix_fadvise(handle, run.start, run.size, os.POSIX_FADV_DONTNEED)
-        buffer = _scratch.empty((_READ + 2 * PAGE,), np.dtype(np.uint8))
-        for at in range(0, run.size, _READ):
-            size, before = min(_READ, run.size - at), (run.start + at) % PAGE
-            pages = -(-(before + size) // PAGE) * PAGE
-            if _read_at(handle, buffer[:pages].data, run.start + at - before) < before + size:
-                return False
-            sums = checksum(buffer[before : before + size])
-            if not np.array_equal(sums, run.checksum[at // PAGE :][: len(sums)]):
-                return False
-        return True
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        in_order = sorted(runs, key=lambda run: run.start)
+        check = functools.partial(_reads_back, handle)
+        for run, same in zip(in_order, run_ahead(check, in_order), strict=True):
+            if not same:
+                yield run
     finally:
         os.close(handle)
+
+
+def _reads_back(handle: int, run: Written) -> bool:
+    buffer = _scratch.empty((_READ + 2 * PAGE,), np.dtype(np.uint8))
+    for at in range(0, run.size, _READ):
+        size, before = min(_READ, run.size - at), (run.start + at) % PAGE
+        pages = -(-(before + size) // PAGE) * PAGE
+        if _read_at(handle, buffer[:pages].data, run.start + at - before) < before + size:
+            return False
+        sums = checksum(buffer[before : before + size])
+        if not np.array_equal(sums, run.checksum[at // PAGE :][: len(sums)]):
+            return False
+    return True
 
 
 def _open_direct(file: Path) -> int | None:

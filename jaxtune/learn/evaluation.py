@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
+from numpy.typing import NDArray
 
-from jaxtune.learn.step import Evaluate
+from jaxtune.learn.step import EachToken, Evaluate
 from jaxtune.mesh import put_batch
 
 
@@ -38,7 +40,7 @@ class Totals(NamedTuple):
         return Totals(*(a + b for a, b in zip(self, other, strict=True)))
 
     def row(self) -> dict[str, float]:
-        """The names of metrics.jsonl and `evaluate --json`. Perplexity is exp of the mean loss."""
+        """The names of metrics.jsonl. Perplexity is exp of the mean loss."""
         weight = self.weight or 1.0
         mean = self.loss / weight
         return {
@@ -70,3 +72,74 @@ def evaluate(
         correct=math.fsum(float(part.correct) for part in fetched),
         tokens=tokens,
     )
+
+
+class Examples(NamedTuple):
+    """Sums of each example's own tokens, float64 `[examples]`: sum(w*ce), sum(w), sum(w*hit), and
+    how many have a weight. Added up over any group of examples they are that group's `Totals`."""
+
+    loss: NDArray[np.float64]
+    weight: NDArray[np.float64]
+    correct: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+
+
+def each_example(
+    losses: EachToken,
+    variables: Any,
+    batches: Iterable[tuple[Any, Sequence[Sequence[int]]]],
+    *,
+    count: int,
+    mesh: Mesh,
+) -> Examples:
+    """`evaluate`, example by example, of `count` examples.
+
+    `batches` are host batches [B T] with the numbers of the examples in each row; number i of a row
+    is its segment i + 1. A token's cross-entropy is f32 on the device; all sums are f64 on the
+    host, so that neither the batch nor the neighbours in a row show in them.
+    """
+    found = Examples(np.zeros(count), np.zeros(count), np.zeros(count), np.zeros(count, np.int64))
+    waiting: tuple[Any, NDArray[np.int64], Any] | None = None
+    for batch, rows in batches:
+        owners = _owners(batch.segment_ids, rows)
+        on_device = losses(variables, _placed(batch, mesh))
+        if waiting is not None:  # one late, so that the device never waits for the host
+            _add(found, *waiting)
+        waiting = batch.weights, owners, on_device
+    if waiting is not None:
+        _add(found, *waiting)
+    return found
+
+
+def _placed(batch: Any, mesh: Mesh) -> Any:
+    rows, length = batch.inputs.shape
+
+    def part(lo: int, hi: int) -> Any:
+        return type(batch)(*(values[lo:hi] for values in batch))
+
+    return put_batch(part, batch_size=rows, length=length, mesh=mesh)
+
+
+def _owners(segment_ids: NDArray[np.integer], rows: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """The example of each token `[B T]`, -1 for padding.
+
+    rows [[7, 2], []]   segments 1 1 2 0   ->    7  7  2 -1
+                                 0 0 0 0        -1 -1 -1 -1
+    """
+    table = np.full((len(rows), 1 + max(map(len, rows), default=0)), -1)
+    for number, row in enumerate(rows):
+        table[number, 1 : 1 + len(row)] = row
+    return np.take_along_axis(table, segment_ids.astype(np.int64), axis=1)
+
+
+def _add(
+    found: Examples, weights: NDArray[np.floating], owners: NDArray[np.int64], on_device: Any
+) -> None:
+    each = jax.device_get(on_device)
+    counts = weights != 0
+    owners, w = owners[counts], weights[counts].astype(np.float64)
+    size = len(found.loss)
+    found.loss[:] += np.bincount(owners, w * each.loss[counts], size)
+    found.weight[:] += np.bincount(owners, w, size)
+    found.correct[:] += np.bincount(owners, w * each.correct[counts], size)
+    found.tokens[:] += np.bincount(owners, minlength=size)

@@ -6,6 +6,7 @@ Sums and counts travel through microbatches, devices and hosts; the one division
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from jaxtune import collectives
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
 from jaxtune.ops import neftune
-from jaxtune.ops.cross_entropy import Sums, linear_cross_entropy
+from jaxtune.ops.cross_entropy import Sums, TokenLosses, linear_cross_entropy, token_losses
 from jaxtune.ops.moe import balance
 from jaxtune.spec import ModelSpec
 
@@ -68,26 +69,17 @@ def next_token(
     """
     coef = router_coef(spec)
 
+    read = functools.partial(
+        _read, spec, dtype=dtype, remat=remat, lora=lora, platform=platform, attention=attention
+    )
+
     def objective(variables: Variables, batch: Tokens, key: jax.Array | None) -> Sums:
         batch = collectives.dealt(batch)
         noise = None
         if noise_alpha is not None and key is not None:
             key, own = jax.random.split(key)
             noise = _noise(own, batch.segment_ids, spec.width, noise_alpha)
-        output = decoder.forward(
-            spec,
-            variables,
-            batch.inputs,
-            segment_ids=batch.segment_ids,
-            positions=batch.positions,
-            dtype=dtype,
-            remat=remat,
-            platform=platform,
-            attention=attention,
-            key=key,
-            lora=lora,
-            noise=noise,
-        )
+        output = read(variables, batch, key=key, noise=noise)
         sums = linear_cross_entropy(
             output.hidden,
             output.head,
@@ -103,6 +95,33 @@ def next_token(
         return sums
 
     return objective
+
+
+def each_token(
+    spec: ModelSpec, *, dtype: Any, lora: Lora | None = None, platform: str | None = None
+) -> Callable[[Variables, Tokens], TokenLosses]:
+    """`next_token` before it is added up: `[B T]`, each token where it lies in the batch."""
+
+    def losses(variables: Variables, batch: Tokens) -> TokenLosses:
+        batch = collectives.dealt(batch)
+        output = _read(
+            spec, variables, batch, dtype=dtype, remat="none", lora=lora, platform=platform
+        )
+        each = token_losses(output.hidden, output.head, batch.targets, batch.weights)
+        return jax.tree.map(collectives.whole_rows, each)
+
+    return losses
+
+
+def _read(spec: ModelSpec, variables: Variables, batch: Tokens, **how: Any) -> decoder.Output:
+    return decoder.forward(
+        spec,
+        variables,
+        batch.inputs,
+        segment_ids=batch.segment_ids,
+        positions=batch.positions,
+        **how,
+    )
 
 
 def _noise(key: jax.Array, segment_ids: jax.Array, width: int, alpha: float) -> jax.Array:

@@ -16,13 +16,14 @@ from jax.sharding import Mesh
 
 from jaxtune.collectives import EVERYWHERE, per_device, slices, tokens
 from jaxtune.learn import optim
-from jaxtune.learn.objectives import Objective, next_token
+from jaxtune.learn.objectives import Objective, each_token, next_token
 from jaxtune.learn.schedules import Schedule
 from jaxtune.learn.state import TrainState, abstract_state, init_opt_state, state_shardings
-from jaxtune.learn.step import Evaluate, Train, eval_step, gradient, train_step
+from jaxtune.learn.step import EachToken, Evaluate, Train, eval_step, gradient, train_step
 from jaxtune.mesh import platform_of, replicated, shardings
 from jaxtune.model import decoder
 from jaxtune.model.lora import COLLECTION, Lora
+from jaxtune.ops.cross_entropy import TokenLosses
 from jaxtune.spec import ModelSpec
 from jaxtune.tree import split
 
@@ -157,10 +158,18 @@ def _everything(name: str) -> bool:
     return True
 
 
-def build_eval(spec: ModelSpec, mesh: Mesh, *, dtype: Any, lora: Lora | None = None) -> Evaluate:
-    """The evaluation half alone, for those who train nothing."""
-    objective = next_token(spec, dtype=dtype, remat="none", lora=lora, platform=platform_of(mesh))
-    return _evaluation(_axes(spec, lora), mesh, objective)
+def build_token_losses(spec: ModelSpec, mesh: Mesh, *, dtype: Any) -> EachToken:
+    """What `eval_step` adds up, token by token, for those who train nothing: `(variables, batch) ->
+    TokenLosses` `[B T]`, on every device, so that every host can read all of it."""
+    here = each_token(spec, dtype=dtype, platform=platform_of(mesh))
+    axes = _axes(spec, None)
+
+    def losses(variables: Any, batch: Any) -> TokenLosses:
+        rows = tokens(batch.inputs.shape, mesh)
+        given = (slices(axes, variables, mesh), rows)
+        return per_device(here, mesh, given, type(rows)(rows[0]))(variables, batch)
+
+    return jax.jit(losses, out_shardings=replicated(mesh))
 
 
 def _axes(spec: ModelSpec, lora: Lora | None) -> dict[str, Any]:

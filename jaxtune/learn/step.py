@@ -24,7 +24,7 @@ from jaxtune.learn.objectives import Objective, Tokens, add, zero_sums
 from jaxtune.learn.schedules import Schedule
 from jaxtune.learn.state import TrainState
 from jaxtune.model.layers import ARRIVING
-from jaxtune.ops.cross_entropy import Sums
+from jaxtune.ops.cross_entropy import Sums, TokenLosses
 from jaxtune.tree import merge
 
 
@@ -164,3 +164,4 @@ def eval_step(trained: Any, frozen: Any, batch: Tokens, *, objective: Objective)
 
 Train = Callable[[TrainState, Any, Tokens], tuple[TrainState, StepMetrics]]
 Evaluate = Callable[[Any, Any, Tokens], Sums]
+EachToken = Callable[[Any, Tokens], TokenLosses]

@@ -1,5 +1,10 @@
-"""The attention of one layer: projections, positions, and the keys and values kept for decoding."""
+"""The attention of one layer: projections, positions, and the keys and values kept for decoding.
 
+reading     many tokens of each row see each other; with `keep` their keys and values come back
+decoding    one new token of each row sees what is kept of it, in a cache of slots
+"""
+
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +16,7 @@ from jaxtune import collectives, mesh
 from jaxtune.model.layers import Build, Projection, RMSNorm, weight
 from jaxtune.ops import rope
 from jaxtune.ops.attention import OPAQUE, Share, attend
+from jaxtune.ops.decoding import attend_slots
 from jaxtune.spec import LayerSpec
 
 
@@ -31,7 +37,8 @@ class Places(NamedTuple):
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of one layer for decoding, `[B S G K]`; slot s belongs to position s."""
+    """Keys and values of one layer, `[B G S K]`. In a cache of S slots position p has slot p mod S:
+    a layer that sees a window of S keys needs no more, and every slot in use is one it sees."""
 
     keys: jax.Array
     values: jax.Array
@@ -47,6 +54,7 @@ class Attention(nn.Module):
     norm_offset: float
     build: Build
     impl: str
+    keep: bool = False
 
     @nn.compact
     def __call__(
@@ -66,31 +74,59 @@ class Attention(nn.Module):
             q_BTHK = RMSNorm(*settings, name="q_norm")(q_BTHK)
             k_BTGK = RMSNorm(*settings, name="k_norm")(k_BTGK)
         if self.rotation is not None:
+            assert layer.rope is not None
+            turn = functools.partial(rope.rotate, interleaved=layer.rope.interleaved)
             cos, sin = places.rotations[self.rotation]
-            q_BTHK = rope.rotate(q_BTHK, cos, sin)
-            k_BTGK = rope.rotate(k_BTGK, cos, sin)
+            q_BTHK, k_BTGK = turn(q_BTHK, cos, sin), turn(k_BTGK, cos, sin)
+            q_BTHK = rope.grown(layer.rope, q_BTHK, places.positions)
 
-        segment_ids, positions = places.segment_ids, places.positions
-        if cache is None:
+        sinks_H = self._sinks() if layer.sinks else None
+        if cache is not None:
+            mixed_BTHK, cache = self._decode(q_BTHK, k_BTGK, v_BTGK, cache, places, sinks_H)
+        else:
             axes = ("batch", "length", "kv_heads", None)
             keys_BSGK, values_BSGK = (collectives.whole_rows(x, axes) for x in (k_BTGK, v_BTGK))
-            key_segments, key_positions = places.row_segments, places.row_positions
-        else:
-            cache = _append(cache, k_BTGK, v_BTGK, positions)
-            keys_BSGK, values_BSGK = cache
-            B, S = keys_BSGK.shape[:2]
-            key_segments = jnp.ones((B, S), segment_ids.dtype)
-            key_positions = jnp.broadcast_to(jnp.arange(S, dtype=positions.dtype), (B, S))
-        mixed_BTHK = self._attend(
-            q_BTHK,
-            keys_BSGK,
-            values_BSGK,
-            (segment_ids, key_segments),
-            (positions, key_positions),
-            self._sinks() if layer.sinks else None,
-        )
+            mixed_BTHK = self._attend(
+                q_BTHK,
+                keys_BSGK,
+                values_BSGK,
+                (places.segment_ids, places.row_segments),
+                (places.positions, places.row_positions),
+                sinks_H,
+            )
+            if self.keep:
+                cache = KeyValues(*(jnp.swapaxes(x, 1, 2) for x in (keys_BSGK, values_BSGK)))
         mixed_BTHK = mesh.constrain(mixed_BTHK, "batch", "length", "heads", None)
         return project("o", "BTHK,HKD->BTD", mixed_BTHK, layer.out_bias), cache
+
+    def _decode(
+        self,
+        q_B1HK: jax.Array,
+        k_B1GK: jax.Array,
+        v_B1GK: jax.Array,
+        cache: KeyValues,
+        places: Places,
+        sinks_H: jax.Array | None,
+    ) -> tuple[jax.Array, KeyValues]:
+        """One new token a row: kept in the slot of its position, then mixed with all that is."""
+        position_B, slots = places.positions[:, 0], cache.keys.shape[2]
+        cache = KeyValues(
+            *(
+                _kept(slot_BGSK, new_B1GK, position_B % slots)
+                for slot_BGSK, new_B1GK in zip(cache, (k_B1GK, v_B1GK), strict=True)
+            )
+        )
+        # Once a row has gone round, all slots are in use.
+        visible_BS = jnp.arange(slots)[None, :] <= position_B[:, None]
+        mixed_BHK = attend_slots(
+            q_B1HK[:, 0],
+            *cache,
+            visible=visible_BS & (places.segment_ids != 0),
+            softcap=self.layer.softcap,
+            sinks=sinks_H,
+            scale=self.layer.scale,
+        )
+        return mixed_BHK[:, None], cache
 
     def _attend(
         self,
@@ -147,15 +183,12 @@ class Attention(nn.Module):
         )
 
 
-def _append(
-    cache: KeyValues, k_BTGK: jax.Array, v_BTGK: jax.Array, positions_BT: jax.Array
-) -> KeyValues:
-    """Writes each new key and value into the slot of its position; past the end they are lost."""
+def _kept(kept_BGSK: jax.Array, new_B1GK: jax.Array, slot_B: jax.Array) -> jax.Array:
+    """Each row's new key or value in its slot."""
 
-    def write(kept_BSGK: jax.Array, new_BTGK: jax.Array) -> jax.Array:
-        rows_B1 = jnp.arange(kept_BSGK.shape[0])[:, None]
-        rows_BT = jnp.broadcast_to(rows_B1, positions_BT.shape)
-        kept_BSGK = kept_BSGK.at[rows_BT, positions_BT].set(new_BTGK, mode="drop")
-        return mesh.constrain(kept_BSGK, "batch", None, "kv_heads", None)
+    def write(kept_GSK: jax.Array, new_1GK: jax.Array, slot: jax.Array) -> jax.Array:
+        new_G1K = jnp.swapaxes(new_1GK, 0, 1)
+        return jax.lax.dynamic_update_slice(kept_GSK, new_G1K, (0, slot, 0))
 
-    return KeyValues(write(cache.keys, k_BTGK), write(cache.values, v_BTGK))
+    kept_BGSK = jax.vmap(write)(kept_BGSK, new_B1GK, slot_B)
+    return mesh.constrain(kept_BGSK, "batch", "kv_heads", None, None)

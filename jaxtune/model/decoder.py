@@ -74,14 +74,16 @@ REMAT: Mapping[str, Callable[..., bool] | None] = {
     ),
 }
 
+CACHE_AXES = ("layers", "batch", "kv_heads", None, None)
+
 Params = Any  # nested dicts of arrays
-Cache = dict[str, dict[str, KeyValues]]  # stack_{i} -> layer_{j} -> [L B S G K] each
+Cache = dict[str, dict[str, KeyValues]]  # stack_{i} -> layer_{j} -> [L B G S K] each
 
 
 class Output(NamedTuple):
     """`hidden` `[B T D]` after the final norm, in compute dtype; the `head` on its kernel
-    as stored; the cache that came, with these tokens in it; the `load` of all mixtures of experts
-    together, None where there are none."""
+    as stored; the `cache` that came with these tokens in it, or the keys and values to `keep`; the
+    `load` of all mixtures of experts together, None where there are none."""
 
     hidden: jax.Array
     head: Head
@@ -99,6 +101,7 @@ def forward(
     dtype: DTypeLike,
     remat: str = "full",
     cache: Cache | None = None,
+    keep: bool = False,
     attention: str | None = None,
     platform: str | None = None,
     key: jax.Array | None = None,
@@ -108,13 +111,14 @@ def forward(
     """Runs `inputs` `[B T]` int32 through the decoder `variables["params"]`, computing in `dtype`.
 
     `segment_ids` and `positions` `[B T]` say who sees whom (`ops/attention.py`); padding is segment
-    0. With a `cache` a row is one text: each token is kept in the slot of its position and sees all
-    slots up to it; a text that outgrows a limit of `rope_limits` must be read again. `remat` is a
-    name of `REMAT`. `attention` names an implementation of `ops/attention.py`; None or "auto"
-    chooses by length and `platform`, which is this process's own where nothing is said. `key` is
-    for what is random while training; without it nothing is. `lora` says how the adapters in
-    `variables["lora"]` are used; without that collection the base is what runs. `noise` `[B T D]`
-    is added to what the layers are given.
+    0. With a `cache` a row is one text of which this is the newest token, T = 1: it is kept in the
+    slot of its position and sees what the cache holds; a text that outgrows a limit of
+    `rope_limits` must be read again. `keep` gives back the keys and values of these tokens, for
+    `in_slots`. `remat` is a name of `REMAT`. `attention` names an implementation of
+    `ops/attention.py`; None or "auto" chooses by length and `platform`, which is this process's own
+    where nothing is said. `key` is for what is random while training; without it nothing is. `lora`
+    says how the adapters in `variables["lora"]` are used; without that collection the base is what
+    runs. `noise` `[B T D]` is added to what the layers are given.
     """
     if remat not in REMAT:
         raise ConfigError(
@@ -125,12 +129,11 @@ def forward(
         spec,
         platform or jax.default_backend(),
         inputs.shape[1] * devices,
-        cache,
         devices=devices,
         dtype=dtype,
         asked=attention or "auto",
     )
-    module = Decoder(spec, Build(dtype, dtype, spec.init_scale, lora), remat, attention)
+    module = Decoder(spec, Build(dtype, dtype, spec.init_scale, lora), remat, attention, keep)
     rngs = {} if key is None else {"dropout": key}
     places = (inputs, segment_ids, positions, cache, noise)
     (hidden, kernel, cache), left = module.apply(variables, *places, rngs=rngs, mutable=[LOADS])
@@ -157,7 +160,6 @@ def attention_for(
     spec: ModelSpec,
     platform: str,
     length: int,
-    cache: Cache | None = None,
     *,
     dtype: DTypeLike,
     devices: int = 1,
@@ -172,7 +174,7 @@ def attention_for(
         return choose(
             platform,
             queries=length,
-            keys=length if cache is None else jax.tree.leaves(cache)[0].shape[2],
+            keys=length,
             head_dims=sorted({layer.head_dim for layer in spec.layers}),
             devices=devices,
             dtype=jnp.dtype(dtype).name,
@@ -239,16 +241,67 @@ def projections(spec: ModelSpec) -> tuple[str, ...]:
     return tuple(name.removesuffix("/a") for name in leaves if name.endswith("/a"))
 
 
+@functools.cache
+def banks(spec: ModelSpec) -> tuple[str, ...]:
+    """Names of all kernels of experts side by side, `[L E ..]`: `stack_0/layer_0/moe/gate`."""
+    return tuple(
+        f"stack_{i}/layer_{j}/moe/{name}"
+        for i, stack in enumerate(spec.stacks)
+        for j, layer in enumerate(stack.pattern)
+        if layer.moe is not None
+        for name in ("gate", "up", "down")
+    )
+
+
 def empty_cache(spec: ModelSpec, *, rows: int, length: int, dtype: DTypeLike) -> Cache:
-    """Room for `length` positions of `rows` texts."""
+    """Room for `length` positions of `rows` texts; a layer with a window has that many slots."""
 
     def zeros(repeats: int, layer: LayerSpec) -> jax.Array:
-        shape = (repeats, rows, length, layer.kv_heads, layer.head_dim)
-        return mesh.constrain(jnp.zeros(shape, dtype), "layers", "batch", None, "kv_heads", None)
+        slots = length if layer.window is None else min(length, layer.window)
+        shape = (repeats, rows, layer.kv_heads, slots, layer.head_dim)
+        return mesh.constrain(jnp.zeros(shape, dtype), *CACHE_AXES)
 
     return {
         f"stack_{i}": {
             f"layer_{j}": KeyValues(zeros(stack.repeats, layer), zeros(stack.repeats, layer))
+            for j, layer in enumerate(stack.pattern)
+        }
+        for i, stack in enumerate(spec.stacks)
+    }
+
+
+def in_slots(cache: Cache, kept: Cache, rows: jax.Array, lengths: jax.Array) -> Cache:
+    """`cache` with what `forward` was to `keep` of texts of `lengths` `[R]` in its `rows` `[R]`.
+
+    Rows that the cache does not have are left out. A text longer than a layer's slots leaves its
+    end there.
+    """
+
+    def write(slots_LBGSK: jax.Array, kept_LRGTK: jax.Array) -> jax.Array:
+        S, T = slots_LBGSK.shape[3], kept_LRGTK.shape[3]
+        if S < T:
+            last_R1 = lengths[:, None] - 1
+            # The latest position that has the slot; below 0 it is not in use yet.
+            held_RS = last_R1 - (last_R1 - jnp.arange(S)[None, :]) % S
+            at_1R1S1 = jnp.maximum(held_RS, 0)[None, :, None, :, None]
+            kept_LRGTK = jnp.take_along_axis(kept_LRGTK, at_1R1S1, axis=3)
+        slots_LBGSK = slots_LBGSK.at[:, rows, :, : kept_LRGTK.shape[3]].set(kept_LRGTK, mode="drop")
+        return mesh.constrain(slots_LBGSK, *CACHE_AXES)
+
+    return jax.tree.map(write, cache, kept)
+
+
+def longer(cache: Cache, spec: ModelSpec, length: int) -> Cache:
+    """`cache` with room for `length` positions, of which rows have used none of the new ones."""
+
+    def grow(slots_LBGSK: jax.Array, layer: LayerSpec) -> jax.Array:
+        slots = length if layer.window is None else min(length, layer.window)
+        new = [(0, 0)] * 3 + [(0, max(0, slots - slots_LBGSK.shape[3])), (0, 0)]
+        return mesh.constrain(jnp.pad(slots_LBGSK, new), *CACHE_AXES)
+
+    return {
+        f"stack_{i}": {
+            f"layer_{j}": KeyValues(*(grow(x, layer) for x in cache[f"stack_{i}"][f"layer_{j}"]))
             for j, layer in enumerate(stack.pattern)
         }
         for i, stack in enumerate(spec.stacks)
@@ -262,6 +315,7 @@ class Decoder(nn.Module):
     build: Build
     remat: str
     attention: str
+    keep: bool = False
 
     @nn.compact
     def __call__(
@@ -309,6 +363,7 @@ class Decoder(nn.Module):
                 self.build,
                 self.remat,
                 self.attention,
+                self.keep,
                 scanned=stack.repeats > 1,
                 name=name,
             )
@@ -318,7 +373,7 @@ class Decoder(nn.Module):
         kernel = table_VD
         if not spec.tie_head:
             kernel = Matrix("kernel", "DV", sizes, self.build, name="head")()
-        return x_BTD, kernel, None if cache is None else kept
+        return x_BTD, kernel, kept if self.keep or cache is not None else None
 
 
 class Pattern(nn.Module):
@@ -329,6 +384,7 @@ class Pattern(nn.Module):
     build: Build
     remat: str
     attention: str
+    keep: bool
 
     scanned: bool
 
@@ -344,7 +400,7 @@ class Pattern(nn.Module):
         kept = {}
         for j, layer in enumerate(self.layers):
             name = f"layer_{j}"
-            part = block(self.spec, layer, self.build, self.attention, name=name)
+            part = block(self.spec, layer, self.build, self.attention, self.keep, name=name)
             x_BTD, kept[name] = part(x_BTD, None if cache is None else cache[name], places)
         return x_BTD, kept
 
@@ -356,6 +412,7 @@ class Block(nn.Module):
     layer: LayerSpec
     build: Build
     attention: str
+    keep: bool
 
     @nn.compact
     def __call__(
@@ -390,6 +447,7 @@ class Block(nn.Module):
             spec.norm_offset,
             self.build,
             self.attention,
+            self.keep,
             name="attention",
         )
         mlp: Any

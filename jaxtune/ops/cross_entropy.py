@@ -81,6 +81,14 @@ class Sums(NamedTuple):
     penalty: jax.Array | float = 0.0
 
 
+class TokenLosses(NamedTuple):
+    """Of each token `[B T]`: its cross-entropy, float32 and without its weight, and whether the
+    best guess is right; 0 and False at weight 0."""
+
+    loss: jax.Array
+    correct: jax.Array
+
+
 def logits(hidden: jax.Array, head: Head) -> jax.Array:
     """Float32 `[B T V]` of `hidden` `[B T D]`, multiplied in the dtype of `hidden`."""
     kernel = head.kernel.astype(hidden.dtype)
@@ -129,6 +137,25 @@ def linear_cross_entropy(
         compact=compact,
     )
     return _fused(cut, hidden, head, targets, weights.astype(jnp.float32))
+
+
+def token_losses(
+    hidden: jax.Array,
+    head: Head,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    block: int | None = None,
+    compact: bool = True,
+) -> TokenLosses:
+    """`linear_cross_entropy` before it is added up; arguments as there. Has no gradient."""
+    size = math.prod(hidden.shape[:-1]), hidden.shape[-1], head.vocab
+    cut = plan(*size, cuts=head.cuts, block=block, compact=compact)
+    running, tokens, back = _read(cut, hidden, head, targets, weights.astype(jnp.float32))
+    each, _ = _of_tokens(running, tokens)
+    if back is None:
+        return each
+    return TokenLosses(*(values.reshape(-1)[back] for values in each))
 
 
 class Plan(NamedTuple):
@@ -285,6 +312,15 @@ def _with_gradients(
 def _streamed(
     cut: Plan, hidden: jax.Array, head: Head, targets: jax.Array, weights: jax.Array
 ) -> tuple[Sums, _Saved]:
+    running, tokens, back = _read(cut, hidden, head, targets, weights)
+    sums, normaliser = _finish(cut, running, tokens)
+    return sums, _Saved(head, tokens, normaliser, back)
+
+
+def _read(
+    cut: Plan, hidden: jax.Array, head: Head, targets: jax.Array, weights: jax.Array
+) -> tuple[_Running, _Tokens, jax.Array | None]:
+    """What every token knows after the whole vocabulary, the tokens, and where each went."""
     tokens, back = _arranged(cut, _Tokens(hidden, targets, weights))
     first = _first(cut, tokens.weights)
 
@@ -297,9 +333,7 @@ def _streamed(
 
         return _over_chunks(cut, first, fold, tokens, running, None)[0]
 
-    running = _each_block(cut, visit, _nothing(tokens.targets, head))
-    sums, normaliser = _finish(cut, running, tokens)
-    return sums, _Saved(head, tokens, normaliser, back)
+    return _each_block(cut, visit, _nothing(tokens.targets, head)), tokens, back
 
 
 def _streamed_back(cut: Plan, saved: _Saved, d_sums: Sums) -> tuple[jax.Array, Head, None, None]:
@@ -558,21 +592,27 @@ def _at_target(logits: jax.Array, block: _Block, targets: jax.Array) -> jax.Arra
 
 def _finish(cut: Plan, running: _Running, tokens: _Tokens) -> tuple[Sums, jax.Array]:
     """Ranges joined: the sums, and each token's log-sum-exp."""
+    each, normaliser = _of_tokens(running, tokens)
+    weights = tokens.weights
+    sums = Sums(
+        loss=jnp.sum(weights * each.loss),
+        weight=jnp.sum(weights),
+        correct=jnp.sum(weights * each.correct),
+        penalty=cut.z_loss * jnp.sum(weights * normaliser**2),
+    )
+    return sums, normaliser
+
+
+def _of_tokens(running: _Running, tokens: _Tokens) -> tuple[TokenLosses, jax.Array]:
+    """Ranges joined: what each token has come to, and its log-sum-exp; 0 at weight 0."""
     top = jnp.max(running.top, axis=-1)
     total = jnp.sum(running.total * jnp.exp(running.top - top[..., None]), axis=-1)
     is_best = running.top >= top[..., None]
     best = jnp.min(jnp.where(is_best, running.best, jnp.iinfo(jnp.int32).max), axis=-1)
-    weights = tokens.weights
-    counts = weights != 0
+    counts = tokens.weights != 0
     normaliser = jnp.where(counts, top + jnp.log(jnp.where(counts, total, 1.0)), 0.0)
     loss = jnp.where(counts, normaliser - jnp.sum(running.at_target, axis=-1), 0.0)
-    sums = Sums(
-        loss=jnp.sum(weights * loss),
-        weight=jnp.sum(weights),
-        correct=jnp.sum(weights * (best == tokens.targets)),
-        penalty=cut.z_loss * jnp.sum(weights * normaliser**2),
-    )
-    return sums, normaliser
+    return TokenLosses(loss, (best == tokens.targets) & counts), normaliser
 
 
 def _d_logits(

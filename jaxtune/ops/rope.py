@@ -107,15 +107,20 @@ def last_positions(positions: jax.Array, segment_ids: jax.Array | None) -> jax.A
     return jnp.take_along_axis(positions, nearest_end_BT, axis=1)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
     """`x` `[B T H K]` turned by its positions' `cos`, `sin` `[B T k]`; same dtype as `x`.
 
-    The first 2k features are turned, feature i with feature i + k; the others stay.
+    The first 2k features are turned, feature i with feature i + k; the others stay. `interleaved`
+    turns feature 2i with 2i + 1 and leaves the two at i and i + k: another order of features, which
+    the product of a query and a key, both turned so, does not see.
     """
     k = cos.shape[-1]
-    first_BTHk, second_BTHk = (
-        x[..., cut].astype(jnp.float32) for cut in (slice(0, k), slice(k, 2 * k))
-    )
+    turned_BTHk = x[..., : 2 * k].astype(jnp.float32)
+    if interleaved:
+        pairs_BTHk2 = turned_BTHk.reshape(*x.shape[:-1], k, 2)
+        first_BTHk, second_BTHk = pairs_BTHk2[..., 0], pairs_BTHk2[..., 1]
+    else:
+        first_BTHk, second_BTHk = turned_BTHk[..., :k], turned_BTHk[..., k:]
     cos_BT1k, sin_BT1k = cos[:, :, None, :], sin[:, :, None, :]
     turned = (
         first_BTHk * cos_BT1k - second_BTHk * sin_BT1k,
@@ -123,3 +128,15 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     )
     kept = (x[..., 2 * k :],) if x.shape[-1] > 2 * k else ()
     return jnp.concatenate([*(part.astype(x.dtype) for part in turned), *kept], axis=-1)
+
+
+def grown(rope: RopeSpec, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Queries `x` `[B T H K]` at `positions` `[B T]`, longer by `rope.growth` the later they come.
+
+    So that attention stays as sharp among many keys (arXiv 2501.19399; as in Llama 4).
+    """
+    if not rope.growth:
+        return x
+    periods_BT = jnp.floor(positions.astype(jnp.float32) / rope.original_max_positions)
+    factor_BT11 = (1.0 + rope.growth * jnp.log1p(periods_BT))[:, :, None, None]
+    return (x.astype(jnp.float32) * factor_BT11).astype(x.dtype)

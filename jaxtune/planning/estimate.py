@@ -11,21 +11,22 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxtune.ops import cross_entropy
+from jaxtune.ops import cross_entropy, splash
 from jaxtune.spec import (
     LayerSpec,
     ModelSpec,
+    Stack,
     flops_per_token,
     layer_parameters,
     matmul_parameters,
+    parameter_count,
 )
 
 if TYPE_CHECKING:
     from jaxtune.learn.program import Program
 
 KINDS = ("parameters", "optimiser", "gradients", "activations", "logits", "temporaries")
-MATMUL_SHARE = {"v6e": 0.55}  # of the peak that matrix products reach; see `share`
-KERNEL_SHARE = 0.5  # of the peak that attention kernels reach
+BODY_BYTES = 30 * 2**20  # of a program, for each layer of a pattern; its code lies in HBM too
 
 
 class Work(NamedTuple):
@@ -33,9 +34,10 @@ class Work(NamedTuple):
 
     `sizes` are the devices along data, fsdp, tensor and context; `rows` of `length` tokens are one
     microbatch of one device, before `context` cuts them. `item` is the bytes of a number in the
-    computation's dtype; `trained` are the bytes of trained parameters in f32 on one device, `lora`
-    whether they are adapters. `attention` is the implementation's name, `block` how many columns
-    of the vocabulary, or None for what the loss chooses.
+    computation's dtype, `stored` those of a stored matrix's; `trained` are the bytes of trained
+    parameters in f32 on one device, `lora` whether they are adapters. `attention` is the
+    implementation's name, `block` how many columns of the vocabulary, or None for what the loss
+    chooses.
     """
 
     spec: ModelSpec
@@ -45,6 +47,7 @@ class Work(NamedTuple):
     microbatches: int
     remat: str
     item: int
+    stored: int
     trained: int
     lora: bool
     attention: str
@@ -55,6 +58,11 @@ class Work(NamedTuple):
     def tokens(self) -> float:
         """Of one microbatch on one device."""
         return self.rows * self.length / self.sizes["context"]
+
+    @property
+    def shards(self) -> int:
+        """Into how many slices a weight is cut that is gathered where it is used."""
+        return self.sizes["fsdp"] * self.sizes["context"]
 
     @property
     def devices(self) -> int:
@@ -108,22 +116,56 @@ def memory(work: Work, held: Mapping[str, int]) -> dict[str, int]:
     """Bytes by `KINDS` on one device when most is held; they add up to the estimate.
 
     That is either in the loss, with the logits, or in the backward pass of a layer, with the
-    gradients of those before it: the larger of both counts.
+    gradients of all layers: the larger of both counts. Weights that are stored wider than they are
+    computed with lie beside themselves, narrow, from the first layer to the last.
     """
-    gradients = work.trained * (2 if work.microbatches > 1 else 1)
     kept = activations(work)
     logits, head = loss(work)
-    layer = max(one_layer(work, layer) for layer in set(work.spec.layers))
+    layer = max(one_turn(work, stack) for stack in work.spec.stacks)
     accumulated = work.trained if work.microbatches > 1 else 0
-    in_loss, in_layer = logits + head + accumulated, layer + gradients
-    parts = (accumulated, kept, logits, head) if in_loss > in_layer else (gradients, kept, 0, layer)
-    counted = (held["parameters"], held["optimiser"], *parts)
+    gradients = accumulated + arriving(work)
+    program = BODY_BYTES * sum(len(stack.pattern) for stack in work.spec.stacks)
+    everywhere = narrowed(work, held) + program
+    peak: tuple[float, ...] = (gradients, kept, 0, layer + everywhere)
+    if logits + head + accumulated > layer + gradients:
+        peak = (accumulated, kept, logits, head + everywhere)
+    counted = (held["parameters"], held["optimiser"], *peak)
     return {name: round(size) for name, size in zip(KINDS, counted, strict=True)}
+
+
+def narrowed(work: Work, held: Mapping[str, int]) -> float:
+    """Weights beside themselves in the computation's dtype. The compiler casts all layers at once,
+    before the loop over them, and a head that is streamed; an embedding is looked up as it is
+    stored. With nothing recomputed the backward pass finds the layers' weights as the forward pass
+    gathered them: whole."""
+    layers, head = _shares(work.spec)
+    if work.remat == "none" and work.shards > 1:
+        whole = layers * parameter_count(work.spec) * work.item / work.sizes["tensor"]
+        return whole + (0.0 if work.lora else head * work.trained * work.item / 4)
+    if work.stored <= work.item:
+        return 0.0
+    cast = layers + (0.0 if loss_plan(work).at_once else head)
+    return held["parameters"] * cast * work.item / work.stored
+
+
+def arriving(work: Work) -> float:
+    """Gradients of one microbatch in the backward pass of the layers: in the computation's dtype,
+    but for the head's (adapters': all of them), which are f32."""
+    if work.lora:
+        return work.trained
+    layers, head = _shares(work.spec)
+    return work.trained * (head + layers * work.item / 4)
+
+
+def _shares(spec: ModelSpec) -> tuple[float, float]:
+    """What part of the parameters is matrices of layers, and what part the head."""
+    head, every = spec.vocab * spec.width, parameter_count(spec)
+    return (matmul_parameters(spec, active=False) - head) / every, head / every
 
 
 def activations(work: Work) -> float:
     """What the forward pass leaves for the backward pass, of all layers."""
-    return sum(work.tokens * work.item * kept(work, layer) for layer in work.spec.layers)
+    return sum(work.tokens * kept(work, layer) for layer in work.spec.layers)
 
 
 def offloaded(work: Work) -> float:
@@ -134,29 +176,96 @@ def offloaded(work: Work) -> float:
 
 
 def kept(work: Work, layer: LayerSpec) -> float:
-    """Numbers per token that a layer leaves behind, by the name of the policy."""
-    D, cut = work.spec.width, work.sizes["tensor"]
+    """Bytes per token that a layer leaves behind, by the name of the policy; as JAX says of it
+    (`jax.vjp`) for causal attention in a kernel."""
+    D, cut, item = work.spec.width, work.sizes["tensor"], work.item
     q, kv = layer.heads * layer.head_dim / cut, 2 * layer.kv_heads * layer.head_dim / cut
-    wide = _mlp_width(layer) / cut * (2 if layer.gated else 1)
+    sums = 4 * layer.heads / cut  # of the softmax
+    # The products of a mixture have no name of their own.
+    named = layer.mlp_width if layer.moe is None else layer.moe.shared_width
+    wide = named * (2 if layer.gated else 1) / cut
+    # A norm behind the MLP needs what the MLP gave.
+    given = 2 * D if layer.norms == "pre" else 3 * D
+    everything = item * (2 * D + 3 * q + kv) + sums + _in_norms(work, layer) + _in_mlp(work, layer)
     return {
-        "full": D,
+        "full": item * D,
         "offload": 0.0,
-        "attention": D + q,
-        "projections": 2 * D + 2 * q + kv + wide,
-        "dots": 2 * D + q + kv + wide,
-        "none": 6 * D + 3 * q + 2 * kv + 2 * wide,
+        "attention": item * (D + q) + sums,
+        "projections": item * (given + 2 * q + kv + wide) + sums,
+        "dots": item * (given + q + kv + wide),
+        "none": everything,
     }[work.remat]
 
 
+def _in_norms(work: Work, layer: LayerSpec) -> float:
+    """What norms keep, twice in f32 and twice as it is computed with."""
+    cut = work.sizes["tensor"]
+    widths: float = (4 if layer.norms == "both" else 2) * work.spec.width
+    if layer.qk_norm is not None:
+        widths += (layer.heads + layer.kv_heads) * layer.head_dim / cut
+    return (2 * work.item + 2 * 4) * widths
+
+
+def _in_mlp(work: Work, layer: LayerSpec) -> float:
+    cut, item = work.sizes["tensor"], work.item
+    if layer.moe is None:
+        return item * (3 if layer.gated else 5) * layer.mlp_width / cut
+    each = layer.moe.per_token
+    experts = item * 6 * layer.mlp_width / cut + (item + 4) * work.spec.width
+    return each * experts + 4 * work.spec.width + item * 3 * layer.moe.shared_width / cut
+
+
+def one_turn(work: Work, stack: Stack) -> float:
+    """While a pattern of layers is computed backward, which is one turn of a loop: the layer that
+    takes most, and the whole gradients of the others' weights, which are scattered at its end."""
+    most = max(one_layer(work, layer) for layer in stack.pattern)
+    if work.lora or work.shards == 1:
+        return most
+    every = [layer_parameters(work.spec, layer, active=False) for layer in stack.pattern]
+    return most + work.item * (sum(every) - max(every)) / work.sizes["tensor"]
+
+
 def one_layer(work: Work, layer: LayerSpec) -> float:
-    """While a layer is computed backward: its own activations again, the gradients of the widest,
-    and its weights gathered, with those of the next one under way."""
-    everything = kept(work._replace(remat="none"), layer)
-    wide = 2 * _mlp_width(layer) / work.sizes["tensor"]
-    whole = layer_parameters(work.spec, layer, active=False)
-    weights = whole / work.sizes["tensor"] * work.item
-    gathered = 2 * weights + (0 if work.lora else weights) if work.sizes["fsdp"] > 1 else 0.0
-    return work.tokens * work.item * (everything + wide) + gathered + _scores(work, layer)
+    """While a layer is computed backward: its MLP or its attention, whichever takes more, beside
+    the gradients that pass through, and weights gathered: the widest in use, its gradient and the
+    next one under way."""
+    D, cut, item = work.spec.width, work.sizes["tensor"], work.item
+    in_mlp, in_attention = item * _mlp_at_once(work, layer), item * _attention_at_once(work, layer)
+    # The small products of an adapter are left for later, and what they read with them.
+    at_once = in_mlp + in_attention if work.lora else max(in_mlp, in_attention)
+    gathered = 0.0
+    if work.shards > 1:
+        experts = 1 if layer.moe is None else layer.moe.experts
+        widest = D * layer.mlp_width * experts
+        gathered = item * (3 * widest + 2 * D * layer.heads * layer.head_dim) / cut
+    return work.tokens * (at_once + item * 4 * D) + gathered + _scores(work, layer)
+
+
+def _mlp_at_once(work: Work, layer: LayerSpec) -> float:
+    """Numbers per token: gate and up, and the gradients of both."""
+    again = work.remat in ("full", "offload", "attention")
+    cut = work.sizes["tensor"]
+    if layer.moe is None:
+        ways = 2 if layer.gated else 1
+        return (2 if again else 1) * ways * layer.mlp_width / cut
+    return layer.moe.per_token * (4 * layer.mlp_width / cut + 4 * work.spec.width)
+
+
+def _attention_at_once(work: Work, layer: LayerSpec) -> float:
+    """Numbers per token: queries, what heads mix, the gradients of both, of keys and of values;
+    and the kernel's partial sums of the gradient of queries, one a block of keys."""
+    q = layer.heads * layer.head_dim / work.sizes["tensor"]
+    kv = 2 * layer.kv_heads * layer.head_dim / work.sizes["tensor"]
+    return (4 + partial_sums(work, layer)) * q + 2 * kv
+
+
+def partial_sums(work: Work, layer: LayerSpec) -> int:
+    """Of the gradient of queries, that the attention kernel leaves in memory: one a key block."""
+    if work.attention != "splash":
+        return 0
+    length = -(-work.length // splash.TILE) * splash.TILE
+    blocks = splash.blocks(length, length // work.sizes["context"], layer.head_dim)
+    return length // blocks.keys if blocks.fused else 0
 
 
 def _scores(work: Work, layer: LayerSpec) -> float:
@@ -175,14 +284,16 @@ def _mlp_width(layer: LayerSpec) -> float:
 
 
 def loss(work: Work) -> tuple[float, float]:
-    """(logits, head): bytes of the logits that are there at once and of their gradient, and of the
-    block of the head they are made with, its gradient and that of the hidden states."""
-    tokens, width, cut = work.tokens, work.spec.width, _head(work)
+    """(logits, head): bytes of the logits that are there at once, f32, and where they are streamed
+    of their gradient; of the block of the head they are made with and its gradient, and of those
+    of the hidden states."""
+    tokens, width, cut = work.tokens, work.spec.width, loss_plan(work)
+    each = 4 if cut.at_once else 4 + work.item
     head = cut.block * width * (work.item + (0 if work.lora else 4))
-    return 2 * 4 * cut.chunk * cut.block, head + tokens * width * (4 + work.item)
+    return each * cut.chunk * cut.block, head + tokens * width * (4 + work.item)
 
 
-def _head(work: Work) -> cross_entropy.Plan:
+def loss_plan(work: Work) -> cross_entropy.Plan:
     """How the loss is cut."""
     tensor = work.sizes["tensor"]
     cuts = tensor if work.spec.vocab % tensor == 0 else 1
@@ -201,48 +312,89 @@ def model_flops(work: Work) -> float:
 
 def all_flops(work: Work) -> tuple[float, float]:
     """(matrix products, attention) of one device and step, recomputation included."""
+    return sum(flops(work)), attention_flops(work)
+
+
+class Products(NamedTuple):
+    """FLOPs of matrix products of one device and step, those of a mixture's experts apart."""
+
+    layers: float
+    experts: float
+    head: float
+
+
+def flops(work: Work) -> Products:
     spec, tokens = work.spec, work.tokens_per_step / work.devices
-    products = matmul_parameters(spec)
-    attention = flops_per_token(spec, work.length) - 6.0 * products
-    # What a layer's last product gives is not needed again.
-    last = sum(spec.width * _mlp_width(layer) for layer in spec.layers)
-    layers = products - spec.vocab * spec.width - last
-    again = {"none": 0.0, "dots": 0.0, "projections": 0.0}.get(work.remat, 1.0)
+    each, again = (4.0 if work.lora else 6.0), (2.0 if recomputes(work) else 0.0)
+    of_layers = of_experts = 0.0
+    for layer in spec.layers:
+        # What a layer's last product gives is not needed again, but by a norm behind it.
+        last = spec.width * _mlp_width(layer) if layer.norms == "pre" else 0.0
+        found = layer_parameters(spec, layer)
+        if layer.moe is not None:
+            width = layer.moe.per_token * layer.mlp_width
+            experts = 3 * spec.width * width
+            of_experts += (each + again) * experts - (again * spec.width * width if last else 0.0)
+            found -= experts
+            last = spec.width * layer.moe.shared_width if last else 0.0
+        of_layers += (each + again) * found - again * last
     # A head that is streamed makes its logits again in the backward pass whatever the policy.
-    head = 0 if _head(work).at_once else spec.vocab * spec.width
-    of_matrices = (4.0 if work.lora else 6.0) * products + 2.0 * (again * layers + head)
+    of_head = (each + (0.0 if loss_plan(work).at_once else 2.0)) * spec.vocab * spec.width
+    return Products(tokens * of_layers, tokens * of_experts, tokens * of_head)
+
+
+def attention_flops(work: Work) -> float:
+    spec, tokens = work.spec, work.tokens_per_step / work.devices
+    attention = flops_per_token(spec, work.length) - 6.0 * matmul_parameters(spec)
     repeated = 0.0 if work.remat in ("none", "attention", "projections") else attention / 3
-    return tokens * of_matrices, tokens * (attention + repeated)
+    return tokens * (attention + repeated)
 
 
-def wire(work: Work, held: Mapping[str, int]) -> dict[str, float]:
-    """Bytes one device sends in a step, by mesh axis: weights gathered forward and backward, a
-    whole head once, gradients scattered once; activations over tensor, keys and values over
-    context."""
-    spec, sizes = work.spec, work.sizes
+def recomputes(work: Work) -> bool:
+    """Whether a layer's products with weights are made again in the backward pass."""
+    return work.remat not in ("none", "dots", "projections")
+
+
+class Sent(NamedTuple):
+    """Bytes that one device sends in a step, by what they are."""
+
+    gathered: float  # weights of the layers, made whole
+    head: float  # a head, made whole
+    scattered: float  # gradients, added up and cut
+    everywhere: float  # gradients along `data`, added up
+    exchanged: float  # activations over `tensor`
+    rows: float  # keys and values over `context`
+
+
+def sent(work: Work) -> Sent:
+    """Weights are gathered forward and backward, a head that is whole once, gradients scattered
+    once: for each microbatch. Over `tensor` a layer adds up what attention and MLP give, and the
+    gradients of what they were given, and attention's again where it is recomputed."""
+    spec, sizes, again = work.spec, work.sizes, work.microbatches
     head = spec.vocab * spec.width
-    whole = matmul_parameters(spec, active=False)
-    gathered = (whole - head) * (1 if work.remat == "none" else 2)
-    gathered += head * (1 if _head(work).at_once else 2)
-    scattered = 0 if work.lora else whole
-    weights = (gathered + scattered) * work.item / sizes["tensor"] * work.microbatches
-    along: dict[str, float] = {}
-    for axis, size in sizes.items():
-        share = (size - 1) / size
-        along[axis] = {
-            "fsdp": share * weights,
-            "data": 2 * share * work.trained,
-            "tensor": 2 * share * 6 * len(spec.layers) * spec.width
-            * work.item * work.tokens * work.microbatches,
-            "context": (size - 1) * work.tokens * work.item * work.microbatches
-            * sum(4 * layer.kv_heads * layer.head_dim for layer in spec.layers),
-        }[axis]  # fmt: skip
-    return {axis: sent for axis, sent in along.items() if sent}
+    layers = matmul_parameters(spec, active=False) - head
+    share = {axis: (size - 1) / size for axis, size in sizes.items()}
+    each = (work.shards - 1) / work.shards * work.item / sizes["tensor"] * again
+    times = 5 if recomputes(work) else 4
+    widths = times * len(spec.layers) * spec.width * work.item
+    keys = sum(4 * layer.kv_heads * layer.head_dim for layer in spec.layers) * work.item
+    return Sent(
+        gathered=each * layers * (1 if work.remat == "none" else 2),
+        head=each * head * (1 if loss_plan(work).at_once else 2),
+        scattered=0.0 if work.lora else each * (layers + head),
+        everywhere=2 * share["data"] * work.trained,
+        exchanged=2 * share["tensor"] * widths * work.tokens * again,
+        rows=(sizes["context"] - 1) * keys * work.tokens * again,
+    )
 
 
-def share(kind: str) -> float:
-    """What part of a chip's peak the matrix products of a large step reach: 0.7, and 0.55 on v6e.
-
-    From the compiler's schedules of an 8B model on v5e, v5p and v6e; docs/plan.md.
-    """
-    return MATMUL_SHARE.get(kind, 0.7)
+def wire(work: Work) -> dict[str, float]:
+    """The same bytes by mesh axis."""
+    found = sent(work)
+    along = {
+        "fsdp": found.gathered + found.head + found.scattered,
+        "data": found.everywhere,
+        "tensor": found.exchanged,
+        "context": found.rows,
+    }
+    return {axis: size for axis, size in along.items() if size}

@@ -1,9 +1,10 @@
-"""The fastest settings that fit: mesh x rows x what the backward pass recomputes.
+"""The fastest settings that fit: mesh x rows x what the backward pass recomputes x loss block.
 
 The rows of a step, and with them what is learnt, stay those of the config: more rows at once means
 fewer microbatches. Arithmetic leaves out what cannot fit and orders the rest; the compiler decides,
-in processes beside each other, until the time is up. A setting with more rows than one that did not
-fit is not tried.
+in processes beside each other, and every answer corrects the arithmetic of what is left. A setting
+with more rows than one that did not fit is not tried, nor one expected to be slower than what is
+known; the search ends when the time is up or nothing is left.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ from jaxtune.planning.estimate import Work
 from jaxtune.planning.hardware import Hardware
 from jaxtune.planning.study import Study, Subject, study
 
-SLACK = 1.15  # arithmetic this far above the limit is not worth compiling
+SLACK = 1.05  # arithmetic this far above the limit is not worth compiling
+NEAR = 1.04  # nor what is this far above it once answers to its like have corrected it
+PATIENCE = 1.12  # nor what is expected to take this much longer than the fastest so far
+GRACE = 1.25  # of the time, for settings under way when it is up; none is begun then
+SMALLEST_BLOCK = 4096  # entries of the vocabulary at a time; below, products are short
 PROCESS_BYTES = 2 * 2**30  # of one that compiles: 1.2 to 1.5 GB measured
 
 
@@ -88,19 +93,32 @@ def _of_mesh(base: Study, mesh: Mapping[str, int], whole: int) -> Iterator[Candi
                 "global_batch_size": whole,
                 "gradient_checkpointing": remat,
             }
+            if (block := _smaller_block(work, base)) is not None:
+                work, fields = work._replace(block=block), {**fields, "loss_block": block}
             settings = " ".join(f"--{name} {value}" for name, value in fields.items())
             needed = sum(estimate.memory(work, base.held).values())
-            family = (*mesh.values(), remat)
+            family = (*mesh.values(), work.block, remat)
             seconds = _seconds(work, base)
             yield Candidate(settings, fields, needed, seconds, work.tokens_per_step, rows, family)
 
 
+def _smaller_block(work: Work, base: Study) -> int | None:
+    """A block of the vocabulary for the loss with which it fits, where the loss is what does not;
+    None where it fits as it is, or does not for other reasons."""
+    limit, block = base.limit, estimate.loss_plan(work).block * work.sizes["tensor"]
+    if limit is None or sum(estimate.memory(work, base.held).values()) <= limit:
+        return None
+    while block > SMALLEST_BLOCK:
+        block = -(-block // 2)
+        smaller = work._replace(block=block)
+        if sum(estimate.memory(smaller, base.held).values()) <= limit:
+            return block
+    return None
+
+
 def _seconds(work: Work, base: Study) -> float:
     there = base.hardware
-    state = base.held["parameters"] + base.held["optimiser"]
-    wire = estimate.wire(work, base.held)
-    flops = estimate.all_flops(work)
-    return timing.of_estimate(flops, wire, state, there.slice, there.per_chip).step
+    return timing.of_estimate(work, base.held, there.slice, there.per_chip).step
 
 
 def remat_names() -> tuple[str, ...]:
@@ -125,41 +143,115 @@ def _divisors(number: int) -> list[int]:
 # -- compiled, several at a time -----------------------------------------------------------------
 
 
+class Progress(NamedTuple):
+    """How far a search is: settings compiled, of how many that are left to it, and the fastest
+    that fits so far, as `plan --json` and as its settings."""
+
+    done: int
+    total: int
+    best: Mapping[str, Any] | None = None
+    settings: str = ""
+
+
 def compile_all(
     ranked: Sequence[Candidate],
     config: Config,
     subject: Subject,
-    topology: str,
+    there: Hardware,
     *,
     minutes: float,
-    advance: Callable[[int, int], None],
+    advance: Callable[[Progress], None] = lambda progress: None,
+    note: Callable[[str], None] = lambda message: None,
 ) -> Iterator[tuple[Candidate, dict[str, Any]]]:
-    """(candidate, the object of `plan --json`) as they come, until the time is up.
+    """(candidate, the object of `plan --json`) as they come, until the time is up or nothing is
+    left that might be faster.
 
-    Each is a `plan` of its own in a process of its own, which keeps and reuses answers on disk.
-    `advance` is told how many are done, of how many.
+    Each is a `plan` of its own in a process of its own, which keeps and reuses answers on disk. One
+    that fails is noted and left out; `ConfigError` where all that were tried did.
     """
-    waiting, running = list(ranked), dict[subprocess.Popen[str], Candidate]()
-    ends, done, too_large = time.monotonic() + 60 * minutes, 0, dict[tuple[Any, ...], int]()
+    answers = Answers(there.limit and there.limit * there.per_chip, there.per_chip)
+    left, running = list(ranked), dict[subprocess.Popen[str], Candidate]()
+    topology = there.slice.name
+    began, failed, started = time.monotonic(), "", 0
+    ends, last = began + 60 * minutes, began + 60 * GRACE * minutes
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as closing:
-        while (waiting or running) and time.monotonic() < ends:
-            while waiting and len(running) < workers():
-                candidate = waiting.pop(0)
-                if candidate.rows >= too_large.get(candidate.family, candidate.rows + 1):
-                    done += 1
-                    continue
-                process = _start(candidate, config, subject, topology, Path(folder), len(waiting))
+        while (now := time.monotonic()) < (last if running else ends):
+            left = [candidate for candidate in left if answers.hopeful(candidate) and now < ends]
+            while left and len(running) < workers():
+                candidate = min(left, key=answers.expected)
+                left.remove(candidate)
+                process = _start(candidate, config, subject, topology, Path(folder), started)
                 closing.callback(_stop, process)
-                running[process] = candidate
+                running[process], started = candidate, started + 1
             for process in [each for each in running if each.poll() is not None]:
-                candidate, done = running.pop(process), done + 1
-                plan = _answer(process, candidate)
-                if not plan["fits"]:
-                    before = too_large.get(candidate.family, candidate.rows)
-                    too_large[candidate.family] = min(before, candidate.rows)
+                candidate = running.pop(process)
+                plan, said = _answer(process)
+                if plan is None:
+                    failed = f"search: {candidate.settings}: {said}"
+                    note(failed)
+                    continue
+                answers.add(candidate, plan)
                 yield candidate, plan
-            advance(done, len(ranked))
+            advance(answers.progress(len(left) + len(running)))
+            if not running and not left:
+                break
             time.sleep(0.2)
+    if failed and not answers.known:
+        raise ConfigError(failed)
+
+
+class Answers:
+    """What the compiler said so far, and what it makes of the arithmetic of the others."""
+
+    def __init__(self, limit: int | None, per_chip: int) -> None:
+        self.limit, self.per_chip = limit, per_chip
+        self.known: list[tuple[Candidate, Mapping[str, Any]]] = []
+
+    def add(self, candidate: Candidate, plan: Mapping[str, Any]) -> None:
+        self.known.append((candidate, plan))
+
+    def best(self) -> tuple[Candidate, Mapping[str, Any]] | None:
+        fitting = [each for each in self.known if each[1]["fits"]]
+        return min(fitting, key=lambda each: each[1]["step_seconds"], default=None)
+
+    def expected(self, candidate: Candidate) -> float:
+        """Seconds of a step: the arithmetic, off by as much as it was for the nearest answers."""
+        pairs = [
+            (plan["step_seconds"] / other.seconds, other)
+            for other, plan in self.known
+            if plan["fits"]
+        ]
+        return candidate.seconds * _ratio(candidate, pairs)
+
+    def hopeful(self, candidate: Candidate) -> bool:
+        """Whether it may fit and may be faster than the fastest known."""
+        alike = [each for each in self.known if each[0].family == candidate.family]
+        if any(not plan["fits"] and candidate.rows >= other.rows for other, plan in alike):
+            return False
+        best = self.best()
+        if best and self.expected(candidate) > PATIENCE * best[1]["step_seconds"]:
+            return False
+        pairs = [
+            (plan["hbm_bytes"] / (other.needed * self.per_chip), other) for other, plan in alike
+        ]
+        if not pairs or self.limit is None:
+            return True
+        return candidate.needed * self.per_chip * _ratio(candidate, pairs) <= NEAR * self.limit
+
+    def progress(self, waiting: int) -> Progress:
+        done, best = len(self.known), self.best()
+        if best is None:
+            return Progress(done, done + waiting)
+        return Progress(done, done + waiting, best[1], best[0].settings)
+
+
+def _ratio(candidate: Candidate, known: Sequence[tuple[float, Candidate]]) -> float:
+    """The mean of those of the same family, else of the same policy; 1 of none, so that every
+    policy has its chance."""
+    *_, remat = candidate.family
+    alike = [ratio for ratio, other in known if other.family == candidate.family]
+    alike = alike or [ratio for ratio, other in known if other.family[-1] == remat]
+    return sum(alike) / len(alike) if alike else 1.0
 
 
 def workers() -> int:
@@ -193,15 +285,14 @@ def _start(
         return subprocess.Popen([*command, "--json"], stdout=out, stderr=log, text=True)
 
 
-def _answer(process: subprocess.Popen[str], candidate: Candidate) -> dict[str, Any]:
+def _answer(process: subprocess.Popen[str]) -> tuple[dict[str, Any] | None, str]:
+    """The object of `plan --json`, or None and the last line of what was said instead."""
     args = typing.cast(list[str], process.args)
     file = Path(args[args.index("--config") + 1])
     if process.returncode:
         said = file.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
-        last = next(reversed(said.strip().splitlines()), "")
-        raise ConfigError(f"search: {candidate.settings}: {last}")
-    plan: dict[str, Any] = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-    return plan
+        return None, next(reversed(said.strip().splitlines()), f"exit {process.returncode}")
+    return json.loads(file.with_suffix(".json").read_text(encoding="utf-8")), ""
 
 
 def _stop(process: subprocess.Popen[str]) -> None:

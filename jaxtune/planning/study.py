@@ -100,13 +100,7 @@ def study(
     if read is not None and read.fits:
         time = timing.of_compiled(read, slice, per_chip)
     elif slice.chip.flops:
-        time = timing.of_estimate(
-            estimate.all_flops(work),
-            estimate.wire(work, held),
-            held["parameters"] + held["optimiser"],
-            slice,
-            per_chip,
-        )
+        time = timing.of_estimate(work, held, slice, per_chip)
     return Study(config, subject, hardware, work, held, counted, trained, read, time)
 
 
@@ -137,6 +131,7 @@ def _built(
         microbatches=assemble.microbatches(config, mesh),
         remat=config.gradient_checkpointing,
         item=jnp.dtype(dtype).itemsize,
+        stored=jnp.dtype(dtype if adapters is not None else config.param_dtype).itemsize,
         trained=held["trained"],
         lora=adapters is not None,
         attention=kind,
@@ -172,7 +167,7 @@ def figures(found: Study) -> dict[str, Any]:
     compiled = read if read is not None and read.fits else None
     kinds = {name: size * per_chip for name, size in by_kind(found).items()}
     flops = sum(estimate.all_flops(work))
-    axes: Mapping[str, float] = estimate.wire(work, found.held)
+    axes: Mapping[str, float] = estimate.wire(work)
     sent, wire = sum(axes.values()), None
     if compiled is not None:
         flops = compiled.matmul_flops + compiled.kernel_flops

@@ -11,9 +11,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jaxtune.chips import DCN_RATE, Slice
+from jaxtune.chips import DCN_RATE, HOST_RATE, Slice
+from jaxtune.planning import estimate
 from jaxtune.planning.compiling import Read
-from jaxtune.planning.estimate import KERNEL_SHARE, share
+from jaxtune.planning.estimate import Work
+
+KERNEL_SHARE = 0.5  # of the peak that kernels reach: attention, and experts' grouped products
+ADAPTER_SHARE = 0.3  # of the memory's rate that the products of adapters reach
+KEPT_SHARE = 0.5  # and what is written for the backward pass and read there
+EXCHANGE_PASSES = 14  # over activations, for each sum over `tensor`: nothing is fused across it
+STATE_PASSES = 3.5  # as long as state takes to be read and written once: norms, update, casts
+MIXTURE_PASSES = 62  # over a token's copy for each of its experts: sorted, and summed in f32
+NEARLY_FULL = 0.92  # of the memory
+LANES = 128  # numbers of a vector register's row; a head of 64 fills half of it
+
+
+class Speed(NamedTuple):
+    """What one generation reaches in the compiler's schedules."""
+
+    products: float  # share of the peak, of layers' products and of a head's that is streamed
+    whole_head: float  # the same of a head at once, whose gradient passes through memory each time
+    heads: float  # nanoseconds of vector units for a number of queries, keys or values, of a chip
+    partials: float  # and for a number of the attention kernel's partial sums
+    hides: bool  # whether gathers are hidden behind products
+
+
+# Read from schedules of whole steps (libtpu 0.0.50.1, jax 0.12.0.1); docs/plan.md has them.
+SPEEDS: Mapping[str, Speed] = {
+    "v5e": Speed(0.84, 0.60, 0.167, 0.0187, True),
+    "v6e": Speed(0.57, 0.35, 0.0855, 0.0181, False),
+    "v5p": Speed(0.81, 0.50, 0.065, 0.0091, False),
+}
+UNKNOWN = Speed(0.75, 0.60, 0.0, 0.0, True)
 
 
 class Time(NamedTuple):
@@ -26,6 +55,7 @@ class Time(NamedTuple):
     network: float  # all collectives, hidden ones too
     other_slices: float  # through the data-centre network
     memory: float  # the least the memory needs: state read and written once
+    host: float = 0.0  # to the host's memory and back
 
 
 def of_compiled(read: Read, slice: Slice, per_chip: int) -> Time:
@@ -37,32 +67,81 @@ def of_compiled(read: Read, slice: Slice, per_chip: int) -> Time:
     exposed, network = read.exposed_bytes / link, read.wire_bytes / link
     far = other_slices(read.axes, slice, per_chip)
     memory = 2 * read.arguments / (chip.hbm_rate / per_chip)
-    step = max(compute + attention + exposed, network, memory) + far
-    return Time(step, compute, attention, exposed, network, far, memory)
+    host = 2 * read.host / (HOST_RATE / per_chip)  # nothing is assumed to hide it
+    step = max(compute + attention + exposed, network, memory) + far + host
+    return Time(step, compute, attention, exposed, network, far, memory, host)
 
 
-def of_estimate(
-    flops: tuple[float, float],
-    wire: Mapping[str, float],
-    state: float,
-    slice: Slice,
-    per_chip: int,
-) -> Time:
-    """By arithmetic alone: matrix products at `share` of the peak, attention at half of it,
-    collectives hidden as far as there is something to hide them behind, but for those over
-    `tensor`."""
-    chip = slice.chip
-    peak = chip.flops / per_chip
-    compute, attention = flops[0] / (share(slice.kind) * peak), flops[1] / (KERNEL_SHARE * peak)
-    link = chip.link_rate / per_chip
-    network = sum(wire.values()) / link
-    memory = 2 * state / (chip.hbm_rate / per_chip)
-    # What a layer exchanges over `tensor` it also waits for.
-    waited = wire.get("tensor", 0.0) / link
-    exposed = max(waited, network - compute - attention)
-    far = other_slices(wire, slice, per_chip)
-    step = compute + attention + exposed + memory + far
-    return Time(step, compute, attention, exposed, network, far, memory)
+def of_estimate(work: Work, held: Mapping[str, int], slice: Slice, per_chip: int) -> Time:
+    """By arithmetic alone, from `SPEEDS`."""
+    chip, speed = slice.chip, SPEEDS.get(slice.kind, UNKNOWN)
+    peak, rate = chip.flops / per_chip, chip.hbm_rate / per_chip
+    state = 2 * (held["parameters"] + held["optimiser"]) / rate
+    link, found = chip.link_rate / per_chip, estimate.sent(work)
+    kept = 2 * estimate.activations(work) * work.microbatches
+    away = 2 * (estimate.offloaded(work) * work.microbatches + held["host"])
+    summed = EXCHANGE_PASSES * found.exchanged / 2  # a sum is sent twice
+    compute = (
+        products(work, speed) / peak
+        + vectors(work, speed) * per_chip
+        + (kept / KEPT_SHARE + summed + adapters(work) / ADAPTER_SHARE + routing(work)) / rate
+        + STATE_PASSES * state
+    )
+    attention = estimate.attention_flops(work) / (KERNEL_SHARE * peak)
+    # Gradients, and what a layer exchanges over `tensor` or `context`, are waited for everywhere.
+    waited = found.exchanged + found.rows + found.scattered + found.everywhere + found.head
+    # What is hidden lies in memory meanwhile: where that is nearly full, nothing is.
+    full = sum(estimate.memory(work, held).values()) > NEARLY_FULL * chip.hbm / per_chip
+    waited = waited if speed.hides and not full else sum(found)
+    network = sum(found) / link
+    exposed = max(waited / link, network - compute - attention)
+    far = other_slices(estimate.wire(work), slice, per_chip)
+    host = away / (HOST_RATE / per_chip)
+    step = compute + attention + exposed + far + host
+    return Time(step, compute, attention, exposed, network, far, state, host)
+
+
+def products(work: Work, speed: Speed) -> float:
+    """FLOPs of matrix products as if all ran at the peak."""
+    found, at_once = estimate.flops(work), estimate.loss_plan(work).at_once
+    head = speed.whole_head if at_once else speed.products
+    return found.layers / speed.products + found.experts / KERNEL_SHARE + found.head / head
+
+
+def vectors(work: Work, speed: Speed) -> float:
+    """Seconds of one device's vector units: norms, rope and the layouts around the attention
+    kernel, by the numbers of heads, which fill whole lanes; and the kernel's partial sums."""
+    each = 0.0
+    for layer in work.spec.layers:
+        lanes = -(-layer.head_dim // LANES) * LANES / work.sizes["tensor"]
+        parts = estimate.partial_sums(work, layer)
+        each += speed.heads * (layer.heads + layer.kv_heads * work.sizes["context"]) * lanes
+        each += speed.partials * parts * layer.heads * lanes
+    tokens = work.tokens_per_step / work.devices
+    return 1e-9 * tokens * each
+
+
+def routing(work: Work) -> float:
+    """Bytes that pass while tokens go to their experts and back."""
+    chosen = sum(layer.moe.per_token for layer in work.spec.layers if layer.moe is not None)
+    tokens = work.tokens_per_step / work.devices
+    return MIXTURE_PASSES * chosen * tokens * work.item * work.spec.width
+
+
+def adapters(work: Work) -> float:
+    """Bytes that the products of adapters read and write, forward, again and twice backward: with
+    a rank this small they are bound by memory."""
+    if not work.lora:
+        return 0.0
+    widths = 0.0
+    for layer in work.spec.layers:
+        q, kv = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+        wide = 0 if layer.moe is not None else (3 if layer.gated else 2)
+        attention = 4 * work.spec.width + 2 * (q + kv)
+        widths += attention + wide * (work.spec.width + layer.mlp_width)
+    passes = 4 if estimate.recomputes(work) else 3
+    tokens = work.tokens_per_step / work.devices
+    return passes * work.item * tokens * widths / work.sizes["tensor"]
 
 
 def other_slices(axes: Mapping[str, float], slice: Slice, per_chip: int) -> float:

@@ -78,10 +78,15 @@ def read_evaluation(file: Path) -> Row:
 
 
 def _is_evaluation(found: Any) -> bool:
-    if not isinstance(found, dict) or "eval_loss" not in found:
+    if not _is_scored(found) or "eval_loss" not in found:
         return False
     answers = found.get("generations", [])
-    by_dataset = found.get("by_dataset", {})
+    groups = [found.get("by_dataset", {})]
+    by_column = found.get("by_column", {})
+    harness = found.get("harness", {})
+    if not isinstance(by_column, dict) or not isinstance(harness, dict):
+        return False
+    groups += by_column.values()
     return (
         isinstance(answers, list)
         and all(
@@ -89,9 +94,26 @@ def _is_evaluation(found: Any) -> bool:
             and all(isinstance(row.get(k), str) for k in ("prompt", "reference", "response"))
             for row in answers
         )
-        and isinstance(by_dataset, dict)
-        and all(isinstance(part, dict) for part in by_dataset.values())
+        and all(isinstance(g, dict) and all(map(_is_scored, g.values())) for g in groups)
+        and all(isinstance(scores, dict) for scores in harness.values())
+        and _is_scored(found.get("general", {}))
+        and _is_judged(found.get("judge"))
         and ("base" not in found or _is_evaluation(found["base"]))
+    )
+
+
+def _is_scored(found: Any) -> bool:
+    return isinstance(found, dict) and all(
+        isinstance(found.get(key, {}), dict) for key in ("intervals", "difference")
+    )
+
+
+def _is_judged(found: Any) -> bool:
+    counts = ("wins", "ties", "losses", "inconsistent", "unparseable", "failed")
+    return found is None or (
+        isinstance(found, dict)
+        and "model" in found
+        and all(_is_count(found.get(c)) for c in counts)
     )
 
 

@@ -34,8 +34,7 @@ def write_page(
 ) -> None:
     """`data` is the data report, or why there is none; `base` the model that was tuned.
 
-    A page that was there before is replaced in one step, so that a browser never reads half of
-    one. Raises `ConfigError`.
+    Raises `ConfigError`.
     """
     from jaxtune.draw.report import RunPage, run_page
 
@@ -56,9 +55,28 @@ def write_page(
             written=f"Written by jaxtune {__version__}, {now.removesuffix('+00:00')} UTC.",
         )
     )
+    _replace(file, page)
+
+
+def write_card(file: Path, evaluation: Mapping[str, Any]) -> None:
+    """The evaluation into a model card that is there. Raises `ConfigError`."""
+    from jaxtune.draw.card import with_evaluation
+
+    try:
+        card = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(
+            f"card: {file}: cannot be read: {why}. Give a run whose model was exported."
+        ) from None
+    _replace(file, with_evaluation(card, evaluation))
+
+
+def _replace(file: Path, text: str) -> None:
+    """In one step, so that nobody reads half of it. Raises `ConfigError`."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        unfinished.write_text(page, encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, file)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
@@ -106,7 +124,7 @@ def _commands(run: RunFiles, base: str | None) -> list[tuple[str, str]]:
             f"--base {shlex.quote(base or 'BASE')}",
             f"--generate 50 --json > {answers}",
         )
-        shown = _command("report", shlex.quote(folder), f"--evaluation {answers}")
+        shown = _command("report", shlex.quote(folder), f"--evaluation {answers}", "--card")
         what = "What it answers beside its base, and this page with the answers:"
         found.append((what, f"{asked}\n{shown}"))
     return [*found, ("This page anew:", _command("report", shlex.quote(folder)))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,13 +11,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+import sacrebleu
 from transformers import AutoTokenizer
 
-from jaxtune import evaluate, train
+from jaxtune import evaluate, inference, preview, train
 from jaxtune.config import load
 from jaxtune.evaluate import EvaluateOptions
+from jaxtune.mesh import make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "configs" / "quickstart" / "model"
@@ -87,8 +91,8 @@ def test_loss_is_the_token_weighted_mean(parrot: Any, data: Path) -> None:
     assert found["eval_token_accuracy"] == pytest.approx(accuracy)
     assert found["eval_tokens_trained"] == tokens
     assert found["examples"] == len(ROWS)
-    assert set(found) == {"eval_loss", "eval_perplexity", "eval_token_accuracy",
-                          "eval_tokens_trained", "examples", "by_dataset"}  # fmt: skip
+    assert set(found) == {"eval_loss", "eval_perplexity", "eval_token_accuracy", "intervals",
+                          "eval_tokens_trained", "examples", "by_dataset", "bootstrap"}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -110,6 +114,193 @@ def test_batches_padding_and_devices_change_nothing(
     assert found["eval_loss"] == pytest.approx(loss, rel=1e-5)
     assert found["eval_token_accuracy"] == pytest.approx(accuracy)
     assert found["eval_tokens_trained"] == tokens
+
+
+@pytest.fixture
+def unlearnt(parrot: Any) -> dict[str, Any]:
+    """A model whose tokens do look at each other: random weights."""
+    source = parrot.folder.parent / "hf-source"
+    return {"model": source, "tokenizer_name": str(TOKENIZER), "init": "random"}
+
+
+def test_of_each_value_whatever_the_batch_and_the_devices(
+    unlearnt: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of 1, 3 and 8, packed and not, on one device and on eight, agree to 1e-6: over all,
+    by data set and by value of a column; so do the intervals."""
+    data = write(tmp_path / "d.jsonl", [{**row, "kind": "ab"[i % 2]} for i, row in enumerate(ROWS)])
+
+    def flat(found: dict[str, Any]) -> dict[str, float]:
+        rows = {"all": found, **found["by_dataset"], **found["by_column"]["kind"]}
+        losses = {(n, k): row[k] for n, row in rows.items() for k in found["intervals"]}
+        ends = {(n, k, e): row["intervals"][k][e]
+                for n, row in rows.items() for k in found["intervals"] for e in (0, 1)}  # fmt: skip
+        return {**losses, **ends}
+
+    def measured(**more: Any) -> dict[str, float]:
+        return flat(scores(data=data, options={"by": "kind"}, **unlearnt, **more))
+
+    first = measured(per_device_eval_batch_size=1)
+    assert len(first) == 4 * 9
+    for more in (
+        {"per_device_eval_batch_size": 3, "packing": False},
+        {"per_device_eval_batch_size": 8, "max_length": 160},
+        {"mesh.tensor": 2, "mesh.fsdp": 2, "mesh.context": 2},
+    ):
+        assert measured(**more) == pytest.approx(first, rel=1e-6), more
+    alone = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
+    monkeypatch.setattr(inference, "open_mesh", lambda config: alone)
+    assert measured(per_device_eval_batch_size=3) == pytest.approx(first, rel=1e-6)
+
+
+@pytest.mark.torch
+def test_equals_torch_on_the_same_ids(tmp_path: Path) -> None:
+    """sum(w*ce)/sum(w) of a folder that transformers wrote, on the ids and weights that `preview`
+    shows; weights other than 0 and 1 among them."""
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        initializer_range=0.3, eos_token_id=2, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "hf")
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path / "hf")
+    rows = [*ROWS, dialogue("Half?", "A half.")]
+    rows[-1]["messages"][1]["weight"] = 0.5
+    data = write(tmp_path / "d.jsonl", rows)
+    shown = tmp_path / "shown.jsonl"
+    with shown.open("w") as file, contextlib.redirect_stdout(file):
+        argv = ["--dataset", str(data), "--tokenizer_name", str(tmp_path / "hf"), "--json"]
+        assert preview.main([*argv, "--examples", "99"]) == 0
+    loss = weight = hits = 0.0
+    for line in map(json.loads, shown.read_text().splitlines()):
+        ids, w = torch.tensor([line["input_ids"]]), np.array(line["trained"])[1:]
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1].double()
+        ce = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").numpy()
+        loss, weight = loss + float(w @ ce), weight + float(w.sum())
+        hits += float(w @ (logits.argmax(-1) == ids[0, 1:]).numpy())
+    found = scores(tmp_path / "hf", data)
+    assert weight % 1 == 0.5 or weight != found["eval_tokens_trained"]
+    assert found["eval_loss"] == pytest.approx(loss / weight, abs=1e-5)
+    assert found["eval_token_accuracy"] == pytest.approx(hits / weight, abs=1e-9)
+
+
+def test_each_value_of_a_column(
+    parrot: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = ["odd", "even", None, "even", "odd"]
+    rows = [{**row, **({"kind": k} if k else {})} for row, k in zip(ROWS, kinds, strict=True)]
+    data = write(tmp_path / "d.jsonl", rows)
+    found = scores(parrot, data, options={"by": "kind", "generate": 4})
+    parts = found["by_column"]["kind"]
+    assert sorted(parts) == ["(absent)", "even", "odd"]
+    for kind, part in parts.items():
+        own = [r for r, k in zip(ROWS, kinds, strict=True) if (k or "(absent)") == kind]
+        loss, accuracy, tokens = expected(parrot, own)
+        assert part["eval_loss"] == pytest.approx(loss, rel=1e-5)
+        assert part["eval_token_accuracy"] == pytest.approx(accuracy)
+        assert (part["eval_tokens_trained"], part["examples"]) == (tokens, len(own))
+    assert (parts["odd"]["questions"], parts["odd"]["exact_match"]) == (1, 1.0)
+    assert (parts["even"]["questions"], parts["even"]["exact_match"]) == (2, 0.5)
+    assert found["questions"] == 4
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["by", "kind", "examples", "questions", "loss", "exact", "match"] in shown
+    ends = {line[0]: line[-1] for line in shown if len(line) == 5}
+    assert (ends["odd"], ends["even"], ends["(absent)"]) == ("100.0%", "50.0%", "0.0%")
+
+
+def test_many_values_are_told_apart_up_to_a_bound(parrot: Any, tmp_path: Path) -> None:
+    rows = [{**dialogue("Is it?", "Yes"), "n": n} for n in [*range(30), 0]]
+    data = write(tmp_path / "d.jsonl", rows)
+    parts = scores(parrot, data, options={"by": "n"})["by_column"]["n"]
+    assert len(parts) == 21
+    assert parts["0"]["examples"] == 2
+    assert parts["other"]["examples"] == 10
+    assert sum(part["examples"] for part in parts.values()) == 31
+
+
+def test_every_score_of_the_answers(parrot: Any, data: Path) -> None:
+    found = scores(parrot, data, options={"generate": 5})
+    ids = AutoTokenizer.from_pretrained(TOKENIZER)(SAID, add_special_tokens=False)["input_ids"]
+    assert found["contains"] == pytest.approx(2 / 5)
+    assert found["answer_tokens"] == len(ids)
+    assert found["distinct_1"] == pytest.approx(len(set(ids)) / (5 * len(ids)))
+    assert found["refusal_rate"] == found["repetition"] == 0.0
+    references = [row["reference"] for row in found["generations"]]
+    theirs = sacrebleu.corpus_chrf([SAID] * 5, [references]).score
+    assert found["chrf"] == pytest.approx(theirs, abs=1e-9)
+    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu([SAID] * 5, [references]).score)
+    for key in (
+        *("exact_match", "contains", "rougeL", "chrf", "bleu", "stop_rate", "answer_tokens"),
+        *("length_ratio", "refusal_rate", "distinct_1", "distinct_2", "repetition"),
+    ):
+        low, high = found["intervals"][key]
+        assert low - 1e-9 <= found[key] <= high + 1e-9, key
+        assert found["by_dataset"]["desk"][key] == found[key]
+
+
+def test_differences_of_two_models(
+    parrot: Any, contrary: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [dialogue(f"May I, {n}?", SAID if n % 4 else "No") for n in range(16)]
+    data = write(tmp_path / "d.jsonl", rows)
+    options = {"generate": 16, "base": str(contrary.folder), "resamples": 500}
+    found = scores(parrot, data, options=options)
+    assert "difference" not in found["base"]
+    for row in (found, found["by_dataset"]["d"]):
+        for key, change in row["difference"].items():
+            base = found["base"][key]
+            assert change["value"] == pytest.approx(row[key] - base), key
+            low, high = change["interval"]
+            assert low <= change["value"] + 1e-9, key
+            assert change["clear"] in (False, not low <= 0 <= high)
+    assert found["difference"]["exact_match"]["value"] == 0.75
+    assert found["difference"]["exact_match"]["clear"]
+    assert found["difference"]["eval_loss"]["clear"]
+    assert not found["difference"]["stop_rate"]["clear"]  # both always stop
+    assert found["bootstrap"] == {"resamples": 500, "level": 0.95, "seed": 42}
+    shown = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in shown if line.startswith("  exact match")]
+    assert line.split()[:6] == ["exact", "match", "0.0%", "75.0%", "+75.0", "points"]
+    assert line.split()[6] == "better"
+    (line,) = [line for line in shown if line.startswith("  stop rate")]
+    assert line.split() == [
+        *("stop", "rate", "100.0%", "100.0%", "0.0", "points", "\u221210.9", "to", "+10.9")
+    ]
+    same = scores(parrot, data, options={**options, "base": str(parrot.folder)})
+    assert not any(change["clear"] for change in same["difference"].values())
+
+
+def test_general_text_is_read_in_windows(parrot: Any, contrary: Any, tmp_path: Path) -> None:
+    """Every token once, with those before it in its window; the end of a document not at all."""
+    text = ["It is late. " * 40, "Yes, you can return it.", "x"]
+    general = tmp_path / "general.txt"
+    general.write_text("\n\n".join(text))
+    data = write(tmp_path / "d.jsonl", ROWS)
+    options = {"general": str(general), "base": str(contrary.folder)}
+    found = scores(parrot, data, options=options, max_length=32)
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    for model, row in ((parrot, found["general"]), (contrary, found["base"]["general"])):
+        losses = []
+        for document in text:
+            ids = np.array(tokenizer(document, add_special_tokens=False)["input_ids"])
+            if len(ids) < 2:
+                continue
+            logits = model.logits(ids[:-1])  # of one token each, so windows do not matter
+            logits -= logits.max(-1, keepdims=True)
+            logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            losses += [-logs[i, after] for i, after in enumerate(ids[1:])]
+        assert row["eval_tokens_trained"] == len(losses)
+        assert row["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    change = found["general"]["difference"]["eval_loss"]
+    assert change["value"] == pytest.approx(
+        found["general"]["eval_loss"] - found["base"]["general"]["eval_loss"]
+    )
 
 
 def test_each_data_set_and_all_together(parrot: Any, tmp_path: Path) -> None:
@@ -143,29 +334,23 @@ def test_answers(parrot: Any, data: Path) -> None:
     )
 
 
+def test_drawn_answers_are_those_of_the_seed(unlearnt: dict[str, Any], data: Path) -> None:
+    drawn = {"generate": 2, "max_new_tokens": 6, "temperature": 1.0}
+
+    def said(**options: Any) -> list[str]:
+        found = scores(data=data, options={**drawn, **options}, seed=3, **unlearnt)
+        return [row["response"] for row in found["generations"]]
+
+    first = said()
+    assert said(generate=1) == first[:1]  # whatever else is asked
+    assert said(top_k=1)[0] != first[0]
+
+
 def test_an_answer_that_does_not_end_is_cut(parrot: Any, data: Path) -> None:
     found = scores(parrot, data, options={"generate": 1, "max_new_tokens": 2})
     assert found["stop_rate"] == 0.0
     assert found["generations"][0]["response"] == "Yes,"
     assert found["exact_match"] == 0.0
-
-
-@pytest.mark.parametrize(
-    ("reference", "response", "exact", "rouge"),
-    [
-        ("a b c d", "a b c d", 1.0, 1.0),
-        ("a b c d", " a b c d\n", 1.0, 1.0),
-        ("a b c d", "a c", 0.0, 2 / 3),  # precision 1, recall 1/2
-        ("a b c d", "d c b a", 0.0, 1 / 4),
-        ("a b c d", "x", 0.0, 0.0),
-        ("a b c d", "", 0.0, 0.0),
-    ],
-)
-def test_comparison(reference: str, response: str, exact: float, rouge: float) -> None:
-    found = evaluate.compare([reference], [response])
-    assert found == {"exact_match": exact, "rougeL": pytest.approx(rouge)}
-    both = evaluate.compare([reference, "q"], [response, "q"])
-    assert both["rougeL"] == pytest.approx((rouge + 1) / 2)
 
 
 def test_base_and_tuned_side_by_side(
@@ -180,8 +365,9 @@ def test_base_and_tuned_side_by_side(
     assert "base      Sorry\n" in shown
     assert f"tuned     {SAID} (right)\n" in shown
     lines = [line.split() for line in shown.splitlines()]
-    assert ["base", "tuned"] in lines
-    assert ["exact", "match", "0.0%", "100.0%"] in lines
+    assert ["base", "tuned", "difference", "95%", "interval"] in lines
+    # Of one question there is no interval.
+    assert ["exact", "match", "0.0%", "100.0%", "+100.0", "points"] in lines
     assert f"model: {parrot.folder}" in shown
 
 
@@ -226,7 +412,9 @@ def test_one_process_one_device_one_object(parrot: Any, data: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     here = scores(parrot, data, options={"generate": 5})
-    assert found["eval_loss"] == pytest.approx(here["eval_loss"], rel=1e-5)
+    for key in ("eval_loss", "eval_perplexity", "eval_token_accuracy"):
+        assert found[key] == pytest.approx(here[key], rel=1e-6)
+        assert found["intervals"][key] == pytest.approx(here["intervals"][key], rel=1e-6)
     assert found["generations"] == here["generations"]
     assert list(found["by_dataset"]) == ["desk"]
 
@@ -253,6 +441,15 @@ def test_refusals(parrot: Any, data: Path, tmp_path: Path, copy_without: Callabl
     said = refusal(capsys, *model, "--dataset", plain, "--generate", 1)
     assert f"{plain}: has no question to answer" in said
     assert "generate" in refusal(capsys, *model, "--dataset", data, "--generate", -1)
+    assert "no record that is evaluated has a column 'sort'. The first has: messages." in refusal(
+        capsys, *model, "--dataset", data, "--by", "sort"
+    )
+    empty = tmp_path / "empty.txt"
+    empty.write_text("x\n")
+    assert "no text in it has two tokens" in refusal(
+        capsys, *model, "--dataset", data, "--general", empty
+    )
+    assert "resamples" in refusal(capsys, *model, "--dataset", data, "--resamples", 3)
     weightless = copy_without(parrot.folder, "*.safetensors")
     said = refusal(capsys, "--model_name_or_path", weightless, "--dataset", data)
     assert "safetensors" in said

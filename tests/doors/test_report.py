@@ -22,6 +22,7 @@ from jaxtune.reporting.starts import record_start
 HOSTILE = (
     "</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>' \" --> ${x} \u202e\x1b"
 )
+COUNTS = ("wins", "ties", "losses", "inconsistent", "unparseable", "failed")
 VOID = {"meta", "br", "input", "img", "link", "hr"}
 TRAIN = [
     {"kind": "train", "step": 5, "epoch": 0.5, "loss": 2.5, "token_accuracy": 0.25,
@@ -153,6 +154,15 @@ def test_hostile_text_stays_text_wherever_it_comes_from(folder: Path) -> None:
     answer = {"prompt": HOSTILE, "reference": HOSTILE, "response": HOSTILE, "stopped": False}
     scores = {"eval_loss": 1.0, HOSTILE: 3.0, "generations": [answer]}
     scores["by_dataset"] = {HOSTILE: {"eval_loss": 1.0}, "b": {}}
+    scores["by_column"] = {HOSTILE: {HOSTILE: {"eval_loss": 1.0, "exact_match": HOSTILE}}}
+    scores["intervals"] = {"eval_loss": [HOSTILE, 1], HOSTILE: HOSTILE}
+    scores["difference"] = {
+        "eval_loss": {"value": 1.0, "interval": HOSTILE, "clear": True},
+        HOSTILE: {"value": HOSTILE, "clear": HOSTILE},
+    }
+    scores["harness"] = {HOSTILE: {HOSTILE: HOSTILE}}
+    scores["general"] = {"eval_loss": HOSTILE}
+    scores["judge"] = {"model": HOSTILE, **dict.fromkeys(COUNTS, 1), "win_rate": HOSTILE}
     evaluation = folder / f"{HOSTILE.replace('/', '')}.json"
     evaluation.write_text(json.dumps({**scores, "base": scores}))
     page = page_of(folder, "--evaluation", str(evaluation))
@@ -268,6 +278,45 @@ def test_answers_with_their_differences(folder: Path) -> None:
         assert text in page.text
 
 
+def test_differences_with_their_intervals(folder: Path) -> None:
+    base = {"eval_loss": 2.0, "exact_match": 0.0, "rougeL": 0.5}
+    change = {
+        "eval_loss": {"value": -0.5, "interval": [-0.75, -0.25], "clear": True},
+        "exact_match": {"value": 0.25, "interval": [-0.125, 0.5], "clear": False},
+        "rougeL": {"value": -0.25, "interval": [-0.3, -0.2], "clear": True},
+    }
+    row = {"eval_loss": 1.5, "exact_match": 0.25, "rougeL": 0.25, "difference": change}
+    judge = {"model": "j", **dict.fromkeys(COUNTS, 2), "win_rate": 0.5, "interval": [0.1, 0.9],
+             "clear": False}  # fmt: skip
+    answer = {"prompt": "Q?", "reference": "a", "response": "b", "verdict": "loss"}
+    found = {
+        **row, "by_column": {"kind": {"odd": row}}, "general": row, "judge": judge,
+        "harness": {"arc": {"acc": 0.5, "acc_stderr": 0.01}}, "generations": [answer],
+        "base": {**base, "general": base, "by_column": {"kind": {"odd": base}},
+                 "harness": {"arc": {"acc": 0.25}}},
+    }  # fmt: skip
+    file = folder / "e.json"
+    file.write_text(json.dumps(found))
+    page = page_of(folder, "--evaluation", str(file))
+    for text in (
+        "\u22120.7500 to \u22120.2500", "+25.0 points", "\u221212.5 to +50.0", "by kind", "odd",
+        "loss, general text", "0.5000 \u00b10.0100", "Win rate 50.0% (10.0 to 90.0%), not told",
+        "only where its 95% interval excludes 0", "judged a loss",
+    ):  # fmt: skip
+        assert text in page.text, text
+    written = (folder / "report.html").read_text(encoding="utf-8")
+    assert written.count('<b class="right">better</b>') == 3  # of all, of odd, of general text
+    assert written.count('<b class="wrong">worse</b>') == 1
+    (folder / "hf").mkdir()
+    card = folder / "hf" / "README.md"
+    card.write_text("# tuned\n\n## Data\n")
+    page_of(folder, "--evaluation", str(file), "--card")
+    assert "| ROUGE-L | 0.500 | 0.250 | \u22120.250 |" in card.read_text(encoding="utf-8")
+    alone = {"eval_loss": 1.5, "intervals": {"eval_loss": [1.25, 1.75]}}
+    file.write_text(json.dumps(alone))
+    assert "1.2500 to 1.7500" in page_of(folder, "--evaluation", str(file)).text
+
+
 def test_the_picture(folder: Path) -> None:
     found = report.run(load(), report.ReportOptions(run_dir=str(folder), png=True, examples=0))
     assert found.picture is not None
@@ -298,6 +347,12 @@ BAD: list[tuple[str, str, str]] = [
     ("e.json", "{", "e.json: not readable as JSON"),
     ("e.json", '{"loss": 1}', "e.json: expected one object with eval_loss"),
     ("e.json", '{"eval_loss": 1, "generations": [{"prompt": 1}]}', "'jaxtune evaluate --json'"),
+    ("e.json", '{"eval_loss": 1, "difference": [1]}', "'jaxtune evaluate --json'"),
+    ("e.json", '{"eval_loss": 1, "by_column": {"a": {"b": 1}}}', "'jaxtune evaluate --json'"),
+    ("e.json", '{"eval_loss": 1, "by_column": 1}', "'jaxtune evaluate --json'"),
+    ("e.json", '{"eval_loss": 1, "harness": {"a": 1}}', "'jaxtune evaluate --json'"),
+    ("e.json", '{"eval_loss": 1, "judge": {"model": "m", "wins": -1}}', "evaluate --json'"),
+    ("e.json", '{"eval_loss": 1, "general": 1}', "'jaxtune evaluate --json'"),
 ]  # fmt: skip
 
 
@@ -328,6 +383,12 @@ def test_what_is_no_run_directory(folder: Path, capsys: Any) -> None:
     assert "gone.json: cannot be read: No such file" in capsys.readouterr().err
     assert report.main([str(folder), "--html", str(folder / "no" / "r.html")]) == 2
     assert "r.html: cannot be written: No such file" in capsys.readouterr().err
+    assert report.main([str(folder), "--card"]) == 2
+    assert "card: there is no evaluation to put there" in capsys.readouterr().err
+    file = folder / "e.json"
+    file.write_text('{"eval_loss": 1}')
+    assert report.main([str(folder), "--evaluation", str(file), "--card"]) == 2
+    assert "README.md: cannot be read: No such file" in capsys.readouterr().err
     assert report.main([str(folder), "--columns", "sort"]) == 2
     assert "no record that is trained has a column 'sort'" in capsys.readouterr().err
 

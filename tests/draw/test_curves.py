@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from jaxtune.draw.answers import difference, samples, scores
+from jaxtune.draw.answers import difference, samples
 from jaxtune.draw.curves import charts, curves
+from jaxtune.draw.evaluated import evaluation_tables
 
 
 def test_a_number_that_no_chart_names_has_its_own() -> None:
@@ -53,8 +54,10 @@ def test_samples_keep_the_first_and_the_last() -> None:
 
 
 def test_scores_of_one_model_and_of_a_data_set_that_base_lacks() -> None:
-    assert "change" not in scores("f", {"eval_loss": 1.0})
+    assert "difference" not in evaluation_tables("f", {"eval_loss": 1.0})
     parts = {"a": {"eval_loss": 1.0}, "b": {"eval_loss": 2.0}}
-    made = scores("f", {"eval_loss": 1.0, "by_dataset": parts, "base": {"eval_loss": None}})
-    assert made.count("<table>") == 3
+    found = {"eval_loss": 1.0, "by_dataset": parts, "base": {"eval_loss": None}}
+    made = evaluation_tables("f", found)
+    assert made.count("<table>") == 2
+    assert "not finite" in made
     assert "\u2013" in made  # base has no loss there

@@ -159,6 +159,28 @@ CASES: dict[str, dict[str, Any]] = {
         tie_word_embeddings=True,
     ),
     "starcoder2": _case("starcoder2", **_V5, hidden_act="gelu_pytorch_tanh", sliding_window=5),
+    # Texts of two to five periods, of which queries grow; two prompts grow past them.
+    "ministral3": _case(
+        "ministral3",
+        dtype="float32",
+        head_dim=12,
+        rope_parameters={
+            **_YARN,
+            "rope_theta": 100.0,
+            "original_max_position_embeddings": 4,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+            "llama_4_scaling_beta": 0.4,
+        },
+    ),
+    "seed-oss": _case(
+        "seed_oss", **_V5, head_dim=12, attention_bias=True, attention_out_bias=True, mlp_bias=True
+    ),
+    "glm": _case("glm", **_V4, head_dim=16, partial_rotary_factor=0.5),
+    "glm4": _case("glm4", **_V5, head_dim=12, attention_bias=True, tie_word_embeddings=True),
+    "exaone4": _case(
+        "exaone4", **_V4, num_hidden_layers=4, sliding_window=4, sliding_window_pattern=2
+    ),
     "mixtral": _case(
         "mixtral", **_V4, num_local_experts=5, num_experts_per_tok=2, sliding_window=5
     ),

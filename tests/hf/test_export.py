@@ -374,7 +374,7 @@ export.export_model(
 """
 
 
-@pytest.mark.parametrize("when", ["tensors.checksum", "export.read_back", "export.write_tokenizer"])
+@pytest.mark.parametrize("when", ["tensors.checksum", "export.damaged", "export.write_tokenizer"])
 def test_a_process_killed_leaves_the_earlier_export(when, tmp_path):
     """SIGKILL while it writes values, reads them back, or writes the small files."""
     source, out = write_folder("llama", tmp_path / "source"), tmp_path / "out"

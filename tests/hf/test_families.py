@@ -105,6 +105,8 @@ def test_absent_keys_have_the_values_of_transformers():
             stated = getattr(theirs, key, private)
             if key == "rope_parameters":  # theirs has the base too
                 stated = {name: stated[name] for name in value}
+            if key == "partial_rotary_factor" and stated is None:
+                stated = theirs.rope_parameters[key]
             assert stated == value, (kind, key)
         small = {"vocab_size": 9, "hidden_size": 512, "intermediate_size": 8, "model_type": kind}
         config = {**small, "num_hidden_layers": 2, "num_attention_heads": 32}

@@ -15,8 +15,11 @@ from golden.ours import ALONE, GRADIENT, LOGITS, LOSS, PACKED, greedy, logits_to
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.model import decoder
 
+# All of a case in one worker, which compiles it once.
+WHOLE = {name: pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in CASES}
 
-@pytest.mark.parametrize("name", CASES)
+
+@pytest.mark.parametrize("name", WHOLE.values())
 def test_against_stored_values(name):
     expected, found = stored(name), ours(name, PACKED)
     for want, got in zip(expected.logits, found.logits, strict=True):
@@ -29,7 +32,7 @@ def test_against_stored_values(name):
         np.testing.assert_allclose(got[-1], squares, rtol=2 * GRADIENT, err_msg=key)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", WHOLE.values())
 def test_packed_equals_alone(name):
     packed, alone = ours(name, PACKED), ours(name, ALONE)
     for a, b in zip(packed.logits, alone.logits, strict=True):
@@ -41,7 +44,7 @@ def test_packed_equals_alone(name):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", WHOLE.values())
 def test_against_transformers(name, tmp_path):
     pytest.importorskip("torch")
     expected, found = reference(write_folder(name, tmp_path)), ours(name, PACKED)
@@ -60,11 +63,9 @@ def test_against_transformers(name, tmp_path):
     assert [list(tokens) for tokens in kept.generated] == [list(t) for t in expected.generated]
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in CASES if not name.startswith("llama") or name == "llama-rope-llama3"]
-)
+@pytest.mark.parametrize("name", WHOLE.values())
 def test_greedy_generation_is_that_of_transformers(name):
-    """Prompts of unequal length in one batch, with the cache; windows shorter than the text."""
+    """More prompts of unequal length than slots, with the cache; windows shorter than the text."""
     assert greedy(name) == [tokens.tolist() for tokens in stored(name).generated]
 
 
@@ -84,6 +85,13 @@ SWITCHES = {
     "olmo3": {"rope_theta": 400_000.0},
     "granite": {"residual_multiplier": 0.601},
     "smollm3": {"no_rope_layer_interval": 3},
+    "ministral3": {
+        "rope_parameters": {**CASES["ministral3"]["rope_parameters"], "llama_4_scaling_beta": 0.39}
+    },
+    "seed-oss": {"rope_parameters": {"rope_type": "default", "rope_theta": 101.0}},
+    "glm": {"partial_rotary_factor": 0.25},
+    "glm4": {"partial_rotary_factor": 1.0},
+    "exaone4": {"sliding_window": None},
     "mixtral": {"num_experts_per_tok": 3},
     "qwen3-moe": {"norm_topk_prob": False},
     "gpt-oss": {"swiglu_limit": 0.9},

@@ -11,6 +11,7 @@ from golden.make import stored
 
 from jaxtune.config import ModelError
 from jaxtune.hf.export import export_model
+from jaxtune.hf.families import family_of
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.model import decoder
 
@@ -63,6 +64,37 @@ def test_the_text_half_is_the_model_of_text(style, tmp_path):
     assert (config["model_type"], config["architectures"]) == ("gemma3_text", ["Gemma3ForCausalLM"])
     assert config["eos_token_id"] == 2
     assert open_model(tmp_path / "out").spec == model.spec
+
+
+@pytest.mark.parametrize("case", ["llama-head-dim", "ministral3"])
+def test_the_text_half_says_which_family_it_is(case, tmp_path):
+    """Mistral Small 3.1 names no other; Ministral 3 is its successor in the same wrapping."""
+    inner = {key: value for key, value in CASES[case].items() if key != "model_type"}
+    kind = "mistral"
+    if case == "ministral3":
+        kind = inner["model_type"] = case
+    outer = {"model_type": "mistral3", "text_config": {**inner, "sliding_window": None}}
+    (tmp_path / "config.json").write_text(json.dumps(outer))
+    safetensors.numpy.save_file(
+        {
+            "vision_tower.a.weight": np.zeros(3, np.float32),
+            **{f"language_model.{name}": value for name, value in tensors(case).items()},
+        },
+        tmp_path / "model.safetensors",
+    )
+    model = open_model(tmp_path)
+    assert model.family is family_of({"model_type": kind})
+    params = load_params(model, None, jnp.float32)
+    text = jnp.asarray(TEXTS[0])[None]
+    logits = decoder.logits(
+        model.spec,
+        {"params": params},
+        text,
+        segment_ids=jnp.ones_like(text),
+        positions=jnp.arange(text.shape[1])[None],
+        dtype=jnp.float32,
+    )[0]
+    np.testing.assert_allclose(logits, stored(case).logits[0], rtol=0, atol=2e-5)
 
 
 def test_what_is_neither_half_is_an_error(tmp_path):

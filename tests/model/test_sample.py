@@ -11,7 +11,7 @@ from model.conftest import SPEC
 
 from jaxtune import mesh
 from jaxtune.config import ConfigError, DataError
-from jaxtune.model import decoder, sample
+from jaxtune.model import decoder, sample, slots
 from jaxtune.model.decoder import Params
 from jaxtune.model.sample import Generation, generate, stream
 
@@ -140,9 +140,9 @@ def test_the_last_position_ends_an_answer(params: Params) -> None:
 
 def test_a_new_prompt_of_a_known_size_compiles_nothing(params: Params) -> None:
     run(params, PROMPTS[:2])
-    programs = sample._generate._cache_size()
-    run(params, [[5] * 18, [6] * 31], stop_ids={9}, max_new_tokens=NEW - 3)
-    assert sample._generate._cache_size() == programs
+    programs = slots.read._cache_size(), slots.advance._cache_size()
+    run(params, [[5] * 20, [6] * 18], stop_ids={9}, max_new_tokens=NEW - 3)
+    assert (slots.read._cache_size(), slots.advance._cache_size()) == programs
 
 
 def test_shapes_come_in_few_sizes() -> None:

@@ -406,3 +406,20 @@ def test_a_kernel_cut_along_its_width_is_gathered_by_blocks(
     assert float(jnp.sum(values)) == pytest.approx(float(expected), rel=1e-6)
     for mine, slope in zip(gradients, slopes, strict=True):
         np.testing.assert_allclose(mine, slope, atol=5e-6)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_each_token_where_it_lies(block: int | None, chunked: bool) -> None:
+    """Before they are added up: against the definition, the weightless ones 0."""
+    hidden, head, targets, weights = batch()
+    found = cross_entropy.token_losses(hidden, Head(head), targets, weights, block=block)
+    logits = np.asarray(hidden @ head, np.float64)
+    normaliser = np.log(np.exp(logits).sum(-1))
+    losses = normaliser - np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
+    counts = np.asarray(weights) != 0
+    assert counts.any()
+    assert not counts.all()
+    np.testing.assert_allclose(found.loss, np.where(counts, losses, 0), rtol=2e-6, atol=2e-6)
+    np.testing.assert_array_equal(found.correct, counts & (logits.argmax(-1) == targets))
+    sums = linear_cross_entropy(hidden, head, targets, weights, block=block)
+    assert float(jnp.sum(weights * found.loss)) == pytest.approx(float(sums.loss), rel=1e-6)

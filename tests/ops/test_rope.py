@@ -107,6 +107,26 @@ def test_the_rest_of_a_head_is_left_alone() -> None:
     assert np.abs(turned[:, 1:, :, :4] - x[:, 1:, :, :4]).min() > 0
 
 
+def test_neighbours_are_turned_as_halves_are_in_another_order() -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 2, 8)), jnp.float32)
+    cos, sin = rope.angles(LONGROPE, 8, jnp.arange(5)[None])  # 2 pairs
+    halves = x[..., jnp.array([0, 2, 1, 3, 4, 5, 6, 7])]
+    np.testing.assert_array_equal(
+        rope.rotate(x, cos, sin, interleaved=True), rope.rotate(halves, cos, sin)
+    )
+
+
+def test_queries_grow_by_whole_periods() -> None:
+    spec = RopeSpec(growth=0.1, original_max_positions=4)
+    positions = jnp.array([[0, 3, 4, 7, 8, 40]])
+    x = jnp.ones((1, 6, 2, 4), jnp.bfloat16)
+    expected = 1 + 0.1 * np.log(np.array([1, 1, 2, 2, 3, 11]))
+    found = rope.grown(spec, x, positions)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found[0, :, 0, 0], jnp.asarray(expected, jnp.bfloat16))
+    assert rope.grown(RopeSpec(), x, positions) is x
+
+
 def test_half_precision_is_turned_in_f32() -> None:
     positions = jnp.array([[100_000]])
     cos, sin = rope.angles(KINDS["none"], 8, positions)

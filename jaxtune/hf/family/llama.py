@@ -16,7 +16,7 @@ from jaxtune.hf.family.family import (
     layer,
 )
 from jaxtune.hf.family.read import Config, layer_types, number, optional_size, size
-from jaxtune.hf.family.rope import ALL
+from jaxtune.hf.family.rope import ALL, RopeKeys
 from jaxtune.spec import LayerSpec
 
 DECODER = TABLES + PRE_NORMS + ATTENTION + GATED_MLP
@@ -29,6 +29,17 @@ def _llama(config: Config, ropes: Ropes) -> list[LayerSpec]:
 
 def _mistral(config: Config, ropes: Ropes) -> list[LayerSpec]:
     one = layer(config, ropes[ALL], window=optional_size(config, "sliding_window"))
+    return [one] * size(config, "num_hidden_layers")
+
+
+def _seed_oss(config: Config, ropes: Ropes) -> list[LayerSpec]:
+    one = layer(
+        config,
+        ropes[ALL],
+        qkv_bias=bool(config["attention_bias"]),
+        out_bias=bool(config["attention_out_bias"]),
+        mlp_bias=bool(config["mlp_bias"]),
+    )
     return [one] * size(config, "num_hidden_layers")
 
 
@@ -82,6 +93,42 @@ FAMILIES: dict[str, Family] = {
             "sliding_window": 4096,
         },
         layers=_mistral,
+    ),
+    "ministral3": Family(
+        architecture="Ministral3ForCausalLM",
+        rows=DECODER,
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1_000_000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16384,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale_all_dim": 1.0,
+                "mscale": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+        layers=_mistral,
+        rope=RopeKeys(grows=True),
+    ),
+    "seed_oss": Family(
+        architecture="SeedOssForCausalLM",
+        rows=DECODER + QKV_BIAS + OUT_BIAS + MLP_BIAS,
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 524288,
+            "attention_bias": True,
+            "attention_out_bias": False,
+            "mlp_bias": False,
+        },
+        layers=_seed_oss,
     ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",

@@ -14,12 +14,14 @@ from jaxtune.hf.family.read import Config, optional_size, size
 from jaxtune.hf.family.rope import ALL, RopeKeys
 from jaxtune.spec import LayerSpec
 
+GATE_UP = layer_rows(
+    ("mlp.gate_up_proj.weight", "mlp/gate/kernel", "(* F) D -> L D F"),
+    ("mlp.gate_up_proj.weight", "mlp/up/kernel", "(* F) D -> L D F"),
+)
 _FUSED = layer_rows(
     ("self_attn.qkv_proj.weight", "attention/q/kernel", "(* H K) D -> L D H K"),
     ("self_attn.qkv_proj.weight", "attention/k/kernel", "(* G K) D -> L D G K"),
     ("self_attn.qkv_proj.weight", "attention/v/kernel", "(* G K) D -> L D G K"),
-    ("mlp.gate_up_proj.weight", "mlp/gate/kernel", "(* F) D -> L D F"),
-    ("mlp.gate_up_proj.weight", "mlp/up/kernel", "(* F) D -> L D F"),
 )
 _WHOLE = tuple(
     row for row in ATTENTION + GATED_MLP if "o_proj" in row.source or "down_proj" in row.source
@@ -34,7 +36,7 @@ def _phi3(config: Config, ropes: Ropes) -> list[LayerSpec]:
 FAMILIES: dict[str, Family] = {
     "phi3": Family(
         architecture="Phi3ForCausalLM",
-        rows=TABLES + PRE_NORMS + _FUSED + _WHOLE,
+        rows=TABLES + PRE_NORMS + _FUSED + GATE_UP + _WHOLE,
         defaults={
             "max_position_embeddings": 4096,
             "original_max_position_embeddings": 4096,

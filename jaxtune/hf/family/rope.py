@@ -7,7 +7,7 @@ merges them.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxtune.hf.family.read import Config, number, optional_number, size
@@ -26,7 +26,8 @@ class RopeKeys:
     Version 5 nests by the same types. `rope_scaling` stretches full attention only.
     `aliases` are other names of rope types. `type_key` is version 4's key for the type, and
     `beside` what it wants beside `rope_scaling` rather than in it. `partial` says that
-    `partial_rotary_factor` is obeyed.
+    `partial_rotary_factor` is obeyed. `interleaved` is the family's way to pair features,
+    and `grows` says that `llama_4_scaling_beta` is obeyed.
     """
 
     thetas: Mapping[str, tuple[str, float]] = field(
@@ -36,6 +37,8 @@ class RopeKeys:
     type_key: str = "rope_type"
     beside: tuple[str, ...] = ()
     partial: bool = False
+    interleaved: bool = False
+    grows: bool = False
 
     def read(self, config: Config) -> dict[str, dict[str, Any]]:
         """Settings of each type of layer in the style of version 5. `config` has its defaults."""
@@ -71,7 +74,12 @@ class RopeKeys:
 
     def specs(self, config: Config) -> dict[str, RopeSpec]:
         """The RopeSpec of each type of layer. ValueError for what cannot be represented."""
-        return {kind: self._spec(rope, config) for kind, rope in self.read(config).items()}
+        return {kind: self._whole(rope, config) for kind, rope in self.read(config).items()}
+
+    def _whole(self, rope: Config, config: Config) -> RopeSpec:
+        growth = optional_number(rope, "llama_4_scaling_beta") if self.grows else None
+        spec = self._spec(rope, config)
+        return replace(spec, interleaved=self.interleaved, growth=growth or 0.0)
 
     def _spec(self, rope: Config, config: Config) -> RopeSpec:
         kind, theta = rope["rope_type"], number(rope, "rope_theta")

@@ -17,8 +17,9 @@ _OVER = ("tie_word_embeddings", "quantization_config")
 
 @dataclass(frozen=True)
 class Wrapper:
-    """`family` is the text half's. `prefixes` are pairs (in the file, in a model of text alone);
-    tensors whose name begins as one of `left_out` are the other half's."""
+    """`family` is the text half's where it does not say itself. `prefixes` are pairs (in the file,
+    in a model of text alone); tensors whose name begins as one of `left_out` are the other half's.
+    """
 
     family: str
     prefixes: tuple[tuple[str, str], ...]
@@ -55,10 +56,10 @@ class Wrapper:
         return text, left_out
 
 
-# As transformers 4 writes them and as version 5 does.
-WRAPPERS: dict[str, Wrapper] = {
-    "gemma3": Wrapper(
-        family="gemma3_text",
+def _with_images(family: str) -> Wrapper:
+    """The parts under the names that transformers 4 writes, and those of version 5."""
+    return Wrapper(
+        family=family,
         prefixes=(
             ("language_model.model.", "model."),
             ("language_model.lm_head.", "lm_head."),
@@ -71,4 +72,9 @@ WRAPPERS: dict[str, Wrapper] = {
             "model.multi_modal_projector.",
         ),
     )
+
+
+WRAPPERS: dict[str, Wrapper] = {
+    "gemma3": _with_images("gemma3_text"),
+    "mistral3": _with_images("mistral"),  # from 2512 on its text_config says ministral3
 }

@@ -1,0 +1,93 @@
+"""The scores of `evaluate --json` by name: what a reader calls them, how they are written, and
+which way is up. One table for the terminal, the page and the model card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Metric(NamedTuple):
+    """`better` is 1 where more is better, -1 where less is, 0 where that depends."""
+
+    name: str
+    how: str  # a format, in which % makes a share a percentage
+    better: int = 0
+
+
+METRICS: Mapping[str, Metric] = {
+    "eval_loss": Metric("loss", ".4f", -1),
+    "eval_perplexity": Metric("perplexity", ".4g", -1),
+    "eval_token_accuracy": Metric("token accuracy", ".1%", 1),
+    "exact_match": Metric("exact match", ".1%", 1),
+    "contains": Metric("contains", ".1%", 1),
+    "rougeL": Metric("ROUGE-L", ".3f", 1),
+    "chrf": Metric("chrF", ".1f", 1),
+    "bleu": Metric("BLEU", ".1f", 1),
+    "win_rate": Metric("win rate", ".1%", 1),
+    "stop_rate": Metric("stop rate", ".1%", 1),
+    "answer_tokens": Metric("answer tokens", ".1f"),
+    "length_ratio": Metric("length ratio", ".2f"),
+    "refusal_rate": Metric("refusals", ".1%"),
+    "distinct_1": Metric("distinct-1", ".3f"),
+    "distinct_2": Metric("distinct-2", ".3f"),
+    "repetition": Metric("repetition", ".1%", -1),
+    "eval_tokens_trained": Metric("tokens of answers", ","),
+    "examples": Metric("examples", ","),
+    "questions": Metric("questions", ","),
+}
+
+
+def metric(key: str) -> Metric:
+    """Numbers that this version does not know follow under their own names."""
+    return METRICS.get(key, Metric(key.replace("_", " "), ".4g"))
+
+
+def written(value: Any, how: str) -> str:
+    """ "not finite" for null, NaN and infinity; nothing where there is no number."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "not finite"
+    return format(value, how) if isinstance(value, int | float) else ""
+
+
+def change(value: float, how: str) -> str:
+    """With its sign; of percentages in points. A change too small to show has none."""
+    points = " points" if how.endswith("%") else ""
+    return f"{_signed(value, how)}{points}"
+
+
+def _signed(value: float, how: str) -> str:
+    text = f"{100 * value:+.1f}" if how.endswith("%") else format(value, f"+{how}")
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "\u2212")
+
+
+def between(ends: Any, how: str, *, signed: bool = False) -> str:
+    """`[low, high]` as text; nothing where there is no interval."""
+    if not is_interval(ends):
+        return ""
+    if signed:
+        return f"{_signed(ends[0], how)} to {_signed(ends[1], how)}"
+    low, high = (written(end, how) for end in ends)
+    return f"{low.removesuffix('%')} to {high}"
+
+
+def verdict(key: str, difference: Any) -> str:
+    """What a difference is called: nothing, unless it is more than chance."""
+    if not is_difference(difference) or not difference.get("clear"):
+        return ""
+    up = metric(key).better * (1 if difference["value"] > 0 else -1)
+    return {1: "better", -1: "worse"}.get(up, "more" if difference["value"] > 0 else "less")
+
+
+def is_difference(found: Any) -> bool:
+    return isinstance(found, Mapping) and is_number(found.get("value"))
+
+
+def is_interval(found: Any) -> bool:
+    return isinstance(found, list | tuple) and len(found) == 2 and all(map(is_number, found))
+
+
+def is_number(value: Any) -> bool:
+    """A finite one; a truth value is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,1 @@
+"""A model measured on a data set: losses, answers, groups of examples, and what they come to."""

@@ -1,0 +1,72 @@
+"""Plain text in windows: what a model still knows of what it was not tuned on.
+
+Documents longer than a row are cut into windows, of which each token is predicted once; what ends a
+document is not: it belongs to no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from jaxtune.config import Config, DataError, DatasetConfig
+
+if TYPE_CHECKING:
+    from jaxtune.data.pipeline import Dataset
+    from jaxtune.data.schema import Batch, Example
+    from jaxtune.inference import Words
+
+
+class General(NamedTuple):
+    """Windows `(document, from, to)` of the tokens of `texts`; a window's first is not predicted
+    in it. `row_length` is that of a row of the batch."""
+
+    path: str
+    texts: Dataset
+    windows: tuple[tuple[int, int, int], ...]
+    row_length: int
+
+    def example(self, number: int) -> Example:
+        from jaxtune.data.encode import shift
+        from jaxtune.data.schema import Tokens
+
+        document, start, stop = self.windows[number]
+        ids, weights = self.texts.tokens(document)
+        return shift(Tokens(ids[start:stop], weights[start:stop]))
+
+
+def open_general(config: Config, path: str, words: Words) -> General:
+    """Raises `DataError` for a file that cannot be read as text."""
+    from jaxtune.data.asked import open_entries
+    from jaxtune.draw.progress import Tokenising
+
+    whole = config.model_copy(update={"max_length": 2**30})  # windows are cut here
+    entry = DatasetConfig(path=path, format="text")
+    with Tokenising() as progress:
+        texts = open_entries(whole, (entry,), words.tokenizer, words.template, progress=progress)
+    length, windows = config.max_length, []
+    closed = bool(words.template.closing)
+    for document, size in enumerate((texts.token_counts - closed).tolist()):
+        windows += [(document, at, min(at + length + 1, size)) for at in range(0, size - 1, length)]
+    if not windows:
+        raise DataError(f"{path}: no text in it has two tokens, so there is nothing to predict.")
+    return General(path, texts, tuple(windows), length)
+
+
+def batches(general: General, batch_size: int) -> Iterator[tuple[Batch, list[list[int]]]]:
+    """Every window once, packed, with the numbers of those in each row."""
+    from jaxtune.data import pack
+
+    lengths = np.array([stop - start - 1 for _, start, stop in general.windows])
+    bins = pack.best_fit_decreasing(np.sort(lengths)[::-1], general.row_length)
+    rows = pack.in_order(bins, lengths)
+    for first in range(0, len(rows.starts) - 1, batch_size):
+        here = [
+            rows.examples[rows.starts[row] : rows.starts[row + 1]].tolist()
+            if row < len(rows.starts) - 1
+            else []
+            for row in range(first, first + batch_size)
+        ]
+        yield pack.fill(here, general.example, general.row_length), here

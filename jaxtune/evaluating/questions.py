@@ -1,0 +1,142 @@
+"""What is asked: the examples, the questions among them, and the groups they fall into."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxtune.command import note
+from jaxtune.config import Config, ConfigError, DataError, DatasetConfig
+
+if TYPE_CHECKING:
+    from jaxtune.data.pipeline import Dataset
+    from jaxtune.data.schema import Conversation
+    from jaxtune.inference import Words
+
+MOST_VALUES = 20  # of a column that are told apart; the others are one group
+OTHER = "other"
+
+
+class Question(NamedTuple):
+    """What inference is asked, and the answer that the data has for it."""
+
+    dataset: str
+    example: int  # its first, by number in the dataset
+    words: Words  # with the data set's own template where it has one
+    asked: Conversation
+    reference: str
+
+    @property
+    def prompt(self) -> str:
+        """The text that is fed."""
+        from jaxtune.data.spans import render_prompt
+
+        spans = render_prompt(self.words.template, self.asked.messages, tools=self.asked.tools)
+        return "".join(span.text for span in spans)
+
+    @property
+    def conversation(self) -> str:
+        """What a reader is shown: the turns, without the marks of a template."""
+        turns = [
+            (m.role, "\n".join(filter(None, (m.content, m.input)))) for m in self.asked.messages
+        ]
+        return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{r}: {t}" for r, t in turns)
+
+
+class Column(NamedTuple):
+    """A column of the data, and its value in each example: at most `MOST_VALUES` and `OTHER`."""
+
+    name: str
+    values: NDArray[np.object_]
+
+
+def entries_of(config: Config, dataset: str | None) -> Sequence[DatasetConfig]:
+    """`dataset`, else the config's eval_datasets or datasets. Raises `ConfigError`."""
+    if dataset is not None:
+        return (DatasetConfig(path=dataset),)
+    entries = config.eval_datasets or config.datasets
+    if not entries:
+        raise ConfigError("dataset is not set. Give --dataset FILE, or a --config that has data.")
+    return entries
+
+
+def open_data(config: Config, entries: Sequence[DatasetConfig], words: Words) -> Dataset:
+    """The examples; of the config's own datasets those that eval_split holds out."""
+    from jaxtune.data.asked import open_entries
+    from jaxtune.data.pipeline import split
+    from jaxtune.draw.progress import Tokenising
+
+    with Tokenising() as progress:
+        dataset = open_entries(config, entries, words.tokenizer, words.template, progress=progress)
+    if entries is config.datasets and config.eval_split:
+        _, dataset = split(dataset, config.eval_split, seed=config.seed)
+    for source in dataset.sources:
+        for reason, dropped in source.stored.summary["dropped"].items():
+            note(f"{source.path}: {dropped['count']} rows left out: {reason}")
+    return dataset
+
+
+def open_column(dataset: Dataset, entries: Sequence[DatasetConfig], name: str) -> Column:
+    """Raises `DataError` when no record that is evaluated has it."""
+    from jaxtune.data.columns import column_names, column_values
+
+    values = column_values(dataset, entries, name)
+    if values is None:
+        there = ", ".join(column_names(entries))
+        raise DataError(
+            f"by: no record that is evaluated has a column '{name}'. The first has: {there}."
+        )
+    named = Counter(values.tolist()).most_common(MOST_VALUES)
+    kept = {value for value, _ in named}
+    return Column(name, np.array([v if v in kept else OTHER for v in values], object))
+
+
+def questions_of(
+    entries: Sequence[DatasetConfig], dataset: Dataset, words: Words, limit: int
+) -> tuple[Question, ...]:
+    """The first `limit` conversations of each entry that are among the examples of `dataset`.
+
+    Raises `DataError` when there is none.
+    """
+    if not limit:
+        return ()
+    rows = dataset.gather("rows")
+    found: list[Question] = []
+    for number, entry in enumerate(entries):
+        own = np.flatnonzero(dataset.source_of == number)
+        first = dict(zip(rows[own[::-1]].tolist(), own[::-1].tolist(), strict=True))
+        found += itertools.islice(_conversations(entry, first, words), limit)
+    if not found:
+        raise DataError(
+            f"{entries[0].path}: has no question to answer: its rows are plain text. Set generate "
+            "0, or give conversations."
+        )
+    return tuple(found)
+
+
+def _conversations(entry: DatasetConfig, first: dict[int, int], words: Words) -> Iterator[Question]:
+    """`first` is the first example of each row that is evaluated."""
+    from jaxtune.data.formats import to_noun
+    from jaxtune.data.prepare import dataset_name, format_of, read
+    from jaxtune.data.schema import Conversation
+    from jaxtune.data.template import variant
+
+    own = variant(
+        words.template, words.tokenizer, template=entry.template, system_prompt=entry.system_prompt
+    )
+    words_here = words._replace(template=own)
+    format_name, name = format_of(entry), dataset_name(entry)
+    for row, record in read(entry):
+        if row not in first:
+            continue
+        noun = to_noun(format_name, record.fields, entry.columns, record.where)
+        if isinstance(noun, Conversation):
+            last = max(i for i, m in enumerate(noun.messages) if m.role == "assistant")
+            asked, reference = noun._replace(messages=noun.messages[:last]), noun.messages[last]
+            if reference.content.strip():  # not a tool call alone: there is no text to compare
+                yield Question(name, first[row], words_here, asked, reference.content)

@@ -1,0 +1,117 @@
+"""What was measured, as the JSON object of `evaluate`: by dataset, by value of a column, of both
+models, each score with its interval and its difference."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxtune.evaluating.measured import Measured
+from jaxtune.evaluating.questions import Column
+from jaxtune.scoring.intervals import FEWEST_PAIRS, Bootstrap, Interval, differences, intervals
+from jaxtune.scoring.measure import Scores, take
+
+Row = dict[str, Any]
+
+
+class Groups(NamedTuple):
+    """Which examples and which questions belong together: `datasets` is that of each example,
+    `questions` the example of each question."""
+
+    datasets: NDArray[np.object_]
+    questions: NDArray[np.int64]
+    column: Column | None
+
+    def members(self, is_in: NDArray[np.bool_]) -> Members:
+        return Members(np.flatnonzero(is_in), np.flatnonzero(is_in[self.questions]))
+
+
+class Members(NamedTuple):
+    """By number."""
+
+    examples: NDArray[np.int64]
+    questions: NDArray[np.int64]
+
+
+def summaries(found: Mapping[str, Measured], groups: Groups, how: Bootstrap) -> dict[str, Row]:
+    """Of one model, or of base and tuned, where the second is compared with the first."""
+    *base, tuned = found.values()
+    rows = [_summary(each, None, groups, how) for each in base]
+    rows.append(_summary(tuned, base[0] if base else None, groups, how))
+    return dict(zip(found, rows, strict=True))
+
+
+def _summary(found: Measured, base: Measured | None, groups: Groups, how: Bootstrap) -> Row:
+    def of(is_in: NDArray[np.bool_]) -> Row:
+        return _group(found, base, groups.members(is_in), how)
+
+    names = groups.datasets
+    row = of(np.ones(len(names), bool))
+    row["by_dataset"] = {name: of(names == name) for name in dict.fromkeys(names.tolist())}
+    if groups.column is not None:
+        values = groups.column.values
+        common = [value for value, _ in Counter(values.tolist()).most_common()]
+        row["by_column"] = {groups.column.name: {v: of(values == v) for v in common}}
+    if found.general:
+        row["general"] = {
+            **_scored(found.general, None if base is None else base.general, how),
+            "eval_tokens_trained": found.general_tokens,
+        }
+    row["bootstrap"] = how._asdict()
+    if found.judge is not None:
+        ends = row["intervals"]["win_rate"]
+        decided = found.judge["wins"] + found.judge["losses"]
+        excludes = ends is not None and not ends[0] <= 0.5 <= ends[1]
+        row["judge"] = {
+            **found.judge,
+            "win_rate": row["win_rate"],
+            "interval": ends,
+            "clear": excludes and decided >= FEWEST_PAIRS,
+        }
+    if found.generations:
+        row["generations"] = found.generations
+    return row
+
+
+def _group(found: Measured, base: Measured | None, members: Members, how: Bootstrap) -> Row:
+    def scored(name: str, chosen: NDArray[np.int64]) -> Row:
+        before = None if base is None else take(getattr(base, name), chosen)
+        return _scored(take(getattr(found, name), chosen), before, how)
+
+    row = scored("losses", members.examples)
+    row["eval_tokens_trained"] = int(found.tokens[members.examples].sum())
+    row["examples"] = len(members.examples)
+    if len(members.questions):
+        for key, value in scored("answers", members.questions).items():
+            row[key] = {**row[key], **value} if key in row else value
+        row["questions"] = len(members.questions)
+    return row
+
+
+def _scored(scores: Scores, base: Scores | None, how: Bootstrap) -> Row:
+    row: Row = {name: _finite(score.point()) for name, score in scores.items()}
+    row["intervals"] = {name: _ends(found) for name, found in intervals(scores, how).items()}
+    if base is not None:
+        row["difference"] = {
+            name: {
+                "value": _finite(found.value),
+                "interval": _ends(found.interval),
+                "clear": found.clear,
+            }
+            for name, found in differences(base, scores, how).items()
+        }
+    return row
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity and no NaN: they are null."""
+    return value if math.isfinite(value) else None
+
+
+def _ends(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else [float(end) for end in interval]

@@ -1,0 +1,102 @@
+"""Pairs of answers judged in both orders, so that a judge who likes the first one decides nothing.
+
+order 1   A = base    B = tuned        VERDICT: B      tuned
+order 2   A = tuned   B = base         VERDICT: A      tuned      -> win
+                                       VERDICT: B      base       -> tie, inconsistent
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxtune.config import ConfigError
+from jaxtune.judge.endpoint import Endpoint, Failed, Refused, ask
+from jaxtune.judge.verdict import Verdict, filled, parse
+
+
+class Pair(NamedTuple):
+    question: str
+    reference: str
+    base: str
+    tuned: str
+
+
+class Failure(NamedTuple):
+    """Why a request has no reply."""
+
+    why: str
+
+
+class Outcome(NamedTuple):
+    """Of one pair: `points` of tuned, 1 for a win, 0.5 for a tie, 0 for a loss; None where there is
+    no verdict, and `why`: "unparseable", or what went wrong. `agreed`: both orders said the same.
+    """
+
+    points: float | None
+    agreed: bool = True
+    why: str = ""
+
+
+def check(endpoint: Endpoint, rubric: str) -> None:
+    """One request before any work is done. Raises `ConfigError` where it is refused or fails."""
+    try:
+        ask(endpoint, _prompt(rubric, Pair("What is 1 + 1?", "2", "2", "3")))
+    except (Refused, Failed) as error:
+        raise ConfigError(
+            f"judge: {error}. Nothing was evaluated. Mend judge, judge_model or the key, or leave "
+            "judge out."
+        ) from None
+
+
+def judge(
+    endpoint: Endpoint, rubric: str, pairs: Sequence[Pair], *, concurrency: int
+) -> list[Outcome]:
+    """Of each pair in order; `concurrency` requests at a time. Raises nothing: what was answered
+    so far is worth more than one request that failed."""
+    prompts = [
+        _prompt(rubric, order)
+        for pair in pairs
+        for order in (pair, pair._replace(base=pair.tuned, tuned=pair.base))
+    ]
+    same = [pair.base.strip() == pair.tuned.strip() for pair in pairs]
+    with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
+        futures = [
+            None if same[number // 2] else pool.submit(_verdict, endpoint, prompt)
+            for number, prompt in enumerate(prompts)
+        ]
+        verdicts = [None if future is None else future.result() for future in futures]
+    return [
+        Outcome(0.5) if same[i] else outcome(verdicts[2 * i], verdicts[2 * i + 1])
+        for i in range(len(pairs))
+    ]
+
+
+def outcome(first: Verdict | Failure | None, swapped: Verdict | Failure | None) -> Outcome:
+    """`first` with base as A, `swapped` with tuned as A."""
+    for found in (first, swapped):
+        if isinstance(found, Failure):
+            return Outcome(None, why=found.why)
+    if first is None or swapped is None:
+        return Outcome(None, why="unparseable")
+    points = {"A": 0.0, "B": 1.0, "TIE": 0.5}[str(first)]
+    again = {"A": 1.0, "B": 0.0, "TIE": 0.5}[str(swapped)]
+    return Outcome(points) if points == again else Outcome(0.5, agreed=False)
+
+
+def _verdict(endpoint: Endpoint, prompt: str) -> Verdict | Failure | None:
+    try:
+        return parse(ask(endpoint, prompt))
+    except (Refused, Failed) as error:
+        return Failure(str(error))
+
+
+def _prompt(rubric: str, pair: Pair) -> str:
+    return filled(
+        rubric,
+        question=pair.question,
+        reference=pair.reference,
+        answer_a=pair.base,
+        answer_b=pair.tuned,
+    )

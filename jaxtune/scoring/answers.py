@@ -1,0 +1,62 @@
+"""Every score of a set of answers against their references."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+from jaxtune.scoring.measure import Score, distinct, mean, rate, ratio
+from jaxtune.scoring.overlap import bleu, chrf, rouge_l
+from jaxtune.scoring.refusals import refuses
+
+_REPEATED = 4  # tokens of an n-gram that is looked for again
+
+
+class Said(NamedTuple):
+    """An answer and the one that was expected, as text and as its tokens without the end. `made` is
+    how many tokens the model made; read again, its text may take more or fewer."""
+
+    reference: str
+    answer: str
+    stopped: bool
+    reference_tokens: Sequence[Hashable]
+    tokens: Sequence[Hashable]
+    made: int
+
+
+def answer_scores(said: Sequence[Said]) -> dict[str, Score]:
+    """By the names of `evaluate --json`. docs/evaluate.md says what each of them is."""
+    references, answers = [s.reference for s in said], [s.answer for s in said]
+    pairs = list(zip(references, answers, strict=True))
+    tokens = [s.tokens for s in said]
+    lengths, wanted = [s.made for s in said], [len(s.reference_tokens) for s in said]
+    return {
+        "exact_match": rate([a.strip() == b.strip() for a, b in pairs]),
+        "contains": rate([_plain(a) in _plain(b) for a, b in pairs]),
+        "rougeL": rouge_l(references, answers),
+        "chrf": chrf(references, answers),
+        "bleu": bleu(references, answers),
+        "stop_rate": rate([s.stopped for s in said]),
+        "answer_tokens": mean(lengths),
+        "length_ratio": ratio(lengths, wanted),
+        "refusal_rate": rate([refuses(answer) for answer in answers]),
+        "distinct_1": distinct(tokens, 1),
+        "distinct_2": distinct(tokens, 2),
+        "repetition": mean([repetition(each) for each in tokens]),
+    }
+
+
+def repetition(tokens: Sequence[Hashable], n: int = _REPEATED) -> float:
+    """The share of n-grams that stood in the same answer before, seq-rep-n (Welleck et al., 2020);
+    0 for an answer shorter than n.
+
+    >>> repetition("abcdabcd")  # of abcd bcda cdab dabc abcd one is there again
+    0.2
+    """
+    grams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
+    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
+
+
+def _plain(text: str) -> str:
+    """Without what `contains` does not look at: the case of letters, and how wide a blank is."""
+    return " ".join(text.casefold().split())

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible endpoint and a page over models that are loaded already."""

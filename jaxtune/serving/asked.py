@@ -1,0 +1,48 @@
+"""What a request says to a model -> the ids that are fed, as `chat` feeds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxtune.config import DataError
+from jaxtune.data.formats import to_noun
+from jaxtune.data.schema import Conversation
+
+if TYPE_CHECKING:
+    from jaxtune.inference import Model, Words
+
+
+def chat_ids(
+    model: Model,
+    words: Words,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+) -> list[int]:
+    """Of messages as OpenAI has them. Raises `DataError` and `ConfigError` for what the model's
+    template cannot show: an answer at the end, tools that it does not read, a role it lacks."""
+    from jaxtune.inference import prompt_ids
+
+    said = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+    fields = {"messages": said, **({"tools": list(tools)} if tools else {})}
+    noun = to_noun("messages", fields, {}, "messages")
+    if not isinstance(noun, Conversation):
+        raise DataError(f"{': '.join(filter(None, noun))}.")
+    if noun.messages[-1].role not in ("user", "tool"):
+        raise DataError("the last one is no question. End with a message of the user or a tool.")
+    ids = prompt_ids(model, words, noun)
+    if noun.tools and ids == prompt_ids(model, words, noun._replace(tools=None)):
+        raise DataError("the template of this model reads no tools. Leave tools out.")
+    return ids
+
+
+def text_ids(model: Model, words: Words, text: str) -> list[int]:
+    """Of a text as it stands: control tokens in it are meant, and bos comes first where the
+    tokenizer puts it before plain text."""
+    from jaxtune.weights import check_ids
+
+    tokenizer = words.tokenizer
+    bos = tokenizer.bos_id if tokenizer.begins_with_bos else None
+    ids = [*([] if bos is None else [bos]), *tokenizer.encode(text)]
+    check_ids(max(ids, default=0), model.name, model.spec, tokenizer)
+    return ids

@@ -1,0 +1,301 @@
+"""The shapes of OpenAI's chat and text completions: requests checked, responses and errors built.
+
+Fields that would change an answer and cannot be served are refused by name, unless they hold what
+changes nothing; so is a field that nobody knows. What only concerns OpenAI's own service (`user`,
+`metadata`, ...) is taken and ignored. Knows no HTTP, no queue and no model.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from jaxtune.config import nearest
+
+INVALID, DENIED, BUSY, BROKEN = (
+    *("invalid_request_error", "authentication_error", "rate_limit_error", "server_error"),
+)
+
+
+class Refused(Exception):
+    """A request that is not answered: an HTTP status and OpenAI's error object."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = INVALID,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = dict(headers or {})
+        error = {"message": message, "type": kind, "param": param, "code": code}
+        self.body: dict[str, Any] = {"error": error}
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class TextPart(_Shape):
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(_Shape):
+    name: str
+    arguments: str
+
+
+class ToolCall(_Shape):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Turn(_Shape):
+    """A message. What a client sends back of an answer may carry OpenAI's other keys, empty."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = Field(None, max_length=0)
+
+
+class Function(_Shape):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Shape):
+    type: Literal["function"]
+    function: Function
+
+
+class StreamOptions(_Shape):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class _Asked(_Shape):
+    """What both kinds of request have. `neutral`: field -> the values that change nothing."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "n": (1,),
+        "presence_penalty": (0,),
+        "frequency_penalty": (0,),
+        "logit_bias": ({},),
+    }
+
+    model: str
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, lt=2**31)
+    repetition_penalty: float | None = Field(None, gt=0)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    max_tokens: int | None = Field(None, ge=1)
+    stop: str | list[str] | None = Field(None, max_length=16)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Any = None
+    presence_penalty: Any = None
+    frequency_penalty: Any = None
+    logit_bias: Any = None
+    user: Any = None  # concerns OpenAI's service, not the answer
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(given)
+
+    @property
+    def usage_asked(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatAsked(_Asked):
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **_Asked.neutral,
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "tool_choice": ("auto", "none"),
+    }
+
+    messages: list[Turn] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    tools: list[Tool] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    logprobs: Any = None
+    top_logprobs: Any = None
+    response_format: Any = None
+    modalities: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+
+
+class TextAsked(_Asked):
+    """A prompt that is continued as it stands, without a template."""
+
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **_Asked.neutral,
+        "logprobs": (),
+        "best_of": (1,),
+        "echo": (False,),
+        "suffix": ("",),
+    }
+
+    prompt: str
+    logprobs: Any = None
+    best_of: Any = None
+    echo: Any = None
+    suffix: Any = None
+
+
+A = TypeVar("A", bound=_Asked)
+
+
+def parse(shape: type[A], body: bytes) -> A:
+    """The request in `body`, JSON. Raises `Refused` with the first thing that is wrong."""
+    try:
+        asked = shape.model_validate_json(body)
+    except pydantic.ValidationError as error:
+        raise _refusal(shape, error) from None
+    for name, neutral in shape.neutral.items():
+        value = getattr(asked, name)
+        # A bool is a number to Python, and not to a client.
+        if value is not None and not any(value == n and _same_kind(value, n) for n in neutral):
+            fine = " or ".join(_as_json(value) for value in neutral) or "null"
+            raise Refused(
+                400,
+                f"{name}: cannot be served; expected {fine}, or leave it out.",
+                param=name,
+                code="unsupported_value",
+            )
+    if any(not text for text in asked.stops):
+        raise Refused(400, "stop: holds an empty text, which is everywhere.", param="stop")
+    return asked
+
+
+def _same_kind(value: Any, other: Any) -> bool:
+    return isinstance(value, bool) == isinstance(other, bool)
+
+
+def _as_json(value: Any) -> str:
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+
+
+def _refusal(shape: type[_Asked], error: pydantic.ValidationError) -> Refused:
+    """The first mistake, by the place where it is; never what was sent."""
+    detail = error.errors(include_input=False, include_url=False)[0]
+    if detail["type"] == "json_invalid":
+        return Refused(400, f"the body is not JSON: {detail['msg']}.")
+    # pydantic adds the branch of a union that it tried; a client knows its own fields alone.
+    place = [part for part in detail["loc"] if isinstance(part, int) or part.isidentifier()]
+    name = ".".join(map(str, place))
+    message = f"{name or 'the body'}: {detail['msg'][:1].lower()}{detail['msg'][1:]}."
+    if detail["type"] == "extra_forbidden":
+        known = list(shape.model_fields) if len(place) == 1 else []
+        message = f"{name[:80]}: no such field is known.{nearest(str(place[-1])[:80], known)}"
+    return Refused(400, message, param=name[:80] or None)
+
+
+class Ended(NamedTuple):
+    """A whole answer. `stopped`: the model ended it, or a stop text did."""
+
+    text: str
+    stopped: bool
+    prompt_tokens: int
+    answer_tokens: int
+
+    @property
+    def reason(self) -> str:
+        """OpenAI's `finish_reason`."""
+        return "stop" if self.stopped else "length"
+
+
+class Reply(NamedTuple):
+    """What every part of one response repeats."""
+
+    id: str
+    created: int
+    model: str
+    chat: bool
+
+
+def reply(model: str, *, chat: bool) -> Reply:
+    number = uuid.uuid4().hex
+    return Reply(f"chatcmpl-{number}" if chat else f"cmpl-{number}", int(time.time()), model, chat)
+
+
+def whole(to: Reply, ended: Ended) -> dict[str, Any]:
+    message = {"role": "assistant", "content": ended.text, "refusal": None}
+    content = {"message": message} if to.chat else {"text": ended.text}
+    choice = {"index": 0, **content, "logprobs": None, "finish_reason": ended.reason}
+    return {
+        **_head(to, "chat.completion" if to.chat else "text_completion"),
+        "choices": [choice],
+        "usage": usage(ended),
+    }
+
+
+def part(to: Reply, text: str, *, first: bool = False, reason: str | None = None,
+         with_usage: bool = False) -> dict[str, Any]:  # fmt: skip
+    """One event of a stream. `first` says whose turn it is, `reason` ends it."""
+    if to.chat:
+        role = {"role": "assistant"} if first else {}
+        content: dict[str, Any] = {"delta": {**role, **({"content": text} if not reason else {})}}
+    else:
+        content = {"text": text}
+    choice = {"index": 0, **content, "logprobs": None, "finish_reason": reason}
+    head = _head(to, "chat.completion.chunk" if to.chat else "text_completion")
+    return {**head, "choices": [choice], **({"usage": None} if with_usage else {})}
+
+
+def usage_part(to: Reply, ended: Ended) -> dict[str, Any]:
+    head = _head(to, "chat.completion.chunk" if to.chat else "text_completion")
+    return {**head, "choices": [], "usage": usage(ended)}
+
+
+def usage(ended: Ended) -> dict[str, int]:
+    return {
+        "prompt_tokens": ended.prompt_tokens,
+        "completion_tokens": ended.answer_tokens,
+        "total_tokens": ended.prompt_tokens + ended.answer_tokens,
+    }
+
+
+def _head(to: Reply, kind: str) -> dict[str, Any]:
+    return {"id": to.id, "object": kind, "created": to.created, "model": to.model}
+
+
+def models(names: Mapping[str, int]) -> dict[str, Any]:
+    """`names`: name -> when it was loaded, in seconds since 1970."""
+    return {"object": "list", "data": [model(name, created) for name, created in names.items()]}
+
+
+def model(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "jaxtune"}

@@ -1,0 +1,41 @@
+"""Loaded models -> a running server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxtune.inference import Answering
+from jaxtune.serving.app import Defaults, Served, application
+from jaxtune.serving.asked import chat_ids, text_ids
+from jaxtune.serving.guard import Door
+from jaxtune.serving.listen import Taken, serve
+from jaxtune.serving.work import Desk, Limits
+
+if TYPE_CHECKING:
+    from jaxtune.inference import Model, Words
+
+
+def start(
+    models: Mapping[str, Model], words: Words, defaults: Defaults, limits: Limits, taken: Taken
+) -> None:
+    """Until a signal. A model alone whose adapter is not merged is served beside its base."""
+    names = list(models)
+    title = "/".join(Path(models[names[-1]].name).parts[-2:])
+    if len(models) == 1 and models[names[0]].lora is not None:
+        models = {"base": models[names[0]].without_adapters(), "adapter": models[names[0]]}
+    served = [
+        Served(
+            name,
+            model.spec.max_positions,
+            partial(chat_ids, model, words),
+            partial(text_ids, model, words),
+        )
+        for name, model in models.items()
+    ]
+    engines = {n: Answering(model, words, slots=limits.slots) for n, model in models.items()}
+    desk = Desk(engines, limits)
+    door = Door(taken.address.loopback, taken.key)
+    serve(application(served, desk, defaults, door, title), desk, taken, ", ".join(models))

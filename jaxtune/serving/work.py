@@ -1,0 +1,277 @@
+"""Requests wait here, first come, first served, and one thread runs the models.
+
+Any thread may ask, cancel or close; `run` is the one that computes. It gives waiting requests the
+places that are free, lets every model make a token for all of its own at once, and hands out what
+came. Knows no HTTP and no text of a prompt.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from jaxtune.config import JaxtuneError
+from jaxtune.serving.protocol import BROKEN, BUSY, Refused
+
+if TYPE_CHECKING:
+    from jaxtune.inference import Answer, Piece
+    from jaxtune.model.sampling import Sampling
+
+# Tokens that every answer is taken further before others are looked at: who waits, who has gone.
+_STEPS = 4
+
+
+class Event(NamedTuple):
+    """More text of an answer; with the last of it how it ended."""
+
+    text: str
+    ended: Answer | None
+
+
+class Engine(Protocol):
+    """A model that answers several requests at a time: `inference.Answering`."""
+
+    def ask(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> int:
+        """The number of the request. Raises `JaxtuneError`."""
+        ...
+
+    def cancel(self, request: int) -> None: ...
+
+    def step(self, most: int | None = None) -> Iterable[Piece]: ...
+
+
+class Wanted(NamedTuple):
+    model: str
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...]
+
+
+class Limits(NamedTuple):
+    """`slots` answers are made at the same time by each model, and `queue` requests may wait.
+    `seconds` are those from the question to the end of its answer, waiting included; `grace`
+    those that answers have to end in when the server is told to stop."""
+
+    body_bytes: int = 1 << 20
+    messages: int = 1000
+    slots: int = 8
+    queue: int = 64
+    seconds: float = 300.0
+    grace: float = 10.0
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way. `deliver` is called by the thread that runs the models."""
+
+    wanted: Wanted
+    deliver: Callable[[Event | Refused], None]
+    deadline: float
+    began: float | None = None
+    number: int | None = None
+    done: bool = False
+
+
+class _Close(NamedTuple):
+    pass
+
+
+class Desk:
+    """Where requests wait and are answered."""
+
+    def __init__(self, engines: Mapping[str, Engine], limits: Limits) -> None:
+        self.limits = limits
+        self._engines = dict(engines)
+        # A signal handler puts into it, too: this queue alone may be entered twice by one thread.
+        self._inbox: queue.SimpleQueue[tuple[str, Job] | _Close] = queue.SimpleQueue()
+        self._waiting: dict[str, deque[Job]] = {name: deque() for name in engines}
+        self._running: dict[str, dict[int, Job]] = {name: {} for name in engines}
+        self._count = threading.Lock()
+        self._asked = 0  # waiting, also those that are still in the inbox
+        self._closing = False
+        self._close_by = math.inf
+        self._mean_seconds = 1.0  # of an answer, for Retry-After
+
+    @property
+    def places(self) -> int:
+        """How many requests may wait or be answered."""
+        return self.limits.queue + self.limits.slots * len(self._engines)
+
+    # -- any thread --
+
+    def ask(self, wanted: Wanted, deliver: Callable[[Event | Refused], None]) -> Job:
+        """Raises `Refused` when too many wait, or the server is stopping."""
+        if self._closing:
+            raise stopping()
+        with self._count:
+            if self._asked >= self.limits.queue:
+                raise self._busy()
+            self._asked += 1
+        job = Job(wanted, deliver, time.monotonic() + self.limits.seconds)
+        self._inbox.put(("ask", job))
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """The client has gone: its place is free before the next token. Harmless when done."""
+        if not job.done:
+            self._inbox.put(("cancel", job))
+
+    def close(self) -> None:
+        """`run` returns when all is answered, after `grace` seconds at the latest; when called
+        again, at once. May be called by a signal handler."""
+        self._inbox.put(_Close())
+
+    def counts(self) -> tuple[int, int]:
+        """How many requests wait, and how many are being answered."""
+        return self._asked, sum(map(len, self._running.values()))
+
+    def _busy(self) -> Refused:
+        waits = self._asked * self._mean_seconds / self.limits.slots
+        return Refused(
+            429,
+            f"{self._asked} requests wait already, which is the limit. Ask again later.",
+            kind=BUSY,
+            code="rate_limit_exceeded",
+            headers={"Retry-After": str(max(1, min(60, round(waits))))},
+        )
+
+    # -- the thread that computes --
+
+    def run(self) -> None:
+        """Until closed. What an engine raises ends it, after every request has been told."""
+        try:
+            while not (self._closing and self._all_told()):
+                self._hear(block=not self._has_work())
+                self._drop_late()
+                self._admit()
+                for name in self._engines:
+                    if self._running[name]:
+                        self._step(name)
+        except BaseException:
+            self._closing = True
+            self._tell_all(Refused(500, "the model failed; the server stops.", kind=BROKEN))
+            raise
+
+    def _has_work(self) -> bool:
+        return any(self._running.values()) or any(self._waiting.values())
+
+    def _hear(self, *, block: bool) -> None:
+        while True:
+            try:
+                said = self._inbox.get(block=block)
+            except queue.Empty:
+                return
+            block = False
+            if isinstance(said, _Close):
+                again = self._closing
+                self._closing = True
+                self._close_by = time.monotonic() + (0 if again else self.limits.grace)
+                continue
+            what, job = said
+            if what == "ask":
+                self._waiting[job.wanted.model].append(job)
+            else:
+                self._drop(job)
+
+    def _all_told(self) -> bool:
+        if self._has_work() and time.monotonic() < self._close_by:
+            return False
+        self._hear(block=False)  # what was asked before `closing` was seen
+        self._tell_all(stopping())
+        return True
+
+    def _tell_all(self, refusal: Refused) -> None:
+        for job in self._jobs():
+            self._drop(job)
+            job.deliver(refusal)
+
+    def _jobs(self) -> list[Job]:
+        waiting = [job for jobs in self._waiting.values() for job in jobs]
+        return waiting + [job for jobs in self._running.values() for job in jobs.values()]
+
+    def _drop_late(self) -> None:
+        now = time.monotonic()
+        for job in self._jobs():
+            if now > job.deadline:
+                waited = job.number is None
+                self._drop(job)
+                job.deliver(_late(self.limits.seconds, waited=waited))
+
+    def _admit(self) -> None:
+        """Waiting requests into free places, in the order in which they came."""
+        for name, engine in self._engines.items():
+            waiting, running = self._waiting[name], self._running[name]
+            while waiting and len(running) < self.limits.slots:
+                job = waiting.popleft()
+                self._no_longer_waits()
+                wanted = job.wanted
+                try:
+                    number = engine.ask(
+                        wanted.prompt,
+                        max_new_tokens=wanted.max_new_tokens,
+                        sampling=wanted.sampling,
+                        stop=wanted.stop,
+                    )
+                except JaxtuneError as error:
+                    job.done = True
+                    job.deliver(Refused(400, str(error)))
+                    continue
+                job.number, job.began = number, time.monotonic()
+                running[number] = job
+
+    def _step(self, name: str) -> None:
+        running = self._running[name]
+        for piece in self._engines[name].step(_STEPS):
+            job = running[piece.request]
+            if piece.answer is not None:
+                del running[piece.request]
+                job.done = True
+                assert job.began is not None
+                self._mean_seconds += 0.1 * (time.monotonic() - job.began - self._mean_seconds)
+            job.deliver(Event(piece.text, piece.answer))
+
+    def _drop(self, job: Job) -> None:
+        """Out of the queue, or out of its place."""
+        if job.done:
+            return
+        job.done = True
+        name = job.wanted.model
+        if job.number is None:
+            self._waiting[name].remove(job)
+            self._no_longer_waits()
+        else:
+            del self._running[name][job.number]
+            self._engines[name].cancel(job.number)
+
+    def _no_longer_waits(self) -> None:
+        with self._count:
+            self._asked -= 1
+
+
+def stopping() -> Refused:
+    return Refused(503, "the server is stopping.", kind=BROKEN, code="stopping")
+
+
+def _late(seconds: float, *, waited: bool) -> Refused:
+    what = "was not begun" if waited else "did not end"
+    return Refused(
+        503 if waited else 504,
+        f"the answer {what} within {seconds:g} seconds, the limit of this server.",
+        kind=BROKEN,
+        code="timeout",
+        headers={"Retry-After": "5"} if waited else None,
+    )

@@ -1,0 +1,1 @@
+"""A conversation in the terminal: what is typed, what is remembered, what is shown."""

@@ -1,0 +1,162 @@
+"""A server on a real socket over engines whose every answer is known: they say what was asked."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import httpx
+
+from jaxtune.config import DataError
+from jaxtune.serving.app import Defaults, Served, application
+from jaxtune.serving.guard import Door
+from jaxtune.serving.listen import Address, Taken, bind, serve
+from jaxtune.serving.work import Desk, Limits
+
+POSITIONS = 200
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The fields of `model.sampling.Sampling`, without JAX."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+class Said(NamedTuple):
+    """`inference.Answer`, without JAX."""
+
+    text: str
+    stopped: bool
+    tokens: int
+
+
+class Piece(NamedTuple):
+    request: int
+    text: str
+    answer: Said | None
+
+
+class Echo:
+    """Says the characters of its prompt, one a step; remembers in which order it was asked."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.asked: list[str] = []
+        self.settings: list[tuple[int, Any, Sequence[str]]] = []
+        self.cancelled: list[int] = []
+        self.going: dict[int, tuple[str, int, int]] = {}
+        self.most = 0
+        self.broken = False
+        self._numbers = itertools.count()
+
+    def ask(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        sampling: Any = None,
+        stop: Sequence[str] = (),
+    ) -> int:
+        text = "".join(map(chr, prompt))
+        if "unspeakable" in text:
+            raise DataError("prompt 0 cannot be said.")
+        number = next(self._numbers)
+        self.asked.append(text)
+        self.settings.append((max_new_tokens, sampling, stop))
+        self.going[number] = (text, 0, max_new_tokens)
+        self.most = max(self.most, len(self.going))
+        return number
+
+    def cancel(self, request: int) -> None:
+        self.cancelled.append(request)
+        del self.going[request]
+
+    def step(self, most: int | None = None) -> list[Piece]:
+        if self.broken:
+            raise RuntimeError("no memory for 'a secret question'")
+        time.sleep(self.seconds)
+        pieces = []
+        for number, (text, said, most_tokens) in list(self.going.items()):
+            said += 1
+            whole = said == len(text)
+            answer = Said(text[:said], whole, said) if whole or said == most_tokens else None
+            pieces.append(Piece(number, text[said - 1], answer))
+            self.going[number] = (text, said, most_tokens)
+            if answer:
+                del self.going[number]
+        return pieces
+
+
+def chat_ids(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> list[int]:
+    if messages[-1]["role"] == "assistant":
+        raise DataError("ends with an answer.")
+    content = messages[-1]["content"]
+    parts = [content] if isinstance(content, str) else [part["text"] for part in content]
+    return [ord(letter) for letter in "".join(parts)]
+
+
+class Running:
+    def __init__(self, url: str, desk: Desk, engines: Mapping[str, Echo]) -> None:
+        self.url, self.desk, self.engines = url, desk, engines
+        self.client = httpx.Client(base_url=url, timeout=30)
+
+    def chat(self, text: str, model: str = "model", **more: Any) -> httpx.Response:
+        body = {"model": model, "messages": [{"role": "user", "content": text}], **more}
+        return self.client.post("/v1/chat/completions", json=body)
+
+    def wait(self, until: Callable[[], bool], seconds: float = 10) -> None:
+        end = time.monotonic() + seconds
+        while not until():
+            assert time.monotonic() < end, "it did not come to be"
+            time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def running(
+    engines: Mapping[str, Echo], *, key: str | None = None, loopback: bool = True, **limits: Any
+) -> Iterator[Running]:
+    desk = Desk(engines, Limits(**{"seconds": 20.0, "grace": 0.5, "slots": 4, **limits}))
+    served = [Served(name, POSITIONS, chat_ids, lambda text: [*map(ord, text)]) for name in engines]
+    taken = Taken(*bind(Address("127.0.0.1", 0)), key)
+    at = taken.address
+    app = application(served, desk, Defaults(Drawn(), 64), Door(loopback, key), "echo")
+    failed: list[BaseException] = []
+
+    def go() -> None:
+        try:
+            serve(app, desk, taken, "echo")
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=go)
+    thread.start()
+    found = Running(at.url, desk, engines)
+    try:
+        found.wait(lambda: _answers(at.url))
+        yield found
+    finally:
+        found.client.close()
+        desk.close()
+        thread.join(timeout=15)
+        assert not thread.is_alive(), "the server does not end"
+    if not any(engine.broken for engine in engines.values()):
+        assert not failed
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
