@@ -22,7 +22,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +232,7 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         place = self.folder / str(step)
-        return _meta(_read(place, meta=ocp.args.JsonRestore()), place)
+        return _meta(_read(place, meta=ocp.args.JsonRestore()), place, _META)
 
     def wait(self) -> None:
         """Until what is being written counts; raises what `save` raises."""
@@ -310,10 +310,14 @@ _META = {"step": int, "total_steps": int, "fingerprint": str}
 _META_PARTS = ("lora", "base", "part", "standing")
 
 
-def _meta(found: Any, folder: Path) -> dict[str, Any]:
+def _meta(found: Any, folder: Path, needed: Collection[str] = ("step",)) -> dict[str, Any]:
     """What the checkpoint says of itself, of the kinds that were written."""
     meta = found["meta"]
-    kinds = isinstance(meta, dict) and all(type(meta.get(k)) is kind for k, kind in _META.items())
+    kinds = isinstance(meta, dict) and all(
+        type(meta.get(name)) is kind
+        for name, kind in _META.items()
+        if name in meta or name in needed
+    )
     if not kinds or not all(isinstance(meta.get(name, {}), dict) for name in _META_PARTS):
         raise ConfigError(f"{folder}: its meta is not what was written. Choose another step.")
     return dict(meta)
