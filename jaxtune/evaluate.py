@@ -40,6 +40,13 @@ class EvaluateOptions(command.Options):
         "stop rate, length, refusals, variety",
     )
     max_new_tokens: int = Field(256, ge=1, description="longest answer, in tokens")
+    temperature: float = Field(
+        0.0, ge=0, description="0 is greedy; above, answers are drawn, by the config's seed"
+    )
+    top_k: int = Field(0, ge=0, description="draws among the N likeliest tokens; 0 is all")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="draws among the likeliest tokens that make up this share"
+    )
     base: str | None = Field(
         None, description="a second model, put beside the first, each difference with its interval"
     )
@@ -105,8 +112,10 @@ def _run(config: Config, options: EvaluateOptions) -> Result:
     from jaxtune.evaluating.questions import entries_of, open_column, open_data, questions_of
     from jaxtune.evaluating.summary import Groups, summaries
     from jaxtune.inference import check_base, load_model, open_mesh, open_words, resolved
+    from jaxtune.model.sampling import Sampling
     from jaxtune.scoring.intervals import Bootstrap
 
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, seed=config.seed)
     judge = _open_judge(options)
     config = resolved(config)
     words = open_words(config)
@@ -137,6 +146,7 @@ def _run(config: Config, options: EvaluateOptions) -> Result:
             general,
             questions,
             max_new_tokens=options.max_new_tokens,
+            sampling=sampling,
         )
         for column_name, name in names.items()
     }

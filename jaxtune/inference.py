@@ -152,7 +152,7 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh, *, merge: bo
     from jaxtune.weights import base_params, is_checkpoint, param_shardings
 
     if is_checkpoint(name) or is_adapter(name):
-        return _load_trained(name, config, words, mesh, merge)
+        return _to_be_asked(_load_trained(name, config, words, mesh, merge))
     random = config.init == "random" and not _has_weights(name)
     model = open_model(name, revision=config.revision, weights=not random, note=note)
     dtype = compute_dtype(config.dtype)
@@ -160,7 +160,17 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh, *, merge: bo
     if random:
         note(f"{name}: no weights there; random ones of seed {config.seed}, as training began")
     params = base_params(model, config, placed, dtype)
-    return Model(name, model.spec, params, stop_ids(words, model), dtype, mesh)
+    return _to_be_asked(Model(name, model.spec, params, stop_ids(words, model), dtype, mesh))
+
+
+def _to_be_asked(model: Model) -> Model:
+    """The same model in the layout that answers fastest; its former arrays are gone."""
+    from jaxtune.mesh import platform_of
+    from jaxtune.model.unrolled import unrolled
+
+    platform = platform_of(model.mesh)
+    spec, found = unrolled(model.spec, model.variables, platform=platform, consume=True)
+    return model._replace(spec=spec, params=found["params"], adapters=found.get("lora"))
 
 
 def _load_trained(name: str, config: Config, words: Words, mesh: Mesh, merge: bool) -> Model:

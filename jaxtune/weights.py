@@ -37,7 +37,7 @@ def base_params(
     model: HfModel, config: Config, placed: Any, dtype: Any, *, lora: Lora | None = None
 ) -> Any:
     """The model's parameters in `dtype`, each leaf in its sharding of the tree `placed`; the
-    kernels of projections as `lora.base` says, made smaller one by one while loading.
+    kernels of projections and experts as `lora.base` says, made smaller one by one while loading.
 
     A model opened without weights (`init: random`) is filled from the seed, in `param_dtype` first,
     so that everybody who asks for another `dtype` begins with the same numbers.
@@ -76,24 +76,26 @@ def _quantised_params(model: HfModel, lora: Lora, placed: Any, dtype: Any) -> An
     from jaxtune.model import decoder, quantise
     from jaxtune.tree import named
 
-    kernels = {f"{name}/kernel" for name in decoder.projections(model.spec)}
+    projections = {f"{name}/kernel" for name in decoder.projections(model.spec)}
+    banks = {f"{name}/kernel" for name in decoder.banks(model.spec)}
     where = named(placed)
     whole = param_shardings(model.spec, next(iter(where.values())).mesh, dtype)
 
     def smaller(name: str, leaf: jax.Array) -> Any:
-        if name not in kernels:
+        if name not in projections | banks:
             return leaf
-        inputs = len(model.placed[name].row.groups[1])
+        inputs = 1 if name in banks else len(model.placed[name].row.groups[1])
         kept = {
             key.rpartition("/")[2]: sharding
             for key, sharding in where.items()
             if key.startswith(f"{name}/")
         }
-        of_layer = functools.partial(
+        of_one = functools.partial(
             quantise.quantise, kind=lora.base, inputs=inputs, double=lora.double_quant
         )
-        # A layer at a time: in float32 a whole stack would not fit beside the rest.
-        every = jax.jit(lambda leaf: jax.lax.map(of_layer, leaf), out_shardings=kept)
+        of_layer = functools.partial(jax.lax.map, of_one) if name in banks else of_one
+        # A kernel at a time: in float32 a whole stack would not fit beside the rest.
+        every = jax.jit(functools.partial(jax.lax.map, of_layer), out_shardings=kept)
         return jax.block_until_ready(every(leaf))
 
     return load_params(model, whole, dtype, then=smaller)

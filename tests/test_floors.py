@@ -55,8 +55,8 @@ ROOMS: dict[str, set[str]] = {
         "inference",
     },
     "evaluating": {
-        *("config", "command", "mesh", "data", "draw", "scoring", "judge", "learn", "weights"),
-        "inference",
+        *("config", "command", "mesh", "data", "draw", "scoring", "judge", "model", "learn"),
+        *("weights", "inference"),
     },
     "talk": {"config", "command", "data", "draw", "model", "inference"},
     "serving": {"config", "command", "data", "draw", "model", "inference", "weights"},

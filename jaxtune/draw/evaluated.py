@@ -17,8 +17,8 @@ def evaluation_tables(name: str, found: Mapping[str, Any]) -> str:
     columns = {"base": base, "tuned": found} if base else {"model": found}
     tables = "\n".join(_table(name, sheet) for sheet in sheets(columns, counts=True))
     said = [*judge_lines(found), *([LEGEND] if "difference" in found else [])]
-    notes = "".join(f'<p class="empty">{escaped(line)}</p>' for line in said)
-    return f'<div class="evaluated">{tables}{notes}</div>'
+    notes = "".join(f"<p>{escaped(line)}</p>" for line in said)
+    return f'{tables}<div class="found empty">{notes}</div>'
 
 
 def _table(name: str, sheet: Sheet) -> str:

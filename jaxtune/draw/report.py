@@ -82,12 +82,12 @@ def _sections(run: RunPage) -> list[tuple[str, str]]:
     else:
         data = f'<p class="tiles">{tiles(run.data)}</p>\n{data_tables(run.data)}'
     cards = "\n".join(map(example_card, run.examples))
-    trained = evaluations(run.evals)
-    tables = "".join(evaluation_tables(*found) for found in run.evaluations) + trained
+    found = [evaluation_tables(*found) for found in run.evaluations]
+    tables = "\n".join(filter(None, [*found, evaluations(run.evals)]))
     answers = "".join(answer_cards(*found) for found in run.evaluations)
     return [
         ("Curves", curves(run.train, run.evals)),
-        ("Evaluation", tables + answers),
+        ("Evaluation", f'<div class="evaluated">{tables}</div>{answers}' if tables else ""),
         ("Samples", samples(run.samples)),
         ("Data", data),
         ("Examples", f"{KEY}\n{cards}" if cards else ""),

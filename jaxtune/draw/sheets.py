@@ -50,7 +50,7 @@ def score_sheet(columns: Mapping[str, Row], *, counts: bool = False) -> Sheet:
         rows.append(_score_row("loss, general text", "eval_loss", general))
     more: tuple[str, ...] = ()
     if any(len(row) > 1 + len(columns) for row in rows):
-        more = ("95% interval",) if len(columns) == 1 else ("difference", "95% interval", "")
+        more = ("95% interval",) if len(columns) == 1 else ("difference", "", "95% interval")
     return Sheet("", ("", *columns, *more), rows, len(columns) + (len(more) > 1))
 
 
@@ -123,7 +123,7 @@ def _score_row(label: str, key: str, columns: Mapping[str, Row]) -> tuple[str, .
     found = last.get("difference", {}).get(key)
     if is_difference(found):
         ends = between(found.get("interval"), how, signed=True)
-        return (*row, change(found["value"], how), ends, verdict(key, found))
+        return (*row, change(found["value"], how), verdict(key, found), ends)
     values: list[Any] = [scores.get(key) for scores in columns.values()]
     if key in _COUNTS or not all(map(is_number, values)):
         return tuple(row)
@@ -133,13 +133,14 @@ def _score_row(label: str, key: str, columns: Mapping[str, Row]) -> tuple[str, .
 def _group_sheet(way: str, sides: Mapping[str, Mapping[str, Row]]) -> Sheet:
     *_, last = sides.values()
     keys = [key for key in _OF_GROUPS if any(key in row for row in last.values())]
-    header = ["", "examples"]
+    counts = [c for c in ("examples", "questions") if any(c in row for row in last.values())]
+    header = ["", *counts]
     for key in keys:
         name = metric(key).name
         header += [name] if len(sides) == 1 else [*(f"{name}, {side}" for side in sides), ""]
     rows = []
     for value, row in last.items():
-        line = [value, written(row.get("examples", ""), ",")]
+        line = [value, *(written(row.get(count, ""), ",") for count in counts)]
         for key in keys:
             of_it = [side.get(value, {}) for side in sides.values()]
             how = metric(key).how

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxtune.inference import Answer, Model, Words
     from jaxtune.judge.pairs import Outcome
     from jaxtune.learn.evaluation import Examples
+    from jaxtune.model.sampling import Sampling
 
 
 class Measured(NamedTuple):
@@ -43,6 +44,7 @@ def measure(
     questions: Sequence[Question],
     *,
     max_new_tokens: int,
+    sampling: Sampling,
 ) -> Measured:
     """Raises `ConfigError` for tokens that the model has no row for, `DataError` for a question
     that is too long for it."""
@@ -61,7 +63,7 @@ def measure(
     said: list[Said] = []
     if questions:
         note(f"{model.name}: answering {len(questions)} questions")
-        said = _said(model, words, questions, max_new_tokens)
+        said = _said(model, words, questions, max_new_tokens, sampling)
     return Measured(
         losses=_scores(found),
         tokens=found.tokens,
@@ -75,6 +77,7 @@ def measure(
                 "reference": question.reference,
                 "response": each.answer,
                 "stopped": each.stopped,
+                "tokens": each.made,
             }
             for question, each in zip(questions, said, strict=True)
         ],
@@ -85,10 +88,11 @@ def with_verdicts(found: Measured, outcomes: Sequence[Outcome], judge: str) -> M
     """`win_rate` among the scores of the answers, ties as halves, over those with a verdict."""
     points = [outcome.points for outcome in outcomes]
     judged = [point is not None for point in points]
+    won = ratio([point or 0.0 for point in points], judged)
     counts = Counter(points)
     words = {1.0: "win", 0.5: "tie", 0.0: "loss", None: None}
     return found._replace(
-        answers={**found.answers, "win_rate": ratio([point or 0.0 for point in points], judged)},
+        answers={**found.answers, "win_rate": won._replace(rate=True)},
         generations=[
             {**row, "verdict": words[point]}
             for row, point in zip(found.generations, points, strict=True)
@@ -128,12 +132,18 @@ def _scores(found: Examples) -> dict[str, Score]:
 
 
 def _said(
-    model: Model, words: Words, questions: Sequence[Question], max_new_tokens: int
+    model: Model,
+    words: Words,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    sampling: Sampling,
 ) -> list[Said]:
     from jaxtune.inference import answer, prompt_ids
 
     prompts = [prompt_ids(model, question.words, question.asked) for question in questions]
-    answers: list[Answer] = answer(model, words, prompts, max_new_tokens=max_new_tokens)
+    answers: list[Answer] = answer(
+        model, words, prompts, max_new_tokens=max_new_tokens, sampling=sampling
+    )
     encode = words.tokenizer.encode
     return [
         Said(
@@ -142,6 +152,7 @@ def _said(
             stopped=found.stopped,
             reference_tokens=encode(question.reference.strip()),
             tokens=encode(found.text.strip()),
+            made=found.tokens,
         )
         for question, found in zip(questions, answers, strict=True)
     ]

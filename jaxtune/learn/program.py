@@ -158,15 +158,9 @@ def _everything(name: str) -> bool:
     return True
 
 
-def build_eval(spec: ModelSpec, mesh: Mesh, *, dtype: Any, lora: Lora | None = None) -> Evaluate:
-    """The evaluation half alone, for those who train nothing."""
-    objective = next_token(spec, dtype=dtype, remat="none", lora=lora, platform=platform_of(mesh))
-    return _evaluation(_axes(spec, lora), mesh, objective)
-
-
 def build_token_losses(spec: ModelSpec, mesh: Mesh, *, dtype: Any) -> EachToken:
-    """What `build_eval` adds up, token by token: `(variables, batch) -> TokenLosses` `[B T]`, on
-    every device, so that every host can read all of it."""
+    """What `eval_step` adds up, token by token, for those who train nothing: `(variables, batch) ->
+    TokenLosses` `[B T]`, on every device, so that every host can read all of it."""
     here = each_token(spec, dtype=dtype, platform=platform_of(mesh))
     axes = _axes(spec, None)
 

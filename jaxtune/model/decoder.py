@@ -241,6 +241,18 @@ def projections(spec: ModelSpec) -> tuple[str, ...]:
     return tuple(name.removesuffix("/a") for name in leaves if name.endswith("/a"))
 
 
+@functools.cache
+def banks(spec: ModelSpec) -> tuple[str, ...]:
+    """Names of all kernels of experts side by side, `[L E ..]`: `stack_0/layer_0/moe/gate`."""
+    return tuple(
+        f"stack_{i}/layer_{j}/moe/{name}"
+        for i, stack in enumerate(spec.stacks)
+        for j, layer in enumerate(stack.pattern)
+        if layer.moe is not None
+        for name in ("gate", "up", "down")
+    )
+
+
 def empty_cache(spec: ModelSpec, *, rows: int, length: int, dtype: DTypeLike) -> Cache:
     """Room for `length` positions of `rows` texts; a layer with a window has that many slots."""
 

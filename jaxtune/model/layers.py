@@ -178,7 +178,7 @@ class Projection(nn.Module):
             return lambda: stored, lambda x: _product(self.equation, x, stored)
 
         inputs = sum(letter not in output for letter in letters)
-        kept = self._quantised(lora, letters, letters[:inputs])
+        kept = quantised_weight(self, lora, letters, letters[:inputs], self.sizes)
 
         def dequantised(kept: quantise.Stored) -> jax.Array:
             dtype = self.build.compute
@@ -188,25 +188,28 @@ class Projection(nn.Module):
         product = jax.checkpoint(lambda x, kept: _product(self.equation, x, dequantised(kept)))
         return lambda: dequantised(kept), lambda x: product(x, kept)
 
-    def _quantised(self, lora: Lora, letters: str, shared: str) -> quantise.Stored:
-        """The leaves of the kernel, gathered over `fsdp` while they are small."""
-        found = quantise.leaves(lora.base, letters, shared, self.sizes, double=lora.double_quant)
-        axes = {
-            name: tuple(WEIGHT_AXES.get(letter) for letter in leaf.letters)
+
+def quantised_weight(
+    module: nn.Module, lora: Lora, letters: str, shared: str, sizes: Mapping[str, int]
+) -> quantise.Stored:
+    """The leaves of `module`'s quantised kernel, gathered over `fsdp` while they are small."""
+    found = quantise.leaves(lora.base, letters, shared, sizes, double=lora.double_quant)
+    axes = {
+        name: tuple(WEIGHT_AXES.get(letter) for letter in leaf.letters)
+        for name, leaf in found.items()
+    }
+
+    def new(key: jax.Array) -> dict[str, Declared]:
+        return {
+            name: Declared(jnp.zeros(leaf.shape, leaf.dtype), axes[name])
             for name, leaf in found.items()
         }
 
-        def new(key: jax.Array) -> dict[str, Declared]:
-            return {
-                name: Declared(jnp.zeros(leaf.shape, leaf.dtype), axes[name])
-                for name, leaf in found.items()
-            }
-
-        stored = _stored(self, "kernel", new)
-        return {
-            name: collectives.gathered(leaf, axes[name], found[name].shape, leaf.dtype)
-            for name, leaf in stored.items()
-        }
+    stored = _stored(module, "kernel", new)
+    return {
+        name: collectives.gathered(leaf, axes[name], found[name].shape, leaf.dtype)
+        for name, leaf in stored.items()
+    }
 
 
 def _adapter_leaf(module: nn.Module, sizes: Mapping[str, int], build: Build) -> adapters.Declare:

@@ -5,6 +5,7 @@ cut along their width over `tensor`: no token travels, so how the experts are lo
 communication. The axis "expert" of the weights is not cut.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,11 +15,22 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jaxtune import mesh
-from jaxtune.model.layers import ACTIVATIONS, WEIGHT_AXES, Build, GatedMLP, Projection, weight
+from jaxtune.model import quantise
+from jaxtune.model.layers import (
+    ACTIVATIONS,
+    WEIGHT_AXES,
+    Build,
+    GatedMLP,
+    Projection,
+    quantised_weight,
+    weight,
+)
 from jaxtune.ops import moe
 from jaxtune.spec import LayerSpec
 
 LOADS = "loads"  # the collection in which a layer leaves its `ops.moe.Load`, where it is mutable
+
+Kernels = jax.Array | quantise.Stored  # of experts side by side
 
 
 class Mixture(nn.Module):
@@ -37,10 +49,11 @@ class Mixture(nn.Module):
         assert spec is not None
         sizes = {**self.sizes, "E": spec.experts}
 
-        def bank(name: str, letters: str) -> tuple[jax.Array, jax.Array | None]:
+        def bank(name: str, letters: str) -> tuple[Kernels, jax.Array | None]:
             return Bank(letters, sizes, self.build, layer.mlp_bias, self.build.compute, name=name)()
 
-        router = Bank("DE", sizes, self.build, spec.router_bias, jnp.float32, name="router")
+        plain = self.build._replace(lora=None)
+        router = Bank("DE", sizes, plain, spec.router_bias, jnp.float32, name="router")
         logits_BTE = _scores(x_BTD, *router())
         chosen = moe.route(logits_BTE, per_token=spec.per_token, softmax_over=spec.softmax_over)
         self.sow(LOADS, "load", moe.load(logits_BTE, chosen, segment_ids_BT != 0))
@@ -65,15 +78,30 @@ class Mixture(nn.Module):
 
         token = ("batch", "length", None)
         kernels = ((None, None, "mlp"), (None, None, "mlp"), (None, "mlp", None))
-        y_BTD = mesh.local(
-            mixed,
-            (x_BTD, *chosen, gate, up, down, gate_bias, up_bias, down_bias),
-            (token, token, token, *kernels, (None, "mlp"), (None, "mlp"), (None, None)),
-            out=token,
-        )
+
+        def through(x_BTD: jax.Array, chosen: moe.Chosen, banks: tuple[Kernels, ...]) -> jax.Array:
+            return mesh.local(
+                mixed,
+                (x_BTD, *chosen, *map(self._whole, banks), gate_bias, up_bias, down_bias),
+                (token, token, token, *kernels, (None, "mlp"), (None, "mlp"), (None, None)),
+                out=token,
+            )
+
+        if not isinstance(gate, jax.Array):
+            # What the backward pass needs is made again from the codes, whatever `remat` keeps.
+            through = jax.checkpoint(through)
+        y_BTD = through(x_BTD, chosen, (gate, up, down))
         if spec.shared_width:
             y_BTD = y_BTD + self._shared(x_BTD, {**sizes, "F": spec.shared_width})
         return mesh.constrain(y_BTD, "batch", "length", "act_embed")
+
+    def _whole(self, bank: Kernels) -> jax.Array:
+        if isinstance(bank, jax.Array):
+            return bank
+        assert self.build.lora is not None
+        kind, dtype = self.build.lora.base, self.build.compute
+        one = functools.partial(quantise.dequantise, kind=kind, inputs=1, dtype=dtype)
+        return jax.vmap(one)(bank)
 
     def _shared(self, x_BTD: jax.Array, sizes: Mapping[str, int]) -> jax.Array:
         """The expert that every token uses, times the sigmoid of a number per token."""
@@ -85,7 +113,7 @@ class Mixture(nn.Module):
 
 class Bank(nn.Module):
     """A `kernel` of `letters`, the last but one of which is summed over, and perhaps a `bias` of
-    the others; handed out in dtype `compute`."""
+    the others; handed out in dtype `compute`, or as the build's `lora.base` stores it."""
 
     letters: str
     sizes: Mapping[str, int]
@@ -94,10 +122,15 @@ class Bank(nn.Module):
     compute: DTypeLike
 
     @nn.compact
-    def __call__(self) -> tuple[jax.Array, jax.Array | None]:
-        axes = tuple(WEIGHT_AXES[letter] for letter in self.letters)
-        spread = nn.initializers.normal(self.build.init_scale)
-        kernel = self._declared("kernel", self.letters, axes, spread)
+    def __call__(self) -> tuple[Kernels, jax.Array | None]:
+        lora = self.build.lora
+        kernel: Kernels
+        if lora is not None and lora.base != "none":
+            kernel = quantised_weight(self, lora, self.letters, self.letters[-2], self.sizes)
+        else:
+            axes = tuple(WEIGHT_AXES[letter] for letter in self.letters)
+            spread = nn.initializers.normal(self.build.init_scale)
+            kernel = self._declared("kernel", self.letters, axes, spread)
         if not self.bias:
             return kernel, None
         kept = self.letters[:-2] + self.letters[-1]

@@ -6,7 +6,8 @@ these magnitudes are 8-bit numbers themselves, in blocks of 256 around their mea
 value is one of 255 equal steps of the largest magnitude of its output.
 
 A quantised kernel stands in the parameters as a dict of leaves; `codes` has the kernel's own shape
-and axes, so it is spread over devices as the kernel would be.
+and axes, so it is spread over devices as the kernel would be. Kernels of experts, side by side in
+one array, are quantised one by one.
 """
 
 from __future__ import annotations
@@ -47,29 +48,31 @@ class Leaf(NamedTuple):
 def leaves(
     kind: str, letters: str, shared: str, sizes: Mapping[str, int], *, double: bool
 ) -> dict[str, Leaf]:
-    """The leaves of a kernel of axes `letters`, which begin with those that are summed over."""
-    added = letters.removeprefix(shared)
+    """The leaves of a kernel of axes `letters`. Before those that are summed over, `shared`, stand
+    axes of kernels side by side, behind them those of the outputs."""
+    beside, _, added = letters.partition(shared)
+    many = tuple(sizes[letter] for letter in beside)
     outputs = tuple(sizes[letter] for letter in added)
     codes = Leaf(tuple(sizes[letter] for letter in letters), letters, jnp.int8)
     if kind == "int8":
-        return {"codes": codes, "scales": Leaf(outputs, added, jnp.float32)}
+        return {"codes": codes, "scales": Leaf((*many, *outputs), beside + added, jnp.float32)}
     blocks = math.ceil(math.prod(sizes[letter] for letter in shared) / BLOCK)
     codes = codes._replace(dtype=jnp.uint4)
-    scales = Leaf((blocks, *outputs), f".{added}", jnp.float32)
+    scales = Leaf((*many, blocks, *outputs), f"{beside}.{added}", jnp.float32)
     if not double:
         return {"codes": codes, "scales": scales}
-    count = math.ceil(math.prod(scales.shape) / SCALES_BLOCK)
+    count = math.ceil(blocks * math.prod(outputs) / SCALES_BLOCK)
     return {
         "codes": codes,
         "scales": scales._replace(dtype=jnp.int8),
-        "outer_scales": Leaf((count,), ".", jnp.float32),
-        "outer_mean": Leaf((), "", jnp.float32),
+        "outer_scales": Leaf((*many, count), f"{beside}.", jnp.float32),
+        "outer_mean": Leaf(many, beside, jnp.float32),
     }
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "inputs", "double"))
 def quantise(kernel: jax.Array, *, kind: str, inputs: int, double: bool) -> dict[str, jax.Array]:
-    """One layer's kernel, whose first `inputs` axes are summed over, as its leaves."""
+    """One kernel, whose first `inputs` axes are summed over, as its leaves."""
     flat = kernel.astype(jnp.float32).reshape(-1, *kernel.shape[inputs:])  # [inputs outputs...]
     if kind == "int8":
         scales = jnp.max(jnp.abs(flat), axis=0) / 127
@@ -94,7 +97,7 @@ def quantise(kernel: jax.Array, *, kind: str, inputs: int, double: bool) -> dict
 
 
 def dequantise(stored: Stored, *, kind: str, inputs: int, dtype: DTypeLike) -> jax.Array:
-    """The kernel again, in `dtype`; computed in float32."""
+    """The one kernel again, in `dtype`; computed in float32."""
     codes, scales = stored["codes"], stored["scales"]
     flat_shape = (math.prod(codes.shape[:inputs]), *codes.shape[inputs:])
     if kind == "int8":

@@ -33,6 +33,7 @@ from jaxtune.planning.study import Study, Subject, study
 SLACK = 1.05  # arithmetic this far above the limit is not worth compiling
 NEAR = 1.04  # nor what is this far above it once answers to its like have corrected it
 PATIENCE = 1.12  # nor what is expected to take this much longer than the fastest so far
+GRACE = 1.25  # of the time, for settings under way when it is up; none is begun then
 SMALLEST_BLOCK = 4096  # entries of the vocabulary at a time; below, products are short
 PROCESS_BYTES = 2 * 2**30  # of one that compiles: 1.2 to 1.5 GB measured
 
@@ -171,10 +172,11 @@ def compile_all(
     answers = Answers(there.limit and there.limit * there.per_chip, there.per_chip)
     left, running = list(ranked), dict[subprocess.Popen[str], Candidate]()
     topology = there.slice.name
-    ends, failed, started = time.monotonic() + 60 * minutes, "", 0
+    began, failed, started = time.monotonic(), "", 0
+    ends, last = began + 60 * minutes, began + 60 * GRACE * minutes
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as closing:
-        while time.monotonic() < ends:
-            left = [candidate for candidate in left if answers.hopeful(candidate)]
+        while (now := time.monotonic()) < (last if running else ends):
+            left = [candidate for candidate in left if answers.hopeful(candidate) and now < ends]
             while left and len(running) < workers():
                 candidate = min(left, key=answers.expected)
                 left.remove(candidate)

@@ -13,13 +13,15 @@ _REPEATED = 4  # tokens of an n-gram that is looked for again
 
 
 class Said(NamedTuple):
-    """An answer and the one that was expected, as text and as tokens without the end."""
+    """An answer and the one that was expected, as text and as its tokens without the end. `made` is
+    how many tokens the model made; read again, its text may take more or fewer."""
 
     reference: str
     answer: str
     stopped: bool
     reference_tokens: Sequence[Hashable]
     tokens: Sequence[Hashable]
+    made: int
 
 
 def answer_scores(said: Sequence[Said]) -> dict[str, Score]:
@@ -27,7 +29,7 @@ def answer_scores(said: Sequence[Said]) -> dict[str, Score]:
     references, answers = [s.reference for s in said], [s.answer for s in said]
     pairs = list(zip(references, answers, strict=True))
     tokens = [s.tokens for s in said]
-    lengths, wanted = [len(s.tokens) for s in said], [len(s.reference_tokens) for s in said]
+    lengths, wanted = [s.made for s in said], [len(s.reference_tokens) for s in said]
     return {
         "exact_match": rate([a.strip() == b.strip() for a, b in pairs]),
         "contains": rate([_plain(a) in _plain(b) for a, b in pairs]),

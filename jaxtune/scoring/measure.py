@@ -20,8 +20,8 @@ Indices = NDArray[np.integer]
 
 
 class Measure(NamedTuple):
-    """`parts` are float64 `[n k]`; `rate` says that the value is a share of the n examples, each of
-    which is in or not."""
+    """`parts` are float64 `[n k]`; `rate` says that they are (what is in, what could be), from 0 to
+    1 in each example, and the value a share."""
 
     parts: Floats
     value: Callable[[Floats], Floats]  # [.. k] -> [..]

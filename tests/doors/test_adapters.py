@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtune import chat, convert, evaluate, train
+from jaxtune import chat, convert, evaluate, inference, train
 from jaxtune.config import Config, ConfigError, load
 from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.draw.terminal import printable
@@ -187,6 +187,33 @@ def test_a_run_a_checkpoint_and_an_adapter_are_evaluated_alike(root: Path, tuned
     assert evaluated(tuned / "adapter", root) == pytest.approx(merged, abs=1e-6)
     assert evaluated(tuned / "checkpoints" / "4", root) == pytest.approx(merged, abs=1e-6)
     assert evaluated(root / "base", root) > merged + 0.01
+
+
+@pytest.mark.parametrize("source", ["adapter", "checkpoints/4"])
+def test_adapters_beside_the_weights_answer_as_merged(root: Path, tuned: Path, source: str) -> None:
+    """And are taken away without loading anything: then the base answers."""
+    config = load(overrides={
+        "model_name_or_path": str(tuned / source), "template": TEMPLATE,
+    })  # fmt: skip
+    config = inference.resolved(config)
+    words, mesh = inference.open_words(config), inference.open_mesh(config)
+    merged, beside = (
+        inference.load_model(str(tuned / source), config, words, mesh, merge=merge)
+        for merge in (True, False)
+    )
+    prompts = [words.tokenizer.encode(f"Q: Where is {i}?\nA: ") for i in (3, 12)]
+
+    def asked(model: inference.Model) -> list[inference.Answer]:
+        return inference.answer(model, words, prompts, max_new_tokens=12)
+
+    base = inference.load_model(str(root / "base"), config, words, mesh)
+    found = asked(beside)
+    assert found == asked(merged)
+    off = beside.without_adapters()
+    assert off.params is beside.params
+    assert "lora" not in off.variables
+    assert asked(off) == asked(base)
+    assert found != asked(base)
 
 
 def test_training_goes_on_from_an_adapter(root: Path, tuned: Path, tmp_path: Path) -> None:

@@ -209,8 +209,8 @@ def test_each_value_of_a_column(
     assert (parts["even"]["questions"], parts["even"]["exact_match"]) == (2, 0.5)
     assert found["questions"] == 4
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["by", "kind", "examples", "loss", "exact", "match"] in shown
-    ends = {line[0]: line[-1] for line in shown if len(line) == 4}
+    assert ["by", "kind", "examples", "questions", "loss", "exact", "match"] in shown
+    ends = {line[0]: line[-1] for line in shown if len(line) == 5}
     assert (ends["odd"], ends["even"], ends["(absent)"]) == ("100.0%", "50.0%", "0.0%")
 
 
@@ -266,10 +266,12 @@ def test_differences_of_two_models(
     assert found["bootstrap"] == {"resamples": 500, "level": 0.95, "seed": 42}
     shown = capsys.readouterr().out.splitlines()
     (line,) = [line for line in shown if line.startswith("  exact match")]
-    assert line.split()[:5] == ["exact", "match", "0.0%", "75.0%", "+75.0"]
-    assert line.endswith("better")
+    assert line.split()[:6] == ["exact", "match", "0.0%", "75.0%", "+75.0", "points"]
+    assert line.split()[6] == "better"
     (line,) = [line for line in shown if line.startswith("  stop rate")]
-    assert line.split() == ["stop", "rate", "100.0%", "100.0%", "0.0", "0.0", "to", "0.0"]
+    assert line.split() == [
+        *("stop", "rate", "100.0%", "100.0%", "0.0", "points", "\u221210.9", "to", "+10.9")
+    ]
     same = scores(parrot, data, options={**options, "base": str(parrot.folder)})
     assert not any(change["clear"] for change in same["difference"].values())
 
@@ -332,6 +334,18 @@ def test_answers(parrot: Any, data: Path) -> None:
     )
 
 
+def test_drawn_answers_are_those_of_the_seed(unlearnt: dict[str, Any], data: Path) -> None:
+    drawn = {"generate": 2, "max_new_tokens": 6, "temperature": 1.0}
+
+    def said(**options: Any) -> list[str]:
+        found = scores(data=data, options={**drawn, **options}, seed=3, **unlearnt)
+        return [row["response"] for row in found["generations"]]
+
+    first = said()
+    assert said(generate=1) == first[:1]  # whatever else is asked
+    assert said(top_k=1)[0] != first[0]
+
+
 def test_an_answer_that_does_not_end_is_cut(parrot: Any, data: Path) -> None:
     found = scores(parrot, data, options={"generate": 1, "max_new_tokens": 2})
     assert found["stop_rate"] == 0.0
@@ -352,7 +366,8 @@ def test_base_and_tuned_side_by_side(
     assert f"tuned     {SAID} (right)\n" in shown
     lines = [line.split() for line in shown.splitlines()]
     assert ["base", "tuned", "difference", "95%", "interval"] in lines
-    assert ["exact", "match", "0.0%", "100.0%", "+100.0"] in lines  # of one question: no interval
+    # Of one question there is no interval.
+    assert ["exact", "match", "0.0%", "100.0%", "+100.0", "points"] in lines
     assert f"model: {parrot.folder}" in shown
 
 

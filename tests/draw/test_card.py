@@ -72,7 +72,7 @@ FOUND = {
     "exact_match": 0.25,
     "intervals": {"eval_loss": [0.25, 0.75]},
     "examples": 1234,
-    "by_column": {"a|b": {"x*y": {"eval_loss": 0.5}}},
+    "by_column": {"a|b": {"x*y": {"eval_loss": 0.5, "examples": 7}}},
 }
 
 
@@ -82,13 +82,13 @@ def test_an_evaluation_stands_before_the_data_and_once():
     assert "| loss | 0.5000 | 0.2500 to 0.7500 |" in once
     assert "| examples | 1,234 |  |" in once
     assert r"| by a\|b | examples | loss |" in once
-    assert r"| x\*y |  | 0.5000 |" in once
+    assert r"| x\*y | 7 | 0.5000 |" in once
     assert once.index("## Result") < once.index("## Evaluation") < once.index("## Data")
     assert once.replace(once[once.index("<!-- eval") : once.index("## Data")], "") == card
     change = {"eval_loss": {"value": -0.5, "interval": [-0.75, -0.25], "clear": True}}
     again = with_evaluation(once, {**FOUND, "base": {"eval_loss": 1.0}, "difference": change})
     assert again.count("## Evaluation") == 1
-    row = "| loss | 1.0000 | 0.5000 | \u22120.5000 | \u22120.7500 to \u22120.2500 | better |"
+    row = "| loss | 1.0000 | 0.5000 | \u22120.5000 | better | \u22120.7500 to \u22120.2500 |"
     assert row in again
     assert "only where its 95% interval excludes 0" in again
     assert again.split("## Data")[1] == card.split("## Data")[1]

@@ -36,10 +36,10 @@ def test_a_difference_is_called_one_only_where_it_is() -> None:
     tuned = {key: 1.0 + found["value"] for key, found in CHANGES.items()}
     found = scores_text({"base": base, "tuned": {**tuned, "difference": CHANGES}})
     assert [line.replace(" points", "").split()[-5:] for line in found.splitlines()[1:-2]] == [
-        ["\u22120.5000", "\u22120.7500", "to", "\u22120.2500", "better"],
-        ["\u221225.0", "\u221250.0", "to", "\u221212.5", "worse"],
+        ["\u22120.5000", "better", "\u22120.7500", "to", "\u22120.2500"],
+        ["\u221225.0", "worse", "\u221250.0", "to", "\u221212.5"],
         ["125.0%", "+25.0", "\u221225.0", "to", "+50.0"],
-        ["+3.0", "+1.0", "to", "+5.0", "more"],
+        ["+3.0", "more", "+1.0", "to", "+5.0"],
         ["1.00", "0.00", "\u22120.50", "to", "+0.50"],
         ["repetition", "100.0%", "150.0%", "+50.0"][-5:],
     ]  # fmt: skip

@@ -19,42 +19,59 @@ from jaxtune.mesh import make_mesh, put_batch
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
 from jaxtune.model.quantise import quantise
+from jaxtune.spec import ModelSpec, MoeSpec
 from jaxtune.tree import named, unnamed
 
 WIDE = replace(SPEC, width=64)  # whole blocks of nf4
+EXPERTS = replace(
+    WIDE,
+    stacks=tuple(
+        replace(
+            stack,
+            pattern=tuple(
+                replace(layer, moe=MoeSpec(experts=4, per_token=2), mlp_width=72)
+                for layer in stack.pattern
+            ),
+        )
+        for stack in WIDE.stacks
+    ),
+)
 DORA = Lora(r=3, alpha=6.0, dora=True, dropout=0.1, tokens=(5, 63))
 EIGHT = {"fsdp": 2, "tensor": 4}
 INPUTS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1}
 
 
-def params_of(lora: Lora) -> Any:
+def params_of(lora: Lora, spec: ModelSpec = WIDE) -> Any:
     """The same random weights for every test, the kernels as `lora.base` says."""
-    params = named(decoder.init(WIDE, jax.random.key(0), jnp.float32))
+    params = named(decoder.init(spec, jax.random.key(0), jnp.float32))
     if lora.base != "none":
-        for name in decoder.projections(WIDE):
+        for name in (*decoder.projections(spec), *decoder.banks(spec)):
             inputs = INPUTS[name.rpartition("/")[2]]
             smaller = functools.partial(
                 quantise, kind=lora.base, inputs=inputs, double=lora.double_quant
             )
+            if name in decoder.banks(spec):
+                smaller = jax.vmap(smaller)
             for leaf, values in jax.vmap(smaller)(params.pop(f"{name}/kernel")).items():
                 params[f"{name}/kernel/{leaf}"] = values
     return unnamed(params)
 
 
-def trained_adapters(lora: Lora, params: Any, key: jax.Array) -> Any:
+def trained_adapters(lora: Lora, params: Any, key: jax.Array, spec: ModelSpec = WIDE) -> Any:
     """As after some steps: adapters begin with zeros, which keep gradients from half of them."""
 
     def moved(leaf: jax.Array, name: str) -> jax.Array:
         of_leaf = jax.random.fold_in(key, sum(name.encode()))
         return leaf + 0.1 * jax.random.normal(of_leaf, leaf.shape, leaf.dtype)
 
-    fresh = named(decoder.init_adapters(WIDE, lora, params, key))
+    fresh = named(decoder.init_adapters(spec, lora, params, key))
     return unnamed({name: moved(leaf, name) for name, leaf in fresh.items()})
 
 
 def run(
     lora: Lora,
     *,
+    spec: ModelSpec = WIDE,
     sizes: dict[str, int] | None = None,
     microbatches: int = 2,
     lr: float = 0.02,
@@ -65,7 +82,7 @@ def run(
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, **(sizes or {})}
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     built = program.build(
-        WIDE, mesh, hyper=optim.Hyper(), lora=lora, seed=3, microbatches=microbatches,
+        spec, mesh, hyper=optim.Hyper(), lora=lora, seed=3, microbatches=microbatches,
         learning_rate=schedules.schedule(
             "constant", learning_rate=lr, warmup_steps=0, total_steps=9
         ),
@@ -75,10 +92,10 @@ def run(
     with jax.set_mesh(mesh):
         params = jax.tree.map(
             lambda leaf, shape, where: jax.device_put(leaf.astype(shape.dtype), where),
-            params_of(lora), built.variables["params"], built.placed["params"],
+            params_of(lora, spec), built.variables["params"], built.placed["params"],
         )  # fmt: skip
         make = jax.jit(
-            functools.partial(trained_adapters, lora), out_shardings=built.placed["lora"]
+            functools.partial(trained_adapters, lora, spec=spec), out_shardings=built.placed["lora"]
         )
         variables = {"params": params, "lora": make(params, jax.random.key(1))}
         state, frozen = built.first_state(variables)
@@ -143,6 +160,19 @@ def test_a_step_beside_a_quantised_base(base: str, plain: StepMetrics) -> None:
     assert float(metrics.loss) == pytest.approx(float(plain.loss), rel=0.02)
     assert float(metrics.loss) != float(plain.loss)
     assert named(after.trained).keys() == {f"lora/{n}" for n in _leaf_names(lora)}
+
+
+@pytest.mark.slow
+def test_a_step_beside_quantised_experts() -> None:
+    """One device and eight agree; the loss is within 2% of the one beside the base as it was."""
+    lora = Lora(r=3, alpha=6.0, base="nf4", double_quant=True)
+    _, one, metrics = run(lora, spec=EXPERTS)
+    _, eight, there = run(lora, spec=EXPERTS, sizes={"fsdp": 2, "tensor": 2, "data": 2})
+    assert float(there.loss) == pytest.approx(float(metrics.loss), abs=1e-5)
+    assert_same(one, eight)
+    plain = run(replace(lora, base="none", double_quant=False), spec=EXPERTS)[2]
+    assert float(metrics.loss) == pytest.approx(float(plain.loss), rel=0.02)
+    assert float(metrics.loss) != float(plain.loss)
 
 
 def _leaf_names(lora: Lora) -> set[str]:

@@ -84,6 +84,32 @@ def test_a_share_has_wilsons_interval(hits: int, count: int) -> None:
     assert intervals({"x": score}, HOW)["x"] == pytest.approx(theirs, abs=1e-12)
 
 
+def test_a_difference_of_shares_by_hand() -> None:
+    """20 examples, 6 become right and 1 wrong: 6.5 and 1.5 of 22."""
+    base, tuned = np.array([0] * 6 + [1] * 14), np.array([1] * 6 + [0] + [1] * 13)
+    found = differences({"x": measure.rate(base)}, {"x": measure.rate(tuned)}, HOW)["x"]
+    half = 1.959964 * np.sqrt(8 / 22 - (5 / 22) ** 2) / np.sqrt(22)
+    assert found.value == pytest.approx(5 / 20)
+    assert found.interval == pytest.approx((5 / 22 - half, 5 / 22 + half), abs=1e-6)
+    all_of_them = {"x": measure.rate(np.ones(50))}
+    found = differences({"x": measure.rate(np.zeros(50))}, all_of_them, HOW)["x"]
+    assert found.interval
+    assert 0.85 < found.interval.low < 0.95
+    assert found.interval.high == 1.0
+
+
+@pytest.mark.parametrize(("up", "down"), [(0.05, 0.0), (0.3, 0.1), (0.1, 0.1), (0.9, 0.0)])
+def test_a_difference_of_shares_is_covered(up: float, down: float) -> None:
+    rng = np.random.default_rng(8)
+    found = []
+    for _ in range(600):
+        change = rng.choice([1, -1, 0], 30, p=[up, down, 1 - up - down])
+        base = np.where(change == 0, rng.integers(0, 2, 30), change < 0)
+        pair = {"x": measure.rate(base)}, {"x": measure.rate(base + change)}
+        found.append(differences(*pair, HOW)["x"].interval)
+    assert coverage(up - down, found) >= 0.92
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_distinct_is_as_sure_as_its_jackknife(n: int) -> None:
     """500 corpora of 40 answers: the interval around one holds their mean in most cases, and the

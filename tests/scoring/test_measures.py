@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 import itertools
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,7 +80,7 @@ def test_answers_of_other_scripts_are_seen_by_letters() -> None:
     ],
 )
 def test_comparison(reference: str, answer: str, exact: float, rouge: float) -> None:
-    said = [Said(reference, answer, True, reference, answer), Said("q", "q", True, "q", "q")]
+    said = [Said(reference, answer, True, reference, answer, 1), Said("q", "q", True, "q", "q", 1)]
     found = answer_scores(said)
     assert found["exact_match"].point() == (exact + 1) / 2
     assert found["rougeL"].point() == pytest.approx((rouge + 1) / 2)
@@ -87,17 +89,17 @@ def test_comparison(reference: str, answer: str, exact: float, rouge: float) -> 
 def test_all_scores_of_three_answers_by_hand() -> None:
     found = answer_scores(
         [
-            Said("Yes", "Well,  YES indeed", True, [1], [2, 1, 3]),
-            Said("a b", "I'm sorry, but I can't say.", False, [1, 2], [4, 4, 4, 4, 4, 4]),
-            Said("c", "c", True, [9], [9]),
+            Said("Yes", "Well,  YES indeed", True, [1], [2, 1, 3], 3),
+            Said("a b", "I'm sorry, but I can't say.", False, [1, 2], [4, 4, 4, 4, 4, 4], 7),
+            Said("c", "c", True, [9], [9], 1),
         ]
     )
     points = {name: score.point() for name, score in found.items()}
     assert points["exact_match"] == pytest.approx(1 / 3)
     assert points["contains"] == pytest.approx(2 / 3)
     assert points["stop_rate"] == pytest.approx(2 / 3)
-    assert points["answer_tokens"] == pytest.approx(10 / 3)
-    assert points["length_ratio"] == pytest.approx(10 / 4)
+    assert points["answer_tokens"] == pytest.approx(11 / 3)
+    assert points["length_ratio"] == pytest.approx(11 / 4)
     assert points["refusal_rate"] == pytest.approx(1 / 3)
     assert points["distinct_1"] == pytest.approx(5 / 10)  # 2 1 3 4 9
     assert points["distinct_2"] == pytest.approx(3 / 7)  # 21 13 44
@@ -135,6 +137,12 @@ def test_refusals(phrase: str) -> None:
     for made in (phrase, phrase.lower(), phrase.replace("'", "\u2019"), f"Hm. {phrase} do that."):
         assert refuses(made), made
     assert not refuses("x" * 400 + phrase)
+
+
+def test_the_guide_lists_the_phrasings() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"(?:^> .*\n)+", guide, re.MULTILINE)
+    assert tuple(listed.replace("\n> ", " ")[2:].strip().split(" \u00b7 ")) == PHRASINGS
 
 
 @pytest.mark.parametrize(
