@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -184,9 +185,11 @@ def test_no_path_is_a_file(echo: Running, path: str) -> None:
 def test_what_is_no_request(echo: Running, sent: bytes) -> None:
     parts = urlsplit(echo.url)
     with socket.create_connection((parts.hostname, parts.port), timeout=10) as line:
-        line.sendall(sent)
-        line.shutdown(socket.SHUT_WR)
-        got = line.recv(65536)
+        got = b""
+        with contextlib.suppress(OSError):  # it may hang up while more is sent
+            line.sendall(sent)
+            line.shutdown(socket.SHUT_WR)
+            got = line.recv(65536)
     assert got == b"" or got.split(b" ", 2)[1].startswith(b"4")
     assert echo.chat("Hello").status_code == 200
 
