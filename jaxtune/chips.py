@@ -53,6 +53,7 @@ CHIPS: Mapping[str, Chip] = {
 }
 # The machine at hand: how much memory it has is asked when it is wanted.
 CPU = Chip(0.0, 0, 0.0, 0.0, ("cpu",))
+HOST_RATE = 16e9  # bytes a second between a chip and its host's memory; an assumption, PCIe 3 x16
 DCN_RATE = 6.25e9  # bytes a second that a chip sends to other slices; an assumption, 50 Gbit/s
 
 # What the TPU compiler is told, by `plan` and by `train` alike: name -> value.

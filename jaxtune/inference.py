@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jaxtune import stores
 from jaxtune.command import note
 from jaxtune.config import Config, ConfigError
 
@@ -89,11 +90,14 @@ def resolved(config: Config) -> Config:
     the tokenizer that lies beside it, or its base's. Flags stand above both."""
     from jaxtune.hf.adapter_read import open_adapter
     from jaxtune.hf.folders import is_adapter
-    from jaxtune.weights import checkpoint_of, is_checkpoint, run_config
+    from jaxtune.weights import checkpoint_of, fetched, is_checkpoint, run_config
 
     name = config.model_name_or_path
     if name is None:
         return config
+    if "/checkpoints/" in name:
+        name = fetched(name)
+        config = config.model_copy(update={"model_name_or_path": name})
     if is_checkpoint(name):
         own = run_config(checkpoint_of(Path(name))[0], Config())
         tokenizer = own.tokenizer_name or own.model_name_or_path
@@ -152,7 +156,7 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh, *, merge: bo
     from jaxtune.weights import base_params, is_checkpoint, param_shardings
 
     if is_checkpoint(name) or is_adapter(name):
-        return _load_trained(name, config, words, mesh, merge)
+        return _to_be_asked(_load_trained(name, config, words, mesh, merge))
     random = config.init == "random" and not _has_weights(name)
     model = open_model(name, revision=config.revision, weights=not random, note=note)
     dtype = compute_dtype(config.dtype)
@@ -160,7 +164,17 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh, *, merge: bo
     if random:
         note(f"{name}: no weights there; random ones of seed {config.seed}, as training began")
     params = base_params(model, config, placed, dtype)
-    return Model(name, model.spec, params, stop_ids(words, model), dtype, mesh)
+    return _to_be_asked(Model(name, model.spec, params, stop_ids(words, model), dtype, mesh))
+
+
+def _to_be_asked(model: Model) -> Model:
+    """The same model in the layout that answers fastest; its former arrays are gone."""
+    from jaxtune.mesh import platform_of
+    from jaxtune.model.unrolled import unrolled
+
+    platform = platform_of(model.mesh)
+    spec, found = unrolled(model.spec, model.variables, platform=platform, consume=True)
+    return model._replace(spec=spec, params=found["params"], adapters=found.get("lora"))
 
 
 def _load_trained(name: str, config: Config, words: Words, mesh: Mesh, merge: bool) -> Model:
@@ -429,6 +443,8 @@ def _begins(stop: Sequence[str], end: str) -> bool:
 def _has_weights(name: str) -> bool:
     from jaxtune.hf.load import open_model
 
+    if stores.is_url(name):
+        return any(item.url.endswith(".safetensors") for item in stores.listed(name))
     if not Path(name).expanduser().exists():  # a hub id
         return True
     return any(open_model(name, weights=False).folder.glob("*.safetensors"))

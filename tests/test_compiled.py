@@ -92,3 +92,15 @@ custom_call_target="tpu_custom_call", backend_config={"estimated_cycles":"17"}
     assert found.kernel_flops == 2 * 2 * (2 * 8 * 512 * 512 * 64) / 2
     assert found.cycles == 17
     assert parse(text).entry.root.operands == ("q", "k", "k")
+
+
+def test_cycles_that_the_compiler_does_not_know_are_not_counted() -> None:
+    text = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %a = f32[8]{0} add(%x, %x), backend_config={"estimated_cycles":"120"}
+  ROOT %g = f32[8]{0} negate(%a), backend_config={"estimated_cycles":"9223372036854775807"}
+}
+"""
+    assert cost(text, 1).cycles == 120

@@ -13,6 +13,7 @@ _TERMS = {
     "attention": "attention kernels at half of the peak",
     "exposed": "collectives nothing hides",
     "other_slices": "to other slices",
+    "host": "to the host's memory and back",
 }
 _BY_RULE = {"compute": "matrix products", "attention": "attention"}
 

@@ -38,7 +38,11 @@ Stored = Mapping[str, Any]  # name of a leaf -> array
 
 
 class Leaf(NamedTuple):
-    """What a leaf of a quantised kernel is: `letters` of its dimensions, "." for one of its own."""
+    """What a leaf of a quantised kernel is: `letters` of its dimensions, "." for one of its own.
+
+    Blocks along the width of the model have its letter: their scales are spread over devices as
+    the weights are, which would be half as much again of all weights on each device otherwise.
+    """
 
     shape: tuple[int, ...]
     letters: str
@@ -58,7 +62,8 @@ def leaves(
         return {"codes": codes, "scales": Leaf((*many, *outputs), beside + added, jnp.float32)}
     blocks = math.ceil(math.prod(sizes[letter] for letter in shared) / BLOCK)
     codes = codes._replace(dtype=jnp.uint4)
-    scales = Leaf((*many, blocks, *outputs), f"{beside}.{added}", jnp.float32)
+    along = shared if shared == "D" else "."
+    scales = Leaf((*many, blocks, *outputs), f"{beside}{along}{added}", jnp.float32)
     if not double:
         return {"codes": codes, "scales": scales}
     count = math.ceil(blocks * math.prod(outputs) / SCALES_BLOCK)

@@ -24,12 +24,13 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxtune.config import ConfigError, DataError
-from jaxtune.mesh import row_shards
+from jaxtune.mesh import platform_of, row_shards
 from jaxtune.model import slots as device
 from jaxtune.model.decoder import Params, rope_limits
 from jaxtune.model.lora import Lora
 from jaxtune.model.sampling import GREEDY, Sampling, settings
 from jaxtune.model.slots import MOST_STEPS, Asked, Program, Slots, Texts, Written
+from jaxtune.model.unrolled import unrolled
 from jaxtune.spec import ModelSpec
 
 SHORTEST_ROW = 16
@@ -96,8 +97,10 @@ class Engine:
     ) -> None:
         if slots < 1:
             raise ConfigError(f"slots is {slots}; expected at least 1.")
+        variables = {**variables, "params": _cast(variables["params"], dtype)}
+        platform = jax.default_backend() if mesh is None else platform_of(mesh)
+        spec, self._variables = unrolled(spec, variables, platform=platform)
         self._program = Program(spec, lora, np.dtype(dtype))
-        self._variables = {**variables, "params": _cast(variables["params"], dtype)}
         self._mesh = mesh
         self._limit = min(spec.max_positions, max_length or spec.max_positions)
         smallest = 1 if mesh is None else row_shards(mesh)
@@ -186,12 +189,16 @@ class Engine:
         longest = 0
         while self._waiting and self._free:
             longest = max(longest, len(self._waiting[0].tokens))
-            rows = _power(len(admitted) + 1)
+            rows = self._batch(len(admitted) + 1)
             if admitted and rows * _bucket(longest) > READ_AT_ONCE:
                 break
             admitted[self._free.pop()] = self._waiting.popleft()
         self._at |= admitted
         return admitted
+
+    def _batch(self, texts: int) -> int:
+        """How many rows read so many texts: the next power of four, or as many as slots have."""
+        return min(self._rows, 1 << ((texts - 1).bit_length() + 1) // 2 * 2)
 
     def _outgrown(self) -> dict[int, _Text]:
         """Texts that the newest token made longer than a limit of their rope: all positions, and
@@ -201,7 +208,7 @@ class Engine:
 
     def _read(self, texts: Mapping[int, _Text]) -> list[Event]:
         self._make_room()
-        rows = _power(len(texts))
+        rows = self._batch(len(texts))
         length = _bucket(max(len(text.tokens) for text in texts.values()))
         tokens = np.zeros((rows, length), np.int32)
         given = list(texts.items())

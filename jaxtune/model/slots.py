@@ -232,6 +232,4 @@ def _everywhere(written: Written) -> Written:
 empty = jax.jit(_empty, static_argnames=("program", "rows", "length", "stops"))
 read = jax.jit(_read, static_argnames=("program",), donate_argnames=("slots",))
 advance = jax.jit(_advance, static_argnames=("program",), donate_argnames=("slots",))
-longer = jax.jit(
-    _longer, static_argnames=("program", "length", "stops"), donate_argnames=("slots",)
-)
+longer = jax.jit(_longer, static_argnames=("program", "length", "stops"))

@@ -15,6 +15,7 @@ from jaxtune.ops import cross_entropy, splash
 from jaxtune.spec import (
     LayerSpec,
     ModelSpec,
+    Stack,
     flops_per_token,
     layer_parameters,
     matmul_parameters,
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from jaxtune.learn.program import Program
 
 KINDS = ("parameters", "optimiser", "gradients", "activations", "logits", "temporaries")
+AIM = 0.97  # of the memory, that the compiler's schedule keeps within where it can
+BODY_BYTES = 30 * 2**20  # of a program, for each layer of a pattern; its code lies in HBM too
 
 
 class Work(NamedTuple):
@@ -110,24 +113,29 @@ def _item(dtype: Any) -> float:
 # -- memory --------------------------------------------------------------------------------------
 
 
-def memory(work: Work, held: Mapping[str, int]) -> dict[str, int]:
+def memory(work: Work, held: Mapping[str, int], limit: int | None = None) -> dict[str, int]:
     """Bytes by `KINDS` on one device when most is held; they add up to the estimate.
 
     That is either in the loss, with the logits, or in the backward pass of a layer, with the
     gradients of all layers: the larger of both counts. Weights that are stored wider than they are
-    computed with lie beside themselves, narrow, from the first layer to the last.
+    computed with lie beside themselves, narrow, from the first layer to the last. Near the `limit`
+    the compiler holds less: it aims at `AIM` of it, as far as there is something to be saved.
     """
-    narrow = narrowed(work, held)
     kept = activations(work)
     logits, head = loss(work)
-    layer = max(one_layer(work, layer) for layer in set(work.spec.layers))
+    layer = max(one_turn(work, stack) for stack in work.spec.stacks)
     accumulated = work.trained if work.microbatches > 1 else 0
     gradients = accumulated + arriving(work)
-    in_loss, in_layer = logits + head + accumulated, layer + gradients
-    at_loss = in_loss > in_layer
-    parts = (accumulated, kept, logits, head) if at_loss else (gradients, kept, 0, layer)
-    *parts, temporary = parts
-    counted = (held["parameters"], held["optimiser"], *parts, temporary + narrow)
+    program = BODY_BYTES * sum(len(stack.pattern) for stack in work.spec.stacks)
+    everywhere = narrowed(work, held) + program
+    peak: tuple[float, ...] = (gradients, kept, 0, layer + everywhere)
+    if logits + head + accumulated > layer + gradients:
+        peak = (accumulated, kept, logits, head + everywhere)
+    *rest, temporary = held["parameters"], held["optimiser"], *peak
+    if limit is not None and not peak[2]:
+        above = max(0.0, sum(rest) + temporary - AIM * limit)
+        temporary -= min(above, max(spared(work, layer) for layer in set(work.spec.layers)))
+    counted = (*rest, temporary)
     return {name: round(size) for name, size in zip(KINDS, counted, strict=True)}
 
 
@@ -180,15 +188,17 @@ def kept(work: Work, layer: LayerSpec) -> float:
     q, kv = layer.heads * layer.head_dim / cut, 2 * layer.kv_heads * layer.head_dim / cut
     sums = 4 * layer.heads / cut  # of the softmax
     # The products of a mixture have no name of their own.
-    wide = (layer.mlp_width if layer.moe is None else layer.moe.shared_width) / cut
-    wide *= 2 if layer.gated else 1
+    named = layer.mlp_width if layer.moe is None else layer.moe.shared_width
+    wide = named * (2 if layer.gated else 1) / cut
+    # A norm behind the MLP needs what the MLP gave.
+    given = 2 * D if layer.norms == "pre" else 3 * D
     everything = item * (2 * D + 3 * q + kv) + sums + _in_norms(work, layer) + _in_mlp(work, layer)
     return {
         "full": item * D,
         "offload": 0.0,
         "attention": item * (D + q) + sums,
-        "projections": item * (2 * D + 2 * q + kv + wide) + sums,
-        "dots": item * (2 * D + q + kv + wide),
+        "projections": item * (given + 2 * q + kv + wide) + sums,
+        "dots": item * (given + q + kv + wide),
         "none": everything,
     }[work.remat]
 
@@ -196,7 +206,7 @@ def kept(work: Work, layer: LayerSpec) -> float:
 def _in_norms(work: Work, layer: LayerSpec) -> float:
     """What norms keep, twice in f32 and twice as it is computed with."""
     cut = work.sizes["tensor"]
-    widths = (4 if layer.norms == "both" else 2) * work.spec.width
+    widths: float = (4 if layer.norms == "both" else 2) * work.spec.width
     if layer.qk_norm is not None:
         widths += (layer.heads + layer.kv_heads) * layer.head_dim / cut
     return (2 * work.item + 2 * 4) * widths
@@ -209,6 +219,16 @@ def _in_mlp(work: Work, layer: LayerSpec) -> float:
     each = layer.moe.per_token
     experts = item * 6 * layer.mlp_width / cut + (item + 4) * work.spec.width
     return each * experts + 4 * work.spec.width + item * 3 * layer.moe.shared_width / cut
+
+
+def one_turn(work: Work, stack: Stack) -> float:
+    """While a pattern of layers is computed backward, which is one turn of a loop: the layer that
+    takes most, and the whole gradients of the others' weights, which are scattered at its end."""
+    most = max(one_layer(work, layer) for layer in stack.pattern)
+    if work.lora or work.shards == 1:
+        return most
+    every = [layer_parameters(work.spec, layer, active=False) for layer in stack.pattern]
+    return most + work.item * (sum(every) - max(every)) / work.sizes["tensor"]
 
 
 def one_layer(work: Work, layer: LayerSpec) -> float:
@@ -225,6 +245,20 @@ def one_layer(work: Work, layer: LayerSpec) -> float:
         widest = D * layer.mlp_width * experts
         gathered = item * (3 * widest + 2 * D * layer.heads * layer.head_dim) / cut
     return work.tokens * (at_once + item * 4 * D) + gathered + _scores(work, layer)
+
+
+def spared(work: Work, layer: LayerSpec) -> float:
+    """What the compiler does without where memory is short: gate or up beside their gradients, two
+    of the widths that pass through, and weights that are under way before they are needed; and it
+    leaves nothing of adapters for later."""
+    D, cut, item = work.spec.width, work.sizes["tensor"], work.item
+    inner = _mlp_width(layer) / cut if recomputes(work) else 0.0
+    early = 0.0
+    if work.shards > 1 and layer.moe is None:
+        early = item * D * (layer.mlp_width + layer.heads * layer.head_dim) / cut
+    parts = _mlp_at_once(work, layer), _attention_at_once(work, layer)
+    later = min(parts) if work.lora else 0.0
+    return work.tokens * item * (inner + 2 * D + later) + early
 
 
 def _mlp_at_once(work: Work, layer: LayerSpec) -> float:
@@ -314,14 +348,15 @@ def flops(work: Work) -> Products:
     each, again = (4.0 if work.lora else 6.0), (2.0 if recomputes(work) else 0.0)
     of_layers = of_experts = 0.0
     for layer in spec.layers:
-        # What a layer's last product gives is not needed again.
-        last = spec.width * _mlp_width(layer)
+        # What a layer's last product gives is not needed again, but by a norm behind it.
+        last = spec.width * _mlp_width(layer) if layer.norms == "pre" else 0.0
         found = layer_parameters(spec, layer)
         if layer.moe is not None:
             width = layer.moe.per_token * layer.mlp_width
             experts = 3 * spec.width * width
-            of_experts += (each + again) * experts - again * spec.width * width
-            found, last = found - experts, spec.width * layer.moe.shared_width
+            of_experts += (each + again) * experts - (again * spec.width * width if last else 0.0)
+            found -= experts
+            last = spec.width * layer.moe.shared_width if last else 0.0
         of_layers += (each + again) * found - again * last
     # A head that is streamed makes its logits again in the backward pass whatever the policy.
     of_head = (each + (0.0 if loss_plan(work).at_once else 2.0)) * spec.vocab * spec.width

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jaxtune.chips import DCN_RATE, Slice
+from jaxtune.chips import DCN_RATE, HOST_RATE, Slice
 from jaxtune.planning import estimate
 from jaxtune.planning.compiling import Read
 from jaxtune.planning.estimate import Work
@@ -22,6 +22,7 @@ KEPT_SHARE = 0.5  # and what is written for the backward pass and read there
 EXCHANGE_PASSES = 14  # over activations, for each sum over `tensor`: nothing is fused across it
 STATE_PASSES = 3.5  # as long as state takes to be read and written once: norms, update, casts
 MIXTURE_PASSES = 62  # over a token's copy for each of its experts: sorted, and summed in f32
+NEARLY_FULL = 0.92  # of the memory
 LANES = 128  # numbers of a vector register's row; a head of 64 fills half of it
 
 
@@ -54,6 +55,7 @@ class Time(NamedTuple):
     network: float  # all collectives, hidden ones too
     other_slices: float  # through the data-centre network
     memory: float  # the least the memory needs: state read and written once
+    host: float = 0.0  # to the host's memory and back
 
 
 def of_compiled(read: Read, slice: Slice, per_chip: int) -> Time:
@@ -65,8 +67,9 @@ def of_compiled(read: Read, slice: Slice, per_chip: int) -> Time:
     exposed, network = read.exposed_bytes / link, read.wire_bytes / link
     far = other_slices(read.axes, slice, per_chip)
     memory = 2 * read.arguments / (chip.hbm_rate / per_chip)
-    step = max(compute + attention + exposed, network, memory) + far
-    return Time(step, compute, attention, exposed, network, far, memory)
+    host = 2 * read.host / (HOST_RATE / per_chip)  # nothing is assumed to hide it
+    step = max(compute + attention + exposed, network, memory) + far + host
+    return Time(step, compute, attention, exposed, network, far, memory, host)
 
 
 def of_estimate(work: Work, held: Mapping[str, int], slice: Slice, per_chip: int) -> Time:
@@ -76,6 +79,7 @@ def of_estimate(work: Work, held: Mapping[str, int], slice: Slice, per_chip: int
     state = 2 * (held["parameters"] + held["optimiser"]) / rate
     link, found = chip.link_rate / per_chip, estimate.sent(work)
     kept = 2 * estimate.activations(work) * work.microbatches
+    away = 2 * (estimate.offloaded(work) * work.microbatches + held["host"])
     summed = EXCHANGE_PASSES * found.exchanged / 2  # a sum is sent twice
     compute = (
         products(work, speed) / peak
@@ -86,12 +90,15 @@ def of_estimate(work: Work, held: Mapping[str, int], slice: Slice, per_chip: int
     attention = estimate.attention_flops(work) / (KERNEL_SHARE * peak)
     # Gradients, and what a layer exchanges over `tensor` or `context`, are waited for everywhere.
     waited = found.exchanged + found.rows + found.scattered + found.everywhere + found.head
-    waited = waited if speed.hides else sum(found)
+    # What is hidden lies in memory meanwhile: where that is nearly full, nothing is.
+    full = sum(estimate.memory(work, held).values()) > NEARLY_FULL * chip.hbm / per_chip
+    waited = waited if speed.hides and not full else sum(found)
     network = sum(found) / link
     exposed = max(waited / link, network - compute - attention)
     far = other_slices(estimate.wire(work), slice, per_chip)
-    step = compute + attention + exposed + far
-    return Time(step, compute, attention, exposed, network, far, state)
+    host = away / (HOST_RATE / per_chip)
+    step = compute + attention + exposed + far + host
+    return Time(step, compute, attention, exposed, network, far, state, host)
 
 
 def products(work: Work, speed: Speed) -> float:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from jaxtune.model.sampling import Sampling
 
 _BODY_SECONDS = 20.0  # for a client to send what it has announced
-_READERS = 2  # threads that make ids of prompts; the models have their own
+_READERS = 1  # threads that make ids of prompts: with two, who asked later could come earlier
 
 
 class Served(NamedTuple):

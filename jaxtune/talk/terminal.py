@@ -50,7 +50,8 @@ def converse(
     """
     room = Room(tuple(voices), settings)
     note("/help lists the commands, /quit or Ctrl-D leaves, Ctrl-C ends an answer")
-    with _line_editing(history):
+    # One that comes between two lines of this function leaves, too.
+    with _line_editing(history), contextlib.suppress(KeyboardInterrupt):
         interrupted = False  # by Ctrl-C, and nothing entered since
         while True:
             try:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
+import httpx
 import jax
 import numpy as np
 import pytest
 
-from jaxtune import convert, evaluate, train
+from jaxtune import chat, convert, evaluate, inference, train
 from jaxtune.config import Config, ConfigError, load
 from jaxtune.data.tokenizer import load_tokenizer
+from jaxtune.draw.terminal import printable
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.model import decoder
+from jaxtune.serving import start, work
 from jaxtune.tree import named
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model"
@@ -182,6 +189,33 @@ def test_a_run_a_checkpoint_and_an_adapter_are_evaluated_alike(root: Path, tuned
     assert evaluated(root / "base", root) > merged + 0.01
 
 
+@pytest.mark.parametrize("source", ["adapter", "checkpoints/4"])
+def test_adapters_beside_the_weights_answer_as_merged(root: Path, tuned: Path, source: str) -> None:
+    """And are taken away without loading anything: then the base answers."""
+    config = load(overrides={
+        "model_name_or_path": str(tuned / source), "template": TEMPLATE,
+    })  # fmt: skip
+    config = inference.resolved(config)
+    words, mesh = inference.open_words(config), inference.open_mesh(config)
+    merged, beside = (
+        inference.load_model(str(tuned / source), config, words, mesh, merge=merge)
+        for merge in (True, False)
+    )
+    prompts = [words.tokenizer.encode(f"Q: Where is {i}?\nA: ") for i in (3, 12)]
+
+    def asked(model: inference.Model) -> list[inference.Answer]:
+        return inference.answer(model, words, prompts, max_new_tokens=12)
+
+    base = inference.load_model(str(root / "base"), config, words, mesh)
+    found = asked(beside)
+    assert found == asked(merged)
+    off = beside.without_adapters()
+    assert off.params is beside.params
+    assert "lora" not in off.variables
+    assert asked(off) == asked(base)
+    assert found != asked(base)
+
+
 def test_training_goes_on_from_an_adapter(root: Path, tuned: Path, tmp_path: Path) -> None:
     config = settings(
         root, tmp_path / "on", adapter_name_or_path=str(tuned / "adapter"), max_steps=1,
@@ -229,3 +263,44 @@ def test_a_quantised_base_is_trained_beside_and_never_merged_into(
     (plain,) = losses(tmp_path / "plain")
     assert plain != quantised
     assert quantised == pytest.approx(plain, rel=0.02)
+
+
+def test_a_conversation_turns_the_adapter_off_and_on(
+    root: Path, tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On it answers as the merged model, off as the base does; nothing is loaded twice."""
+    question = "Where is 3?"
+    words = ["--template", TEMPLATE, "--max_new_tokens", "12"]
+    ask = [*words, "--prompt", question]
+    assert chat.main(["--model_name_or_path", str(tuned / "hf"), *ask]) == 0
+    merged = capsys.readouterr().out
+    tokenizer = ["--tokenizer_name", str(tuned / "adapter")]
+    assert chat.main(["--model_name_or_path", str(root / "base"), *ask]) == 0
+    base = capsys.readouterr().out
+    assert merged != base
+    typed = f"{question}\n/adapter off\n/reset\n{question}\n/adapter on\n/reset\n{question}\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    adapter = ["--model_name_or_path", str(tuned / "adapter"), *tokenizer, *words]
+    assert chat.main(adapter) == 0
+    assert capsys.readouterr().out == merged + base + merged
+
+    served: dict[str, str] = {}
+
+    async def ask_each(app: Any, names: list[str]) -> None:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            for name in names:
+                body = {"model": name, "messages": [{"role": "user", "content": question}]}
+                said = (await client.post("/v1/chat/completions", json=body, timeout=60)).json()
+                served[name] = printable(said["choices"][0]["message"]["content"]) + "\n"
+
+    def serve(app: Any, desk: work.Desk, taken: Any, models: str) -> None:
+        thread = threading.Thread(target=desk.run)
+        thread.start()
+        asyncio.run(ask_each(app, models.split(", ")))
+        desk.close()
+        thread.join()
+
+    monkeypatch.setattr(start, "serve", serve)
+    assert chat.main([*adapter, "--serve", ":0"]) == 0
+    assert served == {"base": base, "adapter": merged}

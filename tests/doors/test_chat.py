@@ -13,6 +13,7 @@ import pytest
 from jaxtune import chat, inference
 from jaxtune.config import load
 from jaxtune.data.tokenizer import load_tokenizer
+from jaxtune.draw.terminal import printable
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model"
 SAID = "Yes, you can"
@@ -63,6 +64,29 @@ def test_answers_without_an_output_file_are_json_lines(
     prompts.write_text('{"prompt": "Can I?"}\n')
     assert chat.main(["--model_name_or_path", str(parrot.folder), "--prompts", str(prompts)]) == 0
     assert json.loads(capsys.readouterr().out)["response"] == SAID
+
+
+def test_drawn_answers_repeat_with_their_seed(
+    parrot: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the answer to a prompt does not depend on what else is asked with it."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Can I?"}\n{"prompt": "Can I?"}\n{"prompt": "Or not?"}\n')
+    argv = ["--model_name_or_path", str(parrot.folder), "--max_new_tokens", "8"]
+    argv += ["--temperature", "20", "--top_k", "500", "--top_p", "0.99"]
+
+    def said(*more: str) -> list[str]:
+        assert chat.main([*argv, *more]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    file = ("--prompts", str(prompts))
+    drawn = said(*file, "--sample_seed", "3")
+    assert said(*file, "--sample_seed", "3") == drawn
+    assert said(*file, "--sample_seed", "4") != drawn
+    answers = [json.loads(line)["response"] for line in drawn]
+    assert answers[0] != answers[1]  # a second draw for the same prompt
+    alone = said("--prompt", "Can I?", "--sample_seed", "3")
+    assert "\n".join(alone) == printable(answers[0])
 
 
 def conversation(monkeypatch: pytest.MonkeyPatch, text: str, *models: Any) -> list[list[str]]:
@@ -163,6 +187,9 @@ def test_refusals(parrot: Any, tmp_path: Path, copy_without: Callable[..., Path]
     assert f"{prompts}:1: role 'me'" in of_file('{"messages": [{"role": "me", "content": "a"}]}\n')
     answered = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert "ends with an answer" in of_file(json.dumps({"messages": answered}))
+    assert "temperature" in refusal(capsys, *model, "--prompt", "Hi", "--temperature", "-1")
+    assert "top_p" in refusal(capsys, *model, "--prompt", "Hi", "--top_p", "0")
+    assert "sample_seed" in refusal(capsys, *model, "--prompt", "Hi", "--sample_seed", "-1")
     fine = '{"prompt": "Hi"}\n'
     assert "there is no folder" in of_file(fine, "--output", tmp_path / "no" / "out.jsonl")
     assert "is a folder" in of_file(fine, "--output", tmp_path)

@@ -12,7 +12,7 @@ from golden.cases import NEW_TOKENS, PROMPTS, TEXTS, WEIGHTS, write_folder
 
 from jaxtune.hf.load import HfModel, load_params, open_model
 from jaxtune.model import decoder
-from jaxtune.model.sample import generate
+from jaxtune.model.sample import Engine
 from jaxtune.ops.cross_entropy import linear_cross_entropy, logits
 from jaxtune.tree import named
 
@@ -95,18 +95,21 @@ def ours(name: str, layout: tuple[tuple[int, ...], ...]) -> Ours:
 
 
 def greedy(name: str) -> list[list[int]]:
-    """The likeliest NEW_TOKENS after each prompt, all prompts in one batch, with the cache."""
+    """The likeliest NEW_TOKENS after each prompt, with the cache: in two slots, of which one is
+    filled again and again while the other goes on."""
     model, run = _program(name)
     (params,) = run.args
-    generations = generate(
-        model.spec,
-        params,
-        [prompt.tolist() for prompt in PROMPTS],
-        max_new_tokens=NEW_TOKENS,
-        stop_ids=(),
-        dtype=jnp.float32,
-    )
-    return [generation.tokens for generation in generations]
+    engine = Engine(model.spec, {"params": params}, dtype=jnp.float32, slots=2)
+    first, second, third = PROMPTS
+    asked = [(first, NEW_TOKENS), (third, 5), (second, NEW_TOKENS), (third, NEW_TOKENS)]
+    requests = [engine.submit(prompt.tolist(), max_new_tokens=most) for prompt, most in asked]
+    found: dict[int, list[int]] = {request: [] for request in requests}
+    while engine.busy:
+        for event in engine.step():
+            found[event.request] += event.tokens
+    before, short, middle, last = found.values()
+    assert short == last[:5]
+    return [before, middle, last]
 
 
 def logits_tolerance(name: str) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -160,6 +162,17 @@ def test_the_terms_of_a_compiled_step(model: Path) -> None:
     assert timing.of_compiled(longer, slice, 1).step == pytest.approx(3.0)
     across = read._replace(axes={"data": 6.25e9})
     assert timing.of_compiled(across, parse_slice("2xv5e-8"), 1).step == pytest.approx(2.6)
+    offloaded = timing.of_compiled(read._replace(host=8 * 10**9), slice, 1)
+    assert (offloaded.host, offloaded.step) == pytest.approx((1.0, 2.6))
+
+
+def test_what_waits_in_the_memory_of_the_host_is_paid_for(model: Path) -> None:
+    full, offload = planned(model), planned(model, gradient_checkpointing="offload")
+    assert full.time is not None
+    assert offload.time is not None
+    assert full.time.host == 0
+    assert offload.time.host == pytest.approx(2 * 4 * 4 * 1024 * 2 * 128 / 16e9)
+    assert offload.time.step > full.time.step
 
 
 # -- the compiler's answer -----------------------------------------------------------------------
@@ -180,6 +193,15 @@ def test_a_program_too_large_is_an_answer() -> None:
     # A kernel's scratch memory is another matter, and a bug.
     assert compiling.too_large("RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: 20M") is None
     assert compiling.too_large("INTERNAL: (16.75G) exceeds available HBM (15.75G)") is None
+
+
+def test_the_memory_of_a_program_is_what_the_compiler_allocates() -> None:
+    parts = {
+        "argument_size_in_bytes": 100, "output_size_in_bytes": 30, "alias_size_in_bytes": 20,
+        "temp_size_in_bytes": 70, "generated_code_size_in_bytes": 5,
+    }  # fmt: skip
+    assert compiling._needed(SimpleNamespace(**parts)) == 100 + 30 - 20 + 70 + 5
+    assert compiling._needed(SimpleNamespace(**parts, total_allocation_bytes=140)) == 140
 
 
 def test_a_compiled_step_is_read_once(model: Path, tmp_path: Path) -> None:
@@ -303,6 +325,28 @@ def test_search_keeps_the_rows_of_a_step_and_leaves_out_what_cannot_fit(model: P
     fewer = search.candidates(config, subject, there._replace(limit=limit))
     assert 0 < len(fewer) < len(everything)
     assert max(each.needed for each in fewer) <= search.SLACK * limit
+
+
+def test_where_the_logits_do_not_fit_a_smaller_block_is_tried(model: Path) -> None:
+    config = load(overrides={
+        "model_name_or_path": str(model), "per_device_train_batch_size": 1, "max_length": 1024,
+    })  # fmt: skip
+    there = hardware(parse_slice("v5e-4"), compiles=False)
+    base = study(config, Subject(open_model(model, weights=False), 1024), there)
+    spec = dataclasses.replace(base.work.spec, vocab=400_000)
+    base = base._replace(work=base.work._replace(spec=spec))
+    whole = sum(estimate.memory(base.work, base.held).values())
+    assert search._smaller_block(base.work, base) is None, "it fits as it is"
+    tight = base._replace(hardware=there._replace(limit=round(0.9 * whole)))
+    block = search._smaller_block(base.work, tight)
+    assert block is not None
+    assert block < estimate.loss_plan(base.work).block
+    smaller = estimate.memory(base.work._replace(block=block), base.held)
+    assert sum(smaller.values()) <= round(0.9 * whole)
+    least = base.held["parameters"] + base.held["optimiser"]
+    assert search._smaller_block(base.work, tight._replace(
+        hardware=there._replace(limit=least)
+    )) is None, "nothing of the loss makes it fit"  # fmt: skip
 
 
 def test_slices_are_joined_along_data() -> None:

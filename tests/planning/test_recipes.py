@@ -36,8 +36,16 @@ def test_by_arithmetic_it_fits_where_its_head_says(recipe: recipes.Recipe) -> No
     assert figures(found)["mfu"] > 0.2
 
 
-def test_recipes_cover_the_models_and_the_chips() -> None:
+RENTED = {
+    *("v5e-4", "v5e-16", "v5e-64", "v5e-256"),
+    *("v6e-8", "v6e-16"),
+    *("v5p-8", "v5p-64", "v5p-128"),
+}
+
+
+def test_recipes_cover_the_models_and_the_slices() -> None:
     assert {recipe.model.name for recipe in ALL} == set(MODELS)
+    assert {recipe.topology for recipe in ALL} >= RENTED
     assert (
         {parse_slice(recipe.topology).kind for recipe in ALL} == {"v5e", "v5p", "v6e"} <= {*CHIPS}
     )

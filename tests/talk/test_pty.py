@@ -33,6 +33,11 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.ours, text.encode())
 
+    def enter(self, text: str) -> None:
+        """Types once a line is asked for: before, the terminal itself would read the keys."""
+        self.until("> ")
+        self.type(text)
+
     def until(self, text: str, seconds: float = 60) -> str:
         """What was shown from the last such call up to `text`."""
         end = time.monotonic() + seconds
@@ -46,6 +51,19 @@ class Terminal:
             self.shown += got.decode("utf-8", "replace")
         before, _, self.shown = self.shown.partition(text)
         return before + text
+
+    def ctrl_c_until(self, text: str) -> None:
+        """Again after a while: one that comes just before Python waits for a line is seen when the
+        next key is pressed."""
+        for _ in range(20):
+            self.type("\x03")
+            try:
+                self.until(text, seconds=3)
+                return
+            except AssertionError:
+                if self.process.poll() is not None:
+                    raise
+        raise AssertionError(f"{text!r} did not come")
 
     def left(self) -> int:
         self.until("left")
@@ -69,80 +87,73 @@ def terminal() -> Iterator[Callable[..., Terminal]]:
 
 def test_a_conversation(terminal: Callable[..., Terminal], tmp_path: Path) -> None:
     here = terminal(str(SLOW))
-    here.until("> ")
-    here.type("hello\r")
+    here.enter("hello\r")
     assert "hello (1 messages)" in here.until("messages)")
-    here.type("one\\\rtwo\r")
-    here.until("| ")
+    here.enter("one\\\rtwo\r")
     assert "one\r\ntwo (3 messages)" in here.until("messages)")
-    here.type('"""\r/quit\r"""\r')
+    here.enter('"""\r/quit\r"""\r')
     assert "/quit (5 messages)" in here.until("messages)")
-    here.type("/undoo\r")
+    here.enter("/undoo\r")
     assert "no command '/undoo'. Did you mean '/undo'?" in here.until("typed //.")
-    here.type("/und\t\r")  # completed
+    here.enter("/und\t\r")  # completed
     assert "2 before it stay" in here.until("stay")
-    here.type("hello\x1b[D\x1b[D\x7fL\r")  # two to the left, the letter before is gone
+    here.enter("hello\x1b[D\x1b[D\x7fL\r")  # two to the left, the letter before is gone
     assert "heLlo (5 messages)" in here.until("messages)")
-    here.type("\x1b[A\r")  # the line before
+    here.enter("\x1b[A\r")  # the line before
     assert "heLlo (7 messages)" in here.until("messages)")
-    here.type("\x04")
+    here.enter("\x04")
     assert here.left() == 0
     assert not list(tmp_path.iterdir())
 
 
 def test_what_a_model_says_does_not_steer(terminal: Callable[..., Terminal]) -> None:
     here = terminal(str(SLOW))
-    here.until("> ")
-    here.type("steer\r")
+    here.enter("steer\r")
     shown = here.until("messages)")
     assert "\u241b[2J\u241b]0;mine\u2407\u240dgone<U+202E>\ufffd31m" in shown
     assert "\x1b[2J" not in shown
     assert "\x1b]" not in shown
     assert "\x9b" not in shown
-    here.type("/quit\r")
+    here.enter("/quit\r")
     assert here.left() == 0
 
 
 def test_ctrl_c_ends_an_answer_and_twice_leaves(terminal: Callable[..., Terminal]) -> None:
     here = terminal(str(SLOW))
-    here.until("> ")
-    here.type("a_" * 500 + "\r")
+    here.enter("a_" * 500 + "\r")
     here.until("aaaa")
     here.type("\x03")
     assert "messages)" not in here.until("ended; Ctrl-C once more leaves")
-    here.type("next\r")  # it goes on, and remembers what was said until then
+    here.enter("next\r")  # it goes on, and remembers what was said until then
     assert "next (3 messages)" in here.until("messages)")
-    here.type("half a line\x03")
+    here.enter("half a line\x03")
     here.until("Ctrl-C once more leaves")
-    here.type("whole\r")
+    here.enter("whole\r")
     assert "whole (5 messages)" in here.until("messages)")
     here.type("\x03")
     here.until("Ctrl-C once more leaves")
-    here.type("\x03")
-    assert here.left() == 0
+    here.ctrl_c_until("left")
+    assert here.process.wait(timeout=20) == 0
 
 
 def test_ctrl_c_twice_in_an_answer_leaves(terminal: Callable[..., Terminal]) -> None:
     here = terminal(str(SLOW))
-    here.until("> ")
-    here.type("b_" * 500 + "\r")
+    here.enter("b_" * 500 + "\r")
     here.until("bbbb")
     here.type("\x03")
     here.until("ended; Ctrl-C once more leaves")
-    here.type("\x03")
-    assert here.left() == 0
+    here.ctrl_c_until("left")
+    assert here.process.wait(timeout=20) == 0
 
 
 def test_a_history_file_when_asked_for(terminal: Callable[..., Terminal], tmp_path: Path) -> None:
     file = tmp_path / "history"
     here = terminal(str(SLOW), str(file))
-    here.until("> ")
-    here.type("remember me\r")
+    here.enter("remember me\r")
     here.until("messages)")
-    here.type("\x04")
+    here.enter("\x04")
     assert here.left() == 0
     assert "remember me" in file.read_text()
     here = terminal(str(SLOW), str(file))
-    here.until("> ")
-    here.type("\x1b[A\r")
+    here.enter("\x1b[A\r")
     assert "remember me (1 messages)" in here.until("messages)")

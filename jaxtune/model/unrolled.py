@@ -1,0 +1,61 @@
+"""A model with every layer in a stack of its own: the same numbers in other leaves.
+
+XLA for CPU copies a layer's weights out of their stack before it multiplies with them. Where a step
+is one token, reading weights is all there is to do, and that makes three readings of one: so on a
+CPU what is asked is asked layer by layer. It costs the compiler time for every layer; TPUs and GPUs
+read a stack where it lies.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from jaxtune.spec import ModelSpec, Stack
+from jaxtune.tree import named, unnamed
+
+Variables = Mapping[str, Any]  # collection -> stack_{i} -> ..., leaves [L ...]
+
+
+def unrolled(
+    spec: ModelSpec, variables: Variables, *, platform: str, consume: bool = False
+) -> tuple[ModelSpec, Variables]:
+    """`spec` and its `variables` for a model that is asked on `platform`.
+
+    `consume` deletes each stacked leaf as soon as its layers are there. What is already layer by
+    layer, or not for a CPU, comes back as it is.
+    """
+    if platform != "cpu" or all(stack.repeats == 1 for stack in spec.stacks):
+        return spec, variables
+    found: dict[str, dict[str, Any]] = {}
+    for name, collection in variables.items():
+        found[name] = {key: tree for key, tree in collection.items() if key[:6] != "stack_"}
+        at = 0
+        for i, stack in enumerate(spec.stacks):
+            if f"stack_{i}" in collection:
+                layers = _layers(collection[f"stack_{i}"], stack.repeats, consume)
+                found[name] |= {f"stack_{at + r}": layer for r, layer in enumerate(layers)}
+            at += stack.repeats
+    stacks = [Stack(stack.pattern, 1) for stack in spec.stacks for _ in range(stack.repeats)]
+    return replace(spec, stacks=tuple(stacks)), found
+
+
+def _layers(tree: Any, repeats: int, consume: bool) -> list[Any]:
+    if repeats == 1:
+        return [tree]
+    parts = {}
+    for name, leaf in named(tree).items():
+        parts[name] = _split(leaf, repeats)
+        if consume:
+            jax.block_until_ready(parts[name])
+            leaf.delete()
+    return [unnamed({name: part[r] for name, part in parts.items()}) for r in range(repeats)]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _split(leaf: jax.Array, repeats: int) -> tuple[jax.Array, ...]:
+    return tuple(leaf[r : r + 1] for r in range(repeats))

@@ -1,0 +1,141 @@
+"""Answers in words: stop strings wherever tokens begin and end, many requests at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxtune import inference
+from jaxtune.config import ConfigError, DataError, load
+from jaxtune.data.schema import Conversation, Message
+from jaxtune.data.tokenizer import load_tokenizer
+from jaxtune.inference import Answer, Answering, answer, load_model, prompt_ids, stream
+from jaxtune.model.sampling import Sampling
+
+TOKENIZER = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model"
+SAID = "Yes, you can"
+
+
+@pytest.fixture(scope="module")
+def asked(parrot: Any) -> Any:
+    """The parrot with its words, and the ids of a prompt."""
+    config = load(overrides={"model_name_or_path": str(parrot.folder)})
+    words = inference.open_words(config)
+    model = load_model(str(parrot.folder), config, words, inference.open_mesh(config))
+    return model, words, prompt_ids(model, words, Conversation((Message("user", "Can I?"),)))
+
+
+def test_text_in_any_pieces_ends_before_the_first_stop_string() -> None:
+    """Against the definition: the whole text, cut; for any tokens, pieces of them and strings."""
+    tokenizer = load_tokenizer(str(TOKENIZER))
+    text = "Please return né 12 € 日本: Please, please return\nEND"
+    ids = tokenizer.encode(text)
+    rng = np.random.default_rng(0)
+    cuts = 0
+    for _ in range(300):
+        starts = rng.integers(0, len(text), size=rng.integers(0, 4))
+        stop = [text[at : at + rng.integers(1, 12)] for at in starts]
+        first = min((at for each in stop if (at := text.find(each)) >= 0), default=None)
+        expected = text[:first]
+        made = len(ids)
+        if first is not None:
+            cuts += 1
+            made = next(
+                n for n in range(1, len(ids) + 1)
+                if any(each in tokenizer.decode(ids[:n]) for each in stop)
+            )  # fmt: skip
+            # What the string that came first in tokens leaves.
+            expected = tokenizer.decode(ids[:made])
+            expected = expected[: min(at for s in stop if (at := expected.find(s)) >= 0)]
+        found, said, shown, at = None, inference._Text(tokenizer, tuple(stop)), "", 0
+        while found is None:
+            size = int(rng.integers(1, 6))
+            piece, found = said.add(
+                ids[at : at + size], "length" if at + size >= len(ids) else None
+            )
+            at += size
+            shown += piece
+            assert expected.startswith(shown)
+        assert found == Answer(expected, first is not None, made)
+        assert shown == expected
+    assert 100 < cuts < 300
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        (["you"], "Yes, "),
+        (["s, y"], "Ye"),  # begins and ends inside of tokens
+        (["can", "Yes, you can't", ","], "Yes"),
+        (["You", "cans"], SAID),
+        (["Y"], ""),
+    ],
+)
+def test_answers_and_streams_end_before_a_stop_string(
+    asked: Any, stop: list[str], text: str
+) -> None:
+    model, words, prompt = asked
+    (found,) = answer(model, words, [prompt], max_new_tokens=20, stop=stop)
+    assert (found.text, found.stopped) == (text, True)
+    assert found.tokens <= len(words.tokenizer.encode(SAID))
+    pieces = stream(model, words, [Message("user", "Can I?")], max_new_tokens=20, stop=stop)
+    ended = []
+
+    def shown() -> Iterator[str]:
+        ended.append((yield from pieces))
+
+    seen = list(itertools.accumulate(shown(), initial=""))
+    assert all(text.startswith(part) for part in seen)
+    assert (seen[-1], ended) == (text, [found])
+
+
+def test_many_requests_at_a_time(asked: Any) -> None:
+    """More than slots, with settings of their own; one is cancelled, the others do not notice."""
+    model, words, prompt = asked
+    desk = Answering(model, words, slots=2)
+    settings: list[dict[str, Any]] = [
+        {"max_new_tokens": 20},
+        {"max_new_tokens": 2},
+        {"max_new_tokens": 20, "stop": ["can"]},
+        {"max_new_tokens": 8, "sampling": Sampling(50.0, seed=1)},  # hot enough to say anything
+        {"max_new_tokens": 20},
+    ]
+    requests = [desk.ask(prompt, **each) for each in settings]
+    assert desk.waiting == len(requests)
+    desk.cancel(requests[4])
+    found: dict[int, Answer] = {}
+    texts = dict.fromkeys(requests, "")
+    while desk.busy:
+        for piece in desk.step():
+            texts[piece.request] += piece.text
+            if piece.answer is not None:
+                found[piece.request] = piece.answer
+    assert list(found) == sorted(found, key=list(found).index)
+    assert set(found) == set(requests[:4])
+    assert {request: each.text for request, each in found.items()} == {
+        request: texts[request] for request in requests[:4]
+    }
+    assert found[requests[0]].text == SAID
+    assert found[requests[1]] == Answer(words.tokenizer.decode(
+        words.tokenizer.encode(f"\n{SAID}")[1:3]), False, 2)  # fmt: skip
+    assert found[requests[2]].text == "Yes, you "
+    assert found[requests[3]].text != SAID
+    again = Answering(model, words, slots=1)
+    again.ask(prompt, **settings[3])
+    pieces = [piece for _ in range(20) for piece in again.step(1)]
+    assert pieces[-1].answer == found[requests[3]]
+
+
+def test_refusals(asked: Any) -> None:
+    model, words, prompt = asked
+    with pytest.raises(ConfigError, match="stop: has an empty string, which every answer begins"):
+        answer(model, words, [prompt], max_new_tokens=1, stop=[""])
+    desk = Answering(model, words, max_length=len(prompt))
+    with pytest.raises(DataError, match=f"has {len(prompt)} tokens; here are {len(prompt)} posit"):
+        desk.ask(prompt, max_new_tokens=1)
+    assert answer(model, words, [], max_new_tokens=1) == []
