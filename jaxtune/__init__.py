@@ -17,7 +17,8 @@ The floor plan; imports only go down, siblings never import each other (`tests/t
              scoring  judge             what answers are worth | another model, asked which
     floor 0  config  command  spec  tree    a config read | argv and exits | what a model is | names
              knobs  aliases  methods        what can be set | elsewhere called | and follows from it
-             untrusted  hub             strangers' files, read with limits | models by their id
+             untrusted  hub  stores     strangers' files, read with limits | models by their id |
+                                        objects at gs:// and s3:// URLs
 
 Importing this package imports nothing heavy.
 """

@@ -22,8 +22,10 @@ import pydantic
 import yaml
 from pydantic.fields import FieldInfo
 
+from jaxtune import stores
 from jaxtune.config import (
     ALIASES,
+    YAML_FAILS,
     Config,
     ConfigError,
     Diverged,
@@ -33,6 +35,7 @@ from jaxtune.config import (
     nearest,
     parse_model,
 )
+from jaxtune.untrusted import shown
 
 BUG = 1
 BAD_INPUT = 2
@@ -154,9 +157,18 @@ def parse(argv: Sequence[str], door: str, description: str, options: type[O]) ->
             raise ConfigError(f"{name.upper()} is missing. Usage: {usage} [--flags]")
     chosen.update({name: given.pop(name) for name in own if name in given})
     path = given.pop("config", None)
+    if path is not None and stores.is_url(path):
+        path = str(stores.cached([_object(path)]) / stores.name_of(path))
     # Names go on as they were typed: `load` translates aliases and their values, in one place.
     config = load(path, {typed.get(name, name): value for name, value in given.items()}, note=note)
     return config, parse_model(options, chosen, where="flags")
+
+
+def _object(url: str) -> stores.Item:
+    found = stores.find(url)
+    if found is None:
+        raise ConfigError(f"{url}: cannot read the config: there is no such object.")
+    return found
 
 
 def _split(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str], dict[str, str]]:
@@ -252,6 +264,6 @@ def _value(name: str, values: list[str], field: FieldInfo | None) -> Any:
     if "tuple[" in text or "dict[" in text:
         try:
             return yaml.safe_load(values[0])
-        except yaml.YAMLError:
-            raise ConfigError(f"flags: --{name}: not valid YAML: {values[0]}") from None
+        except (yaml.YAMLError, *YAML_FAILS):
+            raise ConfigError(f"flags: --{name}: not valid YAML: {shown(values[0])}") from None
     return None if values[0].lower() in ("none", "null") and "None" in text else values[0]

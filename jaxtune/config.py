@@ -151,6 +151,10 @@ def _nearest_in(model: type[pydantic.BaseModel], loc: tuple[int | str, ...]) -> 
     return nearest(str(loc[-1]), list(owner.model_fields))
 
 
+# What its reader raises besides its own errors: of depth, dates, numbers and tags that do not fit.
+YAML_FAILS = (RecursionError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
+
+
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -161,6 +165,9 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not text"
         raise ConfigError(f"{path}{line}: not valid YAML: {problem}.") from None
+    except YAML_FAILS as error:
+        problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ConfigError(f"{path}: not valid YAML: {problem}.") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -9,15 +9,16 @@ its base. `--merge_lora false` writes adapters as a PEFT folder. Flags overrule 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import command
+from jaxtune import command, stores
 from jaxtune.command import note
 from jaxtune.config import Config, ConfigError, dump, shard_bytes
 
@@ -53,12 +54,35 @@ class Result(NamedTuple):
 
 def run(config: Config, options: ConvertOptions) -> Result:
     """Raises `ConfigError` and `ModelError`; what stood in `out_dir` before stays on failure."""
+    from jaxtune.weights import checkpoint_of, fetched
+
+    given = fetched(options.run_or_checkpoint, options.step)
+    options = options.model_copy(update={"run_or_checkpoint": given})
+    source, step = checkpoint_of(Path(options.run_or_checkpoint), options.step)
+    with _made_for(options.out_dir) as out:
+        return _convert(config, options, source, step, out)
+
+
+@contextlib.contextmanager
+def _made_for(out_dir: str) -> Iterator[Path]:
+    """The folder to write; for the URL of a store one here, which is put there at the end."""
+    if not stores.is_url(out_dir):
+        yield Path(out_dir)
+        return
+    from jaxtune.learn.mirror import put_export, staging
+
+    place = staging(out_dir)
+    yield place
+    put_export(place, out_dir)
+    note(f"put: {out_dir}, compared with {place}")
+
+
+def _convert(
+    config: Config, options: ConvertOptions, source: Path, step: int | None, out: Path
+) -> Result:
     from jaxtune.hf.adapter_write import WrittenAdapter
     from jaxtune.hf.folders import is_adapter
-    from jaxtune.weights import checkpoint_of
 
-    source, step = checkpoint_of(Path(options.run_or_checkpoint), options.step)
-    out = Path(options.out_dir)
     if (source / "checkpoints").is_dir():
         exported, step = _export_run(source, step, out, config, options.merge_lora)
     elif step is None and is_adapter(options.run_or_checkpoint):

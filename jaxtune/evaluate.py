@@ -99,6 +99,8 @@ def run(config: Config, options: EvaluateOptions | None = None) -> Result:
     watch.join(config.hosts)
     if options.generate and hosts.count() > 1:
         raise ConfigError("generate: answers are made on one host. Evaluate there, or without it.")
+    if options.harness and hosts.count() > 1:
+        raise ConfigError("harness: runs on one host. Evaluate there, or without it.")
     with watch.Watch(hang_seconds=0):
         return _run(config, options)
 
@@ -114,10 +116,13 @@ def _run(config: Config, options: EvaluateOptions) -> Result:
     from jaxtune.inference import check_base, load_model, open_mesh, open_words, resolved
     from jaxtune.model.sampling import Sampling
     from jaxtune.scoring.intervals import Bootstrap
+    from jaxtune.weights import fetched
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, seed=config.seed)
     judge = _open_judge(options)
     config = resolved(config)
+    if options.base is not None and "/checkpoints/" in options.base:
+        options = options.model_copy(update={"base": fetched(options.base)})
     words = open_words(config)
     if options.base is not None:
         check_base(options.base, words)

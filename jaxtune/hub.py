@@ -1,6 +1,7 @@
 """The Hugging Face hub: the files of a model, by its id, in the local cache.
 
-The one place that downloads models and tokenizers. huggingface_hub keeps the cache, resumes a
+The one place that downloads models and tokenizers; those at a URL of a store through `stores`.
+huggingface_hub keeps the cache, resumes a
 connection that was cut and knows the token; what is added here is that an answer comes in seconds
 when there is no network, and that what went wrong is said to a person. Never a pickle, never code:
 the caller names the files it reads.
@@ -12,7 +13,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxtune.config import ModelError
+from jaxtune import stores
+from jaxtune.config import ConfigError, ModelError
 from jaxtune.untrusted import reason
 
 ANSWER_SECONDS = 5.0  # the hub's first answer; a route that drops packets would hang for minutes
@@ -24,11 +26,16 @@ def is_id(name: str) -> bool:
 
 
 def download(name: str, *, revision: str | None, patterns: Sequence[str]) -> Path:
-    """The folder with the files of hub model `name` that match `patterns`, none from subfolders.
+    """The folder with the files of hub model `name`, or of the folder at that URL, that match
+    `patterns`, none from subfolders.
 
     What lies in the cache is not fetched again, and serves alone when the hub does not answer.
     Raises `ModelError` for what is no id, unknown, gated, without `revision`, or not reachable.
     """
+    if stores.is_url(name):
+        if revision is not None:
+            raise ConfigError(f"revision: {name} is not on the hub. Unset it.")
+        return stores.download(name, patterns)
     absent = f"{name}: no such folder"
     if not is_id(name):
         raise ModelError(f"{absent}, and not a hub id (owner/name).")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jaxtune import stores
 from jaxtune.command import note
 from jaxtune.config import Config, ConfigError
 
@@ -89,11 +90,14 @@ def resolved(config: Config) -> Config:
     the tokenizer that lies beside it, or its base's. Flags stand above both."""
     from jaxtune.hf.adapter_read import open_adapter
     from jaxtune.hf.folders import is_adapter
-    from jaxtune.weights import checkpoint_of, is_checkpoint, run_config
+    from jaxtune.weights import checkpoint_of, fetched, is_checkpoint, run_config
 
     name = config.model_name_or_path
     if name is None:
         return config
+    if "/checkpoints/" in name:
+        name = fetched(name)
+        config = config.model_copy(update={"model_name_or_path": name})
     if is_checkpoint(name):
         own = run_config(checkpoint_of(Path(name))[0], Config())
         tokenizer = own.tokenizer_name or own.model_name_or_path
@@ -439,6 +443,8 @@ def _begins(stop: Sequence[str], end: str) -> bool:
 def _has_weights(name: str) -> bool:
     from jaxtune.hf.load import open_model
 
+    if stores.is_url(name):
+        return any(item.url.endswith(".safetensors") for item in stores.listed(name))
     if not Path(name).expanduser().exists():  # a hub id
         return True
     return any(open_model(name, weights=False).folder.glob("*.safetensors"))

@@ -433,7 +433,10 @@ class Config(_Strict):
         (), description="answered greedily at every evaluation, into OUT/samples.jsonl"
     )
     export: bool = Field(True, description="write OUT/hf when training ends")
-    output_dir: str | None = Field(None, description="the run directory; made if missing")
+    output_dir: str | None = Field(
+        None,
+        description="the run directory, made if missing; also a gs:// or s3:// URL, on one host",
+    )
 
     @pydantic.model_validator(mode="before")
     @classmethod

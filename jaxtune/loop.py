@@ -141,7 +141,7 @@ class Loop:
                     self.checkpoints.wait()
                     raise Stopped(
                         f"stopped by {asking} after step {done}, which is saved in "
-                        f"{self.checkpoints.folder}. The same command goes on from there."
+                        f"{self.checkpoints.where}. The same command goes on from there."
                     )
         if done < end:
             note(

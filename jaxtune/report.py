@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import command
+from jaxtune import command, stores
 from jaxtune.command import note
 from jaxtune.config import Config, ConfigError, DataError, ModelError
 from jaxtune.reporting.write import EXAMPLES, NAME
@@ -60,9 +60,10 @@ def run(config: Config, options: ReportOptions) -> Result:
     """Raises `ConfigError` and `DataError`; data that cannot be read is said on the page."""
     from jaxtune.reporting.files import read_evaluation, read_run
     from jaxtune.reporting.write import write_card, write_page
+    from jaxtune.weights import fetched
 
     # 1. The run, and what it is asked to be shown with.
-    files = read_run(Path(options.run_dir))
+    files = read_run(Path(fetched(options.run_dir, checkpoint=False)))
     evaluations = [(Path(name).name, read_evaluation(Path(name))) for name in options.evaluation]
     if options.card and not evaluations:
         raise ConfigError("card: there is no evaluation to put there. Give --evaluation FILE.json.")
@@ -86,6 +87,12 @@ def run(config: Config, options: ReportOptions) -> Result:
         card = files.folder / "hf" / "README.md"
         write_card(card, evaluations[-1][1])
         note(f"written: {card}")
+    if stores.is_url(options.run_dir):
+        page_there = page if options.html is None else None
+        for written in filter(None, (page_there, picture, card)):
+            there = written.relative_to(files.folder).parts
+            stores.put(written, stores.join(options.run_dir, *there))
+            note(f"put: {stores.join(options.run_dir, *there)}")
     return Result(page, picture, card)
 
 

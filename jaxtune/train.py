@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import assemble, command, hosts, watch
+from jaxtune import assemble, command, hosts, stores, watch
 from jaxtune.command import note
 from jaxtune.config import Config, ConfigError, HostsConfig, dump, shard_bytes
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from jaxtune.data.tokenizer import Tokenizer
     from jaxtune.hf.load import HfModel
     from jaxtune.learn.checkpoint import Checkpoints
+    from jaxtune.learn.mirror import Mirror
     from jaxtune.learn.partial import Part
     from jaxtune.learn.program import Program
     from jaxtune.learn.state import TrainState
@@ -77,14 +78,28 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     refuse_adapter(model_name)
     assemble.set_compiler_flags()
     watch.join(config.hosts)
-    _claim(run_dir)
+    mirror = _claim(config, run_dir)
+    if mirror is None:
+        return _watched(config, options, model_name, run_dir, None)
+    with contextlib.closing(mirror):
+        return _watched(config, options, model_name, run_dir, mirror)
+
+
+def _watched(
+    config: Config, options: TrainOptions, model_name: str, run_dir: Path, mirror: Mirror | None
+) -> Result:
     limit = config.hang_timeout_seconds
     with watch.Watch(hang_seconds=limit, folder=run_dir) as watching:
-        return _run(config, options, model_name, run_dir, watching)
+        return _run(config, options, model_name, run_dir, mirror, watching)
 
 
 def _run(
-    config: Config, options: TrainOptions, model_name: str, run_dir: Path, watching: watch.Watch
+    config: Config,
+    options: TrainOptions,
+    model_name: str,
+    run_dir: Path,
+    mirror: Mirror | None,
+    watching: watch.Watch,
 ) -> Result:
     # How this run was launched is not what it is: its config can be used again anywhere.
     config = config.model_copy(update={"hosts": HostsConfig()})
@@ -129,7 +144,7 @@ def _run(
     assemble.keep_compiled(config.compilation_cache_dir)
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
         hosts.check_shared(run_dir)
-        checkpoints = Checkpoints(run_dir, keep=config.save_total_limit)
+        checkpoints = Checkpoints(run_dir, keep=config.save_total_limit, mirror=mirror)
         closing.callback(checkpoints.close)
         start = _where_to_begin(
             config,
@@ -206,6 +221,8 @@ def _run(
                 model_dir = _export(config, run_dir, model, variables, material, report, loop.last)
     if hosts.is_first():
         _draw_report(config, run_dir, material, report)
+    if mirror is not None:
+        mirror.finish()
     return Result(run_dir, model_dir, done, loop.last, adapter_dir)
 
 
@@ -227,11 +244,28 @@ def _required(config: Config) -> tuple[str, Path]:
             )
     assert config.model_name_or_path is not None
     assert config.output_dir is not None
-    return config.model_name_or_path, Path(config.output_dir)
+    if not stores.is_url(config.output_dir):
+        return config.model_name_or_path, Path(config.output_dir)
+    from jaxtune.learn.mirror import staging
+
+    return config.model_name_or_path, staging(config.output_dir)
 
 
-def _claim(run_dir: Path) -> None:
-    """Makes the run directory and proves that it can be written, before anything is paid for."""
+def _claim(config: Config, run_dir: Path) -> Mirror | None:
+    """Makes the run directory and proves that it can be written, before anything is paid for; the
+    copy in the store, where it lies in one."""
+    url = str(config.output_dir)
+    mirror = None
+    if stores.is_url(url):
+        from jaxtune.learn.mirror import Mirror
+
+        if hosts.count() > 1:
+            raise ConfigError(
+                f"output_dir {url}: a run of {hosts.count()} hosts needs a folder that all of them "
+                "see. Mount the bucket (gcsfuse, mount-s3; tpu_scripts/setup.sh --bucket does it) "
+                "and give its path."
+            )
+        mirror = Mirror(url, run_dir, note)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / f".writable-{hosts.index()}"
@@ -241,6 +275,10 @@ def _claim(run_dir: Path) -> None:
         raise ConfigError(
             f"output_dir {run_dir}: cannot be written: {error.strerror}. Choose another."
         ) from None
+    if mirror is not None:
+        mirror.claim()
+        note(f"output_dir: {url}, by way of {run_dir}")
+    return mirror
 
 
 def _open_data(config: Config, model_name: str) -> Material:

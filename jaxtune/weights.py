@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jaxtune import stores
 from jaxtune.config import Config, ConfigError, load
 
 if TYPE_CHECKING:
@@ -265,6 +266,24 @@ class Restored(NamedTuple):
     trained: Any
     lora: Lora | None
     step: int
+
+
+def fetched(name: str, step: int | None = None, *, checkpoint: bool = True) -> str:
+    """A run in a store, or one of its checkpoints, as a folder here; any other name as it is.
+
+    A model's folder in a store is another name: what opens it fetches it.
+    """
+    if not stores.is_url(name):
+        return name
+    from jaxtune.learn.mirror import fetch_run
+
+    run, _, number = name.rstrip("/").rpartition("/checkpoints/")
+    if run and number.isdigit():
+        _, step = checkpoint_of(Path("checkpoints", number), step)
+        return str(fetch_run(run, step=step) / "checkpoints" / number)
+    if not stores.find(stores.join(name, "config.yaml")):
+        return name
+    return str(fetch_run(name, step=step, checkpoint=checkpoint))
 
 
 def checkpoint_of(source: Path, step: int | None = None) -> tuple[Path, int | None]:

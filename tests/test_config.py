@@ -251,6 +251,7 @@ def test_flags_reach_every_field() -> None:
         (("D", "--max_length", "3", "4"), "--max_length takes one value"),
         (("D", "--lr", "1", "--learning_rate", "2"), "both set learning_rate"),
         (("D", "--datasets", "[{"), "not valid YAML"),
+        (("D", "--datasets", "[" * 50_000), "not valid YAML"),
         (("D", "--json", "perhaps"), "json: Input should be a valid boolean"),
     ],
 )
@@ -284,3 +285,18 @@ def test_the_learning_rate_of_adapters_is_another_and_said(tmp_path: Path, text:
     assert any("learning_rate: 0.0002, the default with adamw and LoRA" in line for line in said)
     file.write_text(f"{text}\nlearning_rate: 1e-5")
     assert load(file).learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora: " + "[" * 50_000, "not valid YAML: nested too deeply"),
+        ("seed: 2026-99-99\n", "not valid YAML: month must be in"),
+        ("seed: !!timestamp x\n", "not valid YAML: 'NoneType' object"),
+        ("seed: !!int ''\n", "not valid YAML: string index out of range"),
+    ],
+)
+def test_yaml_that_its_reader_fails_on(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "odd.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path / "odd.yaml")

@@ -22,13 +22,14 @@ ROOMS: dict[str, set[str]] = {
     "spec": set(),
     "chips": {"config"},
     "compiled": set(),
-    "command": {"config"},
+    "command": {"config", "stores", "untrusted"},
     "tree": {"config"},
     "untrusted": {"config"},
-    "hub": {"config", "untrusted"},
+    "stores": {"config", "untrusted"},
+    "hub": {"config", "untrusted", "stores"},
     "mesh": {"config", "tree"},
     "collectives": {"mesh", "tree"},
-    "data": {"config", "untrusted", "hub"},
+    "data": {"config", "untrusted", "hub", "stores"},
     "draw": {"config"},
     "scoring": set(),
     "judge": {"config"},
@@ -36,9 +37,14 @@ ROOMS: dict[str, set[str]] = {
     "model": {"config", "spec", "tree", "mesh", "collectives", "ops"},
     "hosts": {"config"},
     "watch": {"config", "command", "hosts"},
-    "learn": {"config", "hosts", "chips", "spec", "tree", "mesh", "collectives", "ops", "model"},
-    "hf": {"config", "untrusted", "hub", "spec", "tree", "mesh", "model"},
-    "weights": {"config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf"},
+    "learn": {
+        *("config", "hosts", "chips", "spec", "tree", "mesh", "collectives", "ops", "model"),
+        "stores",
+    },
+    "hf": {"config", "untrusted", "hub", "stores", "spec", "tree", "mesh", "model"},
+    "weights": {
+        *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "stores")
+    },
     "assemble": {"config", "chips", "data", "spec", "mesh", "model", "learn", "hf", "weights"},
     "planning": {
         *("config", "chips", "compiled", "assemble", "spec", "tree", "mesh", "data", "model"),
@@ -61,7 +67,8 @@ ROOMS: dict[str, set[str]] = {
     "talk": {"config", "command", "data", "draw", "model", "inference"},
     "serving": {"config", "command", "data", "draw", "model", "inference", "weights"},
     "inference": {
-        *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "weights")
+        *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "weights"),
+        "stores",
     },
 }
 DOORS = {"train", "preview", "plan", "convert", "evaluate", "chat", "report"}
@@ -75,6 +82,7 @@ BANNED = {
     "spec": {"jax", "flax", "numpy", "transformers"},
     "untrusted": {"jax", "flax", "numpy", "transformers"},
     "hub": {"jax", "flax", "numpy", "transformers", "torch"},
+    "stores": {"jax", "flax", "numpy", "transformers", "torch"},
     "data": {"jax", "flax", "optax", "orbax", "torch"},
     "draw": {"jax", "flax", "torch"},
     "scoring": {"jax", "flax", "transformers", "torch"},

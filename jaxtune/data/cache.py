@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxtune.stores import default_folder as default_folder
+
 # name -> element type; all 1-D
 ARRAYS: dict[str, np.dtype[Any]] = {
     "ids": np.dtype(np.int32),  # every example's tokens, one after the other
@@ -40,11 +42,6 @@ class Stored(NamedTuple):
 
     arrays: dict[str, NDArray[Any]]
     summary: dict[str, Any]
-
-
-def default_folder() -> Path:
-    """JAXTUNE_CACHE, else ~/.cache/jaxtune."""
-    return Path(os.environ.get("JAXTUNE_CACHE") or Path.home() / ".cache" / "jaxtune")
 
 
 def code_version() -> str:

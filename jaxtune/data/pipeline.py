@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -387,16 +387,33 @@ class Batches:
         return pack.fill(self.examples(step)[low:high], self.dataset.example, self.row_length)
 
 
-def eval_batches(dataset: Dataset, batch_size: int, *, packing: bool = False) -> Iterator[Batch]:
+class EvalBatch(NamedTuple):
+    """A batch [batch_size length] of an evaluation. `rows(low, high)` makes some of its rows, so
+    that each host makes its own; `trained` of all its targets carry weight.
+    """
+
+    rows: Callable[[int, int], Batch]
+    batch_size: int
+    length: int
+    trained: int
+
+
+def eval_batches(
+    dataset: Dataset, batch_size: int, *, packing: bool = False
+) -> Iterator[EvalBatch]:
     """Every example once, in order; all of one shape, the last one filled up with empty rows."""
-    for batch, _ in eval_rows(dataset, batch_size, packing=packing):
-        yield batch
+    batches = Batches(dataset, batch_size=batch_size, seed=0, packing=packing, order="file")
+    for step in range(batches.steps_per_epoch):
+        numbers = np.array([n for row in batches.examples(step) for n in row], np.int64)
+        trained = int(dataset.trained_counts[numbers].sum())
+        rows = functools.partial(batches.batch_rows, step)
+        yield EvalBatch(rows, batch_size, batches.row_length, trained)
 
 
 def eval_rows(
     dataset: Dataset, batch_size: int, *, packing: bool = False
 ) -> Iterator[tuple[Batch, list[list[int]]]]:
-    """`eval_batches`, each with the numbers of the examples in its rows."""
+    """The same batches, whole, each with the numbers of the examples in its rows."""
     batches = Batches(dataset, batch_size=batch_size, seed=0, packing=packing, order="file")
     for step in range(batches.steps_per_epoch):
         yield batches.batch(step), batches.examples(step)

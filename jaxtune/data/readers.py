@@ -325,8 +325,9 @@ def _arrow_errors(file: File, kind: str) -> Iterator[None]:
     arrow = importlib.import_module("pyarrow")
     try:
         yield
-    except arrow.ArrowException as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    # Values that Python cannot hold (text that is not UTF-8, dates beyond its years) are the rest.
+    except (arrow.ArrowException, ValueError, ArithmeticError, LookupError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DataError(f"{file.name}: not a readable {kind} file: {reason}.") from None
 
 

@@ -1,8 +1,9 @@
 """What a dataset's `path` names -> files -> records. Knows folders and the hub; no record's sense.
 
-A path is a file, a glob, a folder, a folder that the `datasets` library has saved, or the id of a
-dataset on the Hugging Face hub. Of the hub's datasets, that library only says which files hold a
-split; they are read here like any other file, so JSON stays JSON.
+A path is a file, a glob, a folder, a folder that the `datasets` library has saved, the id of a
+dataset on the Hugging Face hub, or a file, glob or folder of a store, which is fetched first. Of
+the hub's datasets, that library only says which files hold a split; they are read here like any
+other file, so JSON stays JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxtune import hub
+from jaxtune import hub, stores
 from jaxtune.config import ConfigError, DataError, nearest
 from jaxtune.data import readers
 from jaxtune.data.readers import READERS, File, Record
@@ -35,6 +36,11 @@ def find(
     choose within a dataset of the hub, `split` also within a folder. Raises `ConfigError` and
     `DataError` when nothing is there, or nothing that can be read.
     """
+    if stores.is_url(path):
+        for field, value in (("split", split), ("revision", revision)):
+            if value is not None:
+                raise ConfigError(f"datasets[].{field}: {path} is in a store. Unset it.")
+        return _of_store(path)
     place = Path(path).expanduser()
     on_hub = not place.exists() and _is_hub_id(path)
     if revision is not None and not on_hub:
@@ -79,22 +85,54 @@ def digest(files: Iterable[File]) -> str:
 
 def _file(place: Path, name: str | None = None) -> File:
     file = File(place, name or str(place))
+    _check_kind(file)
+    return file
+
+
+def _check_kind(file: File) -> None:
     if file.kind not in READERS:
         raise ConfigError(
             f"{file.name}: cannot read {file.kind or 'a name without suffix'!r}. "
             f"Data files are {KINDS}, each also .gz."
         )
-    return file
+
+
+@functools.cache  # asked once: between two questions an object may change
+def _of_store(url: str) -> tuple[File, ...]:
+    """Each kept by itself: one that has changed is fetched again, the others are not."""
+    if glob.has_magic(url):
+        found = stores.matching(url)
+    else:
+        single = stores.find(url)
+        found = _data_in(stores.listed(url), url) if single is None else [single]
+    if not found:
+        raise DataError(
+            f"{url}: no data file ({KINDS}) is there in the store. Name the object, its folder, or "
+            "a glob such as 'gs://bucket/data/*.jsonl'."
+        )
+    for item in found:
+        _check_kind(File(Path(), item.url))
+    return tuple(File(stores.cached([i]) / stores.name_of(i.url), i.url) for i in found)
+
+
+def _data_in(items: list[stores.Item], folder: str) -> list[stores.Item]:
+    """Those that lie directly in the folder and are data, as `_in_folder` has it."""
+    return [
+        item
+        for item in items
+        if "/" not in stores.inside(item.url, folder) and _is_data(File(Path(), item.url))
+    ]
+
+
+def _is_data(file: File) -> bool:
+    name = stores.name_of(file.name)
+    return file.kind in READERS and name not in _NO_DATA and name[0] != "."
 
 
 def _in_folder(folder: Path) -> tuple[File, ...]:
     """The data files that lie directly in it; what else lies there is no data."""
     named = (File(place, str(place)) for place in sorted(folder.iterdir()) if place.is_file())
-    files = tuple(
-        file
-        for file in named
-        if file.kind in READERS and file.path.name not in _NO_DATA and file.path.name[0] != "."
-    )
+    files = tuple(file for file in named if _is_data(file))
     if not files:
         raise DataError(
             f"{folder}: no data file ({KINDS}) lies in this folder. Name files further down with a "

@@ -22,9 +22,9 @@ import tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from jaxtune import hub
-from jaxtune.config import ConfigError
+from jaxtune.config import ConfigError, ModelError
 from jaxtune.data import sentencepiece
-from jaxtune.untrusted import MAX_TABLE, read_bytes, read_object, read_text
+from jaxtune.untrusted import MAX_TABLE, read_bytes, read_object, read_text, reason
 
 _NAMED = (
     "bos_token",
@@ -160,7 +160,10 @@ def load_tokenizer(
     if bare:
         definition = read_bytes(file, folder)
         model = sentencepiece.read(file)
-        backend = sentencepiece.convert(model)
+        try:
+            backend = sentencepiece.convert(model)
+        except Exception as error:  # the library raises bare Exception
+            raise ModelError(f"{file}: not a SentencePiece model: {reason(error)}.") from None
         # What such models were trained with, whatever the folder leaves unsaid.
         said = {key: value for key, value in settings.items() if key != "added_tokens_decoder"}
         has_bos = "bos_token" in sentencepiece.named(model)
@@ -178,8 +181,11 @@ def load_tokenizer(
         chat_template = _chat_template(folder, settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{folder / 'tokenizer_config.json'}: malformed: {error!r}.") from None
-    named = _named(backend, settings, folder)
-    _set_plain_text_processor(backend, settings, named)
+    try:
+        named = _named(backend, settings, folder)
+        _set_plain_text_processor(backend, settings, named)
+    except (ValueError, TypeError) as error:  # half a surrogate pair is no text
+        raise ConfigError(f"{folder / 'tokenizer_config.json'}: malformed: {error!r}.") from None
     lacking = [token for token in dict.fromkeys(add) if token not in _control(backend)]
     new = _add_control(backend, lacking)
     control = _control(backend)

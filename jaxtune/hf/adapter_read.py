@@ -28,7 +28,7 @@ from jaxtune.hf.peft_names import (
 from jaxtune.hf.tensors import fetch, read_header
 from jaxtune.model.lora import Lora
 from jaxtune.tree import unnamed
-from jaxtune.untrusted import plain, read_object, some
+from jaxtune.untrusted import plain, read_object, shown, some
 
 _FILES = (CONFIG, WEIGHTS, "tokenizer*.json", "special_tokens_map.json", "*.jinja", "README.md")
 
@@ -74,6 +74,10 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+_NUMBERS = {"r": (1, 65_536), "lora_alpha": (-1e9, 1e9), "lora_dropout": (0, 1)}
+_MOST_TOKENS = 10_000_000  # far above the vocabulary of any model
+
+
 def open_adapter(path_or_id: str, *, revision: str | None = None) -> Adapter:
     """Reads an adapter's config. Raises `ModelError` for what is none, or is of another kind."""
     folder = Path(path_or_id).expanduser()
@@ -84,6 +88,7 @@ def open_adapter(path_or_id: str, *, revision: str | None = None) -> Adapter:
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{path_or_id}: no {CONFIG} there. Expected an adapter as PEFT writes it.")
     config = read_object(folder / CONFIG, folder)
+    _check_types(config, folder / CONFIG)
     for key, allowed in _PLAIN.items():
         if key in config and config[key] not in allowed:
             raise ModelError(
@@ -102,6 +107,39 @@ def open_adapter(path_or_id: str, *, revision: str | None = None) -> Adapter:
             "again with safetensors."
         )
     return Adapter(folder, base, config.get("revision"), config)
+
+
+def _check_types(config: Mapping[str, Any], file: Path) -> None:
+    """What is computed with is of the kind that `peft` writes, and of a size that can be."""
+
+    def wrong(key: str, expected: str) -> ModelError:
+        return ModelError(f"{file}: {key} is {shown(config[key])}; expected {expected}.")
+
+    for key, (low, high) in _NUMBERS.items():
+        value = config.get(key, high)
+        if not _is_number(value) or not low <= value <= high:
+            raise wrong(key, f"a number from {low} to {high:g}")
+    if not isinstance(config.get("r", 8), int):
+        raise wrong("r", "a whole number")
+    for key in ("alpha_pattern", "rank_pattern"):
+        found = config.get(key) or {}
+        if not isinstance(found, dict) or not all(_is_number(value) for value in found.values()):
+            raise wrong(key, "numbers by module")
+        for pattern in found:
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError):
+                raise wrong(key, "patterns of module names as keys") from None
+    given = config.get("trainable_token_indices") or []
+    for tokens in given.values() if isinstance(given, dict) else [given]:
+        if not isinstance(tokens, list) or not all(
+            type(token) is int and 0 <= token < _MOST_TOKENS for token in tokens
+        ):
+            raise wrong("trainable_token_indices", f"token ids below {_MOST_TOKENS:,}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e9
 
 
 def read_adapter(adapter: Adapter, model: HfModel) -> tuple[Lora, Any]:

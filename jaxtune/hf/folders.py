@@ -1,7 +1,9 @@
 """What a local folder is, by the files in it: a model, or an adapter to one. No jax."""
 
+import functools
 from pathlib import Path
 
+from jaxtune import hub, stores
 from jaxtune.config import ConfigError
 from jaxtune.untrusted import plain, read_object
 
@@ -10,16 +12,27 @@ ADAPTER = "adapter_config.json"
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a local folder is an adapter and not a model."""
+    """Whether a folder, here or in a store, is an adapter and not a model."""
+    if stores.is_url(name):
+        return _is_adapter_there(name)
     folder = Path(name).expanduser()
     return (folder / ADAPTER).is_file() and not (folder / MODEL).exists()
+
+
+@functools.cache  # every door asks several times
+def _is_adapter_there(url: str) -> bool:
+    marks = (stores.join(url, mark) for mark in (ADAPTER, MODEL))
+    adapter, model = (stores.find(mark) is not None for mark in marks)
+    return adapter and not model
 
 
 def refuse_adapter(name: str) -> None:
     """Raises `ConfigError` for an adapter where a model is to be trained: it goes elsewhere."""
     if not is_adapter(name):
         return
-    folder = Path(name).expanduser()
+    there = stores.is_url(name)
+    folder = hub.download(name, revision=None, patterns=(ADAPTER,)) if there else Path(name)
+    folder = folder.expanduser()
     base = read_object(folder / ADAPTER, folder).get("base_model_name_or_path")
     raise ConfigError(
         f"model_name_or_path {name}: is an adapter, not a model. To go on from it set "

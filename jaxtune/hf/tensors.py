@@ -150,7 +150,7 @@ def _open_sharded(folder: Path) -> dict[str, Tensor]:
     for file in sorted({*files.values()}):
         if Path(file).name != file or not file.endswith(".safetensors"):
             raise ModelError(f"{index}: names {shown(file)}; only safetensors beside it are read.")
-        if not (folder / file).exists():
+        if not os.path.lexists(folder / file):  # also where no name can be so long
             raise ModelError(f"{folder}: {plain(file)} is missing, though the index names it.")
         headers[file] = read_header(folder / file)
     absent = [name for name, file in files.items() if name not in headers[file]]

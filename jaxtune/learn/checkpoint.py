@@ -6,9 +6,11 @@
 
 Saving is asynchronous and atomic: a step is there whole or not at all, and counts once its digests
 are written. One that is no longer what was written is put aside, and the one before it is taken.
-Older steps are removed only after a newer one counts. What makes batches (data, tokenizer,
-template, seed, rows) has one fingerprint; a checkpoint with another is refused, since its position
-would mean other examples.
+Older steps are removed only after a newer one counts. Where the run's place is a store, `mirror`
+copies each step there once it counts here, and brings back those that are not here.
+
+What makes batches (data, tokenizer, template, seed, rows) has one fingerprint; a checkpoint with
+another is refused, since its position would mean other examples.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,12 @@ import orbax.checkpoint as ocp
 from jaxtune import hosts
 from jaxtune.config import ConfigError
 from jaxtune.learn import digests
+from jaxtune.learn.digests import FOLDER
+from jaxtune.learn.mirror import Mirror
 from jaxtune.learn.state import TrainState
+from jaxtune.stores import StoreError, join
 
-FOLDER = "checkpoints"
-_DAMAGED, _REMOVED = "damaged-", ".removed-"
+_DAMAGED, _REMOVED, _FETCHING = "damaged-", ".removed-", ".fetching-"
 _SHARES_SECONDS = 600  # for the digests of the other hosts, before older steps are removed
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates; errors are raised
@@ -41,12 +45,14 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates; errors a
 
 class Checkpoints:
     """The checkpoints of a run that writes them. Every host calls everything; `close` waits for
-    what is being written. `keep` newest ones stay, None = all.
+    what is being written. `keep` newest ones stay, None = all. `mirror` copies them to a store.
     """
 
-    def __init__(self, run_dir: Path, *, keep: int | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, *, keep: int | None = None, mirror: Mirror | None = None
+    ) -> None:
         self.folder = (run_dir / FOLDER).absolute()
-        self._keep = keep
+        self._keep, self._mirror = keep, mirror
         self._latest: int | None = None
         self._sealing: threading.Thread | None = None
         self._failed: BaseException | None = None
@@ -59,27 +65,54 @@ class Checkpoints:
         """The newest step that counts, what is being written aside."""
         return self._latest
 
+    @property
+    def where(self) -> str:
+        """Where the newest step lies, for the person who looks for it."""
+        if self._mirror is None:
+            return str(self.folder)
+        place = join(self._mirror.url, FOLDER)
+        if self._latest in self._mirror.steps:
+            return place
+        return f"{self.folder} and not in {place}, which cannot be written now"
+
     def newest_good(self, note: Callable[[str], None], *, before: int | None = None) -> int | None:
         """The newest step (below `before`) whose files are what was written.
 
         Damaged ones are named by `note` and renamed to damaged-STEP, out of the way.
         """
-        for step in sorted(_counting(self.folder), reverse=True):
+        here = set(_counting(self.folder))
+        there = set() if self._mirror is None else set(self._mirror.steps)
+        for step in sorted(here | there, reverse=True):
             if before is not None and step >= before:
                 continue
             place = self.folder / str(step)
-            found = digests.damage(place, host=hosts.index(), hosts=hosts.count())
-            said = [text for text in hosts.everyones(found) if text]
-            if not said:
-                self._latest = step
-                return step
-            note(
-                f"checkpoint {place}: is damaged and not used: {said[0]}. It is now "
-                f"{_DAMAGED}{step}; remove that folder when it is of no more use."
-            )
-            hosts.on_first(functools.partial(self._put_aside, place), "damaged")
+            if step in here:
+                if not (said := self._damage(place)):
+                    self._latest = step
+                    return step
+                note(
+                    f"checkpoint {place}: is damaged and not used: {said}. It is now "
+                    f"{_DAMAGED}{step}; remove that folder when it is of no more use."
+                )
+                hosts.on_first(functools.partial(self._put_aside, place), "damaged")
+            if self._mirror is not None and step in there:
+                self._mirror.fetch_step(step, place)
+                if not (said := self._damage(place)):
+                    self._latest = step
+                    return step
+                note(
+                    f"checkpoint {join(self._mirror.url, FOLDER, step)}: is damaged and not used: "
+                    f"{said}. It stays there until another of that step takes its place."
+                )
+                self._mirror.steps.discard(step)
+                shutil.rmtree(place)
         self._latest = None if before is None else self._latest
         return None
+
+    def _damage(self, place: Path) -> str:
+        """What any host finds in its share of the files; empty where all is well."""
+        found = digests.damage(place, host=hosts.index(), hosts=hosts.count())
+        return next((text for text in hosts.everyones(found) if text), "")
 
     def save(
         self, state: TrainState, meta: Mapping[str, Any], *, step: int, best: int | None = None
@@ -112,6 +145,7 @@ class Checkpoints:
             place = self.folder / str(step)
             digests.write(place, host=hosts.index(), hosts=hosts.count())
             self._latest = step
+            self._copy(step, best)
             if not hosts.is_first() or self._keep is None:
                 return
             deadline = time.monotonic() + _SHARES_SECONDS
@@ -123,6 +157,21 @@ class Checkpoints:
             self._remove(old for old in counting[: -self._keep] if old != best)
         except BaseException as error:  # raised by `wait`, in the thread that can answer it
             self._failed = error
+
+    def _copy(self, step: int, best: int | None) -> None:
+        """To the store, where there is one; older ones there go only once this one counts there."""
+        if self._mirror is None:
+            return
+        try:
+            self._mirror.put_step(step)
+            for missed in sorted(set(_counting(self.folder)) - self._mirror.steps):
+                self._mirror.put_step(missed)
+            kept = sorted(self._mirror.steps)
+            for old in kept[: -self._keep] if self._keep else ():
+                if old != best:
+                    self._mirror.remove_step(old)
+        except StoreError as error:
+            self._mirror.failed(f"step {step}", error)
 
     def _check_space(self, state: TrainState, step: int) -> None:
         """Asked before writing: a disk that fills up half way fails in a hundred lines."""
@@ -165,21 +214,25 @@ class Checkpoints:
             meta=ocp.args.JsonRestore(),
         )
         position = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), shardings.step)
-        return TrainState(position, found["trained"], found["opt"]), found["meta"]
+        meta = _meta(found, self.folder / str(step))
+        return TrainState(position, found["trained"], found["opt"]), meta
 
     def restore_trained(self, step: int, abstract: TrainState, shardings: TrainState) -> Any:
         """The trained variables alone. Raises `ConfigError` for a step that is damaged."""
-        found = digests.damage(self.folder / str(step), host=hosts.index(), hosts=hosts.count())
-        if said := [text for text in hosts.everyones(found) if text]:
+        here = self.folder / str(step)
+        if self._mirror is not None and not digests.complete(here):
+            self._mirror.fetch_step(step, here)
+        if said := self._damage(here):
             raise ConfigError(
-                f"{self.folder / str(step)}: is damaged: {said[0]}. Set load_best_model_at_end "
-                "false to export the last step."
+                f"{here}: is damaged: {said}. Set load_best_model_at_end false to export the last "
+                "step."
             )
         wanted = place(abstract.trained, shardings.trained)
         return _read(self.folder / str(step), trained=ocp.args.StandardRestore(wanted))["trained"]
 
     def meta(self, step: int) -> dict[str, Any]:
-        return dict(_read(self.folder / str(step), meta=ocp.args.JsonRestore())["meta"])
+        place = self.folder / str(step)
+        return _meta(_read(place, meta=ocp.args.JsonRestore()), place, _META)
 
     def wait(self) -> None:
         """Until what is being written counts; raises what `save` raises."""
@@ -205,7 +258,8 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
             unfinished = path.name.isdigit() and not digests.complete(path)
-            if ".orbax-checkpoint-tmp" in path.name or path.name.startswith(_REMOVED) or unfinished:
+            left = path.name.startswith((_REMOVED, _FETCHING))
+            if ".orbax-checkpoint-tmp" in path.name or left or unfinished:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _put_aside(self, step: Path) -> None:
@@ -240,8 +294,33 @@ def _counting(folder: Path) -> list[int]:
 
 
 def _read(folder: Path, **parts: Any) -> Any:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(folder, args=ocp.args.Composite(**parts))
+    """Raises `ConfigError`: Orbax says in many ways that it cannot read what was written."""
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(folder, args=ocp.args.Composite(**parts))
+    except Exception as error:
+        said = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"{folder}: is whole, but cannot be read as a checkpoint of this run: {said}. Choose "
+            "another step, or another output_dir."
+        ) from error
+
+
+_META = {"step": int, "total_steps": int, "fingerprint": str}
+_META_PARTS = ("lora", "base", "part", "standing")
+
+
+def _meta(found: Any, folder: Path, needed: Collection[str] = ("step",)) -> dict[str, Any]:
+    """What the checkpoint says of itself, of the kinds that were written."""
+    meta = found["meta"]
+    kinds = isinstance(meta, dict) and all(
+        type(meta.get(name)) is kind
+        for name, kind in _META.items()
+        if name in meta or name in needed
+    )
+    if not kinds or not all(isinstance(meta.get(name, {}), dict) for name in _META_PARTS):
+        raise ConfigError(f"{folder}: its meta is not what was written. Choose another step.")
+    return dict(meta)
 
 
 # -- for those who only read -----------------------------------------------------------------------
@@ -249,7 +328,8 @@ def _read(folder: Path, **parts: Any) -> Any:
 
 def read_meta(run_dir: Path, step: int | None = None) -> dict[str, Any]:
     """What the checkpoint of `step`, or the newest good one, says of itself; "step" is which."""
-    return dict(_read(_find(run_dir, step), meta=ocp.args.JsonRestore())["meta"])
+    place = _find(run_dir, step)
+    return _meta(_read(place, meta=ocp.args.JsonRestore()), place)
 
 
 def restore_trained(
@@ -257,8 +337,9 @@ def restore_trained(
 ) -> tuple[Any, dict[str, Any]]:
     """The trained part of the variables, and the meta, of `step` or of the newest good one."""
     wanted = ocp.args.StandardRestore(place(abstract, shardings))
-    found = _read(_find(run_dir, step), trained=wanted, meta=ocp.args.JsonRestore())
-    return found["trained"], found["meta"]
+    where = _find(run_dir, step)
+    found = _read(where, trained=wanted, meta=ocp.args.JsonRestore())
+    return found["trained"], _meta(found, where)
 
 
 def _find(run_dir: Path, step: int | None) -> Path:
@@ -274,7 +355,7 @@ def _find(run_dir: Path, step: int | None) -> Path:
         raise ConfigError(f"{folder}: no checkpoint of step {step}; there are: {known}.")
     said = ""
     for found in steps if step is None else [step]:
-        stamp = (folder / str(found) / "digests-0.json").stat().st_mtime_ns
+        stamp = (folder / str(found) / digests.MARK).stat().st_mtime_ns
         if not (what := _damage(folder / str(found), stamp)):
             return folder / str(found)
         said = said or f"{folder / str(found)}: is damaged: {what}."

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from jaxtune.learn.files import write_whole
 
+FOLDER = "checkpoints"  # of a run directory
+MARK = "digests-0.json"  # a step without it was never finished
 _THREADS = 8  # hashing lets go of the interpreter
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -13,6 +13,19 @@ from numpy.typing import NDArray
 
 from jaxtune.learn.step import EachToken, Evaluate
 from jaxtune.mesh import put_batch
+
+
+class Part(Protocol):
+    """A batch [batch_size length] of which each host makes its rows; `trained` of all its targets
+    carry weight. `data.pipeline.EvalBatch` is one."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def trained(self) -> int: ...
+    def rows(self, low: int, high: int, /) -> Any: ...
 
 
 class Totals(NamedTuple):
@@ -39,17 +52,19 @@ class Totals(NamedTuple):
 
 
 def evaluate(
-    eval_step: Evaluate, trained: Any, frozen: Any, batches: Iterable[Any], *, mesh: Mesh
+    eval_step: Evaluate, trained: Any, frozen: Any, batches: Iterable[Part], *, mesh: Mesh
 ) -> Totals:
-    """`trained` and `frozen` make up the variables. `batches` are host batches [B T], B divisible
-    by the mesh's row shards.
+    """`trained` and `frozen` make up the variables. The `batch_size` of `batches` is
+    divisible by the mesh's row shards.
 
     Sums of a batch are f32 on the device; batches are added in f64 on the host.
     """
     sums, tokens = [], 0
     for batch in batches:
-        sums.append(eval_step(trained, frozen, _placed(batch, mesh)))
-        tokens += int(np.count_nonzero(batch.weights))
+        size = {"batch_size": batch.batch_size, "length": batch.length}
+        on_device = put_batch(batch.rows, **size, mesh=mesh)
+        sums.append(eval_step(trained, frozen, on_device))
+        tokens += batch.trained
     fetched = jax.device_get(sums)  # once, at the end: the device never waits for the host
     return Totals(
         loss=math.fsum(float(part.loss) for part in fetched),

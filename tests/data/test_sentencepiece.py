@@ -6,11 +6,12 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data.made import CORPUS
 
-from jaxtune.config import ConfigError
+from jaxtune.config import ConfigError, ModelError
 from jaxtune.data import sentencepiece as ours
 from jaxtune.data.encode import Encoded, encode
 from jaxtune.data.schema import Conversation, Document, Message
@@ -169,3 +170,19 @@ def test_real_model_on_a_whole_file(shared_data: Path, tmp_path: Path) -> None:
             assert bare.encode(text) == fast.encode(text)
     assert bare.control == fast.control
     assert (bare.bos_id, bare.eos_id, bare.size) == (fast.bos_id, fast.eos_id, fast.size)
+
+
+def test_a_normaliser_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path, normalization_rule_name="nmt_nfkc")
+    proto = sentencepiece_model_pb2().ModelProto()
+    proto.ParseFromString(file.read_bytes())
+    proto.normalizer_spec.precompiled_charsmap = b"\xff\xff\xff\xff short"
+    file.write_bytes(proto.SerializeToString())
+    with pytest.raises(ModelError, match=r"tokenizer\.model: not a SentencePiece model: Error"):
+        load_tokenizer(str(tmp_path))
+
+
+def sentencepiece_model_pb2() -> Any:
+    from sentencepiece import sentencepiece_model_pb2 as found
+
+    return found

@@ -470,3 +470,13 @@ def test_files_that_are_no_source(tmp_path: Path) -> None:
     huge.write_text('{"n": ' + "9" * 5000 + "}")
     with pytest.raises(DataError, match=r"huge.jsonl:1: "):
         read(huge)
+
+
+def test_text_in_a_table_that_is_not_utf8(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    odd = pa.array([b"\xea\xff"], pa.binary()).cast(pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": odd}), tmp_path / "odd.parquet")
+    with pytest.raises(DataError, match=r"odd\.parquet: not a readable parquet file: 'utf-8'"):
+        list(sources.read(sources.find(str(tmp_path / "odd.parquet"))))

@@ -131,3 +131,10 @@ def test_errors(tmp_path: Path) -> None:
     (tmp_path / "e" / "tokenizer_config.json").write_text("[1]")
     with pytest.raises(ModelError, match="expected a JSON object; got a list"):
         load_tokenizer(str(tmp_path / "e"))
+
+
+def test_half_a_surrogate_pair_is_no_token(tmp_path: Path) -> None:
+    save(tmp_path, byte_level_backend())
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "\\udcff"}')
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json: malformed: .*surrogates"):
+        load_tokenizer(str(tmp_path))

@@ -231,3 +231,25 @@ def test_digests_tell_two_trainings_of_one_architecture_apart(tmp_path: Path) ->
     tensors = {name: values * np.float32(1.001) for name, values in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert identity.digests(open_model(folder)) != first
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"r": "8"}, "r is '8'; expected a number from 1 to 65536"),
+        ({"r": 2.5}, "r is '2.5'; expected a whole number"),
+        ({"r": 0}, "r is '0'; expected a number from 1"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is 'nan'; expected a number"),
+        ({"lora_dropout": None}, "lora_dropout is 'None'; expected a number from 0 to 1"),
+        ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is .*; expected numbers by module"),
+        ({"alpha_pattern": {"q_proj": "4"}}, "alpha_pattern is .*; expected numbers by module"),
+        ({"rank_pattern": {"(": 4}}, "rank_pattern is .*; expected patterns of module names"),
+        ({"trainable_token_indices": [10**12]}, "expected token ids below 10,000,000"),
+        ({"trainable_token_indices": {"embed_tokens": ["a"]}}, "expected token ids below"),
+    ],
+)
+def test_configs_of_adapters_with_values_of_another_kind(
+    tmp_path: Path, config: dict, message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        adapter_read.open_adapter(str(_changed(tmp_path, config)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -250,3 +251,32 @@ def test_no_digests_are_too_broken_to_be_refused(
     assert counts or "never finished" in said
     assert said or not (cut or chr(whole[at]).isalnum())
     assert digests.damage(sealed) == ""
+
+
+@pytest.mark.parametrize("meta", [{"step": {}}, {"fingerprint": 3}, {"standing": []}])
+def test_a_meta_of_another_kind_is_refused(tmp_path: Path, meta: dict) -> None:
+    """Sealed again, so that the digests say that all is well."""
+    state, shapes, shardings = state_on("fsdp", 1.0)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state, META, step=4)
+    checkpoints.close()
+    place = tmp_path / "checkpoints" / "4"
+    file = place / "meta" / "metadata"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **meta}))
+    digests.write(place)
+    with pytest.raises(ConfigError, match="its meta is not what was written"):
+        restore_trained(tmp_path, shapes.trained, shardings.trained)
+
+
+def test_what_orbax_cannot_read_is_refused(tmp_path: Path) -> None:
+    state, shapes, shardings = state_on("fsdp", 1.0)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state, META, step=4)
+    checkpoints.close()
+    place = tmp_path / "checkpoints" / "4"
+    for path in (place / "trained").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"{")
+    digests.write(place)
+    with pytest.raises(ConfigError, match="is whole, but cannot be read as a checkpoint"):
+        restore_trained(tmp_path, shapes.trained, shardings.trained)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxtune.config import ConfigError
+from jaxtune.data.pipeline import EvalBatch
 from jaxtune.learn import metrics
 from jaxtune.learn.evaluation import Totals, evaluate
 from jaxtune.learn.metrics import Meter, MetricsWriter, Spikes
@@ -148,10 +149,19 @@ def test_evaluation_is_invariant_to_batching() -> None:
         return Sums(ce.sum(), weight, weight / 2)
 
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, make_devices())
-    whole = evaluate(eval_step, {}, {}, [Batch(index, weights)], mesh=mesh)
+
+    def batch(low: int, high: int) -> EvalBatch:
+        trained = int(np.count_nonzero(weights[low:high]))
+
+        def rows(first: int, last: int) -> Batch:
+            return Batch(index[low:high][first:last], weights[low:high][first:last])
+
+        return EvalBatch(rows, high - low, 1000, trained)
+
+    whole = evaluate(eval_step, {}, {}, [batch(0, 3)], mesh=mesh)
     single = evaluate(
         eval_step, {}, {},
-        [Batch(index[i : i + 1], weights[i : i + 1]) for i in range(3)], mesh=mesh,
+        [batch(i, i + 1) for i in range(3)], mesh=mesh,
     )  # fmt: skip
     assert whole == single
     row = whole.row()
@@ -170,3 +180,13 @@ def make_devices() -> list:
 def test_no_trained_tokens_is_no_division_by_zero() -> None:
     assert Totals().row()["eval_loss"] == 0.0
     assert (Totals(1, 2, 3, 4) + Totals(1, 1, 1, 1)) == Totals(2, 3, 4, 5)
+
+
+def test_rows_that_a_resumed_run_keeps(tmp_path: Path) -> None:
+    """A line separator of Unicode is text; what is no row goes, wherever it stands."""
+    rows = ['{"step": 1, "response": "a\u2028b"}', '{"step": 2}', '{"step": 3}']
+    odd = [b'{"step": 2, "x": "\xfd"}', b"[1]", b'{"step": "one"}', b"{}", b'{"step": 1']
+    file = tmp_path / "samples.jsonl"
+    file.write_bytes(b"\n".join([row.encode() for row in rows] + odd))
+    metrics.keep_rows_up_to(file, 2)
+    assert file.read_bytes() == "".join(f"{row}\n" for row in rows[:2]).encode()

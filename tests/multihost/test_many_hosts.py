@@ -14,13 +14,13 @@ from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.xdist_group("multihost")  # one worker: the two cores are shared as it is
 
-# Says which rows of each batch to train on this host makes.
+# Says which rows of each batch this host makes.
 COUNTED = """
 from jaxtune.data import pipeline
 make = pipeline.Batches.batch_rows
 def counted(self, step, low, high):
-    if self._order == "shuffled":
-        print("ROWS", step, low, high, flush=True)
+    kind = "ROWS" if self._order == "shuffled" else "EVAL"
+    print(kind, step, low, high, flush=True)
     return make(self, step, low, high)
 pipeline.Batches.batch_rows = counted
 """
@@ -61,8 +61,12 @@ def test_two_hosts_are_one_run(material: Path, alone: Path, tmp_path: Path) -> N
     assert_same_run(out, alone)
     # Each host made half of every batch, and only the first one spoke.
     for host, (low, high) in zip(hosts, ((0, 4), (4, 8)), strict=True):
-        expected = [f"ROWS {step} {low} {high}" for step in range(12)]
-        assert host.stdout.splitlines() == expected
+        said = host.stdout.splitlines()
+        trained = [line for line in said if line.startswith("ROWS")]
+        assert trained == [f"ROWS {step} {low} {high}" for step in range(12)]
+        # Of the two evaluations too: 4 examples, a row for each of 4 devices.
+        evaluated = [line for line in said if line.startswith("EVAL")]
+        assert evaluated == [f"EVAL 0 {low // 2} {high // 2}"] * 2
     assert "step 12/12" in hosts[0].stderr
     for word in ("data\n", "training: ", "step ", "model: "):  # the others are silent
         assert word in hosts[0].stderr

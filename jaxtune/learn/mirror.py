@@ -1,0 +1,263 @@
+"""A run directory whose place is a store: made on the local disk, copied to its URL as it grows.
+
+An object is there whole or not at all, but a folder is not, and nothing can be renamed. So what
+makes a folder count is put last, and removed first: a checkpoint's digests, an export's config.
+Files that grow are put anew, before each checkpoint and once a minute. The store is the truth: a
+run goes on from what it holds, and a local folder of another run is emptied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from jaxtune import stores
+from jaxtune.config import ConfigError
+from jaxtune.learn import digests
+from jaxtune.learn.digests import FOLDER
+from jaxtune.learn.files import write_whole
+from jaxtune.stores import StoreError, join
+
+SECONDS = 60.0  # between two copies of what grows
+_IDENTITY = ".run-id"
+# A folder that is replaced as a whole -> the file without which nobody takes it for one.
+_MARKED = {"hf": "config.json", "adapter": "adapter_config.json"}
+_PARTS = (FOLDER, *_MARKED, "wandb")  # wandb sends its own, or keeps it to be sent
+
+
+def staging(url: str) -> Path:
+    """Where a run of that URL is made before it is copied."""
+    key = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:12]
+    return stores.default_folder() / "runs" / f"{stores.name_of(url)}-{key}"
+
+
+class Mirror:
+    """The copy of `folder` at `url`. What fails while the run goes on is said by `note`; what fails
+    in `claim` and `finish` is raised as `StoreError`.
+    """
+
+    def __init__(self, url: str, folder: Path, note: Callable[[str], None]) -> None:
+        self.url = url.rstrip("/")
+        self.steps: set[int] = set()  # those that count in the store
+        self._folder, self._note = folder, note
+        self._known: dict[str, tuple[int, int]] = {}  # file -> (size, changed) when it was put
+        self._one_at_a_time = threading.RLock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._every_minute, name="jaxtune-mirror")
+        self._silent = True  # of a failure: the same one is said once
+
+    # -- the beginning -----------------------------------------------------------------------------
+
+    def claim(self) -> None:
+        """Proves that the URL can be read and written, and brings here what the run has there."""
+        mark, here = join(self.url, _IDENTITY), self._folder / _IDENTITY
+        known = stores.read(mark).decode(errors="replace") if stores.find(mark) else None
+        if known is None:
+            for name, marker in _MARKED.items():
+                _refuse_what_is_no_export(join(self.url, name), marker)
+        ours = here.read_text(encoding="utf-8", errors="replace") if here.is_file() else None
+        identity = known or secrets.token_hex(16)
+        if ours != identity:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        stores.put_bytes(identity.encode(), mark)
+        write_whole(here, identity)
+        self.steps = set(steps_of(self.url))
+        self._tidy()
+        if _newest(self._folder / FOLDER) <= max(self.steps, default=0):
+            fetch_files(self.url, self._folder)
+        self._thread.start()
+
+    def _tidy(self) -> None:
+        """Removes what killed runs left of steps that never counted."""
+        place = join(self.url, FOLDER)
+        known = {str(step) for step in self.steps}
+        left = (i for i in stores.listed(place) if stores.inside(i.url, place)[0].isdigit())
+        stores.remove(i.url for i in left if stores.inside(i.url, place).split("/")[0] not in known)
+
+    # -- while it goes on --------------------------------------------------------------------------
+
+    def put_step(self, step: int) -> None:
+        """The checkpoint of `step`, which counts here already. Raises `StoreError`."""
+        place, here = join(self.url, FOLDER, step), self._folder / FOLDER / str(step)
+        with self._one_at_a_time:
+            self._put_files()  # first: the rows up to this step
+            self.steps.discard(step)
+            put_marked(here, place, digests.MARK, contents=False)
+            self.steps.add(step)
+            self._silent = True
+
+    def remove_step(self, step: int) -> None:
+        """By its mark first: it is never there in part."""
+        place = join(self.url, FOLDER, step)
+        self.steps.discard(step)
+        stores.remove([join(place, digests.MARK)])
+        stores.remove(item.url for item in stores.listed(place))
+
+    def fetch_step(self, step: int, folder: Path) -> None:
+        fetch_step(self.url, step, folder)
+
+    def failed(self, what: str, error: StoreError) -> None:
+        """Says that something is not in the store, and that the run goes on; once until it is."""
+        if self._silent:
+            self._note(
+                f"{self.url}: {what} is not there: {error} The run goes on; it is in "
+                f"{self._folder}, and is put there as soon as that can be done."
+            )
+        self._silent = False
+
+    def _every_minute(self) -> None:
+        while not self._ended.wait(SECONDS):
+            with self._said("what the run has written since"):
+                self._put_files()
+
+    @contextlib.contextmanager
+    def _said(self, what: str) -> Iterator[None]:
+        try:
+            with self._one_at_a_time:
+                yield
+        except StoreError as error:
+            self.failed(what, error)
+
+    def _put_files(self) -> None:
+        """Those that have changed since they were put; of a .jsonl file its whole lines."""
+        for file in _files(self._folder):
+            name = file.relative_to(self._folder).as_posix()
+            try:
+                now = file.stat()
+                if self._known.get(name) == (stamp := (now.st_size, now.st_mtime_ns)):
+                    continue
+                if file.suffix == ".jsonl":
+                    rows = file.read_bytes()
+                    stores.put_bytes(rows[: rows.rfind(b"\n") + 1], join(self.url, name))
+                else:
+                    stores.put(file, join(self.url, name))
+            except FileNotFoundError:  # it was another one's, for a moment
+                continue
+            self._known[name] = stamp
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Everything, compared with what is there. Raises `StoreError`."""
+        with self._one_at_a_time:
+            for name, marker in _MARKED.items():
+                if (self._folder / name / marker).is_file():
+                    put_marked(self._folder / name, join(self.url, name), marker, contents=True)
+            for step in sorted(set(_counting(self._folder / FOLDER)) - self.steps):
+                self.put_step(step)
+            self._put_files()
+        self._note(f"{self.url}: has all of the run, compared with {self._folder}")
+
+    def close(self) -> None:
+        """Puts what there is, however the run has ended."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+            with self._said("what the run wrote last"):
+                self._put_files()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """What lies in a run directory besides its parts, hidden and unfinished files left out."""
+    for path in sorted(folder.iterdir()):
+        if path.name[0] == "." or path.name in _PARTS or path.name.endswith(".tmp"):
+            continue
+        inside = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
+        yield from (file for file in inside if file.is_file() and not file.is_symlink())
+
+
+def _counting(folder: Path) -> list[int]:
+    steps = folder.iterdir() if folder.is_dir() else ()
+    return [int(path.name) for path in steps if path.name.isdigit() and digests.complete(path)]
+
+
+def _newest(folder: Path) -> int:
+    return max(_counting(folder), default=0)
+
+
+def put_marked(here: Path, place: str, marker: str, *, contents: bool) -> None:
+    """A folder that counts with its `marker`, which is removed first and put last; what is there of
+    another goes. Compared with what the store holds, by `contents` too. Raises `StoreError`."""
+    names = sorted(f.relative_to(here).as_posix() for f in here.rglob("*") if f.is_file())
+    stores.remove([join(place, marker)])
+    there = [item.url for item in stores.listed(place)]
+    stores.remove(url for url in there if stores.inside(url, place) not in names)
+    rest = [name for name in names if name != marker]
+    stores.put_all(here, rest, place)
+    if wrong := stores.unequal(here, rest, place, contents=contents):
+        raise StoreError(f"{wrong}, right after it was written. Run the same command again.")
+    stores.put_all(here, [marker], place)
+
+
+def put_export(here: Path, url: str) -> None:
+    """A model or an adapter. Raises `ConfigError` before it would replace anything else."""
+    marker = next(mark for mark in reversed(_MARKED.values()) if (here / mark).is_file())
+    _refuse_what_is_no_export(url, marker)
+    put_marked(here, url, marker, contents=True)
+
+
+def _refuse_what_is_no_export(place: str, marker: str) -> None:
+    if stores.listed(place) and not stores.find(join(place, marker)):
+        raise ConfigError(
+            f"{place}: holds objects that are no export (no {marker}), and an export replaces the "
+            "whole folder. Choose another place."
+        )
+
+
+# -- for those who only read -----------------------------------------------------------------------
+
+
+def steps_of(url: str) -> list[int]:
+    """The steps that count in the store, damaged since or not, in order."""
+    place = join(url, FOLDER)
+    names = [stores.inside(item.url, place).split("/") for item in stores.listed(place)]
+    found = [int(first) for first, *rest in names if rest == [digests.MARK] and first.isdigit()]
+    return sorted(found)
+
+
+def fetch_files(url: str, folder: Path) -> None:
+    """The files that lie directly in a run directory: config, metrics, samples, starts."""
+    direct = [i for i in stores.listed(url) if "/" not in stores.inside(i.url, url)]
+    stores.fetch_all((i for i in direct if stores.name_of(i.url)[0] != "."), url, folder)
+
+
+def fetch_step(url: str, step: int, folder: Path) -> None:
+    """A checkpoint into `folder`, which appears whole; what stood there goes."""
+    place = join(url, FOLDER, step)
+    coming = folder.with_name(f".fetching-{folder.name}")
+    shutil.rmtree(coming, ignore_errors=True)
+    stores.fetch_all(stores.listed(place), place, coming)
+    shutil.rmtree(folder, ignore_errors=True)
+    coming.rename(folder)
+
+
+def fetch_run(url: str, *, step: int | None = None, checkpoint: bool = True) -> Path:
+    """A run directory to read: its files and, with `checkpoint`, that of `step` or the newest that
+    is undamaged. Raises `StoreError` for what is no run, or has no such step."""
+    folder = stores.default_folder() / "read" / staging(url).name
+    if not stores.find(join(url, "config.yaml")):
+        raise StoreError(f"{url}: no run there: expected {join(url, 'config.yaml')}.")
+    fetch_files(url, folder)
+    if not checkpoint:
+        return folder
+    known = steps_of(url)
+    (folder / FOLDER).mkdir(exist_ok=True)
+    for old in set(_counting(folder / FOLDER)) - set(known):
+        shutil.rmtree(folder / FOLDER / str(old), ignore_errors=True)
+    if step is not None and step not in known:
+        there = ", ".join(map(str, known)) or "none"
+        raise StoreError(f"{join(url, FOLDER)}: no checkpoint of step {step}; there are: {there}.")
+    for found in reversed(known) if step is None else [step]:
+        here, mark = folder / FOLDER / str(found), join(url, FOLDER, found, digests.MARK)
+        known_here = (here / digests.MARK).is_file() and (here / digests.MARK).read_bytes()
+        if known_here != stores.read(mark) or digests.damage(here):
+            fetch_step(url, found, here)
+        if not digests.damage(here):
+            break
+    return folder
