@@ -164,6 +164,19 @@ def test_cancelled_requests_leave_at_once(params: Params, alone: list[list[int]]
     assert not engine.busy
 
 
+def test_a_cancelled_text_is_written_no_further(params: Params) -> None:
+    """Also where nobody takes its slot."""
+    engine = Engine(SPEC, {"params": params}, dtype=jnp.float32, slots=2)
+    endless = engine.submit(PROMPTS[0], max_new_tokens=29)
+    engine.submit(PROMPTS[5], max_new_tokens=28)
+    engine.step()
+    engine.cancel(endless)
+    answers(engine, most=8)
+    assert engine._slots is not None
+    assert not np.asarray(engine._slots.left).any()
+    assert np.asarray(engine._slots.written).sum() == 1 + 28
+
+
 def test_generate_numbers_its_prompts(params: Params) -> None:
     """Equal prompts are drawn apart, and by their place in the list alone."""
     run = functools.partial(

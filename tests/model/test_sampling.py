@@ -15,7 +15,9 @@ V = 24
 ROWS = 4096  # draws of one distribution, or any rows: one shape, one program
 rng = np.random.default_rng(3)
 LOGITS = rng.normal(size=V).astype(np.float32) * 2
-SEEN = np.isin(np.arange(V), [int(LOGITS.argmax()), 2, 5, int(LOGITS.argmin())])
+# The largest two, and the two negative ones that are likeliest: a penalty moves all four.
+RANKED = np.argsort(-LOGITS)
+SEEN = np.isin(np.arange(V), [*RANKED[:2], *RANKED[LOGITS[RANKED] < 0][:2]])
 
 KINDS = {
     "temperature": Sampling(0.7),
