@@ -1,7 +1,7 @@
 """Decoding beside transformers on a CPU: time to the first token, and tokens a second.
 
     python benchmarks/generate.py
-    python benchmarks/generate.py --width 512 --layers 8 --rounds 3
+    taskset -c 0 python benchmarks/generate.py --rounds 2 --tokens 32       on one core
 
 Both get the same folder, a Llama of random weights, and the same prompts of 24 to 56 random ids;
 both are greedy, in float32, on all cores, and write the same number of tokens to each prompt. That
@@ -10,8 +10,8 @@ random weights the two likeliest are at times equal to the last bit).
 
 - `first, ms`: prompts in, first token of every prompt out.
 - `tokens/s`: of all prompts, from there to the last.
-- `CPU, ms`: processor time of both tools' own threads for one step of decoding, which other work
-  on the machine changes least.
+- `CPU, ms`: processor time of all of a tool's threads for one step of decoding. On one core it is
+  what other work on the machine changes least; on more, OpenMP's threads wait busily.
 - `compiling, s`: the first call less a later one; jaxtune's alone, once for each shape.
 
 transformers is `generate` as it comes (sdpa, dynamic cache), with left padding. The two take turns
@@ -30,8 +30,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-BATCHES = (1, 16)
 
 
 def cores() -> int:
@@ -56,7 +54,7 @@ def write(folder: Path, options: argparse.Namespace) -> None:
     random = np.random.default_rng(0)
     prompts = [
         random.integers(3, options.vocab, size).tolist()
-        for size in np.linspace(24, 56, max(BATCHES)).astype(int)
+        for size in np.linspace(24, 56, max(options.prompts)).astype(int)
     ]
     (folder / "prompts.json").write_text(json.dumps(prompts))
 
@@ -187,7 +185,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[tuple[str, int], 
         for name in SIDES
     }
     best: dict[tuple[str, int], dict[str, Any]] = {}
-    for batch in BATCHES:
+    for batch in options.prompts:
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
         for _ in range(options.rounds + 1):  # the first is to warm up
             for name, process in sides.items():
@@ -216,6 +214,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--tokens", type=int, default=64, help="written to each prompt")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[1, 16], help="at a time")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -235,7 +234,7 @@ def main() -> None:
     print(f"{time.strftime('%Y-%m-%d')}, {where}, load {os.getloadavg()[0]:.1f}, {size}\n")
     print("| prompts | tool | first, ms | tokens/s | CPU, ms | compiling, s | same |")
     print("|--:|---|--:|--:|--:|--:|--:|")
-    for batch in BATCHES:
+    for batch in options.prompts:
         theirs = found["transformers", batch]["tokens"]
         for tool in SIDES:
             each = found[tool, batch]

@@ -99,6 +99,8 @@ def run(config: Config, options: EvaluateOptions | None = None) -> Result:
     watch.join(config.hosts)
     if options.generate and hosts.count() > 1:
         raise ConfigError("generate: answers are made on one host. Evaluate there, or without it.")
+    if options.harness and hosts.count() > 1:
+        raise ConfigError("harness: runs on one host. Evaluate there, or without it.")
     with watch.Watch(hang_seconds=0):
         return _run(config, options)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jaxtune.learn.program import Program
 
 KINDS = ("parameters", "optimiser", "gradients", "activations", "logits", "temporaries")
+AIM = 0.97  # of the memory, that the compiler's schedule keeps within where it can
 BODY_BYTES = 30 * 2**20  # of a program, for each layer of a pattern; its code lies in HBM too
 
 
@@ -112,12 +113,13 @@ def _item(dtype: Any) -> float:
 # -- memory --------------------------------------------------------------------------------------
 
 
-def memory(work: Work, held: Mapping[str, int]) -> dict[str, int]:
+def memory(work: Work, held: Mapping[str, int], limit: int | None = None) -> dict[str, int]:
     """Bytes by `KINDS` on one device when most is held; they add up to the estimate.
 
     That is either in the loss, with the logits, or in the backward pass of a layer, with the
     gradients of all layers: the larger of both counts. Weights that are stored wider than they are
-    computed with lie beside themselves, narrow, from the first layer to the last.
+    computed with lie beside themselves, narrow, from the first layer to the last. Near the `limit`
+    the compiler holds less: it aims at `AIM` of it, as far as there is something to be saved.
     """
     kept = activations(work)
     logits, head = loss(work)
@@ -129,7 +131,11 @@ def memory(work: Work, held: Mapping[str, int]) -> dict[str, int]:
     peak: tuple[float, ...] = (gradients, kept, 0, layer + everywhere)
     if logits + head + accumulated > layer + gradients:
         peak = (accumulated, kept, logits, head + everywhere)
-    counted = (held["parameters"], held["optimiser"], *peak)
+    *rest, temporary = held["parameters"], held["optimiser"], *peak
+    if limit is not None and not peak[2]:
+        above = max(0.0, sum(rest) + temporary - AIM * limit)
+        temporary -= min(above, max(spared(work, layer) for layer in set(work.spec.layers)))
+    counted = (*rest, temporary)
     return {name: round(size) for name, size in zip(KINDS, counted, strict=True)}
 
 
@@ -239,6 +245,20 @@ def one_layer(work: Work, layer: LayerSpec) -> float:
         widest = D * layer.mlp_width * experts
         gathered = item * (3 * widest + 2 * D * layer.heads * layer.head_dim) / cut
     return work.tokens * (at_once + item * 4 * D) + gathered + _scores(work, layer)
+
+
+def spared(work: Work, layer: LayerSpec) -> float:
+    """What the compiler does without where memory is short: gate or up beside their gradients, two
+    of the widths that pass through, and weights that are under way before they are needed; and it
+    leaves nothing of adapters for later."""
+    D, cut, item = work.spec.width, work.sizes["tensor"], work.item
+    inner = _mlp_width(layer) / cut if recomputes(work) else 0.0
+    early = 0.0
+    if work.shards > 1 and layer.moe is None:
+        early = item * D * (layer.mlp_width + layer.heads * layer.head_dim) / cut
+    parts = _mlp_at_once(work, layer), _attention_at_once(work, layer)
+    later = min(parts) if work.lora else 0.0
+    return work.tokens * item * (inner + 2 * D + later) + early
 
 
 def _mlp_at_once(work: Work, layer: LayerSpec) -> float:

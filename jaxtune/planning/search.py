@@ -30,7 +30,7 @@ from jaxtune.planning.estimate import Work
 from jaxtune.planning.hardware import Hardware
 from jaxtune.planning.study import Study, Subject, study
 
-SLACK = 1.05  # arithmetic this far above the limit is not worth compiling
+SLACK = 1.03  # arithmetic this far above the limit is not worth compiling
 NEAR = 1.04  # nor what is this far above it once answers to its like have corrected it
 PATIENCE = 1.12  # nor what is expected to take this much longer than the fastest so far
 GRACE = 1.25  # of the time, for settings under way when it is up; none is begun then
@@ -96,7 +96,7 @@ def _of_mesh(base: Study, mesh: Mapping[str, int], whole: int) -> Iterator[Candi
             if (block := _smaller_block(work, base)) is not None:
                 work, fields = work._replace(block=block), {**fields, "loss_block": block}
             settings = " ".join(f"--{name} {value}" for name, value in fields.items())
-            needed = sum(estimate.memory(work, base.held).values())
+            needed = sum(estimate.memory(work, base.held, base.hardware.limit).values())
             family = (*mesh.values(), work.block, remat)
             seconds = _seconds(work, base)
             yield Candidate(settings, fields, needed, seconds, work.tokens_per_step, rows, family)
@@ -106,12 +106,12 @@ def _smaller_block(work: Work, base: Study) -> int | None:
     """A block of the vocabulary for the loss with which it fits, where the loss is what does not;
     None where it fits as it is, or does not for other reasons."""
     limit, block = base.limit, estimate.loss_plan(work).block * work.sizes["tensor"]
-    if limit is None or sum(estimate.memory(work, base.held).values()) <= limit:
+    if limit is None or sum(estimate.memory(work, base.held, limit).values()) <= limit:
         return None
     while block > SMALLEST_BLOCK:
         block = -(-block // 2)
         smaller = work._replace(block=block)
-        if sum(estimate.memory(smaller, base.held).values()) <= limit:
+        if sum(estimate.memory(smaller, base.held, limit).values()) <= limit:
             return block
     return None
 

@@ -84,7 +84,7 @@ def study(
     program, work, held = _built(config, subject, hardware)
     import jax
 
-    counted = estimate.memory(work, held)
+    counted = estimate.memory(work, held, hardware.limit)
     trained = sum(leaf.size for leaf in jax.tree.leaves(program.abstract.trained))
     slice, per_chip = hardware.slice, hardware.per_chip
     read, time = None, None

@@ -14,7 +14,7 @@ from judge.server import likes_the_first, likes_the_longer, serving
 from scipy.stats import binomtest
 
 from jaxtune import evaluate
-from jaxtune.config import load
+from jaxtune.config import ConfigError, load
 from jaxtune.evaluate import EvaluateOptions
 from jaxtune.evaluating import harness
 
@@ -131,6 +131,15 @@ def test_refusals(
     odd.symlink_to(parrot.folder)
     argv = ("--model_name_or_path", odd, "--dataset", data, "--harness", "arc_easy")
     assert "cannot be given a path with , or =" in refusal(capsys, *argv)
+
+
+@pytest.mark.parametrize("more", [{"harness": ("arc_easy",)}, {"generate": 1}])
+def test_what_is_done_on_one_host(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate.watch, "join", lambda hosts: None)
+    monkeypatch.setattr(evaluate.hosts, "count", lambda: 2)
+    (name,) = more
+    with pytest.raises(ConfigError, match=rf"{name}: .* on one host\. Evaluate there, or"):
+        evaluate.run(load(overrides={"model_name_or_path": "m"}), EvaluateOptions(**more))
 
 
 def test_what_the_harness_says(

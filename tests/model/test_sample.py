@@ -1,6 +1,7 @@
 """Decoding with a cache against the plain way: run everything again for each token."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jaxtune.config import ConfigError, DataError
 from jaxtune.model import decoder, sample, slots
 from jaxtune.model.decoder import Params
 from jaxtune.model.sample import Generation, generate, stream
+from jaxtune.model.sampling import Sampling
 
 rng = np.random.default_rng(1)
 PROMPTS = [rng.integers(0, SPEC.vocab, n).tolist() for n in (3, 17, 1, 9, 16, 4, 2)]
@@ -21,12 +23,12 @@ NEW = 12
 
 
 @pytest.fixture(scope="module")
-def plain(params: Params) -> list[list[int]]:
-    """The NEW likeliest tokens after each prompt, without cache or batch."""
+def next_logits(params: Params) -> Callable[[list[int]], np.ndarray]:
+    """Of a text's next token, `[V]`: the whole text, without cache or batch."""
     length = max(len(prompt) for prompt in PROMPTS) + NEW
 
     @jax.jit
-    def best(inputs_T: jax.Array, size: jax.Array) -> jax.Array:
+    def run(inputs_T: jax.Array, size: jax.Array) -> jax.Array:
         positions = jnp.arange(length)[None]
         logits_BTV = decoder.logits(
             SPEC,
@@ -36,15 +38,24 @@ def plain(params: Params) -> list[list[int]]:
             positions=positions,
             dtype=jnp.float32,
         )
-        return jnp.argmax(logits_BTV[0, size - 1])
+        return logits_BTV[0, size - 1]
 
+    def of(tokens: list[int]) -> np.ndarray:
+        padded = np.zeros(length, np.int32)
+        padded[: len(tokens)] = tokens
+        return np.asarray(run(padded, len(tokens)))
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def plain(next_logits: Callable[[list[int]], np.ndarray]) -> list[list[int]]:
+    """The NEW likeliest tokens after each prompt, without cache or batch."""
     answers = []
     for prompt in PROMPTS:
         tokens = list(prompt)
         for _ in range(NEW):
-            padded = np.zeros(length, np.int32)
-            padded[: len(tokens)] = tokens
-            tokens.append(int(best(padded, len(tokens))))
+            tokens.append(int(next_logits(tokens).argmax()))
         answers.append(tokens[len(prompt) :])
     return answers
 
@@ -59,6 +70,26 @@ def test_a_batch_of_unequal_prompts_is_the_plain_way(
 ) -> None:
     assert len({token for answer in plain for token in answer}) > 10  # no model that babbles
     assert run(params, PROMPTS) == [Generation(answer, False) for answer in plain]
+
+
+def test_a_repetition_penalty_is_on_prompt_and_answer(
+    params: Params, plain: list[list[int]], next_logits: Callable[[list[int]], np.ndarray]
+) -> None:
+    """Every token that the text has counts, whenever it came, and once."""
+    expected, in_answer = [], 0
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        for _ in range(NEW):
+            logits = next_logits(tokens).copy()
+            before = int(logits.argmax())
+            seen = np.unique(tokens)
+            logits[seen] = np.where(logits[seen] < 0, logits[seen] * 1.8, logits[seen] / 1.8)
+            tokens.append(int(logits.argmax()))
+            in_answer += before != tokens[-1] and before not in prompt
+        expected.append(Generation(tokens[len(prompt) :], False))
+    assert in_answer > 3  # tokens that the answer's own ones kept away
+    assert run(params, PROMPTS, sampling=Sampling(repetition_penalty=1.8)) == expected
+    assert [each.tokens for each in expected] != plain
 
 
 def test_one_by_one_and_small_batches_are_the_batch(params: Params, plain: list[list[int]]) -> None:

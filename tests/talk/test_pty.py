@@ -34,7 +34,7 @@ class Terminal:
         os.write(self.ours, text.encode())
 
     def enter(self, text: str) -> None:
-        """Types `text` once a line is asked for: before, the terminal itself would read the keys."""
+        """Types once a line is asked for: before, the terminal itself would read the keys."""
         self.until("> ")
         self.type(text)
 
