@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from jaxtune.config import ModelError
 
 MAX_TEXT = 16_000_000  # bytes of a config; the largest real ones have some ten thousand
 MAX_TABLE = 200_000_000  # bytes of a tokenizer or an index of tensors
+_MOST_REPEATS, _LONGEST_PATTERN = 4, 1000  # of a regular expression
 _STORE_MARK = ".huggingface-shared-blobs"
 
 
@@ -133,3 +135,14 @@ def _roots(folder: Path) -> list[Path]:
     store = repository.parent / "blobs"
     shared = [store] if (store / _STORE_MARK).is_file() else []
     return [here, repository / "blobs", *shared]
+
+
+def is_quick(pattern: str) -> bool:
+    """Whether a search for a regular expression in a short text ends soon, whatever the text is.
+
+    A group that is repeated may take time that doubles with every letter, and each repeat of a
+    letter multiplies it by their number: no such groups, and few repeats.
+    """
+    repeats = len(re.findall(r"[*+{]", pattern))
+    many = repeats > _MOST_REPEATS or len(pattern) > _LONGEST_PATTERN
+    return not many and re.search(r"\)[*+{]", pattern) is None

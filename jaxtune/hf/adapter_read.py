@@ -28,7 +28,7 @@ from jaxtune.hf.peft_names import (
 from jaxtune.hf.tensors import fetch, read_header
 from jaxtune.model.lora import Lora
 from jaxtune.tree import unnamed
-from jaxtune.untrusted import plain, read_object, shown, some
+from jaxtune.untrusted import is_quick, plain, read_object, shown, some
 
 _FILES = (CONFIG, WEIGHTS, "tokenizer*.json", "special_tokens_map.json", "*.jinja", "README.md")
 
@@ -130,6 +130,8 @@ def _check_types(config: Mapping[str, Any], file: Path) -> None:
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError):
                 raise wrong(key, "patterns of module names as keys") from None
+            if not is_quick(pattern):
+                raise wrong(key, "patterns with at most four repeats and no repeated group")
     given = config.get("trainable_token_indices") or []
     for tokens in given.values() if isinstance(given, dict) else [given]:
         if not isinstance(tokens, list) or not all(

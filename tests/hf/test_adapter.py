@@ -244,6 +244,14 @@ def test_digests_tell_two_trainings_of_one_architecture_apart(tmp_path: Path) ->
         ({"alpha_pattern": ["q_proj"]}, "alpha_pattern is .*; expected numbers by module"),
         ({"alpha_pattern": {"q_proj": "4"}}, "alpha_pattern is .*; expected numbers by module"),
         ({"rank_pattern": {"(": 4}}, "rank_pattern is .*; expected patterns of module names"),
+        (
+            {"alpha_pattern": {"([a-z.]+)+!": 4}},
+            "alpha_pattern is .*no repeated group",
+        ),
+        (
+            {"rank_pattern": {".*" * 5: 4}},
+            "rank_pattern is .*with at most four",
+        ),
         ({"trainable_token_indices": [10**12]}, "expected token ids below 10,000,000"),
         ({"trainable_token_indices": {"embed_tokens": ["a"]}}, "expected token ids below"),
     ],

@@ -481,3 +481,19 @@ def test_text_is_shown_short_and_plain():
     assert untrusted.plain("model.layers.0") == "model.layers.0"
     assert untrusted.plain("a\nb") == r"'a\nb'"
     assert untrusted.some(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "quick"),
+    [
+        ("model.layers.3.self_attn.q_proj", True),
+        (r"layers\.\d+\.mlp\.(up|down)_proj", True),
+        ("(a+)+b", False),
+        ("(a|a)*b", False),
+        (r"(?:x{1,9}){3}", False),
+        (".*a.*b.*c.*d.*e", False),
+        ("a" * 1001, False),
+    ],
+)
+def test_a_pattern_of_a_stranger_is_only_searched_for_if_that_ends(pattern, quick):
+    assert untrusted.is_quick(pattern) is quick
