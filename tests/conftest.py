@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -24,6 +27,24 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Of the 65,530 ranges of memory that Linux gives a process by default. Every compiled program takes
+# some, and a compiler that gets no more crashes.
+MOST_RANGES, LOOKED_EVERY = 25_000, 16  # tests
+_tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def _few_programs() -> Iterator[None]:
+    """Drops what earlier tests compiled, before it is too much for the process."""
+    yield
+    ranges = Path("/proc/self/maps")
+    if next(_tests) % LOOKED_EVERY or not ranges.exists():
+        return
+    if ranges.read_bytes().count(b"\n") > MOST_RANGES:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
