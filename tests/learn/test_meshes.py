@@ -50,7 +50,7 @@ ASKED = [
         for n, name in enumerate((
             "gemma", "gemma2", "gemma3", "granite", "llama-biases", "mixtral", "olmo2", "olmo3",
             "olmoe", "qwen2-moe", "qwen2-windows", "qwen3", "qwen3-moe", "smollm3", "starcoder2",
-            "ministral3", "seed-oss", "glm4", "exaone4",
+            "ministral3", "seed-oss", "glm", "glm4", "exaone4",
         ))
     ),
 ]  # fmt: skip
