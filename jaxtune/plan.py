@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _folder(options: PlanOptions) -> Path | None:
-    from jaxtune.data.cache import default_folder
+    from jaxtune.stores import default_folder
 
     return default_folder() / "plan" if options.cache else None
 

@@ -45,7 +45,9 @@ ROOMS: dict[str, set[str]] = {
     "weights": {
         *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "stores")
     },
-    "assemble": {"config", "chips", "data", "spec", "mesh", "model", "learn", "hf", "weights"},
+    "assemble": {
+        *("config", "stores", "chips", "data", "spec", "mesh", "model", "learn", "hf", "weights"),
+    },
     "planning": {
         *("config", "chips", "compiled", "assemble", "spec", "tree", "mesh", "data", "model"),
         *("ops", "learn", "hf", "weights"),

@@ -19,8 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxtune.stores import default_folder as default_folder
-
 # name -> element type; all 1-D
 ARRAYS: dict[str, np.dtype[Any]] = {
     "ids": np.dtype(np.int32),  # every example's tokens, one after the other

@@ -31,6 +31,7 @@ from jaxtune.data.spans import TrainOn
 from jaxtune.data.template import Template
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.data.workers import default_processes
+from jaxtune.stores import default_folder
 
 T = TypeVar("T")
 
@@ -179,7 +180,7 @@ def open_dataset(
         raise ConfigError("dataset: none given. Set --dataset FILE, or a list under datasets.")
     shared = Settings(tokenizer, template, train_on, max_length, truncation)
     templates: list[str] = []
-    folder = cache_dir or cache.default_folder()
+    folder = cache_dir or default_folder()
     opened: list[Source] = []
     notes: list[str] = []
     for entry in entries:
