@@ -303,9 +303,11 @@
   whole.onclick = () => show(full.lo, full.hi);
   smooth.oninput = () => charts.forEach(draw);
   document.querySelector(".controls").hidden = false;
-  let width = 0;
-  new ResizeObserver(() => {
+  let width = null;
+  function fit() {
     const now = charts[0].svg.clientWidth;
     if (now !== width) { width = now; charts.forEach(draw); }
-  }).observe(charts[0].svg);
+  }
+  fit(); // at once: an observer is first called when a frame is painted
+  new ResizeObserver(fit).observe(charts[0].svg);
 })();

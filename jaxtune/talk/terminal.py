@@ -50,77 +50,109 @@ def converse(
     """
     room = Room(tuple(voices), settings)
     note("/help lists the commands, /quit or Ctrl-D leaves, Ctrl-C ends an answer")
-    # One that comes between two lines of this function leaves, too.
-    with _line_editing(history), contextlib.suppress(KeyboardInterrupt):
-        interrupted = False  # by Ctrl-C, and nothing entered since
+    left = contextlib.suppress(EOFError, KeyboardInterrupt, _Left)
+    with _line_editing(history), left, _ctrl_c() as ctrl_c:
         while True:
             try:
-                typed = entry(_read)
-            except EOFError:
-                return
-            except KeyboardInterrupt:
+                typed = ctrl_c.line()
+                room = _heard(room, typed, ctrl_c)
+            except _Pressed:
                 print(file=sys.stderr)
-                if interrupted:
-                    return
-                note("Ctrl-C once more leaves")
-                interrupted = True
-                continue
-            try:
-                room, interrupted = _heard(room, typed)
             except JaxtuneError as error:
-                interrupted = False
                 note(printable(str(error)))
-            except (_Left, KeyboardInterrupt):
-                return
 
 
-def _heard(room: Room, typed: Entry) -> tuple[Room, bool]:
-    """What becomes of the conversation, and whether an answer was interrupted."""
+def _heard(room: Room, typed: Entry, ctrl_c: _CtrlC) -> Room:
+    """What becomes of the conversation."""
     if isinstance(typed, Unknown):
         note(printable(typed.said))
     elif isinstance(typed, Command):
-        if typed.name == "retry":
-            return _retry(room)
-        room = _obey(room, typed)
+        return _retry(room, ctrl_c) if typed.name == "retry" else _obey(room, typed)
     elif typed.text.strip():
-        return _ask(room, typed.text)
-    return room, False
+        return _ask(room, typed.text, ctrl_c)
+    return room
+
+
+# -- Ctrl-C --------------------------------------------------------------------------------------
+
+
+class _Pressed(Exception):
+    """Ctrl-C, for the first time, while a line is typed."""
+
+
+class _CtrlC:
+    """The first ends an answer between two tokens, or the line being typed; a second one before
+    another line is entered raises `KeyboardInterrupt`, wherever that is."""
+
+    def __init__(self) -> None:
+        self.pressed = False  # since the last line
+        self._typing = False
+
+    def hear(self, *_: Any) -> None:
+        if self.pressed:
+            print(file=sys.stderr)
+            raise KeyboardInterrupt
+        self.pressed = True
+        if self._typing:
+            raise _Pressed
+
+    def line(self) -> Entry:
+        self._typing = True
+        try:
+            if self.pressed:
+                note("Ctrl-C once more leaves")
+            typed = entry(_read)
+            self.pressed = False
+            return typed
+        finally:
+            self._typing = False
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[_CtrlC]:
+    """In another thread than the main one there is none to hear."""
+    ctrl_c = _CtrlC()
+    if threading.current_thread() is not threading.main_thread():
+        yield ctrl_c
+        return
+    before = signal.signal(signal.SIGINT, ctrl_c.hear)
+    try:
+        yield ctrl_c
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # -- answers -------------------------------------------------------------------------------------
 
 
-def _ask(room: Room, question: str) -> tuple[Room, bool]:
+def _ask(room: Room, question: str, ctrl_c: _CtrlC) -> Room:
     """Streams every model's answer, then remembers. Ctrl-C ends this answer and what follows."""
     answers: dict[str, str] = {}
-    with _interrupt() as interrupted:
-        for voice in room.voices:
-            if interrupted.is_set():
-                break
-            if len(room.voices) > 1:
-                print(f"{voice.label}: ", end="", flush=True)
-            try:
-                said = _stream(room, voice, question, interrupted)
-            except JaxtuneError as error:
-                note(f"{printable(str(error))} /reset begins a new conversation, /undo takes "
-                     "back a question.")  # fmt: skip
-                continue
-            if said or not interrupted.is_set():
-                answers[voice.label] = said
-    if interrupted.is_set():
-        note("ended; Ctrl-C once more leaves")
+    for voice in room.voices:
+        if ctrl_c.pressed:
+            break
+        if len(room.voices) > 1:
+            print(f"{voice.label}: ", end="", flush=True)
+        try:
+            said = _stream(room, voice, question, ctrl_c)
+        except JaxtuneError as error:
+            note(f"{printable(str(error))} /reset begins a new conversation, /undo takes "
+                 "back a question.")  # fmt: skip
+            continue
+        if said or not ctrl_c.pressed:
+            answers[voice.label] = said
     settings = room.settings._replace(seed=room.settings.seed + 1)
     talk = conversation.answered(room.talk, question, answers)
-    return room._replace(talk=talk, settings=settings), interrupted.is_set()
+    return room._replace(talk=talk, settings=settings)
 
 
-def _stream(room: Room, voice: Voice, question: str, interrupted: threading.Event) -> str:
+def _stream(room: Room, voice: Voice, question: str, ctrl_c: _CtrlC) -> str:
     say = voice.say if room.adapter or voice.bare is None else voice.bare
     pieces = say(conversation.messages(room.talk, voice.label, question), room.settings)
     said = ""
     ended = None
     with contextlib.closing(pieces):
-        while not interrupted.is_set():
+        while not ctrl_c.pressed:
             try:
                 piece = next(pieces)
             except StopIteration as end:
@@ -137,41 +169,17 @@ def _stream(room: Room, voice: Voice, question: str, interrupted: threading.Even
     return said
 
 
-@contextlib.contextmanager
-def _interrupt() -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C, so that no computation is torn; the second leaves at once.
-
-    In another thread than the main one there is no Ctrl-C to hear.
-    """
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def hear(*_: Any) -> None:
-        if event.is_set():
-            print(file=sys.stderr)
-            raise KeyboardInterrupt
-        event.set()
-
-    before = signal.signal(signal.SIGINT, hear)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _retry(room: Room) -> tuple[Room, bool]:
+def _retry(room: Room, ctrl_c: _CtrlC) -> Room:
     found = conversation.last_question(room.talk)
     if found is None:
         note("there is no question to ask again")
-        return room, False
+        return room
     if room.settings.temperature == 0:
         note("a greedy answer comes out the same: /temperature 0.7 draws")
     talk, question = found
-    again, interrupted = _ask(room._replace(talk=talk), question)
+    again = _ask(room._replace(talk=talk), question, ctrl_c)
     # An answer that did not come takes nothing away: what was there before stays.
-    return (again if again.talk.open is None else room), interrupted
+    return again if again.talk.open is None else room
 
 
 # -- commands ------------------------------------------------------------------------------------

@@ -52,18 +52,12 @@ class Terminal:
         before, _, self.shown = self.shown.partition(text)
         return before + text
 
-    def ctrl_c_until(self, text: str) -> None:
-        """Again after a while: one that comes just before Python waits for a line is seen when the
-        next key is pressed."""
-        for _ in range(20):
-            self.type("\x03")
-            try:
-                self.until(text, seconds=3)
-                return
-            except AssertionError:
-                if self.process.poll() is not None:
-                    raise
-        raise AssertionError(f"{text!r} did not come")
+    def ctrl_c(self) -> None:
+        """While a line is awaited. In the moment between the prompt and that, Python would hear it
+        only with the next one."""
+        self.until("> ")
+        time.sleep(0.5)
+        self.type("\x03")
 
     def left(self) -> int:
         self.until("left")
@@ -123,17 +117,33 @@ def test_ctrl_c_ends_an_answer_and_twice_leaves(terminal: Callable[..., Terminal
     here.enter("a_" * 500 + "\r")
     here.until("aaaa")
     here.type("\x03")
-    assert "messages)" not in here.until("ended; Ctrl-C once more leaves")
+    assert "messages)" not in here.until("Ctrl-C once more leaves")
     here.enter("next\r")  # it goes on, and remembers what was said until then
     assert "next (3 messages)" in here.until("messages)")
-    here.enter("half a line\x03")
+    here.enter("half a line")
+    here.until("half a line")
+    here.type("\x03")
     here.until("Ctrl-C once more leaves")
     here.enter("whole\r")
     assert "whole (5 messages)" in here.until("messages)")
-    here.type("\x03")
+    here.ctrl_c()
     here.until("Ctrl-C once more leaves")
-    here.ctrl_c_until("left")
-    assert here.process.wait(timeout=20) == 0
+    here.ctrl_c()
+    assert here.left() == 0
+
+
+def test_ctrl_c_just_when_an_answer_ends_loses_nothing(terminal: Callable[..., Terminal]) -> None:
+    here = terminal(str(SLOW))
+    here.enter("one\r")
+    here.until("messages)")
+    here.type("\x03")
+    time.sleep(0.5)
+    here.type("\r")  # at the latest now it is heard
+    here.until("Ctrl-C once more leaves")
+    here.enter("two\r")
+    assert "two (3 messages)" in here.until("messages)")
+    here.enter("/quit\r")
+    assert here.left() == 0
 
 
 def test_ctrl_c_twice_in_an_answer_leaves(terminal: Callable[..., Terminal]) -> None:
@@ -141,9 +151,9 @@ def test_ctrl_c_twice_in_an_answer_leaves(terminal: Callable[..., Terminal]) -> 
     here.enter("b_" * 500 + "\r")
     here.until("bbbb")
     here.type("\x03")
-    here.until("ended; Ctrl-C once more leaves")
-    here.ctrl_c_until("left")
-    assert here.process.wait(timeout=20) == 0
+    here.until("Ctrl-C once more leaves")
+    here.ctrl_c()
+    assert here.left() == 0
 
 
 def test_a_history_file_when_asked_for(terminal: Callable[..., Terminal], tmp_path: Path) -> None:
