@@ -191,12 +191,8 @@ def squares(tree: Any) -> list[jax.Array]:
     return [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
 
 
-def global_norm(tree: Any) -> jax.Array:
-    """The 2-norm over all leaves, squared and summed in f32."""
-    return norm_of(squares(tree))
-
-
 def norm_of(squares: list[jax.Array]) -> jax.Array:
+    """The 2-norm over all leaves, from their `squares`."""
     return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))
 
 

@@ -65,7 +65,7 @@ def trained(
     state = jax.jit(made.init)(params)
     for number in range(golden.STEPS):
         grads = arrays(golden.gradients(number))
-        norm = optim.global_norm(grads)
+        norm = optim.norm_of(optim.squares(grads))
         grads = place(arrays(cut(golden.gradients(number))))
         rate = jnp.float32(golden.rate(golden.CASES[key], number))
         params, state = step(params, state, grads, norm, rate)
@@ -265,7 +265,7 @@ def test_the_rules_cover_every_parameter_and_adapter_there_is() -> None:
 
 def test_clip_off_and_below_the_limit_change_nothing() -> None:
     grads = arrays(golden.gradients(0))
-    norm = optim.global_norm(grads)
+    norm = optim.norm_of(optim.squares(grads))
     assert float(norm) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-6)
     for limit in (0.0, float(norm) * 2):
         same = optim.clip(grads, norm, limit)
