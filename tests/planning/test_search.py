@@ -115,9 +115,9 @@ def test_when_the_time_is_up_it_stops_with_what_it_has(
 ) -> None:
     answering({"quick": (0, 0, answer()), "slow": (60, 0, "")})
     began = time.monotonic()
-    found, _, _ = tried([candidate("quick", 1), candidate("slow", 2)], minutes=4 / 60)
+    found, _, _ = tried([candidate("quick", 1), candidate("slow", 2)], minutes=8 / 60)
     assert found == [("quick", True)]
-    assert time.monotonic() - began < 30, "the slow one was ended, not waited for"
+    assert time.monotonic() - began < 45, "the slow one was ended, not waited for"
 
 
 def test_a_plan_that_fails_is_left_out_with_its_last_line(
