@@ -52,6 +52,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
 )
 _CHAT_TEMPLATE = "chat_template.jinja"
+_BEHIND = 1 << 28  # bytes that are written before they are read back together
 
 
 class Tokenizer(Protocol):
@@ -310,19 +311,18 @@ def _write_tensors(
     model: HfModel,
     params: Any,
 ) -> None:
-    """Transposed, cast and written by a few threads. While one file is written, the one before is
-    flushed to the disk and read back from it.
+    """Transposed, cast and written by a few threads. Every `_BEHIND` bytes are flushed to the
+    disk and read back from it while the next are written.
     """
-
     scratch = Scratch()
 
-    def write_block(block: Block) -> None:
+    def write_block(block: Block) -> Written:
         past = writer.place(block.name, block.first)
         values = scratch.empty(block.shape, dtypes[block.name], past=past)
         with np.errstate(over="ignore"):
             block.fill(values)
         _check_finite(block, values)
-        writer.write(block.name, values, block.first)
+        return writer.write(block.name, values, block.first)
 
     if len(plans) > 1:
         write_json(folder / INDEX, index_of(plans))
@@ -330,12 +330,23 @@ def _write_tensors(
         checks = []
         for plan in plans:
             with ShardWriter(folder, [plan]) as writer:
-                for _ in run_ahead(write_block, _blocks(plan.tensors, model, params)):
-                    pass
-            checks.append(behind.submit(_verify, writer.written))
+                runs = run_ahead(write_block, _blocks(plan.tensors, model, params))
+                checks += [behind.submit(_verify, some) for some in _together(runs)]
         for check in checks:
             check.result()
     _verify_headers(folder, plans)
+
+
+def _together(runs: Iterable[Written]) -> Iterator[list[Written]]:
+    """Runs by about `_BEHIND` bytes."""
+    some: list[Written] = []
+    for run in runs:
+        some.append(run)
+        if sum(each.size for each in some) >= _BEHIND:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 def _check_finite(block: Block, values: np.ndarray) -> None:

@@ -20,8 +20,8 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 PAGE = 4096  # bytes; what memory comes in, and what disks read and write
-_LARGE = 1 << 22  # bytes from which numpy asks for huge pages
-_TILE = 256  # values along a side of a tile: long runs on both, and it stays in a core's cache
+_HUGE = 1 << 21  # bytes; a huge page
+_TILE = (256, 512)  # runs of the source and of the target, in values: it stays in a core's cache
 _LINE = 64  # bytes between the rows of a tile: no row at the cache's own distance of the next
 _FEW = 8  # runs of fewer values are not worth a second copy
 
@@ -30,32 +30,40 @@ def move(target: np.ndarray, values: np.ndarray) -> None:
     """`target[...] = values`, of equal shapes, in any strides and dtypes; the cast is numpy's.
 
     Several times as fast as that line where the axis that is contiguous in `values` is not the one
-    that is contiguous in `target`. Holds a tile of `_TILE * _TILE` values.
+    that is contiguous in `target`. Holds a `_TILE` of values.
     """
     if target.dtype == values.dtype:  # numbers of other libraries are copied one by one
         same = np.dtype(f"u{values.itemsize}")
         target, values = target.view(same), values.view(same)
-    last = target.ndim - 1
-    strides = {n: abs(values.strides[n]) for n in range(last + 1) if values.shape[n] > 1}
-    fast = min(strides, key=lambda n: strides[n], default=last)
-    if fast == last or min(values.shape[fast], values.shape[last]) < _FEW:
+    run, fast = _contiguous(target), _contiguous(values)
+    if fast == run or min(values.shape[fast], values.shape[run]) < _FEW:
         np.copyto(target, values, casting="unsafe")
         return
-    _by_tiles(np.moveaxis(target, fast, -2), np.moveaxis(values, fast, -2))
+    ends = (-2, -1)
+    _by_tiles(np.moveaxis(target, (fast, run), ends), np.moveaxis(values, (fast, run), ends))
+
+
+def _contiguous(values: np.ndarray) -> int:
+    """The axis along which values lie closest together; the last one where there is none."""
+    strides = {n: abs(by) for n, by in enumerate(values.strides) if values.shape[n] > 1}
+    return min(strides, key=lambda n: strides[n], default=values.ndim - 1)
 
 
 def empty(shape: Sequence[int], dtype: np.dtype, *, aligned: int = 64) -> np.ndarray:
     """`np.empty` at an address that JAX's CPU devices take over as it is: a multiple of 64.
 
-    Large ones in the pages the system hands out by itself: `np.empty` insists on huge ones, and
-    where a host gives its guests memory only as they touch it, importing took twice as long so.
+    Large ones in huge pages from their first byte on, where the system has them: half of what an
+    import spends in the system is the first touch of each page.
     """
     size = math.prod(shape) * dtype.itemsize
-    if size < _LARGE:
+    if size < 2 * _HUGE:
         raw = np.empty(size + aligned, np.uint8)
     else:
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        raw = np.frombuffer(mmap.mmap(-1, size + aligned, flags=private), np.uint8)
+        aligned = max(aligned, _HUGE)
+        memory = mmap.mmap(-1, size + aligned, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        raw = np.frombuffer(memory, np.uint8)
     start = -raw.ctypes.data % aligned
     return raw[start : start + size].view(dtype).reshape(shape)
 
@@ -119,16 +127,17 @@ def _by_tiles(target: np.ndarray, values: np.ndarray) -> None:
     *others, rows, columns = values.shape
     if not values.size:
         return
-    part = min(rows, _TILE) * min(columns, _TILE) * math.prod(others[1:])
-    step = max(1, _TILE * _TILE // part) if others else 1
+    along, across = _TILE
+    part = min(rows, along) * min(columns, across) * math.prod(others[1:])
+    step = max(1, along * across // part) if others else 1
     if others and step < others[0]:
         for start in range(0, others[0], step):
             some = slice(start, start + step) if step > 1 else start
             _by_tiles(target[some], values[some])
         return
-    for row in range(0, rows, _TILE):
-        for column in range(0, columns, _TILE):
-            tile = (..., slice(row, row + _TILE), slice(column, column + _TILE))
+    for row in range(0, rows, along):
+        for column in range(0, columns, across):
+            tile = (..., slice(row, row + along), slice(column, column + across))
             _turn(target[tile], values[tile])
 
 

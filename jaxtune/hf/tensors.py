@@ -43,7 +43,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_READ = 1 << 23  # bytes read back at a time: whole pages, in memory that is used again
+_READ = 1 << 19  # bytes read back at a time: whole pages, in memory that is used again
 _scratch = Scratch()
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth")
@@ -294,7 +294,7 @@ class ShardWriter:
         _, dtype, shape, start = self._places[name]
         return start + first_row * math.prod(shape[1:]) * dtype.itemsize
 
-    def write(self, name: str, values: np.ndarray, first_row: int = 0) -> None:
+    def write(self, name: str, values: np.ndarray, first_row: int = 0) -> Written:
         """Rows of a tensor from `first_row` on, in the dtype and the other sizes planned."""
         file, dtype, shape, _ = self._places[name]
         rows = shape[:1]
@@ -305,8 +305,10 @@ class ShardWriter:
             raise ValueError(f"{name}: {values.dtype}{values.shape}; planned {dtype}{shape}")
         flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         place = self.place(name, first_row)
-        self.written.append(Written(name, file, place, flat.size, checksum(flat)))
+        run = Written(name, file, place, flat.size, checksum(flat))
         self._put(file.name, flat, place)
+        self.written.append(run)
+        return run
 
     def _put(self, file: str, flat: np.ndarray, place: int) -> None:
         """Pages that are whole in memory and in the file alike go straight to the disk."""

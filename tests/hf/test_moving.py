@@ -14,7 +14,7 @@ from jaxtune.hf.moving import PAGE, Scratch, empty, move, run_ahead
 ORDERS = [(0, 1), (1, 0), (2, 0, 1), (1, 2, 0), (0, 2, 1), (2, 1, 0), (1, 3, 0, 2), (0, 3, 2, 1)]
 
 
-@pytest.mark.parametrize("tile", [8, 24, 256])
+@pytest.mark.parametrize("tile", [(8, 8), (24, 16), (256, 512)])
 def test_a_move_is_an_assignment(monkeypatch, tile):
     monkeypatch.setattr(moving, "_TILE", tile)
     rng = np.random.default_rng(0)
@@ -26,11 +26,13 @@ def test_a_move_is_an_assignment(monkeypatch, tile):
         whole = rng.normal(size=shape + 5).astype(dtypes[source])  # a part of it: strides of more
         values = whole[tuple(slice(2, 2 + n) for n in shape)].transpose(order)
         values.flags.writeable = False
-        room = np.full(np.array(values.shape) + 2, -1, dtypes[target])
-        inside = tuple(slice(1, 1 + n) for n in values.shape)
-        move(room[inside], values)
+        into = ORDERS[rng.integers(len(ORDERS))]
+        into = into if len(into) == len(order) else range(len(order))
+        room = np.full(np.array(values.shape)[list(into)] + 2, -1, dtypes[target])
+        inside = tuple(slice(1, 1 + values.shape[n]) for n in into)
+        move(room[inside].transpose(np.argsort(into)), values)
         expected = np.full_like(room, -1)
-        expected[inside] = values.astype(dtypes[target])
+        expected[inside] = values.astype(dtypes[target]).transpose(into)
         assert room.tobytes() == expected.tobytes(), (order, shape, values.dtype, room.dtype)
 
 
@@ -57,14 +59,24 @@ def test_memory_used_again_begins_where_it_is_asked_to():
 @pytest.mark.parametrize("shape", [(3, 500, 300), (300, 2, 9, 20), (40, 30, 20, 10)])
 def test_a_tile_is_what_a_move_holds(shape, monkeypatch):
     """Of one large matrix as of many small ones."""
-    held, turn = [], moving._turn
+    held, turn, most = [], moving._turn, math.prod(moving._TILE)
     monkeypatch.setattr(moving, "_turn", lambda t, v: (held.append(v.size), turn(t, v)))
     values = np.arange(math.prod(shape), dtype=np.float32).reshape(shape).swapaxes(-1, -2)
     target = np.empty(values.shape, np.float32)
     move(target, values)
     np.testing.assert_array_equal(target, values)
     assert sum(held) == values.size
-    assert max(held) <= moving._TILE**2
+    assert max(held) <= most
+
+
+def test_every_order_goes_by_tiles(monkeypatch):
+    """Whichever axis of the target is the contiguous one, if it is not the source's."""
+    tiled = []
+    monkeypatch.setattr(moving, "_by_tiles", lambda t, v: tiled.append((t.strides, v.strides)))
+    across, along = np.empty((30, 40), np.float32), np.empty((40, 30), np.float32).T
+    move(across, along)
+    move(along, across)
+    assert tiled == [((160, 4), (4, 120)), ((120, 4), (4, 160))]
 
 
 def test_a_few_items_ahead_in_order_and_none_after_an_error():
