@@ -205,13 +205,12 @@ def init(spec: ModelSpec, key: jax.Array, dtype: DTypeLike) -> Params:
 def abstract(spec: ModelSpec, dtype: DTypeLike, lora: Lora | None = None) -> Params:
     """The tree of `jax.ShapeDtypeStruct` that `init` would fill; with `lora` as its `base` is
     stored: a quantised kernel is a dict of leaves (`quantise.leaves`)."""
-    declared = jax.eval_shape(lambda key: _declare(spec, key, dtype, lora), jax.random.key(0))
-    return meta.unbox(declared)
+    return meta.unbox(_declared(spec, jnp.dtype(dtype), lora))
 
 
 def axes(spec: ModelSpec, lora: Lora | None = None) -> Params:
     """The same tree with each parameter's logical axes, for `mesh.shardings`."""
-    declared = jax.eval_shape(lambda key: _declare(spec, key, jnp.float32, lora), jax.random.key(0))
+    declared = _declared(spec, jnp.dtype(jnp.float32), lora)
     return jax.tree.map(lambda box: box.axes, declared, is_leaf=lambda x: isinstance(x, Declared))
 
 
@@ -487,6 +486,12 @@ def _declare(spec: ModelSpec, key: jax.Array, dtype: DTypeLike, lora: Lora | Non
     return module.init(key, one_token, one_token, one_token, None)["params"]
 
 
+@functools.cache
+def _declared(spec: ModelSpec, dtype: jnp.dtype, lora: Lora | None) -> Params:
+    """Their shapes alone; tracing the decoder takes a tenth of a second, and many ask."""
+    return jax.eval_shape(lambda key: _declare(spec, key, dtype, lora), jax.random.key(0))
+
+
 def _declare_adapters(spec: ModelSpec, lora: Lora, params: Params, key: jax.Array) -> Params:
     build = Build(jnp.float32, jnp.float32, spec.init_scale, lora)
     module = Decoder(spec, build, "none", "reference")
@@ -497,6 +502,7 @@ def _declare_adapters(spec: ModelSpec, lora: Lora, params: Params, key: jax.Arra
     return made.get(adapters.COLLECTION, {})
 
 
+@functools.cache
 def _abstract_adapters(spec: ModelSpec, lora: Lora) -> Params:
     params = abstract(spec, jnp.float32, lora)
     return jax.eval_shape(
