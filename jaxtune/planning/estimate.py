@@ -33,9 +33,9 @@ BODY_BYTES = 30 * 2**20  # of a program, for each layer of a pattern; its code l
 class Work(NamedTuple):
     """One device's part of a step.
 
-    `sizes` are the devices along data, fsdp, tensor and context; `rows` of `length` tokens are one
-    microbatch of one device, before `context` cuts them. `item` is the bytes of a number in the
-    computation's dtype, `stored` those of a stored matrix's; `trained` are the bytes of trained
+    `sizes` are the devices along data, fsdp, expert, tensor and context; `rows` of `length` tokens
+    are one microbatch of one device, before `context` cuts them. `item` is the bytes of a number in
+    the computation's dtype, `stored` those of a stored matrix's; `trained` are the bytes of trained
     parameters in f32 on one device, `lora` whether they are adapters. `attention` is the
     implementation's name, `block` how many columns of the vocabulary, or None for what the loss
     chooses.
@@ -63,7 +63,7 @@ class Work(NamedTuple):
     @property
     def shards(self) -> int:
         """Into how many slices a weight is cut that is gathered where it is used."""
-        return self.sizes["fsdp"] * self.sizes["context"]
+        return self.sizes["fsdp"] * self.sizes["expert"] * self.sizes["context"]
 
     @property
     def devices(self) -> int:
@@ -72,7 +72,7 @@ class Work(NamedTuple):
     @property
     def tokens_per_step(self) -> int:
         """Of all devices together."""
-        shards = self.sizes["data"] * self.sizes["fsdp"]
+        shards = self.sizes["data"] * self.sizes["fsdp"] * self.sizes["expert"]
         return self.rows * self.length * self.microbatches * shards
 
 
