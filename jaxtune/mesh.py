@@ -139,6 +139,23 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def check_experts(experts: int, mesh: Mesh) -> None:
+    """Raises `ConfigError` where the axis `expert` is used by a model whose mixtures have other
+    `experts` than it divides, or none: 0."""
+    ways = mesh.shape["expert"]
+    if ways > 1 and experts == 0:
+        raise ConfigError(
+            f"mesh.expert: {ways} devices would share a mixture's experts, and this model has "
+            "none. Leave mesh.expert at 1; mesh.fsdp spreads its parameters."
+        )
+    if experts % ways:
+        fitting = ", ".join(str(n) for n in range(2, experts + 1) if experts % n == 0)
+        raise ConfigError(
+            f"mesh.expert: {experts} experts do not divide over {ways} devices. "
+            f"Choose one of {fitting}, or 1."
+        )
+
+
 def partition_spec(
     axes: Axes, shape: Sequence[int], mesh: Any, *, only: Sequence[str] = AXES
 ) -> PartitionSpec:

@@ -276,18 +276,20 @@ def _runs(order: Order, first: jax.Array | int, E: int) -> _Runs:
 
 
 class _Round(NamedTuple):
-    """`rows` C copies, sorted by expert; behind the last one rows that count for nothing."""
+    """`rows` C copies, sorted by expert; behind the last one come some that count for nothing."""
 
     copies: jax.Array  # [C]
-    real: jax.Array  # [C]
+    real: jax.Array  # [C] whether it is one for these experts
     expert: jax.Array  # [C] of the own ones
     sizes: jax.Array  # [E]
 
-    def of(self, x: jax.Array, numbers: jax.Array) -> jax.Array:
-        """Rows `numbers` of `x`; zero where there is no copy."""
-        real = self.real.reshape(-1, *(1,) * (x.ndim - 1))
-        found = x.at[numbers].get(mode="promise_in_bounds")
-        return jnp.where(jnp.broadcast_to(real, found.shape), found, 0)
+    def shares(self, of_all: jax.Array) -> jax.Array:
+        """`[C 1]`, zero for what is no copy."""
+        return jnp.where(self.real, _taken(of_all, self.copies), 0)[:, None]
+
+
+def _taken(x: jax.Array, rows: jax.Array) -> jax.Array:
+    return x.at[rows].get(mode="promise_in_bounds")
 
 
 def _round(runs: _Runs, number: jax.Array, rows: int, E: int) -> _Round:
@@ -296,13 +298,14 @@ def _round(runs: _Runs, number: jax.Array, rows: int, E: int) -> _Round:
     real_C = place_C < runs.ends[-1]
     run_C = jnp.searchsorted(runs.ends, place_C, side="right", method="compare_all")
     run_C = jnp.minimum(run_C, len(runs.ends) - 1).astype(jnp.int32)
-    from_C = jnp.where(real_C, place_C + runs.shifts[run_C], 0)
+    # Behind the last copy any other: there its share counts as zero.
+    from_C = jnp.where(real_C, place_C + runs.shifts[run_C], place_C % len(runs.copies))
     P = len(runs.ends) // E
     # The last expert takes the rows behind the last copy too: every row has one.
     ends_E = runs.ends[P - 1 :: P].at[-1].set(jnp.iinfo(jnp.int32).max)
     until_E = jnp.minimum(jnp.maximum(ends_E - begin, 0), rows)
     sizes_E = jnp.diff(until_E, prepend=0).astype(jnp.int32)
-    return _Round(runs.copies[from_C], real_C, run_C // P, sizes_E)
+    return _Round(_taken(runs.copies, from_C), real_C, run_C // P, sizes_E)
 
 
 def _rounds(runs: _Runs, rows: int, turn: Callable[[_Round, Any], Any], start: Any, E: int) -> Any:
@@ -323,9 +326,9 @@ def _mix_own(
 
     def turn(at: _Round, y_MD: jax.Array) -> jax.Array:
         token_C = at.copies // static.k
-        inner_CF = _inner(at.of(x, token_C), experts, at.sizes, at.expert, *static[2:])
+        inner_CF = _inner(_taken(x, token_C), experts, at.sizes, at.expert, *static[2:])
         y_CD = _affine(inner_CF, experts.down, experts.down_bias, at.sizes, at.expert)
-        share_CD = jnp.broadcast_to(at.of(shares, at.copies)[:, None], y_CD.shape)
+        share_CD = jnp.broadcast_to(at.shares(shares), y_CD.shape)
         more_CD = share_CD * y_CD.astype(jnp.float32)
         return y_MD.at[token_C].add(more_CD, mode="promise_in_bounds")
 
@@ -340,47 +343,59 @@ def _mix_own_forward(static: _Static, *given: Any) -> tuple[jax.Array, Any]:
 def _mix_own_backward(static: _Static, given: Any, d_y: jax.Array) -> Any:
     x, experts, shares, runs = given
     f32 = jnp.float32
+    # Turned once, not in every round.
+    gate_EFD, up_EFD, down_EDF = (jnp.swapaxes(kernel, 1, 2) for kernel in experts[:3])
 
-    def turn(at: _Round, so_far: Any) -> Any:
+    def turn(at: _Round, so_far: tuple[jax.Array, Experts, jax.Array]) -> Any:
         d_x_MD, d_experts, d_shares = so_far
         token_C = at.copies // static.k
-        d_y_CD = at.of(d_y, token_C)
-        share_C1 = at.of(shares, at.copies)[:, None]
-        shared_CD = (jnp.broadcast_to(share_C1, d_y_CD.shape) * d_y_CD.astype(f32)).astype(x.dtype)
+        x_CD, d_y_CD, share_C1 = _taken(x, token_C), _taken(d_y, token_C), at.shares(shares)
+        gate_CF = _affine(x_CD, experts.gate, experts.gate_bias, at.sizes, at.expert)
+        up_CF = _affine(x_CD, experts.up, experts.up_bias, at.sizes, at.expert)
+        inner_CF, of_gated = jax.vjp(lambda a, b: _gated(a, b, *static[2:]), gate_CF, up_CF)
 
-        def upper(x_CD: jax.Array, experts: Experts) -> jax.Array:
-            return _inner(x_CD, experts, at.sizes, at.expert, *static[2:])
+        def shared(d: jax.Array) -> jax.Array:
+            return (jnp.broadcast_to(share_C1, d.shape) * d.astype(f32)).astype(d.dtype)
 
-        def lower(inner_CF: jax.Array, experts: Experts) -> jax.Array:
-            return _affine(inner_CF, experts.down, experts.down_bias, at.sizes, at.expert)
-
-        inner_CF, of_upper = jax.vjp(upper, at.of(x, token_C), experts)
-        _, of_lower = jax.vjp(lower, inner_CF, experts)
-        # Before the share: its gradient is the product of this with what `down` was applied to,
-        # for which y need not be made again.
-        d_inner_CF = of_lower(d_y_CD)[0].astype(f32)
-        d_share_C = jnp.sum(d_inner_CF * inner_CF.astype(f32), axis=1)
+        # The gradient of a share is y * d_y, which is inner * (down d_y): y is not made again.
+        d_inner_CF = jax.lax.ragged_dot(d_y_CD, down_EDF, at.sizes)
+        d_share_C = jnp.sum(d_inner_CF.astype(f32) * inner_CF.astype(f32), axis=1)
         if experts.down_bias is not None:
             bias_CD = experts.down_bias[at.expert].astype(f32)
             d_share_C = d_share_C + jnp.sum(d_y_CD.astype(f32) * bias_CD, axis=1)
-        _, of_down = of_lower(shared_CD)
-        d_inner_CF = jnp.broadcast_to(share_C1, d_inner_CF.shape) * d_inner_CF
-        d_x_CD, of_rest = of_upper(d_inner_CF.astype(inner_CF.dtype))
+        d_y_CD = shared(d_y_CD)
+        d_gate_CF, d_up_CF = of_gated(shared(d_inner_CF))
+        d_x_CD = jax.lax.ragged_dot(d_gate_CF, gate_EFD, at.sizes).astype(f32)
+        d_x_CD = d_x_CD + jax.lax.ragged_dot(d_up_CF, up_EFD, at.sizes).astype(f32)
+
+        def of_kernel(so_far: jax.Array, x: jax.Array, d: jax.Array) -> jax.Array:
+            product = jax.linear_transpose(
+                lambda kernel: jax.lax.ragged_dot(x, kernel, at.sizes),
+                jax.ShapeDtypeStruct(so_far.shape, x.dtype),
+            )
+            return so_far + product(d)[0].astype(f32)
+
+        def of_bias(so_far: jax.Array | None, d: jax.Array) -> jax.Array | None:
+            return None if so_far is None else so_far.at[at.expert].add(d.astype(f32))
+
         # Where no copy is, a place behind the last: dropped.
         place_C = jnp.where(at.real, at.copies, len(shares) + jnp.arange(static.rows))
         return (
-            d_x_MD.at[token_C].add(d_x_CD.astype(f32), mode="promise_in_bounds"),
-            jax.tree.map(
-                lambda so_far, a, b: so_far + (a.astype(f32) + b.astype(f32)),
-                d_experts, of_down, of_rest,
+            d_x_MD.at[token_C].add(d_x_CD, mode="promise_in_bounds"),
+            Experts(
+                of_kernel(d_experts.gate, x_CD, d_gate_CF),
+                of_kernel(d_experts.up, x_CD, d_up_CF),
+                of_kernel(d_experts.down, inner_CF, d_y_CD),
+                of_bias(d_experts.gate_bias, d_gate_CF),
+                of_bias(d_experts.up_bias, d_up_CF),
+                of_bias(d_experts.down_bias, d_y_CD),
             ),
             d_shares.at[place_C].set(d_share_C, mode="drop", unique_indices=True),
-        )  # fmt: skip
+        )
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, f32), (x, experts, shares))
     made = _rounds(runs, static.rows, turn, zeros, len(experts.gate))
-    d_x, d_experts, d_shares = jax.tree.map(lambda d, x: d.astype(x.dtype), made, given[:3])
-    return d_x, d_experts, d_shares, None
+    return *jax.tree.map(lambda d, x: d.astype(x.dtype), made, given[:3]), None
 
 
 _mix_own.defvjp(_mix_own_forward, _mix_own_backward)

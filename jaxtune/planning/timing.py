@@ -88,8 +88,10 @@ def of_estimate(work: Work, held: Mapping[str, int], slice: Slice, per_chip: int
         + STATE_PASSES * state
     )
     attention = estimate.attention_flops(work) / (KERNEL_SHARE * peak)
-    # Gradients, and what a layer exchanges over `tensor` or `context`, are waited for everywhere.
-    waited = found.exchanged + found.rows + found.scattered + found.everywhere + found.head
+    # Gradients, and what a layer exchanges over `expert`, `tensor` or `context`, are waited for
+    # everywhere.
+    waited = found.exchanged + found.travelled + found.rows
+    waited += found.scattered + found.everywhere + found.head
     # What is hidden lies in memory meanwhile: where that is nearly full, nothing is.
     full = sum(estimate.memory(work, held).values()) > NEARLY_FULL * chip.hbm / per_chip
     waited = waited if speed.hides and not full else sum(found)

@@ -103,4 +103,5 @@ def test_the_parameters_are_counted_exactly():
     assert leaves["stack_0/layer_0/moe/down/kernel"].shape == (2, 6, 16, 16)
     axes = named(decoder.axes(SPEC))
     assert axes["stack_0/layer_0/moe/gate/kernel"] == ("layers", "expert", "embed", "mlp")
-    assert meshes.RULES["expert"] == ()
+    assert axes["stack_0/layer_0/moe/router/kernel"] == ("layers", "embed", "scores")
+    assert axes["stack_0/layer_0/moe/router/bias"] == ("layers", "scores")
