@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxtune.chips import DCN_RATE, HOST_RATE, Slice
+from jaxtune.ops import moe
 from jaxtune.planning import estimate
 from jaxtune.planning.compiling import Read
 from jaxtune.planning.estimate import Work
@@ -124,10 +125,16 @@ def vectors(work: Work, speed: Speed) -> float:
 
 
 def routing(work: Work) -> float:
-    """Bytes that pass while tokens go to their experts and back."""
+    """Bytes that pass while tokens go to their experts and back; where they travel, also the sums
+    in f32 of the experts' gradients, which every round adds to."""
     chosen = sum(layer.moe.per_token for layer in work.spec.layers if layer.moe is not None)
     tokens = work.tokens_per_step / work.devices
-    return MIXTURE_PASSES * chosen * tokens * work.item * work.spec.width
+    passing = MIXTURE_PASSES * chosen * tokens * work.item * work.spec.width
+    if work.lora or (peers := work.sizes["expert"]) == 1:
+        return passing
+    numbers = sum(estimate.travelling(work, layer) for layer in work.spec.layers)
+    each = moe.ROUNDS * (8 + work.item) + 8 + work.item  # and zeros before, the cast behind
+    return passing + each * numbers / peers / work.sizes["tensor"] * work.microbatches
 
 
 def adapters(work: Work) -> float:
