@@ -199,7 +199,8 @@ def _gated(gate: jax.Array, up: jax.Array, activation: Activation, clamp: Clamp)
 
 # -- experts on devices of their own ---------------------------------------------------------------
 
-ROUNDS = 4  # that a device takes over its copies where experts are loaded alike
+ROUND = 2**15  # copies that are worth a round; more on average are taken in up to MOST rounds
+MOST = 4
 TURNS = "turns_"  # names a loop by the turns to expect, for who reads the compiled program
 
 
@@ -226,7 +227,8 @@ def mix_own(
     """
     (P, N, D), k, E = x.shape, shares.shape[-1], len(experts.gate)
     rows = round_rows(N * k, P * N * min(k, E)) if rows is None else rows
-    run = functools.partial(_mix_own, _Static(rows, k, activation, clamp))
+    static = _Static(rows, -(-N * k // rows), k, activation, clamp)
+    run = functools.partial(_mix_own, static)
     y_MD = run(x.reshape(P * N, D), experts, shares.reshape(-1), _runs(order, first, E))
     return y_MD.reshape(P, N, D)
 
@@ -234,12 +236,14 @@ def mix_own(
 def round_rows(mean: int, most: int) -> int:
     """Copies of a round, of which a device has `mean` on average and never more than `most`: with
     an eighth to spare, so that experts nearly alike in load need no round more."""
-    tile = 512 if mean >= 512 * ROUNDS else 8
-    return min(most, -(-9 * mean // (8 * ROUNDS * tile)) * tile)
+    rounds = min(max(mean // ROUND, 1), MOST)
+    tile = 512 if mean >= ROUND else 8
+    return min(most, -(-9 * mean // (8 * rounds * tile)) * tile)
 
 
 class _Static(NamedTuple):
-    rows: int
+    rows: int  # of a round
+    turns: int  # rounds to expect
     k: int
     activation: Activation
     clamp: Clamp
@@ -276,16 +280,18 @@ def _runs(order: Order, first: jax.Array | int, E: int) -> _Runs:
 
 
 class _Round(NamedTuple):
-    """`rows` C copies, sorted by expert; behind the last one come some that count for nothing."""
+    """`rows` C copies, sorted by expert; behind the last one come some that no expert sees: what
+    a product says of them means nothing."""
 
     copies: jax.Array  # [C]
     real: jax.Array  # [C] whether it is one for these experts
     expert: jax.Array  # [C] of the own ones
     sizes: jax.Array  # [E]
 
-    def shares(self, of_all: jax.Array) -> jax.Array:
-        """`[C 1]`, zero for what is no copy."""
-        return jnp.where(self.real, _taken(of_all, self.copies), 0)[:, None]
+    def kept(self, x: jax.Array) -> jax.Array:
+        """`x` `[C ...]`, zero where no copy is."""
+        real = self.real.reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.where(jnp.broadcast_to(real, x.shape), x, 0)
 
 
 def _taken(x: jax.Array, rows: jax.Array) -> jax.Array:
@@ -298,24 +304,24 @@ def _round(runs: _Runs, number: jax.Array, rows: int, E: int) -> _Round:
     real_C = place_C < runs.ends[-1]
     run_C = jnp.searchsorted(runs.ends, place_C, side="right", method="compare_all")
     run_C = jnp.minimum(run_C, len(runs.ends) - 1).astype(jnp.int32)
-    # Behind the last copy any other: there its share counts as zero.
+    # Behind the last copy any other.
     from_C = jnp.where(real_C, place_C + runs.shifts[run_C], place_C % len(runs.copies))
     P = len(runs.ends) // E
-    # The last expert takes the rows behind the last copy too: every row has one.
-    ends_E = runs.ends[P - 1 :: P].at[-1].set(jnp.iinfo(jnp.int32).max)
-    until_E = jnp.minimum(jnp.maximum(ends_E - begin, 0), rows)
+    until_E = jnp.minimum(jnp.maximum(runs.ends[P - 1 :: P] - begin, 0), rows)
     sizes_E = jnp.diff(until_E, prepend=0).astype(jnp.int32)
     return _Round(_taken(runs.copies, from_C), real_C, run_C // P, sizes_E)
 
 
-def _rounds(runs: _Runs, rows: int, turn: Callable[[_Round, Any], Any], start: Any, E: int) -> Any:
+def _rounds(
+    static: _Static, runs: _Runs, E: int, turn: Callable[[_Round, Any], Any], start: Any
+) -> Any:
     """`turn(round, so far)` over as many rounds as there are copies for."""
 
     def body(number: jax.Array, so_far: Any) -> Any:
-        return turn(_round(runs, number, rows, E), so_far)
+        return turn(_round(runs, number, static.rows, E), so_far)
 
-    with jax.named_scope(f"{TURNS}{ROUNDS}"):
-        return jax.lax.fori_loop(0, -(-runs.ends[-1] // rows), body, start)
+    with jax.named_scope(f"{TURNS}{static.turns}"):
+        return jax.lax.fori_loop(0, -(-runs.ends[-1] // static.rows), body, start)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -326,14 +332,14 @@ def _mix_own(
 
     def turn(at: _Round, y_MD: jax.Array) -> jax.Array:
         token_C = at.copies // static.k
-        inner_CF = _inner(_taken(x, token_C), experts, at.sizes, at.expert, *static[2:])
+        inner_CF = _inner(_taken(x, token_C), experts, at.sizes, at.expert, *static[3:])
         y_CD = _affine(inner_CF, experts.down, experts.down_bias, at.sizes, at.expert)
-        share_CD = jnp.broadcast_to(at.shares(shares), y_CD.shape)
-        more_CD = share_CD * y_CD.astype(jnp.float32)
+        share_CD = jnp.broadcast_to(_taken(shares, at.copies)[:, None], y_CD.shape)
+        more_CD = at.kept(share_CD * y_CD.astype(jnp.float32))
         return y_MD.at[token_C].add(more_CD, mode="promise_in_bounds")
 
     zeros = jnp.zeros(x.shape, jnp.float32)
-    return _rounds(runs, static.rows, turn, zeros, len(experts.gate)).astype(x.dtype)
+    return _rounds(static, runs, len(experts.gate), turn, zeros).astype(x.dtype)
 
 
 def _mix_own_forward(static: _Static, *given: Any) -> tuple[jax.Array, Any]:
@@ -349,16 +355,18 @@ def _mix_own_backward(static: _Static, given: Any, d_y: jax.Array) -> Any:
     def turn(at: _Round, so_far: tuple[jax.Array, Experts, jax.Array]) -> Any:
         d_x_MD, d_experts, d_shares = so_far
         token_C = at.copies // static.k
-        x_CD, d_y_CD, share_C1 = _taken(x, token_C), _taken(d_y, token_C), at.shares(shares)
-        gate_CF = _affine(x_CD, experts.gate, experts.gate_bias, at.sizes, at.expert)
-        up_CF = _affine(x_CD, experts.up, experts.up_bias, at.sizes, at.expert)
-        inner_CF, of_gated = jax.vjp(lambda a, b: _gated(a, b, *static[2:]), gate_CF, up_CF)
+        x_CD, d_y_CD = _taken(x, token_C), _taken(d_y, token_C)
+        share_C1 = _taken(shares, at.copies)[:, None]
+        # Zero where no copy is, so that what gradients of kernels sum over is finite everywhere.
+        gate_CF = at.kept(_affine(x_CD, experts.gate, experts.gate_bias, at.sizes, at.expert))
+        up_CF = at.kept(_affine(x_CD, experts.up, experts.up_bias, at.sizes, at.expert))
+        inner_CF, of_gated = jax.vjp(lambda a, b: _gated(a, b, *static[3:]), gate_CF, up_CF)
 
         def shared(d: jax.Array) -> jax.Array:
             return (jnp.broadcast_to(share_C1, d.shape) * d.astype(f32)).astype(d.dtype)
 
         # The gradient of a share is y * d_y, which is inner * (down d_y): y is not made again.
-        d_inner_CF = jax.lax.ragged_dot(d_y_CD, down_EDF, at.sizes)
+        d_inner_CF = at.kept(jax.lax.ragged_dot(d_y_CD, down_EDF, at.sizes))
         d_share_C = jnp.sum(d_inner_CF.astype(f32) * inner_CF.astype(f32), axis=1)
         if experts.down_bias is not None:
             bias_CD = experts.down_bias[at.expert].astype(f32)
@@ -376,12 +384,12 @@ def _mix_own_backward(static: _Static, given: Any, d_y: jax.Array) -> Any:
             return so_far + product(d)[0].astype(f32)
 
         def of_bias(so_far: jax.Array | None, d: jax.Array) -> jax.Array | None:
-            return None if so_far is None else so_far.at[at.expert].add(d.astype(f32))
+            return None if so_far is None else so_far.at[at.expert].add(at.kept(d.astype(f32)))
 
         # Where no copy is, a place behind the last: dropped.
         place_C = jnp.where(at.real, at.copies, len(shares) + jnp.arange(static.rows))
         return (
-            d_x_MD.at[token_C].add(d_x_CD, mode="promise_in_bounds"),
+            d_x_MD.at[token_C].add(at.kept(d_x_CD), mode="promise_in_bounds"),
             Experts(
                 of_kernel(d_experts.gate, x_CD, d_gate_CF),
                 of_kernel(d_experts.up, x_CD, d_up_CF),
@@ -394,7 +402,7 @@ def _mix_own_backward(static: _Static, given: Any, d_y: jax.Array) -> Any:
         )
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, f32), (x, experts, shares))
-    made = _rounds(runs, static.rows, turn, zeros, len(experts.gate))
+    made = _rounds(static, runs, len(experts.gate), turn, zeros)
     return *jax.tree.map(lambda d, x: d.astype(x.dtype), made, given[:3]), None
 
 

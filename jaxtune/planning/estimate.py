@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 KINDS = ("parameters", "optimiser", "gradients", "activations", "logits", "temporaries")
 AIM = 0.97  # of the memory, that the compiler's schedule keeps within where it can
-ROUND = 9 / (8 * moe.ROUNDS)  # of a device's copies of tokens, that it takes at a time
 BODY_BYTES = 30 * 2**20  # of a program, for each layer of a pattern; its code lies in HBM too
 
 
@@ -301,7 +300,9 @@ def _mlp_at_once(work: Work, layer: LayerSpec) -> float:
         ways = 2 if layer.gated else 1
         return (2 if again else 1) * ways * layer.mlp_width / cut
     at_once = layer.moe.per_token * (4 * layer.mlp_width / cut + 4 * work.spec.width)
-    return at_once if work.sizes["expert"] == 1 else at_once * ROUND
+    copies = math.ceil(work.tokens) * layer.moe.per_token
+    share = moe.round_rows(copies, 2 * copies) / copies
+    return at_once if work.sizes["expert"] == 1 else at_once * share
 
 
 def _attention_at_once(work: Work, layer: LayerSpec) -> float:

@@ -8,6 +8,7 @@ nothing is scheduled beside are added, and no step is shorter than all it sends.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -132,9 +133,14 @@ def routing(work: Work) -> float:
     passing = MIXTURE_PASSES * chosen * tokens * work.item * work.spec.width
     if work.lora or (peers := work.sizes["expert"]) == 1:
         return passing
-    numbers = sum(estimate.travelling(work, layer) for layer in work.spec.layers)
-    each = moe.ROUNDS * (8 + work.item) + 8 + work.item  # and zeros before, the cast behind
-    return passing + each * numbers / peers / work.sizes["tensor"] * work.microbatches
+    cut = peers * work.sizes["tensor"]
+    for layer in work.spec.layers:
+        if layer.moe is not None:
+            copies = math.ceil(work.tokens) * layer.moe.per_token
+            rounds = math.ceil(copies / moe.round_rows(copies, 2 * copies))
+            each = rounds * (8 + work.item) + 8 + work.item  # and zeros before, the cast behind
+            passing += each * estimate.travelling(work, layer) / cut * work.microbatches
+    return passing
 
 
 def adapters(work: Work) -> float:

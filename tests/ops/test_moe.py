@@ -167,8 +167,9 @@ def test_experts_of_several_devices_add_up_to_the_mixture(rows, loads, biases):
 
 def test_rounds_spare_an_eighth_and_are_never_longer_than_all_there_is():
     assert round_rows(131_072, 524_288) == 36_864
-    assert round_rows(4096, 1 << 20) == 1536
-    assert round_rows(64, 1 << 20) == 24
+    assert round_rows(32_768, 524_288) == 36_864
+    assert round_rows(1 << 20, 1 << 22) == 294_912
+    assert round_rows(64, 1 << 20) == 72
     assert round_rows(64, 16) == 16
 
 
