@@ -199,8 +199,8 @@ def _gated(gate: jax.Array, up: jax.Array, activation: Activation, clamp: Clamp)
 
 # -- experts on devices of their own ---------------------------------------------------------------
 
-ROUND = 2**15  # copies that are worth a round; more on average are taken in up to MOST rounds
-MOST = 4
+ROUND = 2**15  # copies that are worth a round: each one passes over all of the experts' gradients
+MOST = 4  # rounds on average
 TURNS = "turns_"  # names a loop by the turns to expect, for who reads the compiled program
 
 
@@ -264,7 +264,7 @@ class _Runs(NamedTuple):
 def _runs(order: Order, first: jax.Array | int, E: int) -> _Runs:
     P, S = order.copies.shape
     device_P1 = S * jnp.arange(P, dtype=jnp.int32)[:, None]
-    starts_P = (
+    starts = (
         jnp.cumsum(order.sizes, axis=1)
         - order.sizes
         + jnp.broadcast_to(device_P1, order.sizes.shape)
@@ -276,7 +276,7 @@ def _runs(order: Order, first: jax.Array | int, E: int) -> _Runs:
     sizes_EP = own(order.sizes)
     ends_EP = jnp.cumsum(sizes_EP)
     copies_PS = order.copies + jnp.broadcast_to(device_P1, order.copies.shape)
-    return _Runs(copies_PS.reshape(-1), ends_EP, own(starts_P) - (ends_EP - sizes_EP))
+    return _Runs(copies_PS.reshape(-1), ends_EP, own(starts) - (ends_EP - sizes_EP))
 
 
 class _Round(NamedTuple):
