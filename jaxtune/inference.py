@@ -153,12 +153,14 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh, *, merge: bo
     from jaxtune.hf.folders import is_adapter
     from jaxtune.hf.load import open_model
     from jaxtune.learn.program import compute_dtype
+    from jaxtune.mesh import check_experts
     from jaxtune.weights import base_params, is_checkpoint, param_shardings
 
     if is_checkpoint(name) or is_adapter(name):
         return _to_be_asked(_load_trained(name, config, words, mesh, merge))
     random = config.init == "random" and not _has_weights(name)
     model = open_model(name, revision=config.revision, weights=not random, note=note)
+    check_experts(model.spec.experts, mesh)
     dtype = compute_dtype(config.dtype)
     placed = param_shardings(model.spec, mesh, dtype)
     if random:
@@ -186,7 +188,7 @@ def _load_trained(name: str, config: Config, words: Words, mesh: Mesh, merge: bo
     from jaxtune.hf.load import load_params, open_model, with_tokens
     from jaxtune.hf.merge import merged_params
     from jaxtune.learn.program import compute_dtype
-    from jaxtune.mesh import shardings
+    from jaxtune.mesh import check_experts, shardings
     from jaxtune.model import decoder
     from jaxtune.weights import (
         checkpoint_of,
@@ -212,6 +214,7 @@ def _load_trained(name: str, config: Config, words: Words, mesh: Mesh, merge: bo
         adapter = open_adapter(name)
         model = open_model(adapter.base, revision=adapter.revision)
         model, lora, leaves = on_model(adapter, model)
+    check_experts(model.spec.experts, mesh)
     placed = param_shardings(model.spec, mesh, dtype)
     stops = stop_ids(words, model)
     if lora is not None and not merge:

@@ -140,6 +140,9 @@ class MeshConfig(_Strict):
 
     data: int = Field(1, description="replicas of the parameters")
     fsdp: int = Field(-1, description="shards of parameters, gradients and moments; also of rows")
+    expert: int = Field(
+        1, description="shards of a mixture's experts; tokens travel to them; also of rows"
+    )
     tensor: int = Field(1, description="shards of heads, mlp and vocabulary")
     context: int = Field(
         1, description="shards of the sequence, for rows too long for one device; and of parameters"
@@ -147,7 +150,7 @@ class MeshConfig(_Strict):
 
     @pydantic.model_validator(mode="after")
     def _sizes(self) -> MeshConfig:
-        sizes = [self.data, self.fsdp, self.tensor, self.context]
+        sizes = [self.data, self.fsdp, self.expert, self.tensor, self.context]
         if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
             raise ValueError("axes are positive, or -1 for one of them")
         return self
@@ -294,7 +297,7 @@ class Config(_Strict):
     num_train_epochs: PositiveFloat = Field(3, description="passes over the data, may be 0.5")
     max_steps: int = Field(-1, description="optimiser steps; overrides num_train_epochs when > 0")
     per_device_train_batch_size: PositiveInt = Field(
-        8, description="rows per device and microbatch, over the data and fsdp axes"
+        8, description="rows per device and microbatch, over the data, fsdp and expert axes"
     )
     gradient_accumulation_steps: PositiveInt = Field(
         1, description="microbatches in a step; same gradient, less memory, more time"

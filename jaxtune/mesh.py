@@ -22,24 +22,27 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtune.config import ConfigError
 from jaxtune.tree import map_named
 
-SIZES = ("data", "fsdp", "tensor", "context")  # what a config gives the sizes of
+SIZES = ("data", "fsdp", "expert", "tensor", "context")  # what a config gives the sizes of
 # `fsdp` is one mesh axis per dimension of the torus it lies on: a reduce-scatter along one
 # dimension is native to the network, one over a plane compiles to an all-reduce of the whole.
 FSDP = ("fsdp", "fsdp_y", "fsdp_z")
-AXES = ("data", *FSDP, "tensor", "context")
-ROWS = ("data", *FSDP)  # the mesh axes that rows of the batch are spread over
+AXES = ("data", *FSDP, "expert", "tensor", "context")
+ROWS = ("data", *FSDP, "expert")  # the mesh axes that rows of the batch are spread over
 MANUAL = (*ROWS, "context")  # each device's own inside of a training step
 
-# Logical axis -> mesh axes. Parameters first, then activations.
+# Logical axis -> mesh axes. Parameters first, then activations. What a dimension further in front
+# of an array has taken, the others do without: of experts side by side `[E D F]` the mesh axis
+# "expert" cuts E, of any other weight its D.
 RULES: Mapping[str | None, tuple[str, ...]] = {
     "layers": (),
-    "embed": (*FSDP, "context"),
+    "embed": (*FSDP, "expert", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
-    "expert": (),
+    "expert": ("expert",),
+    "scores": (),
     "norm": (),
     "batch": ROWS,
     "length": ("context",),
@@ -57,14 +60,15 @@ def make_mesh(
     *,
     torus: tuple[int, ...] | None = None,
 ) -> Mesh:
-    """A mesh over all devices; one of the `SIZES` may be -1 and takes what is left.
+    """A mesh over all devices; one of the `SIZES` may be -1 and takes what is left, and one that
+    is not given is 1.
 
     `torus` says how `fsdp` is laid over dimensions of the network; without it the devices'
     coordinates do. Several slices are joined along `data`, the one axis that crosses the
     data-centre network.
     """
     devices = jax.devices() if devices is None else list(devices)
-    shape = [sizes[axis] for axis in SIZES]
+    shape = [sizes.get(axis, 1) for axis in SIZES]
     rest = math.prod(size for size in shape if size != -1)
     if -1 in shape and len(devices) % rest == 0:
         shape[shape.index(-1)] = len(devices) // rest
@@ -76,7 +80,7 @@ def make_mesh(
             f"Choose sizes whose product is {len(devices)}; one axis may be -1."
         )
     grid = _grid(shape, devices)
-    along = _torus(grid[0, :, 0, 0]) if torus is None else torus
+    along = _torus(grid[0, :, 0, 0, 0]) if torus is None else torus
     split = (*along, *[1] * (len(FSDP) - len(along)))
     grid = grid.reshape(shape[0], *split, *shape[2:])
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -135,6 +139,23 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
+def check_experts(experts: int, mesh: Mesh) -> None:
+    """Raises `ConfigError` where the axis `expert` is used by a model whose mixtures have other
+    `experts` than it divides, or none: 0."""
+    ways = mesh.shape["expert"]
+    if ways > 1 and experts == 0:
+        raise ConfigError(
+            f"mesh.expert: {ways} devices would share a mixture's experts, and this model has "
+            "none. Leave mesh.expert at 1; mesh.fsdp spreads its parameters."
+        )
+    if experts % ways:
+        fitting = ", ".join(str(n) for n in range(2, experts + 1) if experts % n == 0)
+        raise ConfigError(
+            f"mesh.expert: {experts} experts do not divide over {ways} devices. "
+            f"Choose one of {fitting}, or 1."
+        )
+
+
 def partition_spec(
     axes: Axes, shape: Sequence[int], mesh: Any, *, only: Sequence[str] = AXES
 ) -> PartitionSpec:
@@ -145,13 +166,21 @@ def partition_spec(
     if len(axes) != len(shape):
         raise ValueError(f"{len(axes)} logical axes {axes} for shape {tuple(shape)}")
     entries: list[Any] = []
-    for axis, size in zip(axes, shape, strict=True):
-        names = cut_over(axis, size, mesh, only)
+    for names in cuts(axes, shape, mesh, only):
         entries.append(None if not names else names[0] if len(names) == 1 else names)
     return PartitionSpec(*entries)
 
 
-def cut_over(axis: str | None, size: int, mesh: Any, only: Sequence[str]) -> tuple[str, ...]:
+def cuts(axes: Axes, shape: Sequence[int], mesh: Any, only: Sequence[str]) -> list[tuple[str, ...]]:
+    """The mesh axes that each dimension of one array is cut over; none of them cuts two."""
+    found: list[tuple[str, ...]] = []
+    for axis, size in zip(axes, shape, strict=True):
+        free = set(only).difference(*found)
+        found.append(cut_over(axis, size, mesh, free))
+    return found
+
+
+def cut_over(axis: str | None, size: int, mesh: Any, only: Iterable[str]) -> tuple[str, ...]:
     names = [name for name in RULES[axis] if name in only and mesh.shape[name] > 1]
     while names and size % math.prod(mesh.shape[name] for name in names):
         names.pop()
@@ -246,7 +275,7 @@ def put_batch(rows: Callable[[int, int], B], *, batch_size: int, length: int, me
     """The one host -> device copy: `rows(lo, hi)` gives rows [lo, hi) of the global batch.
 
     Every host asks only for the rows its devices hold. Arrays are [batch_size length], rows over
-    `data` and `fsdp`, tokens over `context`.
+    `data`, `fsdp` and `expert`, tokens over `context`.
     """
     shape = (batch_size, length)
     sharding = NamedSharding(mesh, partition_spec(("batch", "length"), shape, mesh))

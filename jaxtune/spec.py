@@ -268,6 +268,11 @@ class ModelSpec:
             layer for stack in self.stacks for _ in range(stack.repeats) for layer in stack.pattern
         )
 
+    @property
+    def experts(self) -> int:
+        """Of each of its mixtures; 0 without one."""
+        return next((layer.moe.experts for layer in self.layers if layer.moe is not None), 0)
+
 
 def apart(spec: ModelSpec, last: int) -> tuple[ModelSpec, int]:
     """The same model with its `last` layers in stacks of their own, and the first one's number.

@@ -9,7 +9,7 @@ import pytest
 
 from jaxtune.assemble import keep_compiled, rows_per_step
 from jaxtune.config import ConfigError, load
-from jaxtune.mesh import make_mesh
+from jaxtune.mesh import check_experts, make_mesh
 
 
 def rows(**fields: object) -> int:
@@ -33,6 +33,16 @@ def test_rows_are_of_all_devices_that_do_not_share_one() -> None:
 def test_what_cannot_be_cut_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         rows(**fields)
+
+
+def test_experts_that_are_not_there_or_do_not_divide_are_refused() -> None:
+    mesh = make_mesh({"fsdp": -1, "expert": 4}, jax.devices()[:8])
+    check_experts(8, mesh)
+    check_experts(0, make_mesh({"fsdp": -1}))
+    with pytest.raises(ConfigError, match=r"mesh.expert: 4 devices .* has none. Leave mesh.expert"):
+        check_experts(0, mesh)
+    with pytest.raises(ConfigError, match=r"6 experts do not divide over 4 .* one of 2, 3, 6, or"):
+        check_experts(6, mesh)
 
 
 def test_compiled_programs_are_kept_where_the_field_says(

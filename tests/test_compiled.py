@@ -45,6 +45,17 @@ def test_a_loop_without_a_known_end_is_said_to_be_unread() -> None:
     assert cost(hlo(f, jnp.ones(4)), 1).loops_unread == 1
 
 
+def test_a_loop_may_say_how_often_it_is_expected_to_turn() -> None:
+    def f(x: jax.Array, n: jax.Array) -> jax.Array:
+        with jax.named_scope("turns_4"):
+            return jax.lax.fori_loop(0, n, lambda _, x: jnp.sin(x @ x), x)
+
+    for function in (f, jax.vmap(f, in_axes=(0, None))):
+        x = jnp.ones((3, 8, 8)) if function is not f else jnp.ones((8, 8))
+        found = cost(hlo(function, x, jnp.int32(3)), 1)
+        assert (found.loops, found.loops_unread) == ([4], 0)
+
+
 def test_bytes_on_the_wire_are_those_of_a_ring() -> None:
     rows, inner, columns = 64, 128, 32
 

@@ -45,15 +45,18 @@ ONES = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
 
 def test_minus_one_takes_what_is_left() -> None:
     mesh = make_mesh({**ONES, "fsdp": -1, "tensor": 2})
-    assert sizes_of(mesh) == {"data": 1, "fsdp": 4, "tensor": 2, "context": 1}
+    assert sizes_of(mesh) == {"data": 1, "fsdp": 4, "expert": 1, "tensor": 2, "context": 1}
+    assert row_shards(mesh) == 4
+    mesh = make_mesh({"fsdp": -1, "expert": 2, "tensor": 2})  # what is not given is 1
+    assert sizes_of(mesh) == {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2, "context": 1}
     assert row_shards(mesh) == 4
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"fsdp": 4, "tensor": 4}, "8 devices cannot be data=1 x fsdp=4 x tensor=4 x context=1 (="),
-        ({"fsdp": -1, "tensor": 3}, "8 devices cannot be data=1 x fsdp=-1 x tensor=3 x context=1."),
+        ({"fsdp": 4, "tensor": 4}, "data=1 x fsdp=4 x expert=1 x tensor=4 x context=1 (="),
+        ({"fsdp": -1, "tensor": 3}, "8 devices cannot be data=1 x fsdp=-1 x expert=1 x tensor=3 x"),
     ],
 )  # fmt: skip
 def test_a_mesh_that_does_not_fit_is_refused(sizes: dict[str, int], message: str) -> None:
@@ -74,6 +77,13 @@ def test_specs_follow_the_table_and_what_does_not_divide_is_replicated() -> None
     two = make_mesh({**ONES, "data": 2, "fsdp": 4})
     assert partition_spec(("batch", None), (8, 3), two) == P(("data", "fsdp"), None)
     assert partition_spec(("batch", None), (6, 3), two) == P("data", None)
+    experts = make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
+    bank, own = ("layers", "expert", "embed", "mlp"), P(None, "expert", "fsdp", "tensor")
+    assert partition_spec(bank, (3, 4, 8, 6), experts) == own  # one mesh axis cuts one dimension
+    assert partition_spec(bank, (3, 5, 8, 6), experts) == P(
+        None, None, ("fsdp", "expert"), "tensor"
+    )
+    assert partition_spec(("embed", "scores"), (8, 4), experts) == P(("fsdp", "expert"), None)
     with pytest.raises(ValueError, match="1 logical axes"):
         partition_spec(("embed",), (4, 4), mesh)
 
@@ -105,20 +115,21 @@ def test_devices_are_laid_out_as_the_network_is() -> None:
     """Rows of the grid one after the other, both cores of a chip, and slices along data."""
     sizes = [(x, y, 0) for y in (1, 0) for x in (1, 0)]
     chips = [Chip(at, core, number) for number in (1, 0) for at in sizes for core in (1, 0)]
-    grid = meshes._grid([2, 4, 2, 1], chips)  # type: ignore[arg-type]
+    grid = meshes._grid([2, 4, 1, 2, 1], chips)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"data=1 over 2 slices\. .* choose data=2"):
-        meshes._grid([1, 8, 2, 1], chips)  # type: ignore[arg-type]
-    assert [grid[n, 0, 0, 0].slice_index for n in range(2)] == [0, 1]
-    assert [chip.coords[:2] for chip in grid[0, :, 0, 0]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert [chip.core_on_chip for chip in grid[0, 0, :, 0]] == [0, 1]
-    assert meshes._torus(grid[0, :, 0, 0]) == (2, 2)
+        meshes._grid([1, 8, 1, 2, 1], chips)  # type: ignore[arg-type]
+    assert [grid[n, 0, 0, 0, 0].slice_index for n in range(2)] == [0, 1]
+    assert [chip.coords[:2] for chip in grid[0, :, 0, 0, 0]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [chip.core_on_chip for chip in grid[0, 0, 0, :, 0]] == [0, 1]
+    assert meshes._torus(grid[0, :, 0, 0, 0]) == (2, 2)
     chips = [Chip((n // 16, n // 4 % 4, n % 4), core) for n in range(64) for core in range(2)]
-    cube = meshes._grid([1, 128, 1, 1], chips)  # type: ignore[arg-type]
-    assert meshes._torus(cube[0, :, 0, 0]) == (4, 4, 8)
+    cube = meshes._grid([1, 128, 1, 1, 1], chips)  # type: ignore[arg-type]
+    assert meshes._torus(cube[0, :, 0, 0, 0]) == (4, 4, 8)
 
 
 MESHES = [({"fsdp": 8}, (8,)), ({"fsdp": 8}, (2, 4)), ({"data": 2, "fsdp": 4}, (2, 2)),
-          ({"fsdp": 2, "tensor": 2, "context": 2}, (2,))]  # fmt: skip
+          ({"fsdp": 2, "tensor": 2, "context": 2}, (2,)),
+          ({"fsdp": 4, "expert": 2}, (2, 2))]  # fmt: skip
 
 
 @pytest.mark.parametrize(("sizes", "torus"), MESHES, ids=str)
@@ -154,7 +165,7 @@ def test_a_gathered_weight_is_whole_and_its_gradient_is_reduce_scattered(
     assert found["w"].dtype == jnp.float32
     assert found["w"].sharding == placed["w"].sharding
     scatters = compiled.as_text().count(" reduce-scatter(")
-    along = sum(size > 1 for size in torus) + (sizes.get("context", 1) > 1)
+    along = sum(size > 1 for size in (*torus, sizes.get("context", 1), sizes.get("expert", 1)))
     assert scatters == along  # one for each dimension of the network
 
 
@@ -254,7 +265,7 @@ def test_tokens_are_dealt_in_pairs_and_rows_come_back_in_order(length: int) -> N
 
 def test_a_batch_that_does_not_divide_is_refused() -> None:
     mesh = make_mesh({**ONES, "fsdp": 4, "context": 2})
-    assert tokens((8, 6), mesh) == P(("data", "fsdp", "fsdp_y", "fsdp_z"), "context")
+    assert tokens((8, 6), mesh) == P(("data", "fsdp", "fsdp_y", "fsdp_z", "expert"), "context")
     for shape in ((6, 6), (8, 5)):
         with pytest.raises(ValueError, match="does not divide over 4"):
             tokens(shape, mesh)

@@ -2,7 +2,8 @@
 
 Every device sorts and multiplies the tokens it holds, with the experts gathered over `fsdp` and
 cut along their width over `tensor`: no token travels, so how the experts are loaded changes no
-communication. The axis "expert" of the weights is not cut.
+communication. In a training step with the mesh axis `expert` each device keeps experts of its own:
+those along it see the tokens of all of them, and add up what each one's experts made of a token.
 """
 
 import functools
@@ -12,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
-from jaxtune import mesh
+from jaxtune import collectives, mesh
 from jaxtune.model import quantise
 from jaxtune.model.layers import (
     ACTIVATIONS,
@@ -53,13 +55,15 @@ class Mixture(nn.Module):
             return Bank(letters, sizes, self.build, layer.mlp_bias, self.build.compute, name=name)()
 
         plain = self.build._replace(lora=None)
-        router = Bank("DE", sizes, plain, spec.router_bias, jnp.float32, name="router")
+        scores = {**WEIGHT_AXES, "E": "scores"}  # on every device: any expert may be chosen
+        router = Bank("DE", sizes, plain, spec.router_bias, jnp.float32, scores, name="router")
         logits_BTE = _scores(x_BTD, *router())
         chosen = moe.route(logits_BTE, per_token=spec.per_token, softmax_over=spec.softmax_over)
         self.sow(LOADS, "load", moe.load(logits_BTE, chosen, segment_ids_BT != 0))
         (gate, gate_bias), (up, up_bias) = bank("gate", "EDF"), bank("up", "EDF")
         down, down_bias = bank("down", "EFD")
-        cut = mesh.spread("mlp", sizes["F"])
+        cut, others = mesh.spread("mlp", sizes["F"]), collectives.cut("expert", spec.experts)
+        mix = functools.partial(_traded, over=others, count=spec.experts) if others else moe.mix
 
         def mixed(x_BTD: jax.Array, *arrays: Any) -> jax.Array:
             (B, T, D), k = x_BTD.shape, spec.per_token
@@ -67,7 +71,7 @@ class Mixture(nn.Module):
             if cut and experts.down_bias is not None:
                 first = jax.lax.axis_index(cut) == 0
                 experts = experts._replace(down_bias=jnp.where(first, experts.down_bias, 0))
-            y_ND = moe.mix(
+            y_ND = mix(
                 x_BTD.reshape(B * T, D),
                 experts,
                 moe.Chosen(*(part.reshape(B * T, k) for part in choice)),
@@ -120,6 +124,7 @@ class Bank(nn.Module):
     build: Build
     bias: bool
     compute: DTypeLike
+    axes: Mapping[str, str] = FrozenDict(WEIGHT_AXES)
 
     @nn.compact
     def __call__(self) -> tuple[Kernels, jax.Array | None]:
@@ -128,13 +133,13 @@ class Bank(nn.Module):
         if lora is not None and lora.base != "none":
             kernel = quantised_weight(self, lora, self.letters, self.letters[-2], self.sizes)
         else:
-            axes = tuple(WEIGHT_AXES[letter] for letter in self.letters)
+            axes = tuple(self.axes[letter] for letter in self.letters)
             spread = nn.initializers.normal(self.build.init_scale)
             kernel = self._declared("kernel", self.letters, axes, spread)
         if not self.bias:
             return kernel, None
         kept = self.letters[:-2] + self.letters[-1]
-        axes = tuple("norm" if letter == "D" else WEIGHT_AXES[letter] for letter in kept)
+        axes = tuple("norm" if letter == "D" else self.axes[letter] for letter in kept)
         return kernel, self._declared("bias", kept, axes, nn.initializers.zeros)
 
     def _declared(
@@ -149,6 +154,34 @@ class Bank(nn.Module):
             compute=self.compute,
             initialiser=initialiser,
         )
+
+
+def _traded(
+    x_ND: jax.Array,
+    experts: moe.Experts,
+    chosen: moe.Chosen,
+    *,
+    over: tuple[str, ...],
+    count: int,
+    activation: moe.Activation,
+    clamp: moe.Clamp,
+) -> jax.Array:
+    """`moe.mix` where the devices along `over` have each their own of all `count` experts."""
+
+    def all_of(x: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(x, over)
+
+    order = moe.ordered(chosen.experts, count)
+    y_PND = moe.mix_own(
+        all_of(x_ND),
+        experts,
+        moe.Order(*map(all_of, order)),
+        all_of(chosen.shares),
+        first=jax.lax.axis_index(over) * len(experts.gate),
+        activation=activation,
+        clamp=clamp,
+    )
+    return jax.lax.psum_scatter(y_PND, over)
 
 
 def total_load(loads: Mapping[str, Any]) -> moe.Load:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxtune.ops import cross_entropy, splash
+from jaxtune.ops import cross_entropy, moe, splash
 from jaxtune.spec import (
     LayerSpec,
     ModelSpec,
@@ -33,9 +33,9 @@ BODY_BYTES = 30 * 2**20  # of a program, for each layer of a pattern; its code l
 class Work(NamedTuple):
     """One device's part of a step.
 
-    `sizes` are the devices along data, fsdp, tensor and context; `rows` of `length` tokens are one
-    microbatch of one device, before `context` cuts them. `item` is the bytes of a number in the
-    computation's dtype, `stored` those of a stored matrix's; `trained` are the bytes of trained
+    `sizes` are the devices along data, fsdp, expert, tensor and context; `rows` of `length` tokens
+    are one microbatch of one device, before `context` cuts them. `item` is the bytes of a number in
+    the computation's dtype, `stored` those of a stored matrix's; `trained` are the bytes of trained
     parameters in f32 on one device, `lora` whether they are adapters. `attention` is the
     implementation's name, `block` how many columns of the vocabulary, or None for what the loss
     chooses.
@@ -63,17 +63,21 @@ class Work(NamedTuple):
     @property
     def shards(self) -> int:
         """Into how many slices a weight is cut that is gathered where it is used."""
-        return self.sizes["fsdp"] * self.sizes["context"]
+        return self.sizes["fsdp"] * self.sizes["expert"] * self.sizes["context"]
 
     @property
     def devices(self) -> int:
         return math.prod(self.sizes.values())
 
     @property
+    def row_shards(self) -> int:
+        """How many ways the rows of a batch are divided."""
+        return self.sizes["data"] * self.sizes["fsdp"] * self.sizes["expert"]
+
+    @property
     def tokens_per_step(self) -> int:
         """Of all devices together."""
-        shards = self.sizes["data"] * self.sizes["fsdp"]
-        return self.rows * self.length * self.microbatches * shards
+        return self.rows * self.length * self.microbatches * self.row_shards
 
 
 def held(program: Program, *, offload: bool = False) -> dict[str, int]:
@@ -147,7 +151,11 @@ def narrowed(work: Work, held: Mapping[str, int]) -> float:
     gathered them: whole."""
     layers, head = _shares(work.spec)
     if work.remat == "none" and work.shards > 1:
-        whole = layers * parameter_count(work.spec) * work.item / work.sizes["tensor"]
+        elsewhere = (1 - 1 / work.sizes["expert"]) * sum(
+            travelling(work, layer) for layer in work.spec.layers
+        )
+        numbers = layers * parameter_count(work.spec) - elsewhere
+        whole = numbers * work.item / work.sizes["tensor"]
         return whole + (0.0 if work.lora else head * work.trained * work.item / 4)
     if work.stored <= work.item:
         return 0.0
@@ -217,9 +225,11 @@ def _in_mlp(work: Work, layer: LayerSpec) -> float:
     cut, item = work.sizes["tensor"], work.item
     if layer.moe is None:
         return item * (3 if layer.gated else 5) * layer.mlp_width / cut
-    each = layer.moe.per_token
+    each, shared = layer.moe.per_token, item * 3 * layer.moe.shared_width / cut
+    if (peers := work.sizes["expert"]) > 1:  # tokens of all of them, and no more
+        return item * peers * work.spec.width + shared
     experts = item * 6 * layer.mlp_width / cut + (item + 4) * work.spec.width
-    return each * experts + 4 * work.spec.width + item * 3 * layer.moe.shared_width / cut
+    return each * experts + 4 * work.spec.width + shared
 
 
 def one_turn(work: Work, stack: Stack) -> float:
@@ -228,8 +238,17 @@ def one_turn(work: Work, stack: Stack) -> float:
     most = max(one_layer(work, layer) for layer in stack.pattern)
     if work.lora or work.shards == 1:
         return most
-    every = [layer_parameters(work.spec, layer, active=False) for layer in stack.pattern]
+    every = [
+        layer_parameters(work.spec, layer, active=False)
+        - travelling(work, layer) * (1 - 1 / work.sizes["expert"])
+        for layer in stack.pattern
+    ]
     return most + work.item * (sum(every) - max(every)) / work.sizes["tensor"]
+
+
+def travelling(work: Work, layer: LayerSpec) -> float:
+    """Parameters of a layer's experts side by side, which are cut over `expert` and stay so."""
+    return 0.0 if layer.moe is None else 3.0 * work.spec.width * layer.mlp_width * layer.moe.experts
 
 
 def one_layer(work: Work, layer: LayerSpec) -> float:
@@ -242,10 +261,21 @@ def one_layer(work: Work, layer: LayerSpec) -> float:
     at_once = in_mlp + in_attention if work.lora else max(in_mlp, in_attention)
     gathered = 0.0
     if work.shards > 1:
-        experts = 1 if layer.moe is None else layer.moe.experts
+        experts = 1 if layer.moe is None else layer.moe.experts / work.sizes["expert"]
         widest = D * layer.mlp_width * experts
         gathered = item * (3 * widest + 2 * D * layer.heads * layer.head_dim) / cut
-    return work.tokens * (at_once + item * 4 * D) + gathered + _scores(work, layer)
+    passing = work.tokens * (at_once + item * 4 * D)
+    return passing + gathered + _in_rounds(work, layer) + _scores(work, layer)
+
+
+def _in_rounds(work: Work, layer: LayerSpec) -> float:
+    """Where tokens travel to their experts: those of all devices along `expert` and the gradients
+    of what became of them, the sum that theirs are added up in, f32, and the experts' own."""
+    peers = work.sizes["expert"]
+    if layer.moe is None or peers == 1:
+        return 0.0
+    sums = 0.0 if work.lora else 4 * travelling(work, layer) / peers / work.sizes["tensor"]
+    return peers * work.tokens * work.spec.width * (2 * work.item + 4) + sums
 
 
 def spared(work: Work, layer: LayerSpec) -> float:
@@ -269,7 +299,10 @@ def _mlp_at_once(work: Work, layer: LayerSpec) -> float:
     if layer.moe is None:
         ways = 2 if layer.gated else 1
         return (2 if again else 1) * ways * layer.mlp_width / cut
-    return layer.moe.per_token * (4 * layer.mlp_width / cut + 4 * work.spec.width)
+    at_once = layer.moe.per_token * (4 * layer.mlp_width / cut + 4 * work.spec.width)
+    copies = math.ceil(work.tokens) * layer.moe.per_token
+    share = moe.round_rows(copies, 2 * copies) / copies
+    return at_once if work.sizes["expert"] == 1 else at_once * share
 
 
 def _attention_at_once(work: Work, layer: LayerSpec) -> float:
@@ -385,17 +418,27 @@ class Sent(NamedTuple):
     everywhere: float  # gradients along `data`, added up
     exchanged: float  # activations over `tensor`
     rows: float  # keys and values over `context`
+    travelled: float = 0.0  # tokens over `expert`, to a mixture's experts and back
 
 
 def sent(work: Work) -> Sent:
     """Weights are gathered forward and backward, a head that is whole once, gradients scattered
-    once: for each microbatch. Over `tensor` a layer adds up what attention and MLP give, and the
-    gradients of what they were given, and attention's again where it is recomputed."""
+    once: for each microbatch. Experts are so along `fsdp` and `context` alone; over `expert` tokens
+    are gathered, and again where that is recomputed, and so is the gradient of what became of them;
+    that and the gradient of tokens are added up and scattered. Over `tensor` a layer adds up what
+    attention and MLP give, and the gradients of what they were given, and attention's again where
+    it is recomputed."""
     spec, sizes, again = work.spec, work.sizes, work.microbatches
     head = spec.vocab * spec.width
-    layers = matmul_parameters(spec, active=False) - head
+    layers: float = matmul_parameters(spec, active=False) - head
     share = {axis: (size - 1) / size for axis, size in sizes.items()}
     each = (work.shards - 1) / work.shards * work.item / sizes["tensor"] * again
+    if (peers := sizes["expert"]) > 1:  # as if all parameters were cut like others than experts
+        along = work.shards // peers
+        part = (along - 1) / along / peers / ((work.shards - 1) / work.shards)
+        layers -= (1 - part) * sum(travelling(work, layer) for layer in spec.layers)
+    mixtures = sum(layer.moe is not None for layer in spec.layers)
+    passes = 4 if work.remat == "none" else 5
     times = 5 if recomputes(work) else 4
     widths = times * len(spec.layers) * spec.width * work.item
     keys = sum(4 * layer.kv_heads * layer.head_dim for layer in spec.layers) * work.item
@@ -406,6 +449,7 @@ def sent(work: Work) -> Sent:
         everywhere=2 * share["data"] * work.trained,
         exchanged=2 * share["tensor"] * widths * work.tokens * again,
         rows=(sizes["context"] - 1) * keys * work.tokens * again,
+        travelled=(peers - 1) * passes * mixtures * spec.width * work.item * work.tokens * again,
     )
 
 
@@ -415,6 +459,7 @@ def wire(work: Work) -> dict[str, float]:
     along = {
         "fsdp": found.gathered + found.head + found.scattered,
         "data": found.everywhere,
+        "expert": found.travelled,
         "tensor": found.exchanged,
         "context": found.rows,
     }

@@ -55,7 +55,7 @@ def candidates(config: Config, subject: Subject, there: Hardware) -> list[Candid
     """Everything that may fit, by arithmetic, fastest first."""
     whole = _rows_of_step(config, there)
     found: list[Candidate] = []
-    for mesh in meshes(there, heads=_kv_heads(subject)):
+    for mesh in meshes(there, heads=_kv_heads(subject), experts=subject.model.spec.experts):
         try:
             alone = {"per_device_train_batch_size": 1, "global_batch_size": whole}
             base = study(changed(config, **mesh, **alone), subject, there, compiles=False)
@@ -69,21 +69,25 @@ def candidates(config: Config, subject: Subject, there: Hardware) -> list[Candid
     return sorted(found, key=lambda candidate: (candidate.seconds, candidate.needed))
 
 
-def meshes(there: Hardware, *, heads: int) -> Iterator[dict[str, int]]:
-    """All ways to lay the devices over data, fsdp, tensor and context; heads divide over tensor,
-    slices are joined along data."""
+def meshes(there: Hardware, *, heads: int, experts: int = 0) -> Iterator[dict[str, int]]:
+    """All ways to lay the devices over data, fsdp, tensor and context, and over expert where the
+    model has experts; heads divide over tensor, experts over expert, slices are joined along
+    data."""
     count = len(there.devices)
     for data in _divisors(count):
         for tensor in _divisors(count // data):
             for context in _divisors(count // data // tensor):
-                if data % there.slice.slices == 0 and heads % tensor == 0 and context <= 8:
-                    sizes = (data, count // data // tensor // context, tensor, context)
-                    names = ("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context")
-                    yield dict(zip(names, sizes, strict=True))
+                if data % there.slice.slices or heads % tensor or context > 8:
+                    continue
+                left = count // data // tensor // context
+                for expert in _divisors(math.gcd(left, experts) if experts else 1):
+                    sizes = {"mesh.data": data, "mesh.fsdp": left // expert}
+                    alone = {"mesh.expert": expert} if experts else {}
+                    yield {**sizes, **alone, "mesh.tensor": tensor, "mesh.context": context}
 
 
 def _of_mesh(base: Study, mesh: Mapping[str, int], whole: int) -> Iterator[Candidate]:
-    shards = base.work.sizes["data"] * base.work.sizes["fsdp"]
+    shards = base.work.row_shards
     for rows in _divisors(whole // shards):
         for remat in remat_names():
             work = base.work._replace(rows=rows, remat=remat, microbatches=whole // shards // rows)

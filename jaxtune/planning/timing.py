@@ -8,10 +8,12 @@ nothing is scheduled beside are added, and no step is shorter than all it sends.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxtune.chips import DCN_RATE, HOST_RATE, Slice
+from jaxtune.ops import moe
 from jaxtune.planning import estimate
 from jaxtune.planning.compiling import Read
 from jaxtune.planning.estimate import Work
@@ -88,8 +90,10 @@ def of_estimate(work: Work, held: Mapping[str, int], slice: Slice, per_chip: int
         + STATE_PASSES * state
     )
     attention = estimate.attention_flops(work) / (KERNEL_SHARE * peak)
-    # Gradients, and what a layer exchanges over `tensor` or `context`, are waited for everywhere.
-    waited = found.exchanged + found.rows + found.scattered + found.everywhere + found.head
+    # Gradients, and what a layer exchanges over `expert`, `tensor` or `context`, are waited for
+    # everywhere.
+    waited = found.exchanged + found.travelled + found.rows
+    waited += found.scattered + found.everywhere + found.head
     # What is hidden lies in memory meanwhile: where that is nearly full, nothing is.
     full = sum(estimate.memory(work, held).values()) > NEARLY_FULL * chip.hbm / per_chip
     waited = waited if speed.hides and not full else sum(found)
@@ -122,10 +126,21 @@ def vectors(work: Work, speed: Speed) -> float:
 
 
 def routing(work: Work) -> float:
-    """Bytes that pass while tokens go to their experts and back."""
+    """Bytes that pass while tokens go to their experts and back; where they travel, also the sums
+    in f32 of the experts' gradients, which every round adds to."""
     chosen = sum(layer.moe.per_token for layer in work.spec.layers if layer.moe is not None)
     tokens = work.tokens_per_step / work.devices
-    return MIXTURE_PASSES * chosen * tokens * work.item * work.spec.width
+    passing = MIXTURE_PASSES * chosen * tokens * work.item * work.spec.width
+    if work.lora or (peers := work.sizes["expert"]) == 1:
+        return passing
+    cut = peers * work.sizes["tensor"]
+    for layer in work.spec.layers:
+        if layer.moe is not None:
+            copies = math.ceil(work.tokens) * layer.moe.per_token
+            rounds = math.ceil(copies / moe.round_rows(copies, 2 * copies))
+            each = rounds * (8 + work.item) + 8 + work.item  # and zeros before, the cast behind
+            passing += each * estimate.travelling(work, layer) / cut * work.microbatches
+    return passing
 
 
 def adapters(work: Work) -> float:

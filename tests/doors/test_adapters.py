@@ -35,12 +35,13 @@ CONFIG = {
 }  # fmt: skip
 
 
-def write_base(folder: Path, seed: int) -> Path:
-    """A model folder of random weights with exactly one row per token of its tokenizer."""
+def write_base(folder: Path, seed: int, **keys: object) -> Path:
+    """A model folder of random weights with exactly one row per token of its tokenizer; `keys`
+    change its config."""
     start = folder.parent / f"{folder.name}-start"
     start.mkdir()
     tokenizer = load_tokenizer(str(TOKENIZER))
-    (start / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": tokenizer.size}))
+    (start / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": tokenizer.size, **keys}))
     model = open_model(start, weights=False)
     params = decoder.init(model.spec, jax.random.key(seed), np.float32)
     export_model(
@@ -51,11 +52,11 @@ def write_base(folder: Path, seed: int) -> Path:
     return folder
 
 
-def write_root(folder: Path) -> Path:
-    """`folder` with data.jsonl and base/."""
+def write_root(folder: Path, **keys: object) -> Path:
+    """`folder` with data.jsonl and base/, whose config `keys` change."""
     rows = [{"instruction": f"Where is {i}?", "output": f"In Rome, {i}."} for i in range(16)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_base(folder / "base", 1)
+    write_base(folder / "base", 1, **keys)
     return folder
 
 

@@ -83,7 +83,7 @@ def _both_folders(tmp_path):
 
 def test_packed_experts_are_the_model_they_stand_for(tmp_path):
     packed, _, plain = _both_folders(tmp_path)
-    mesh = meshes.make_mesh({"data": 1, "fsdp": 4, "tensor": 2, "context": 1})
+    mesh = meshes.make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
     abstract = decoder.abstract(packed.spec, jnp.float32)
     shardings = meshes.shardings(decoder.axes(packed.spec), abstract, mesh)
     expected = named(load_params(open_model(plain), None, jnp.float32))

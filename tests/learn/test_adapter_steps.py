@@ -167,9 +167,10 @@ def test_a_step_beside_quantised_experts() -> None:
     """One device and eight agree; the loss is within 2% of the one beside the base as it was."""
     lora = Lora(r=3, alpha=6.0, base="nf4", double_quant=True)
     _, one, metrics = run(lora, spec=EXPERTS)
-    _, eight, there = run(lora, spec=EXPERTS, sizes={"fsdp": 2, "tensor": 2, "data": 2})
-    assert float(there.loss) == pytest.approx(float(metrics.loss), abs=1e-5)
-    assert_same(one, eight)
+    for sizes in ({"fsdp": 2, "tensor": 2, "data": 2}, {"fsdp": 2, "tensor": 2, "expert": 2}):
+        _, eight, there = run(lora, spec=EXPERTS, sizes=sizes)
+        assert float(there.loss) == pytest.approx(float(metrics.loss), abs=1e-5)
+        assert_same(one, eight)
     plain = run(replace(lora, base="none", double_quant=False), spec=EXPERTS)[2]
     assert float(metrics.loss) == pytest.approx(float(plain.loss), rel=0.02)
     assert float(metrics.loss) != float(plain.loss)

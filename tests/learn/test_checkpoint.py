@@ -44,20 +44,21 @@ def assert_bytes(a: object, b: object) -> None:
         assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-def test_restored_onto_another_mesh_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("axis", ["tensor", "expert"])
+def test_restored_onto_another_mesh_bit_for_bit(tmp_path: Path, axis: str) -> None:
     state, _, _ = state_on("fsdp", 0.1)
     writing = Checkpoints(tmp_path)
     writing.save(state, META, step=4)
     writing.close()
 
-    _, shapes, shardings = state_on("tensor", 7.0)
+    _, shapes, shardings = state_on(axis, 7.0)
     reading = Checkpoints(tmp_path)
     assert reading.latest() == 4
     assert reading.meta(4)["fingerprint"] == "abc"
     restored, meta = reading.restore(4, shapes, shardings)
     reading.close()
     assert_bytes(state, restored)
-    assert restored.trained["w"]["kernel"].sharding.spec == P("tensor", None)
+    assert restored.trained["w"]["kernel"].sharding.spec == P(axis, None)
     assert meta == {**META, "step": 4}
 
 

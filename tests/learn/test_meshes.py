@@ -24,11 +24,10 @@ from jaxtune.learn.step import gradient
 from jaxtune.mesh import make_mesh, shardings
 from jaxtune.model import decoder
 from jaxtune.ops.cross_entropy import Sums
-from jaxtune.spec import ModelSpec
-from jaxtune.tree import map_named
+from jaxtune.spec import LayerSpec, ModelSpec, MoeSpec, RopeSpec, Stack
+from jaxtune.tree import map_named, named, unnamed
 
 ROWS, LENGTH = 8, 32
-ONES = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
 MESHES = (
     {"fsdp": 4, "context": 2},
     {"data": 2, "tensor": 2, "context": 2},
@@ -81,8 +80,32 @@ def packed_rows() -> Batch:
     return Batch(inputs, targets, weights, segments, positions)
 
 
+# Eight experts with biases, of which a token uses two, and one that all share; balanced by a loss.
+MOE = MoeSpec(
+    8, 2, softmax_over="all", router_bias=True, clamp=(1.7, 2.0), shared_width=20, aux_coef=0.3
+)
+EXPERTS = ModelSpec(
+    VOCAB, 16,
+    (Stack((LayerSpec(4, 2, 8, 16, RopeSpec(), mlp_bias=True, moe=MOE),), 2),),
+    1e-6, False, 64,
+)  # fmt: skip
+LEANS = {  # what is added to the routers' biases
+    "as they come": (0, 0, 0, 0, 0, 0, 0, 0),
+    "all to one device": (0, 0, 30, 29, 0, 0, 0, 0),
+    "one of none": (0, 0, 0, 0, 0, -30, 0, 0),
+}
+
+
 @functools.cache
 def model(name: str) -> tuple[ModelSpec, Any]:
+    if name in LEANS:
+        rng = np.random.default_rng(6)
+        found = {
+            leaf: 0.3 * rng.normal(size=shape.shape).astype(np.float32)
+            + np.float32(LEANS[name] if leaf.endswith("router/bias") else 0)
+            for leaf, shape in named(decoder.abstract(EXPERTS, jnp.float32)).items()
+        }
+        return EXPERTS, {"params": unnamed(found)}
     with tempfile.TemporaryDirectory() as folder:
         opened = open_model(write_folder(name, Path(folder)))
         return opened.spec, {"params": load_params(opened, None, jnp.float32)}
@@ -91,7 +114,6 @@ def model(name: str) -> tuple[ModelSpec, Any]:
 def gradients(name: str, sizes: dict[str, int], attention: str) -> tuple[Any, Sums]:
     """Of the sum of the loss and what is minimised with it, on a mesh of `sizes`."""
     spec, variables = model(name)
-    sizes = ONES | sizes
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     axes = {"params": decoder.axes(spec)}
     objective = next_token(spec, dtype=jnp.float32, remat="none", attention=attention)
@@ -122,8 +144,54 @@ def test_every_family_is_asked() -> None:
 
 @pytest.mark.parametrize(("name", "mesh", "attention"), ASKED)
 def test_loss_and_gradients_are_those_of_one_device(name: str, mesh: int, attention: str) -> None:
+    assert_those_of_one_device(name, MESHES[mesh], attention)
+
+
+# Experts on devices of their own; the last of it tokens that all want the same device's, and an
+# expert and a device that nobody wants.
+EXPERT_MESHES: list[Any] = [
+    ("as they come", {"expert": 8}),
+    ("as they come", {"fsdp": 2, "expert": 2, "tensor": 2}),
+    ("gpt-oss", {"expert": 4, "context": 2}),
+    ("all to one device", {"fsdp": 2, "expert": 4}),
+    *(
+        pytest.param(name, sizes, marks=pytest.mark.slow)
+        for name, sizes in (
+            ("as they come", {"data": 2, "expert": 4}),
+            ("as they come", {"expert": 2, "tensor": 2, "context": 2}),
+            ("all to one device", {"expert": 8}),
+            ("one of none", {"expert": 8}),
+            ("qwen2-moe", {"fsdp": 4, "expert": 2}),
+            ("qwen3-moe", {"expert": 2, "context": 4}),
+            ("gpt-oss", {"expert": 4, "tensor": 2}),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "sizes"), EXPERT_MESHES)
+def test_experts_on_devices_of_their_own_are_those_of_one(name: str, sizes: dict[str, int]) -> None:
+    assert_those_of_one_device(name, sizes, "reference")
+
+
+def test_a_device_holds_its_own_experts_and_a_slice_of_other_weights() -> None:
+    mesh = make_mesh({"fsdp": 2, "expert": 4})
+    abstract = decoder.abstract(EXPERTS, jnp.float32)
+    placed = named(shardings(decoder.axes(EXPERTS), abstract, mesh))
+    for leaf, shape in named(abstract).items():
+        part = placed[leaf].shard_shape(shape.shape)
+        cut = [whole // own for whole, own in zip(shape.shape, part, strict=True)]
+        if "/moe/" in leaf and "shared" not in leaf and "router" not in leaf:
+            kernel = [1, 4, 1, 2] if "down" in leaf else [1, 4, 2, 1]  # [L E F D], [L E D F]
+            assert cut == (kernel if leaf.endswith("kernel") else [1, 4, 1]), leaf
+        elif leaf.endswith(("kernel", "table")):
+            assert sorted(cut)[-1] == 8, leaf
+
+
+def assert_those_of_one_device(name: str, sizes: dict[str, int], attention: str) -> None:
     expected, expected_sums = on_one_device(name)
-    grads, sums = gradients(name, MESHES[mesh], attention)
+    grads, sums = gradients(name, sizes, attention)
+    assert name not in LEANS or float(sums.penalty) > 0
     for ours, theirs in zip(sums, expected_sums, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 

@@ -7,6 +7,7 @@ import pytest
 
 from jaxtune import mesh as meshes
 from jaxtune.model import decoder
+from jaxtune.model.sample import generate
 from jaxtune.ops.cross_entropy import linear_cross_entropy
 from jaxtune.ops.moe import balance
 from jaxtune.spec import LayerSpec, ModelSpec, MoeSpec, RopeSpec, Stack, parameter_count
@@ -62,9 +63,11 @@ def on_one_device(params, batch):
     return jax.jit(jax.value_and_grad(_loss, has_aux=True))(params, batch)
 
 
-def test_eight_devices_are_one(params, batch, on_one_device):
-    """Rows, tokens and the experts' width cut in two each; and with all recomputed."""
-    mesh = meshes.make_mesh({"data": 1, "fsdp": 2, "tensor": 2, "context": 2})
+@pytest.mark.parametrize("third", ["context", "expert"])
+def test_eight_devices_are_one(params, batch, on_one_device, third):
+    """Rows, the experts' width and tokens, or the experts as they are stored, cut in two each; and
+    with all recomputed."""
+    mesh = meshes.make_mesh({"fsdp": 2, "tensor": 2, third: 2})
     shardings = meshes.shardings(decoder.axes(SPEC), params, mesh)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings)
@@ -89,6 +92,16 @@ def test_eight_devices_are_one(params, batch, on_one_device):
         assert np.abs(want).max() > 0, name
 
 
+def test_experts_spread_over_devices_answer_as_on_one(params):
+    mesh = meshes.make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
+    placed = jax.device_put(params, meshes.shardings(decoder.axes(SPEC), params, mesh))
+    prompts = [[5, 7, 11], [3] * 9, [8, 2, 4, 6, 1]]
+    asked = {"max_new_tokens": 6, "stop_ids": (), "dtype": jnp.float32}
+    assert generate(SPEC, placed, prompts, mesh=mesh, **asked) == generate(
+        SPEC, params, prompts, **asked
+    )
+
+
 def test_loads_count_real_tokens_of_all_mixtures(batch, on_one_device):
     load = on_one_device[0][1]
     tokens = int((batch["segment_ids"] > 0).sum())
@@ -103,4 +116,5 @@ def test_the_parameters_are_counted_exactly():
     assert leaves["stack_0/layer_0/moe/down/kernel"].shape == (2, 6, 16, 16)
     axes = named(decoder.axes(SPEC))
     assert axes["stack_0/layer_0/moe/gate/kernel"] == ("layers", "expert", "embed", "mlp")
-    assert meshes.RULES["expert"] == ()
+    assert axes["stack_0/layer_0/moe/router/kernel"] == ("layers", "embed", "scores")
+    assert axes["stack_0/layer_0/moe/router/bias"] == ("layers", "scores")

@@ -7,7 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune.ops.moe import IMPLEMENTATIONS, Chosen, Experts, Load, balance, load, mix, route
+from jaxtune.ops.moe import (
+    IMPLEMENTATIONS,
+    Chosen,
+    Experts,
+    Load,
+    Order,
+    balance,
+    load,
+    mix,
+    mix_own,
+    ordered,
+    round_rows,
+    route,
+)
 
 N, D, F, E = 13, 6, 10, 5
 
@@ -80,6 +93,84 @@ def test_gradients_of_ragged_are_those_of_the_reference(idle):
     for want, got in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
     assert (np.abs(found[2].gate).max(axis=(1, 2)) == 0).sum() == (3 if idle else 0)
+
+
+def test_copies_are_sorted_by_expert():
+    order = ordered(jnp.asarray([[1, 0], [2, 1]]), 4)
+    assert order.copies.tolist() == [1, 0, 3, 2]
+    assert order.sizes.tolist() == [1, 2, 1, 0]
+
+
+def _by_devices(x_PND, experts, chosen, rows):
+    """P devices with an even part of the experts each, added up."""
+    P, each = len(x_PND), len(experts.gate) // len(x_PND)
+    orders = [ordered(of_device, len(experts.gate)) for of_device in chosen.experts]
+    order = Order(*(jnp.stack(part) for part in zip(*orders, strict=True)))
+    return sum(
+        mix_own(
+            x_PND,
+            jax.tree.map(lambda part, p=p: part[p * each : (p + 1) * each], experts),
+            order,
+            chosen.shares,
+            first=p * each,
+            activation=jax.nn.silu,
+            clamp=(1.7, 3.0),
+            rows=rows,
+        )
+        for p in range(P)
+    )
+
+
+@pytest.mark.parametrize(("rows", "biases"), [(1, True), (5, False), (None, True)])
+@pytest.mark.parametrize("loads", ["as they come", "all to one", "one of none", "one device alone"])
+def test_experts_of_several_devices_add_up_to_the_mixture(rows, loads, biases):
+    """Values and gradients, however many rounds; experts and devices with all copies or none."""
+    P, E = 3, 6
+    rng = np.random.default_rng(3)
+    x, probe = (jnp.asarray(rng.normal(size=(P, 4, D)), jnp.float32) for _ in range(2))
+    lean = {
+        "as they come": np.zeros(E),
+        "all to one": [0, 0, 0, 90, 0, 0],
+        "one of none": [0, -90, 0, 0, 0, 0],
+        "one device alone": [0, 0, 80, 90, 0, 0],
+    }[loads]
+    logits = jnp.asarray(rng.normal(size=(P, 4, E)) + np.broadcast_to(lean, (P, 4, E)), jnp.float32)
+    shapes = [(E, D, F), (E, D, F), (E, F, D), (E, F), (E, F), (E, D)][: 6 if biases else 3]
+    experts = Experts(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes))
+
+    def loss(x, logits, experts, mixed):
+        chosen = route(logits, per_token=2, softmax_over="all")
+        y = mixed(x, experts, chosen)
+        return jnp.sum(y * probe), y
+
+    def reference(x, experts, chosen):
+        flat = Chosen(*(part.reshape(-1, 2) for part in chosen))
+        y = mix(
+            x.reshape(-1, D), experts, flat,
+            activation=jax.nn.silu, clamp=(1.7, 3.0), impl="reference",
+        )  # fmt: skip
+        return y.reshape(x.shape)
+
+    def mixed(x, experts, chosen):
+        return _by_devices(x, experts, chosen, rows)
+
+    both = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
+    expected, found = both(x, logits, experts, reference), both(x, logits, experts, mixed)
+    for want, got in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+    unused = {"all to one": 0, "one of none": 1, "one device alone": 4}
+    if loads in unused:
+        idle = np.abs(found[0][2].gate).max(axis=(1, 2)) == 0
+        assert idle.sum() >= unused[loads]
+        np.testing.assert_array_equal(idle, np.abs(expected[0][2].gate).max(axis=(1, 2)) == 0)
+
+
+def test_rounds_spare_an_eighth_and_are_never_longer_than_all_there_is():
+    assert round_rows(131_072, 524_288) == 36_864
+    assert round_rows(32_768, 524_288) == 36_864
+    assert round_rows(1 << 20, 1 << 22) == 294_912
+    assert round_rows(64, 1 << 20) == 72
+    assert round_rows(64, 16) == 16
 
 
 def test_a_token_does_not_depend_on_the_others():

@@ -96,7 +96,7 @@ def test_a_layer_keeps_what_jax_keeps(name: str, remat: str) -> None:
         for leaf in jax.tree.leaves(_residuals(spec, remat))
         if leaf.shape[:1] == (L,) and (T in leaf.shape or 2 * T in leaf.shape)
     )
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
+    sizes = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1}
     work = Work(spec, sizes, 1, T, 1, remat, 2, 2, 0, False, "splash")
     counted = T * estimate.kept(work, LAYERS[name])
     # Not counted: what is one number for each token, or each of its experts; and of an activation
