@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from jaxtune import kept
 from jaxtune.config import ConfigError
 from jaxtune.untrusted import reason
 
@@ -240,12 +241,14 @@ def cached(items: Sequence[Item]) -> Path:
     """A folder with these objects, by their own names; fetched where it lacks them.
 
     It is called after where they lie, their tags and sizes: an object that has changed is another.
-    A file in it is whole, and stays when a later one fails.
+    A file in it is whole, and stays when a later one fails. What was used longest ago makes room.
     """
     key = json.dumps([[item.url, item.tag, item.size] for item in items])
     folder = default_folder() / "stores" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    lacking = [item for item in items if not (folder / _plain_name(item)).is_file()]
     try:
+        kept.use(folder)
+        lacking = [item for item in items if not (folder / _plain_name(item)).is_file()]
+        make_room(sum(item.size for item in lacking))
         _all(lambda item: fetch(item, folder / _plain_name(item)), lacking)
     except OSError as error:
         raise StoreError(
@@ -253,6 +256,12 @@ def cached(items: Sequence[Item]) -> Path:
             "folder for what is fetched."
         ) from None
     return folder
+
+
+def make_room(needed: int) -> None:
+    """Of all that was fetched to be read, so many bytes before more is; see `kept`."""
+    if needed:
+        kept.make_room(needed, [default_folder() / "stores", default_folder() / "read"])
 
 
 def download(url: str, patterns: Sequence[str]) -> Path:

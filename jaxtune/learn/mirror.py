@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxtune import hosts, stores
+from jaxtune import hosts, kept, stores
 from jaxtune.config import ConfigError
 from jaxtune.learn import digests
 from jaxtune.learn.digests import FOLDER
@@ -289,6 +289,7 @@ def fetch_run(url: str, *, step: int | None = None, checkpoint: bool = True) -> 
     folder = stores.default_folder() / "read" / staging(url).name
     if not stores.find(join(url, "config.yaml")):
         raise StoreError(f"{url}: no run there: expected {join(url, 'config.yaml')}.")
+    kept.use(folder)
     fetch_files(url, folder)
     if not checkpoint:
         return folder
@@ -303,6 +304,7 @@ def fetch_run(url: str, *, step: int | None = None, checkpoint: bool = True) -> 
         here, mark = folder / FOLDER / str(found), join(url, FOLDER, found, digests.MARK)
         known_here = (here / digests.MARK).is_file() and (here / digests.MARK).read_bytes()
         if known_here != stores.read(mark) or digests.damage(here):
+            stores.make_room(sum(i.size for i in stores.listed(join(url, FOLDER, found))))
             fetch_step(url, found, here)
         if not digests.damage(here):
             break
