@@ -42,6 +42,11 @@ def refused(file, url):
     put(file, url)
 stores.put = refused
 """
+# Each evaluation is worse than the one before.
+FIRST_IS_BEST = """
+after = loop.Standing.after
+loop.Standing.after = lambda self, loss, step: after(self, float(step), step)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +72,11 @@ def ended(
     kill: int = 0,
     who: int = 1,
     more: str = "",
+    **options: object,
 ) -> tuple[list[int], list[str]]:
     """The exit codes of a run with its output at `run`, and what each host said."""
     split = {"mesh.data": 2, "mesh.fsdp": 2, "hosts.heartbeat_timeout_seconds": 10}
-    flags = runs.flags(material, Path("/nowhere"), output_dir=run, **split)
+    flags = runs.flags(material, Path("/nowhere"), output_dir=run, **split, **options)
     before = APART.format(disks=str(disks), kill=kill, who=who) + more
     processes = runs.start(flags, hosts=hosts, devices=4, before=before)
     return [p.end(100) for p in processes], [p.stderr for p in processes]
@@ -157,6 +163,31 @@ def test_a_store_that_refuses_one_host_ends_both(s3: str, material: Path, tmp_pa
     assert "host 1 has ended, so this one does too. It said: " in said[0]
     assert "Traceback" not in said[0] + said[1]
     assert steps_of(run) == [4]
+
+
+def test_adapters_the_best_step_and_samples(s3: str, material: Path, tmp_path: Path) -> None:
+    """What is read back while a run goes on, and what host 0 alone writes."""
+    run = join(s3, "run")
+    options = {
+        "lora.r": 4, "learning_rate": 0.3, "lr_scheduler_type": "constant", "max_steps": 9,
+        "eval_steps": 3, "save_steps": 3, "load_best_model_at_end": "true", "save_total_limit": 1,
+        "sample_prompts": json.dumps(["Where is number 3?"]), "init": "pretrained",
+        "model_name_or_path": tmp_path / "made" / "hf",
+    }  # fmt: skip
+    base = runs.flags(material, tmp_path / "made", max_steps=1, eval_datasets=None, eval_steps=None)
+    made = runs.Host(base, devices=1)
+    assert made.end() == 0, made.stderr
+    codes, said = ended(material, run, tmp_path / "disks", more=FIRST_IS_BEST, **options)
+    assert codes == [0, 0], said
+    assert "best: step 3, eval_loss 3.0000; it is exported" in said[0]
+    assert steps_of(run) == [3, 9]
+    samples = stores.read(join(run, "samples.jsonl")).splitlines()
+    assert [json.loads(row)["step"] for row in samples] == [3, 6, 9]
+    names = {stores.name_of(item.url) for item in stores.listed(join(run, "adapter"))}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    for step in steps_of(run):
+        for disk in ("host-0", "host-1"):
+            assert on_disk(tmp_path / "disks" / disk, step)
 
 
 def test_the_chunks_that_a_host_needs(tmp_path: Path) -> None:
