@@ -97,8 +97,8 @@ def run(config: Config, options: EvaluateOptions | None = None) -> Result:
     """Prints to stdout. Raises `ConfigError`, `DataError` and `ModelError`."""
     options = options or EvaluateOptions()
     watch.join(config.hosts)
-    if options.generate and hosts.count() > 1:
-        raise ConfigError("generate: answers are made on one host. Evaluate there, or without it.")
+    if options.judge and hosts.count() > 1:
+        raise ConfigError("judge: is asked by one host. Evaluate there, or without it.")
     if options.harness and hosts.count() > 1:
         raise ConfigError("harness: runs on one host. Evaluate there, or without it.")
     with watch.Watch(hang_seconds=0):

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from jaxtune.config import ConfigError
 
 _TEXT = 1024  # bytes of a text that hosts show each other
+_HEAR_SECONDS = 60  # between two looks
 _JOIN_SECONDS = 300  # machines of a pod do not boot at the same moment
 
 
@@ -163,6 +164,30 @@ def everyones(text: str) -> list[str]:
     gathered = multihost_utils.process_allgather(np.frombuffer(own, np.uint8))
     said = (row.tobytes().rstrip(b"\0") for row in np.asarray(gathered).reshape(count(), _TEXT))
     return [row.decode(errors="replace") for row in said]
+
+
+def tell(name: str, text: str = "") -> None:
+    """Leaves `text` for the others under a `name` that this host uses once. Any thread may call:
+    no device takes part."""
+    if (found := store()) is not None:
+        found.key_value_set(_said(name, index()), text)
+
+
+def hear(name: str, host: int) -> str:
+    """What `host` told under `name`; waits for it, as long as that host lives. One that ends with
+    an error ends this one too, by `watch`."""
+    found = store()
+    assert found is not None, "alone"
+    while True:
+        try:
+            return str(found.blocking_key_value_get(_said(name, host), 1000 * _HEAR_SECONDS))
+        except RuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
+def _said(name: str, host: int) -> str:
+    return f"jaxtune/said/{name}/{host}"
 
 
 def wait(name: str) -> None:

@@ -438,7 +438,8 @@ class Config(_Strict):
     export: bool = Field(True, description="write OUT/hf when training ends")
     output_dir: str | None = Field(
         None,
-        description="the run directory, made if missing; also a gs:// or s3:// URL, on one host",
+        description="the run directory, made if missing; of several hosts one that all see; "
+        "also a gs:// or s3:// URL",
     )
 
     @pydantic.model_validator(mode="before")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxtune import hosts
-from jaxtune.config import ConfigError
 from jaxtune.data.schema import Conversation, Message
 from jaxtune.inference import Model, Words, answer, prompt_ids, stop_ids
 from jaxtune.learn.metrics import keep_rows_up_to
@@ -30,7 +29,7 @@ _LONGEST = 256  # tokens of an answer
 class Samples:
     """Call it at an evaluation; rows after `resumed_at` are dropped, as those of metrics are.
 
-    Raises `ConfigError` on many hosts, where no single one has the whole model.
+    Every host calls: all ask the model, which none of them has whole, and the first one writes.
     """
 
     def __init__(
@@ -45,8 +44,6 @@ class Samples:
         *,
         resumed_at: int,
     ) -> None:
-        if hosts.count() > 1:
-            raise ConfigError("sample_prompts: are answered on one host only. Unset them.")
         self.path = run_dir / "samples.jsonl"
         self._prompts, self._words = prompts, words
         self._model, self._adapters = model, adapters
@@ -54,11 +51,14 @@ class Samples:
         asked = self._with({})
         chats = (Conversation((Message("user", prompt),)) for prompt in prompts)
         self._ids = [prompt_ids(asked, words, chat) for chat in chats]
-        keep_rows_up_to(self.path, resumed_at)
+        if hosts.is_first():
+            keep_rows_up_to(self.path, resumed_at)
 
     def __call__(self, trained: Any, frozen: Any, step: int) -> None:
         params = self._params(merge(trained, frozen))
         found = answer(self._with(params), self._words, self._ids, max_new_tokens=_LONGEST)
+        if not hosts.is_first():
+            return
         with self.path.open("a", encoding="utf-8") as file:
             for prompt, said in zip(self._prompts, found, strict=True):
                 row = {"step": step, "prompt": prompt, "response": said.text}

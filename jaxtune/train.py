@@ -74,22 +74,16 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     from jaxtune.hf.folders import refuse_adapter
 
     options = options or TrainOptions()
-    model_name, run_dir = _required(config)
+    model_name = _required(config)
     refuse_adapter(model_name)
     assemble.set_compiler_flags()
     watch.join(config.hosts)
-    mirror = _claim(config, run_dir)
-    if mirror is None:
-        return _watched(config, options, model_name, run_dir, None)
-    with contextlib.closing(mirror):
-        return _watched(config, options, model_name, run_dir, mirror)
-
-
-def _watched(
-    config: Config, options: TrainOptions, model_name: str, run_dir: Path, mirror: Mirror | None
-) -> Result:
+    run_dir = _run_dir(str(config.output_dir))
     limit = config.hang_timeout_seconds
-    with watch.Watch(hang_seconds=limit, folder=run_dir) as watching:
+    with watch.Watch(hang_seconds=limit, folder=run_dir) as watching, contextlib.ExitStack() as end:
+        mirror = _claim(config, run_dir)
+        if mirror is not None:
+            end.callback(mirror.close)
         return _run(config, options, model_name, run_dir, mirror, watching)
 
 
@@ -139,12 +133,16 @@ def _run(
     # 3. Where to begin.
     import jax
 
-    from jaxtune.learn.checkpoint import Checkpoints
+    from jaxtune.learn.checkpoint import Checkpoints, place
 
     assemble.keep_compiled(config.compilation_cache_dir)
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
-        hosts.check_shared(run_dir)
-        checkpoints = Checkpoints(run_dir, keep=config.save_total_limit, mirror=mirror)
+        if mirror is None:
+            hosts.check_shared(run_dir)
+        wanted = place(program.abstract, program.shardings)
+        checkpoints = Checkpoints(
+            run_dir, keep=config.save_total_limit, mirror=mirror, wanted=wanted
+        )
         closing.callback(checkpoints.close)
         start = _where_to_begin(
             config,
@@ -222,7 +220,8 @@ def _run(
     if hosts.is_first():
         _draw_report(config, run_dir, material, report)
     if mirror is not None:
-        mirror.finish()
+        with watching.unlimited(f"copying to {mirror.url}"):
+            mirror.finish()
     return Result(run_dir, model_dir, done, loop.last, adapter_dir)
 
 
@@ -234,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
 # -- before the devices ------------------------------------------------------------------------
 
 
-def _required(config: Config) -> tuple[str, Path]:
+def _required(config: Config) -> str:
     for name in ("model_name_or_path", "datasets", "output_dir"):
         if not getattr(config, name):
             flag = "dataset FILE" if name == "datasets" else name
@@ -243,12 +242,16 @@ def _required(config: Config) -> tuple[str, Path]:
                 "configs/quickstart/quickstart.yaml is one that runs as it is."
             )
     assert config.model_name_or_path is not None
-    assert config.output_dir is not None
-    if not stores.is_url(config.output_dir):
-        return config.model_name_or_path, Path(config.output_dir)
+    return config.model_name_or_path
+
+
+def _run_dir(output_dir: str) -> Path:
+    """Where this host writes: `output_dir`, or a folder of its own beside a store."""
+    if not stores.is_url(output_dir):
+        return Path(output_dir)
     from jaxtune.learn.mirror import staging
 
-    return config.model_name_or_path, staging(config.output_dir)
+    return staging(output_dir, hosts.index())
 
 
 def _claim(config: Config, run_dir: Path) -> Mirror | None:
@@ -259,12 +262,6 @@ def _claim(config: Config, run_dir: Path) -> Mirror | None:
     if stores.is_url(url):
         from jaxtune.learn.mirror import Mirror
 
-        if hosts.count() > 1:
-            raise ConfigError(
-                f"output_dir {url}: a run of {hosts.count()} hosts needs a folder that all of them "
-                "see. Mount the bucket (gcsfuse, mount-s3; tpu_scripts/setup.sh --bucket does it) "
-                "and give its path."
-            )
         mirror = Mirror(url, run_dir, note)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,8 @@ ROOMS: dict[str, set[str]] = {
     "command": {"config", "stores", "untrusted"},
     "tree": {"config"},
     "untrusted": {"config"},
-    "stores": {"config", "untrusted"},
+    "kept": {"config"},
+    "stores": {"config", "untrusted", "kept"},
     "hub": {"config", "untrusted", "stores"},
     "mesh": {"config", "tree"},
     "collectives": {"mesh", "tree"},
@@ -39,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "watch": {"config", "command", "hosts"},
     "learn": {
         *("config", "hosts", "chips", "spec", "tree", "mesh", "collectives", "ops", "model"),
-        "stores",
+        *("stores", "kept"),
     },
     "hf": {"config", "untrusted", "hub", "stores", "spec", "tree", "mesh", "model"},
     "weights": {

@@ -5,9 +5,9 @@
 #
 # --name NAME --zone ZONE --project PROJECT    the slice, or a TPU VM made without these scripts
 # --package SPEC   what uv installs, e.g. 'jaxtune[tpu]==0.1'; default: this checkout, as it is committed
-# --bucket BUCKET  mount gs://BUCKET at /mnt/jaxtune with Cloud Storage FUSE. Several workers need one
-#                  folder for --output_dir that all of them see, and what is to outlive a preemption
-#                  cannot lie on a VM
+# --bucket BUCKET  mount gs://BUCKET at /mnt/jaxtune with Cloud Storage FUSE. What is to outlive a
+#                  preemption cannot lie on a VM, and several workers need one place for --output_dir:
+#                  a folder of the mount, or gs://BUCKET/... without one
 # --dry_run        print every command, run none
 #
 # HF_TOKEN and WANDB_API_KEY, where they are set in the environment, travel in a file that only its
@@ -33,7 +33,7 @@ if [[ ! $package ]]; then
   fi
   run git -C "$HERE/.." archive --format=tar.gz "--output=$FOLDER/jaxtune-source.tar.gz" HEAD
   files+=("$FOLDER/jaxtune-source.tar.gz")
-  package='.[tpu]'
+  package='.[tpu,gcs]'
 fi
 names=()
 for name in "${SECRETS[@]}"; do

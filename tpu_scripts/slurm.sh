@@ -7,8 +7,8 @@
 # one with the task's number on its node (jax/_src/clusters/cluster.py). So --ntasks-per-node is the
 # number of GPUs of a node, and GPUs are asked for by node: with --gpus-per-task each task would see
 # one GPU, number 0, and look for number SLURM_LOCALID.
-# --output_dir has to be a folder that all nodes see. Secrets: set HF_TOKEN and WANDB_API_KEY in the
-# environment of sbatch, which passes it on; not among the arguments.
+# --output_dir is a folder that all nodes see, or gs:// or s3://. Secrets: set HF_TOKEN and
+# WANDB_API_KEY in the environment of sbatch, which passes it on; not among the arguments.
 #
 #SBATCH --job-name=jaxtune
 #SBATCH --nodes=2

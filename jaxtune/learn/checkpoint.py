@@ -7,7 +7,9 @@
 Saving is asynchronous and atomic: a step is there whole or not at all, and counts once its digests
 are written. One that is no longer what was written is put aside, and the one before it is taken.
 Older steps are removed only after a newer one counts. Where the run's place is a store, `mirror`
-copies each step there once it counts here, and brings back those that are not here.
+copies each step there once it counts here, and brings back those that are not here. Several hosts
+share the folder, or a store: then each has a folder of its own, `parts` moves what it wrote and
+what it needs, and what counts in the store counts.
 
 What makes batches (data, tokenizer, template, seed, rows) has one fingerprint; a checkpoint with
 another is refused, since its position would mean other examples.
@@ -34,6 +36,7 @@ from jaxtune.config import ConfigError
 from jaxtune.learn import digests
 from jaxtune.learn.digests import FOLDER
 from jaxtune.learn.mirror import Mirror
+from jaxtune.learn.parts import Parts, Wanted, checkpointer, drop
 from jaxtune.learn.state import TrainState
 from jaxtune.stores import StoreError, join
 
@@ -45,17 +48,35 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates; errors a
 
 class Checkpoints:
     """The checkpoints of a run that writes them. Every host calls everything; `close` waits for
-    what is being written. `keep` newest ones stay, None = all. `mirror` copies them to a store.
+    what is being written. `keep` newest ones stay, None = all. `mirror` copies them to a store;
+    then several hosts need `wanted` too: shapes with their shardings (`place`), of which each
+    fetches what it holds.
     """
 
     def __init__(
-        self, run_dir: Path, *, keep: int | None = None, mirror: Mirror | None = None
+        self,
+        run_dir: Path,
+        *,
+        keep: int | None = None,
+        mirror: Mirror | None = None,
+        wanted: TrainState | None = None,
     ) -> None:
         self.folder = (run_dir / FOLDER).absolute()
         self._keep, self._mirror = keep, mirror
+        self._parts: Parts | None = None  # of several hosts and a store
+        self._wanted: Wanted = {}
         self._latest: int | None = None
         self._sealing: threading.Thread | None = None
         self._failed: BaseException | None = None
+        if mirror is not None and hosts.count() > 1:
+            assert wanted is not None
+            self._parts = Parts(mirror)
+            self._wanted = {"trained": wanted.trained, "opt": wanted.opt_state}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            drop(self.folder, mirror.steps)
+            self._latest = max(mirror.steps, default=None)
+            self._checkpointer = checkpointer()
+            return
         with self._explained():
             hosts.on_first(self._tidy, "checkpoints")
         self._latest = max(_counting(self.folder), default=None)
@@ -80,7 +101,7 @@ class Checkpoints:
 
         Damaged ones are named by `note` and renamed to damaged-STEP, out of the way.
         """
-        here = set(_counting(self.folder))
+        here = set(_counting(self.folder)) if self._parts is None else set()
         there = set() if self._mirror is None else set(self._mirror.steps)
         for step in sorted(here | there, reverse=True):
             if before is not None and step >= before:
@@ -96,8 +117,7 @@ class Checkpoints:
                 )
                 hosts.on_first(functools.partial(self._put_aside, place), "damaged")
             if self._mirror is not None and step in there:
-                self._mirror.fetch_step(step, place)
-                if not (said := self._damage(place)):
+                if not (said := self._fetch(step, self._wanted)):
                     self._latest = step
                     return step
                 note(
@@ -105,9 +125,19 @@ class Checkpoints:
                     f"{said}. It stays there until another of that step takes its place."
                 )
                 self._mirror.steps.discard(step)
-                shutil.rmtree(place)
+                shutil.rmtree(place, ignore_errors=True)
         self._latest = None if before is None else self._latest
         return None
+
+    def _fetch(self, step: int, wanted: Wanted) -> str:
+        """A step of the store to here, of several hosts to each what it needs of it; what is not
+        as it was written, in words."""
+        assert self._mirror is not None
+        here = self.folder / str(step)
+        if self._parts is not None:
+            return self._parts.fetch(step, here, wanted)
+        self._mirror.fetch_step(step, here)
+        return self._damage(here)
 
     def _damage(self, place: Path) -> str:
         """What any host finds in its share of the files; empty where all is well."""
@@ -125,7 +155,13 @@ class Checkpoints:
         self.wait()
         self._check_space(state, step)
         with self._explained():
-            hosts.on_first(functools.partial(self._remove, [step]), "before saving")
+            hosts.on_first(functools.partial(self._make_room, step), "before saving")
+            if self._parts is not None and self._mirror is not None:
+                self._remove([step])
+                self._mirror.steps.discard(step)
+                # One that was made before a checkpoint was read never ends its next save.
+                self._checkpointer.close()
+                self._checkpointer = checkpointer()
             self._checkpointer.save(
                 self.folder / str(step),
                 args=ocp.args.Composite(
@@ -143,6 +179,15 @@ class Checkpoints:
         try:
             self._checkpointer.wait_until_finished()
             place = self.folder / str(step)
+            if self._parts is not None and self._mirror is not None:
+                self._parts.put(step, place)
+                self._latest = step
+                try:
+                    self._remove_older(best)
+                except StoreError as error:
+                    self._mirror.failed(f"that steps before {step} are gone", error)
+                drop(self.folder, self._mirror.steps)
+                return
             digests.write(place, host=hosts.index(), hosts=hosts.count())
             self._latest = step
             self._copy(step, best)
@@ -166,12 +211,26 @@ class Checkpoints:
             self._mirror.put_step(step)
             for missed in sorted(set(_counting(self.folder)) - self._mirror.steps):
                 self._mirror.put_step(missed)
-            kept = sorted(self._mirror.steps)
-            for old in kept[: -self._keep] if self._keep else ():
-                if old != best:
-                    self._mirror.remove_step(old)
+            self._remove_older(best)
         except StoreError as error:
             self._mirror.failed(f"step {step}", error)
+
+    def _remove_older(self, best: int | None) -> None:
+        """In the store, by host 0; every host knows which steps are left."""
+        assert self._mirror is not None
+        kept = sorted(self._mirror.steps)
+        for old in kept[: -self._keep] if self._keep else ():
+            if old == best:
+                continue
+            if hosts.is_first():
+                self._mirror.remove_step(old)
+            self._mirror.steps.discard(old)
+
+    def _make_room(self, step: int) -> None:
+        """What lies where `step` is to be written, of an earlier run that went on from before."""
+        self._remove([step])
+        if self._parts is not None and self._mirror is not None:
+            self._mirror.remove_step(step)
 
     def _check_space(self, state: TrainState, step: int) -> None:
         """Asked before writing: a disk that fills up half way fails in a hundred lines."""
@@ -196,6 +255,12 @@ class Checkpoints:
         """What goes wrong while writing comes from Orbax's threads, as whatever they raise."""
         try:
             yield
+        except StoreError as error:
+            kept = "the beginning" if self._latest is None else f"step {self._latest}"
+            raise StoreError(
+                f"{error} A checkpoint could not be put there. The same command goes on from "
+                f"{kept}."
+            ) from error
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(
@@ -220,14 +285,16 @@ class Checkpoints:
     def restore_trained(self, step: int, abstract: TrainState, shardings: TrainState) -> Any:
         """The trained variables alone. Raises `ConfigError` for a step that is damaged."""
         here = self.folder / str(step)
+        wanted = place(abstract.trained, shardings.trained)
         if self._mirror is not None and not digests.complete(here):
-            self._mirror.fetch_step(step, here)
-        if said := self._damage(here):
+            said = self._fetch(step, {"trained": wanted})
+        else:
+            said = self._damage(here)
+        if said:
             raise ConfigError(
                 f"{here}: is damaged: {said}. Set load_best_model_at_end false to export the last "
                 "step."
             )
-        wanted = place(abstract.trained, shardings.trained)
         return _read(self.folder / str(step), trained=ocp.args.StandardRestore(wanted))["trained"]
 
     def meta(self, step: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Orbax writes a checkpoint whole or not at all, but reads a flipped bit as if it were a number. Each
 host hashes its share of the files into `digests-HOST.json`; a folder without all of these was never
-finished.
+finished. Hosts that share no folder each hash what they wrote, and the parts meet in a store.
 """
 
 from __future__ import annotations
@@ -10,21 +10,29 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from jaxtune.learn.files import write_whole
 
 FOLDER = "checkpoints"  # of a run directory
 MARK = "digests-0.json"  # a step without it was never finished
+UNFINISHED = "it was never finished: its digests are missing"
+OTHER_BYTES = "its bytes are not those that were written (SHA-256 differs)"
 _THREADS = 8  # hashing lets go of the interpreter
 
 
-def write(folder: Path, *, host: int = 0, hosts: int = 1) -> None:
-    """This host's share: sizes in bytes and SHA-256 of every file under `folder`."""
-    files = _files(folder)[host::hosts]
+Known = Mapping[str, tuple[int, str]]  # file -> (size in bytes, SHA-256)
+
+
+def write(
+    folder: Path, *, host: int = 0, hosts: int = 1, names: Sequence[str] | None = None
+) -> None:
+    """This host's share: sizes in bytes and SHA-256 of the files `names` under `folder`; without
+    them of every file there that falls to this host."""
+    files = files_of(folder)[host::hosts] if names is None else names
     found = {"hosts": hosts, "files": dict(zip(files, _digests(folder, files), strict=True))}
-    write_whole(folder / _name(host), json.dumps(found))
+    write_whole(folder / mark_of(host), json.dumps(found))
 
 
 def complete(folder: Path) -> bool:
@@ -41,42 +49,58 @@ def damage(folder: Path, *, host: int = 0, hosts: int = 1) -> str:
     Looks at this host's share of the files; hosts need not be those of the writing.
     """
     try:
-        parts = _parts(folder)
+        entries = known(folder)
     except ValueError as error:
         return str(error)
-    if not parts:
-        return "it was never finished: its digests are missing"
-    known = {name: entry for part in parts for name, entry in part.items()}
-    if new := sorted(set(_files(folder)) - known.keys()):
+    if not entries:
+        return UNFINISHED
+    if new := sorted(set(files_of(folder)) - entries.keys()):
         return f"{new[0]}: is not one of its files"
-    for name, (size, _) in sorted(known.items()):
+    for name, (size, _) in sorted(entries.items()):
         try:
             now = (folder / name).stat().st_size
         except OSError as error:
             return f"{name}: {error.strerror}"
         if now != size:
             return f"{name}: has {now:,} bytes instead of {size:,}"
-    files = sorted(known)[host::hosts]
+    files = sorted(entries)[host::hosts]
     try:
         for name, (_, digest) in zip(files, _digests(folder, files), strict=True):
-            if digest != known[name][1]:
-                return f"{name}: its bytes are not those that were written (SHA-256 differs)"
+            if digest != entries[name][1]:
+                return f"{name}: {OTHER_BYTES}"
     except OSError as error:
         return f"{error.filename or 'a file'}: {error.strerror}"
     return ""
 
 
-def _name(host: int) -> str:
+def known(folder: Path) -> Known:
+    """What all hosts wrote down; empty where it was never finished. Raises `ValueError` for what
+    cannot be read."""
+    return {name: entry for part in _parts(folder) for name, entry in part.items()}
+
+
+def unlike(folder: Path, names: Sequence[str], known: Known) -> list[str]:
+    """Those of `names` that are not there, or not as they were written."""
+    there = [name for name in names if (folder / name).is_file()]
+    found = dict(zip(there, _digests(folder, there), strict=True))
+    return [name for name in names if found.get(name) != tuple(known[name])]
+
+
+def is_mark(name: str) -> bool:
+    return "/" not in name and name.startswith("digests-")
+
+
+def mark_of(host: int) -> str:
     return f"digests-{host}.json"
 
 
-def _parts(folder: Path) -> list[Mapping[str, tuple[int, str]]]:
+def _parts(folder: Path) -> list[Known]:
     """What each host wrote; empty when one is missing. Raises `ValueError` for one that cannot be
     read."""
-    parts: list[Mapping[str, tuple[int, str]]] = []
+    parts: list[Known] = []
     hosts = 1
     while len(parts) < hosts:
-        name = _name(len(parts))
+        name = mark_of(len(parts))
         try:
             found = json.loads((folder / name).read_text(encoding="utf-8"))
             hosts = range(1, int(found["hosts"]) + 1)[-1]  # one at least
@@ -90,7 +114,7 @@ def _parts(folder: Path) -> list[Mapping[str, tuple[int, str]]]:
     return parts
 
 
-def _files(folder: Path) -> list[str]:
+def files_of(folder: Path) -> list[str]:
     """Names of all files under `folder`, sorted, without the digests themselves."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(

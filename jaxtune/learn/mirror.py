@@ -4,19 +4,25 @@ An object is there whole or not at all, but a folder is not, and nothing can be 
 makes a folder count is put last, and removed first: a checkpoint's digests, an export's config.
 Files that grow are put anew, before each checkpoint and once a minute. The store is the truth: a
 run goes on from what it holds, and a local folder of another run is emptied.
+
+Of several hosts each has a folder of its own and puts what lies there: host 0 all but the others'
+parts of checkpoints (`parts`), what they trace, and their stacks. Host 0 finds what the store
+holds and tells the others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from jaxtune import stores
+from jaxtune import hosts, kept, stores
 from jaxtune.config import ConfigError
 from jaxtune.learn import digests
 from jaxtune.learn.digests import FOLDER
@@ -25,15 +31,17 @@ from jaxtune.stores import StoreError, join
 
 SECONDS = 60.0  # between two copies of what grows
 _IDENTITY = ".run-id"
+_CLAIMED, _FINISHED = "claimed", "finished"  # what hosts tell each other
 # A folder that is replaced as a whole -> the file without which nobody takes it for one.
 _MARKED = {"hf": "config.json", "adapter": "adapter_config.json"}
 _PARTS = (FOLDER, *_MARKED, "wandb")  # wandb sends its own, or keeps it to be sent
 
 
-def staging(url: str) -> Path:
-    """Where a run of that URL is made before it is copied."""
+def staging(url: str, host: int = 0) -> Path:
+    """Where a run of that URL is made before it is copied; hosts may share a machine or a home."""
     key = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:12]
-    return stores.default_folder() / "runs" / f"{stores.name_of(url)}-{key}"
+    own = f"-host-{host}" if host else ""
+    return stores.default_folder() / "runs" / f"{stores.name_of(url)}-{key}{own}"
 
 
 class Mirror:
@@ -54,7 +62,33 @@ class Mirror:
     # -- the beginning -----------------------------------------------------------------------------
 
     def claim(self) -> None:
-        """Proves that the URL can be read and written, and brings here what the run has there."""
+        """Proves that the URL can be read and written, and brings here what the run has there.
+        Every host calls; which steps count is what host 0 finds.
+        """
+        if hosts.is_first():
+            identity = self._claim()
+            hosts.tell(_CLAIMED, json.dumps({"identity": identity, "steps": sorted(self.steps)}))
+        else:
+            self._join(json.loads(hosts.hear(_CLAIMED, 0)))
+        self._thread.start()
+
+    def _join(self, claimed: dict[str, Any]) -> None:
+        """Another host: of what lies here it keeps its parts of this run's checkpoints."""
+        here = self._folder / _IDENTITY
+        same = here.is_file() and here.read_text(encoding="utf-8") == claimed["identity"]
+        for path in self._folder.iterdir() if self._folder.is_dir() else ():
+            if path.is_dir() and not (same and path.name == FOLDER):
+                shutil.rmtree(path, ignore_errors=True)
+            elif not path.is_dir():
+                path.unlink()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_whole(here, claimed["identity"])
+        self.steps = set(claimed["steps"])
+        probe = join(self.url, f".writable-{hosts.index()}")
+        stores.put_bytes(b"", probe)
+        stores.remove([probe])
+
+    def _claim(self) -> str:
         mark, here = join(self.url, _IDENTITY), self._folder / _IDENTITY
         known = stores.read(mark).decode(errors="replace") if stores.find(mark) else None
         if known is None:
@@ -69,9 +103,10 @@ class Mirror:
         write_whole(here, identity)
         self.steps = set(steps_of(self.url))
         self._tidy()
-        if _newest(self._folder / FOLDER) <= max(self.steps, default=0):
+        newest = _newest(self._folder / FOLDER) if hosts.count() == 1 else 0
+        if newest <= max(self.steps, default=0):
             fetch_files(self.url, self._folder)
-        self._thread.start()
+        return identity
 
     def _tidy(self) -> None:
         """Removes what killed runs left of steps that never counted."""
@@ -81,6 +116,11 @@ class Mirror:
         stores.remove(i.url for i in left if stores.inside(i.url, place).split("/")[0] not in known)
 
     # -- while it goes on --------------------------------------------------------------------------
+
+    def put_files(self) -> None:
+        """What has changed since it was put. Raises `StoreError`."""
+        with self._one_at_a_time:
+            self._put_files()
 
     def put_step(self, step: int) -> None:
         """The checkpoint of `step`, which counts here already. Raises `StoreError`."""
@@ -144,14 +184,20 @@ class Mirror:
     # -- the end -----------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Everything, compared with what is there. Raises `StoreError`."""
+        """Everything, compared with what is there. Raises `StoreError`. No host is done before all
+        are."""
         with self._one_at_a_time:
-            for name, marker in _MARKED.items():
-                if (self._folder / name / marker).is_file():
-                    put_marked(self._folder / name, join(self.url, name), marker, contents=True)
-            for step in sorted(set(_counting(self._folder / FOLDER)) - self.steps):
-                self.put_step(step)
+            if hosts.is_first():
+                for name, marker in _MARKED.items():
+                    if (self._folder / name / marker).is_file():
+                        put_marked(self._folder / name, join(self.url, name), marker, contents=True)
+            if hosts.count() == 1:
+                for step in sorted(set(_counting(self._folder / FOLDER)) - self.steps):
+                    self.put_step(step)
             self._put_files()
+        hosts.tell(_FINISHED)
+        for other in set(range(hosts.count())) - {hosts.index()}:
+            hosts.hear(_FINISHED, other)
         self._note(f"{self.url}: has all of the run, compared with {self._folder}")
 
     def close(self) -> None:
@@ -243,6 +289,7 @@ def fetch_run(url: str, *, step: int | None = None, checkpoint: bool = True) -> 
     folder = stores.default_folder() / "read" / staging(url).name
     if not stores.find(join(url, "config.yaml")):
         raise StoreError(f"{url}: no run there: expected {join(url, 'config.yaml')}.")
+    kept.use(folder)
     fetch_files(url, folder)
     if not checkpoint:
         return folder
@@ -257,6 +304,7 @@ def fetch_run(url: str, *, step: int | None = None, checkpoint: bool = True) -> 
         here, mark = folder / FOLDER / str(found), join(url, FOLDER, found, digests.MARK)
         known_here = (here / digests.MARK).is_file() and (here / digests.MARK).read_bytes()
         if known_here != stores.read(mark) or digests.damage(here):
+            stores.make_room(sum(i.size for i in stores.listed(join(url, FOLDER, found))))
             fetch_step(url, found, here)
         if not digests.damage(here):
             break

@@ -18,7 +18,7 @@ import sacrebleu
 from transformers import AutoTokenizer
 
 from jaxtune import evaluate, inference, preview, train
-from jaxtune.config import load
+from jaxtune.config import ConfigError, load
 from jaxtune.evaluate import EvaluateOptions
 from jaxtune.mesh import make_mesh
 
@@ -471,3 +471,11 @@ def test_a_base_of_another_kind(parrot: Any, data: Path, copy_without: Callable[
     ids["a"], ids["b"] = ids["b"], ids["a"]
     (base / "tokenizer.json").write_text(json.dumps(other))
     assert "its tokenizer has other ids than" in refusal(capsys, *argv, "--init", "random")
+
+
+def test_a_judge_is_asked_by_one_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate.watch, "join", lambda asked: None)
+    monkeypatch.setattr(evaluate.hosts, "count", lambda: 4)
+    options = EvaluateOptions(judge="http://127.0.0.1:1", base="b", generate=2)
+    with pytest.raises(ConfigError, match=r"judge: is asked by one host\. Evaluate there"):
+        evaluate.run(load(overrides={}), options)

@@ -123,6 +123,34 @@ def test_a_host_that_fails_ends_the_others_with_its_reason(material: Path, tmp_p
     assert "broken.jsonl" in hosts[0].stderr
 
 
+def test_sample_prompts_on_two_hosts_are_answered_as_on_one(material: Path, tmp_path: Path) -> None:
+    found = []
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        prompts = json.dumps(["Where is number 3?", "Where is the very last number of them?"])
+        more = {"sample_prompts": prompts, "max_steps": 6, "eval_steps": 3, "export": "false"}
+        split = {"mesh.data": 1, "mesh.fsdp": 2}
+        hosts = runs.start(runs.flags(material, out, **more, **split), hosts=count, devices=2)
+        assert [host.end(100) for host in hosts] == [0] * count, [host.stderr for host in hosts]
+        found.append((out / "samples.jsonl").read_text().splitlines())
+    assert [json.loads(row)["step"] for row in found[1]] == [3, 3, 6, 6]
+    assert found[0] == found[1]
+
+
+def test_answers_on_two_hosts_are_those_of_one(material: Path, alone: Path) -> None:
+    found = []
+    for count in (1, 2):
+        argv = ["--model_name_or_path", str(alone / "hf"), "--dataset",
+                str(material / "eval.jsonl"), "--max_length", "64", "--json", "--generate", "4",
+                "--max_new_tokens", "8"]  # fmt: skip
+        hosts = runs.start(argv, hosts=count, devices=2, door="evaluate")
+        assert [host.end(100) for host in hosts] == [0] * count, [host.stderr for host in hosts]
+        assert not any(host.stdout for host in hosts[1:])
+        found.append([row["response"] for row in json.loads(hosts[0].stdout)["generations"]])
+    assert len(found[0]) == 4
+    assert found[0] == found[1]
+
+
 def test_evaluation_on_two_hosts_is_printed_by_one(material: Path, alone: Path) -> None:
     argv = ["--model_name_or_path", str(alone / "hf"), "--dataset", str(material / "eval.jsonl"),
             "--max_length", "64", "--packing", "false", "--json"]  # fmt: skip

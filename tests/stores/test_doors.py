@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from multihost import runs
 
-from jaxtune import convert, evaluate, hosts, report, stores, train
+from jaxtune import convert, evaluate, report, stores, train
 from jaxtune.command import BAD_INPUT
-from jaxtune.config import ConfigError, load
 from jaxtune.learn.mirror import steps_of
 from jaxtune.stores import join
 
@@ -172,16 +171,6 @@ def test_a_store_that_is_gone_for_a_while(
     host = runs.Host(flags(s3), devices=2)
     assert host.end() == 0, host.stderr
     assert contents(join(run, "hf")) == local_contents(calm / "hf")
-
-
-def test_many_hosts_are_told_to_mount_the_bucket(
-    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hosts, "count", lambda: 4)
-    config = load(overrides={"output_dir": join(memory, "run")})
-    with pytest.raises(ConfigError, match=r"a run of 4 hosts needs a folder .* \(gcsfuse"):
-        train._claim(config, tmp_path)
-    assert stores.listed(memory) == []
 
 
 def test_a_config_in_a_store(memory: str, capsys: pytest.CaptureFixture[str]) -> None:

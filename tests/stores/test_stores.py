@@ -46,6 +46,15 @@ def test_what_is_put_is_found_listed_and_fetched(place: str, tmp_path: Path) -> 
     assert stores.find(join(place, "a.txt")) is None
 
 
+@pytest.mark.parametrize("end", [b"\r", b"\n", b"\r\n", b"\n\r", b"\0"])
+def test_the_last_byte_is_there(place: str, tmp_path: Path, end: bytes) -> None:
+    stores.put_bytes(b"x" + end, join(place, "bytes"))
+    (tmp_path / "file").write_bytes(end)
+    stores.put(tmp_path / "file", join(place, "file"))
+    assert stores.read(join(place, "bytes")) == b"x" + end
+    assert stores.read(join(place, "file")) == end
+
+
 def test_a_listing_does_not_take_a_neighbour_for_a_child(place: str) -> None:
     put_files(place, {"run/a": b"1", "run-2/b": b"2"})
     assert [item.url for item in stores.listed(join(place, "run"))] == [join(place, "run/a")]

@@ -108,7 +108,7 @@ def test_setup_sends_what_is_committed(cloud: Cloud) -> None:
         ["tar", "-tzf", sent / "jaxtune-source.tar.gz"], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert {"pyproject.toml", "jaxtune/train.py", "configs/llama-3.1-8b.yaml"} <= set(names)
-    assert "setup '.[tpu]' my-bucket" in cloud.calls[-1]
+    assert "setup '.[tpu,gcs]' my-bucket" in cloud.calls[-1]
 
 
 @pytest.mark.parametrize("script", ["setup.sh", "logs.sh", "launch.sh"])
