@@ -51,6 +51,7 @@ RULES: Mapping[str | None, tuple[str, ...]] = {
 }
 
 Axes = tuple[str | None, ...]
+TILE = 16  # rows of a matrix that lie together in a TPU's memory, where they are bfloat16
 B = TypeVar("B")  # a NamedTuple of arrays [B T]
 
 
@@ -177,6 +178,22 @@ def cuts(axes: Axes, shape: Sequence[int], mesh: Any, only: Sequence[str]) -> li
     for axis, size in zip(axes, shape, strict=True):
         free = set(only).difference(*found)
         found.append(cut_over(axis, size, mesh, free))
+    return _on_tiles(axes, shape, found, mesh)
+
+
+def _on_tiles(
+    axes: Axes, shape: Sequence[int], found: list[tuple[str, ...]], mesh: Any
+) -> list[tuple[str, ...]]:
+    """`found` with "mlp" cut in place of "embed" where slices of "embed" end inside of a `TILE` and
+    those of "mlp" do not: what is gathered would be copied into place once more. Not beside
+    `tensor`, which cuts "mlp" itself.
+    """
+    if mesh.shape["tensor"] > 1 or not {"embed", "mlp"} <= set(axes):
+        return found
+    narrow, wide = axes.index("embed"), axes.index("mlp")
+    ways = math.prod(mesh.shape[name] for name in found[narrow])
+    if shape[narrow] // ways % TILE and shape[wide] % (ways * TILE) == 0:
+        found[narrow], found[wide] = (), found[narrow]
     return found
 
 

@@ -65,6 +65,20 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes: dict[str, int], message: str
     assert message in str(error.value)
 
 
+def test_slices_that_would_end_inside_a_tile_are_cut_along_the_width() -> None:
+    mesh = make_mesh({"fsdp": 8})
+    for names, shape in ((("embed", "mlp"), (168, 512)), (("mlp", "embed"), (512, 168))):
+        swapped = ["fsdp" if name == "mlp" else None for name in names]
+        assert partition_spec(names, shape, mesh) == P(*swapped)  # 168 / 8 = 21 rows
+        whole = tuple(256 if size == 168 else size for size in shape)  # 32 rows: two tiles
+        kept = ["fsdp" if name == "embed" else None for name in names]
+        assert partition_spec(names, whole, mesh) == P(*kept)
+    assert partition_spec(("embed", "mlp"), (168, 520), mesh) == P("fsdp", None)  # 65 of a width
+    assert partition_spec(("embed", "heads"), (168, 512), mesh) == P("fsdp", None)
+    beside = make_mesh({"fsdp": 4, "tensor": 2})
+    assert partition_spec(("embed", "mlp"), (168, 512), beside) == P("fsdp", "tensor")
+
+
 def test_specs_follow_the_table_and_what_does_not_divide_is_replicated() -> None:
     mesh = make_mesh({**ONES, "fsdp": 4, "tensor": 2})
     assert partition_spec(("vocab", "embed"), (64, 16), mesh) == P("tensor", "fsdp")

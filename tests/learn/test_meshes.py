@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden.cases import CASES, VOCAB, write_folder
+from jax.sharding import PartitionSpec
 
 from jaxtune.collectives import EVERYWHERE, per_device, slices, tokens
 from jaxtune.hf.load import load_params, open_model
@@ -89,6 +90,15 @@ EXPERTS = ModelSpec(
     (Stack((LayerSpec(4, 2, 8, 16, RopeSpec(), mlp_bias=True, moe=MOE),), 2),),
     1e-6, False, 64,
 )  # fmt: skip
+# Slices of its 24 rows would not be whole tiles, so its MLPs are cut along their width.
+WIDE = ModelSpec(
+    VOCAB, 24,
+    (
+        Stack((LayerSpec(4, 2, 8, 128, RopeSpec()),), 2),
+        Stack((LayerSpec(4, 2, 8, 128, RopeSpec(), moe=MoeSpec(4, 2)),), 1),
+    ),
+    1e-6, False, 64,
+)  # fmt: skip
 LEANS = {  # what is added to the routers' biases
     "as they come": (0, 0, 0, 0, 0, 0, 0, 0),
     "all to one device": (0, 0, 30, 29, 0, 0, 0, 0),
@@ -98,6 +108,8 @@ LEANS = {  # what is added to the routers' biases
 
 @functools.cache
 def model(name: str) -> tuple[ModelSpec, Any]:
+    if name == "wide":
+        return WIDE, {"params": decoder.init(WIDE, jax.random.key(6), jnp.float32)}
     if name in LEANS:
         rng = np.random.default_rng(6)
         found = {
@@ -172,6 +184,19 @@ EXPERT_MESHES: list[Any] = [
 @pytest.mark.parametrize(("name", "sizes"), EXPERT_MESHES)
 def test_experts_on_devices_of_their_own_are_those_of_one(name: str, sizes: dict[str, int]) -> None:
     assert_those_of_one_device(name, sizes, "reference")
+
+
+def test_weights_that_are_cut_along_their_width_are_those_of_one_device() -> None:
+    placed = named(
+        shardings(decoder.axes(WIDE), decoder.abstract(WIDE, "f4"), make_mesh({"fsdp": 8}))
+    )
+    cut = {leaf: where.spec for leaf, where in placed.items() if leaf.endswith("up/kernel")}
+    assert cut == {
+        "stack_0/layer_0/mlp/up/kernel": PartitionSpec(None, None, "fsdp"),
+        "stack_1/layer_0/moe/up/kernel": PartitionSpec(None, None, None, "fsdp"),
+    }
+    assert_those_of_one_device("wide", {"fsdp": 8}, "reference")
+    assert_those_of_one_device("wide", {"fsdp": 4, "context": 2}, "blocked")
 
 
 def test_a_device_holds_its_own_experts_and_a_slice_of_other_weights() -> None:
