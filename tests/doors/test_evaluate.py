@@ -412,9 +412,10 @@ def test_one_process_one_device_one_object(parrot: Any, data: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     here = scores(parrot, data, options={"generate": 5})
-    for key in ("eval_loss", "eval_perplexity", "eval_token_accuracy"):
-        assert found[key] == pytest.approx(here[key], rel=1e-6)
-        assert found["intervals"][key] == pytest.approx(here["intervals"][key], rel=1e-6)
+    # A loss of 34 to 1e-6 is a perplexity to 3.4e-5.
+    for key, near in (("eval_loss", 1e-6), ("eval_perplexity", 1e-4), ("eval_token_accuracy", 1e-6)):
+        assert found[key] == pytest.approx(here[key], rel=near)
+        assert found["intervals"][key] == pytest.approx(here["intervals"][key], rel=near)
     assert found["generations"] == here["generations"]
     assert list(found["by_dataset"]) == ["desk"]
 
