@@ -413,7 +413,8 @@ def test_one_process_one_device_one_object(parrot: Any, data: Path, tmp_path: Pa
     found = json.loads(done.stdout)
     here = scores(parrot, data, options={"generate": 5})
     # A loss of 34 to 1e-6 is a perplexity to 3.4e-5.
-    for key, near in (("eval_loss", 1e-6), ("eval_perplexity", 1e-4), ("eval_token_accuracy", 1e-6)):
+    tolerances = {"eval_loss": 1e-6, "eval_perplexity": 1e-4, "eval_token_accuracy": 1e-6}
+    for key, near in tolerances.items():
         assert found[key] == pytest.approx(here[key], rel=near)
         assert found["intervals"][key] == pytest.approx(here["intervals"][key], rel=near)
     assert found["generations"] == here["generations"]
