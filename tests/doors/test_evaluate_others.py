@@ -133,12 +133,12 @@ def test_refusals(
     assert "cannot be given a path with , or =" in refusal(capsys, *argv)
 
 
-@pytest.mark.parametrize("more", [{"harness": ("arc_easy",)}, {"generate": 1}])
+@pytest.mark.parametrize("more", [{"harness": ("arc_easy",)}, {"judge": "http://x"}])
 def test_what_is_done_on_one_host(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate.watch, "join", lambda hosts: None)
     monkeypatch.setattr(evaluate.hosts, "count", lambda: 2)
     (name,) = more
-    with pytest.raises(ConfigError, match=rf"{name}: .* on one host\. Evaluate there, or"):
+    with pytest.raises(ConfigError, match=rf"{name}: .* one host\. Evaluate there, or"):
         evaluate.run(load(overrides={"model_name_or_path": "m"}), EvaluateOptions(**more))
 
 

@@ -119,7 +119,8 @@ def test_every_field_of_the_optimiser_reaches_the_program(monkeypatch: pytest.Mo
     })  # fmt: skip
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
     mesh = make_mesh(sizes, jax.devices()[:1])
-    given = assemble.build(config, SimpleNamespace(spec=None), None, None, mesh, 10)
+    model = SimpleNamespace(spec=SimpleNamespace(experts=0))
+    given = assemble.build(config, model, None, None, mesh, 10)
     assert given["hyper"] == Hyper(
         "muon", 0.7, 0.6, epsilon=1e-5, weight_decay=0.3, momentum=0.8, adjust="original",
         state_dtype="bfloat16",
