@@ -16,11 +16,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import gcsfs.core
 import pytest
 import s3fs
+from multihost import runs
 from multihost.runs import free_port
 
 from jaxtune import stores
@@ -103,6 +105,12 @@ class _Hand(BaseHTTPRequestHandler):
         return found
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do_PATCH = _pass_on
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What runs read: a model, examples, a config."""
+    return runs.make_material(tmp_path_factory.mktemp("material") / "m")
 
 
 @pytest.fixture(scope="session")

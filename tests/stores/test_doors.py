@@ -29,11 +29,6 @@ loop.Loop._next = struck
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.make_material(tmp_path_factory.mktemp("material") / "m")
-
-
-@pytest.fixture(scope="module")
 def calm(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run on a local disk, never disturbed."""
     out = tmp_path_factory.mktemp("calm") / "out"

@@ -50,11 +50,6 @@ loop.Standing.after = lambda self, loss, step: after(self, float(step), step)
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return runs.make_material(tmp_path_factory.mktemp("material") / "m")
-
-
-@pytest.fixture(scope="module")
 def calm(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run on a local disk, by one process, never disturbed."""
     out = tmp_path_factory.mktemp("calm") / "out"
