@@ -190,6 +190,7 @@ def test_a_run_a_checkpoint_and_an_adapter_are_evaluated_alike(root: Path, tuned
     assert evaluated(root / "base", root) > merged + 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["adapter", "checkpoints/4"])
 def test_adapters_beside_the_weights_answer_as_merged(root: Path, tuned: Path, source: str) -> None:
     """And are taken away without loading anything: then the base answers."""
@@ -249,6 +250,7 @@ def test_an_adapter_as_the_model_to_train_is_told_where_it_goes(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["nf4", "int8"])
 def test_a_quantised_base_is_trained_beside_and_never_merged_into(
     root: Path, tmp_path: Path, base: str

@@ -18,6 +18,7 @@ MIXTURE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_experts_have_no_devices_of_their_own(tmp_path: Path) -> None:
     root, before, after = write_root(tmp_path, **MIXTURE), tmp_path / "before", tmp_path / "after"
     train.run(run_settings(root, before, **{"mesh.expert": 2}))

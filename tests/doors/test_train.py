@@ -503,6 +503,7 @@ def test_elastic_from_eight_devices_to_four_to_one(
         assert row[name] == pytest.approx(expected[name], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [0, 2])
 def test_sample_prompts_are_answered_at_every_evaluation(
     lora: int, material: Path, straight: Path, tmp_path: Path

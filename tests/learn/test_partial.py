@@ -62,6 +62,7 @@ def cut(params: Any, spec: ModelSpec) -> Any:
     return {name: leaves[name] for name in named(decoder.abstract(spec, jnp.float32))}
 
 
+@pytest.mark.slow
 def test_two_layers_train_as_within_the_whole_and_the_rest_keeps_every_byte() -> None:
     """SGD with no clipping moves each leaf by its own gradient alone: the trained ones go where
     full training takes them, the first step exactly as far."""

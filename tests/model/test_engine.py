@@ -127,6 +127,7 @@ def test_first_come_first_served(params: Params) -> None:
     assert ended.index(long) > 6
 
 
+@pytest.mark.slow
 def test_later_requests_join_those_that_run(params: Params, alone: list[list[int]]) -> None:
     """Also one that is longer than all before, for which every slot is made longer."""
     engine = Engine(SPEC, {"params": params}, dtype=jnp.float32, slots=4)
@@ -145,6 +146,7 @@ def test_later_requests_join_those_that_run(params: Params, alone: list[list[int
     assert [found[long]] == list(answers(fresh).values())
 
 
+@pytest.mark.slow
 def test_cancelled_requests_leave_at_once(params: Params, alone: list[list[int]]) -> None:
     engine = Engine(SPEC, {"params": params}, dtype=jnp.float32, slots=2)
 
@@ -223,6 +225,7 @@ def test_first_tokens_are_of_the_model_s_distribution(params: Params) -> None:
     assert stats.chisquare(seen, due * (sum(seen) / due.sum())).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_adapters_beside_the_weights(params: Params) -> None:
     """As if merged; without them the base, from the same arrays."""
     lora = Lora(r=2, alpha=8.0)

@@ -92,6 +92,7 @@ def test_eight_devices_are_one(params, batch, on_one_device, third):
         assert np.abs(want).max() > 0, name
 
 
+@pytest.mark.slow
 def test_experts_spread_over_devices_answer_as_on_one(params):
     mesh = meshes.make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
     placed = jax.device_put(params, meshes.shardings(decoder.axes(SPEC), params, mesh))

@@ -22,6 +22,7 @@ from jaxtune.weights import base_params
 CASE = "qwen3-moe"  # every second layer a mixture
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lora", [Lora(2, 4.0, base="int8"), Lora(2, 4.0, base="nf4", double_quant=True)]
 )

@@ -159,6 +159,7 @@ def test_a_model_on_a_mesh_says_the_same(params: Params, plain: list[list[int]])
     assert jax.sharding.get_abstract_mesh().empty  # nothing is left set between tokens
 
 
+@pytest.mark.slow
 def test_half_precision_runs(params: Params) -> None:
     for generation in run(params, PROMPTS[:2], dtype=jnp.bfloat16):
         assert len(generation.tokens) == NEW

@@ -123,6 +123,7 @@ def test_a_host_that_fails_ends_the_others_with_its_reason(material: Path, tmp_p
     assert "broken.jsonl" in hosts[0].stderr
 
 
+@pytest.mark.slow
 def test_sample_prompts_on_two_hosts_are_answered_as_on_one(material: Path, tmp_path: Path) -> None:
     found = []
     for count in (1, 2):
@@ -137,6 +138,7 @@ def test_sample_prompts_on_two_hosts_are_answered_as_on_one(material: Path, tmp_
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_answers_on_two_hosts_are_those_of_one(material: Path, alone: Path) -> None:
     found = []
     for count in (1, 2):
