@@ -7,6 +7,7 @@ only.
 
 import collections
 import concurrent.futures
+import contextlib
 import math
 import mmap
 import os
@@ -61,7 +62,7 @@ def empty(shape: Sequence[int], dtype: np.dtype, *, aligned: int = 64) -> np.nda
     else:
         aligned = max(aligned, _HUGE)
         memory = mmap.mmap(-1, size + aligned, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(AttributeError, OSError):  # a system without them
             memory.madvise(mmap.MADV_HUGEPAGE)
         raw = np.frombuffer(memory, np.uint8)
     start = -raw.ctypes.data % aligned

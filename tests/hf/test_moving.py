@@ -1,6 +1,8 @@
 """Moved values are those of a plain assignment, in any order of axes, size and dtype."""
 
+import errno
 import math
+import mmap
 import threading
 import time
 
@@ -43,6 +45,17 @@ def test_empty_arrays_and_addresses():
         assert (found.shape, found.dtype) == (shape, ml_dtypes.bfloat16)
         assert found.ctypes.data % 64 == 0 or not found.size
         found[...] = 1  # may be written to
+
+
+def test_a_system_without_huge_pages_gives_memory_all_the_same(monkeypatch):
+    class Refusing(mmap.mmap):
+        def madvise(self, *advice):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(moving.mmap, "mmap", Refusing)
+    found = empty((1100, 2000), np.dtype(np.float32))
+    found[...] = 1
+    assert found.ctypes.data % 64 == 0
 
 
 def test_memory_used_again_begins_where_it_is_asked_to():
