@@ -340,11 +340,13 @@ def _write_tensors(
 def _together(runs: Iterable[Written]) -> Iterator[list[Written]]:
     """Runs by about `_BEHIND` bytes."""
     some: list[Written] = []
+    size = 0
     for run in runs:
         some.append(run)
-        if sum(each.size for each in some) >= _BEHIND:
+        size += run.size
+        if size >= _BEHIND:
             yield some
-            some = []
+            some, size = [], 0
     if some:
         yield some
 

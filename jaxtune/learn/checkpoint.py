@@ -155,10 +155,8 @@ class Checkpoints:
         self.wait()
         self._check_space(state, step)
         with self._explained():
-            hosts.on_first(functools.partial(self._make_room, step), "before saving")
-            if self._parts is not None and self._mirror is not None:
-                self._remove([step])
-                self._mirror.steps.discard(step)
+            self._make_room(step)
+            if self._parts is not None:
                 # One that was made before a checkpoint was read never ends its next save.
                 self._checkpointer.close()
                 self._checkpointer = checkpointer()
@@ -228,9 +226,13 @@ class Checkpoints:
 
     def _make_room(self, step: int) -> None:
         """What lies where `step` is to be written, of an earlier run that went on from before."""
-        self._remove([step])
-        if self._parts is not None and self._mirror is not None:
-            self._mirror.remove_step(step)
+        remove = functools.partial(self._remove, [step])
+        if self._parts is None or self._mirror is None:
+            hosts.on_first(remove, "before saving")
+            return
+        remove()
+        hosts.on_first(functools.partial(self._mirror.remove_step, step), "before saving")
+        self._mirror.steps.discard(step)
 
     def _check_space(self, state: TrainState, step: int) -> None:
         """Asked before writing: a disk that fills up half way fails in a hundred lines."""

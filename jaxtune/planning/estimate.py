@@ -15,6 +15,7 @@ from jaxtune.ops import cross_entropy, moe, splash
 from jaxtune.spec import (
     LayerSpec,
     ModelSpec,
+    MoeSpec,
     Stack,
     flops_per_token,
     layer_parameters,
@@ -300,9 +301,14 @@ def _mlp_at_once(work: Work, layer: LayerSpec) -> float:
         ways = 2 if layer.gated else 1
         return (2 if again else 1) * ways * layer.mlp_width / cut
     at_once = layer.moe.per_token * (4 * layer.mlp_width / cut + 4 * work.spec.width)
-    copies = math.ceil(work.tokens) * layer.moe.per_token
-    share = moe.round_rows(copies, 2 * copies) / copies
-    return at_once if work.sizes["expert"] == 1 else at_once * share
+    copies, rows = a_round(work, layer.moe)
+    return at_once if work.sizes["expert"] == 1 else at_once * (rows / copies)
+
+
+def a_round(work: Work, mixture: MoeSpec) -> tuple[int, int]:
+    """Copies of tokens that a device's own experts have on average, and those of one round."""
+    copies = math.ceil(work.tokens) * mixture.per_token
+    return copies, moe.round_rows(copies, 2 * copies)
 
 
 def _attention_at_once(work: Work, layer: LayerSpec) -> float:

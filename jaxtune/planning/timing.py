@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxtune.chips import DCN_RATE, HOST_RATE, Slice
-from jaxtune.ops import moe
 from jaxtune.planning import estimate
 from jaxtune.planning.compiling import Read
 from jaxtune.planning.estimate import Work
@@ -136,8 +135,8 @@ def routing(work: Work) -> float:
     cut = peers * work.sizes["tensor"]
     for layer in work.spec.layers:
         if layer.moe is not None:
-            copies = math.ceil(work.tokens) * layer.moe.per_token
-            rounds = math.ceil(copies / moe.round_rows(copies, 2 * copies))
+            copies, rows = estimate.a_round(work, layer.moe)
+            rounds = math.ceil(copies / rows)
             each = rounds * (8 + work.item) + 8 + work.item  # and zeros before, the cast behind
             passing += each * estimate.travelling(work, layer) / cut * work.microbatches
     return passing

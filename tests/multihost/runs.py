@@ -113,6 +113,13 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def undisturbed(material: Path, out: Path, *, devices: int) -> Path:
+    """The run by one process from beginning to end, in `out`."""
+    host = Host(flags(material, out), devices=devices)
+    assert host.end() == 0, host.stderr
+    return out
+
+
 def start(
     argv: Sequence[str], *, hosts: int, devices: int, before: str = "", door: str = "train"
 ) -> list[Host]:

@@ -31,10 +31,7 @@ loop.Loop._next = struck
 @pytest.fixture(scope="module")
 def calm(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run on a local disk, never disturbed."""
-    out = tmp_path_factory.mktemp("calm") / "out"
-    host = runs.Host(runs.flags(material, out), devices=2)
-    assert host.end() == 0, host.stderr
-    return out
+    return runs.undisturbed(material, tmp_path_factory.mktemp("calm") / "out", devices=2)
 
 
 def put_folder(folder: Path, url: str) -> None:

@@ -52,10 +52,7 @@ loop.Standing.after = lambda self, loss, step: after(self, float(step), step)
 @pytest.fixture(scope="module")
 def calm(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run on a local disk, by one process, never disturbed."""
-    out = tmp_path_factory.mktemp("calm") / "out"
-    host = runs.Host(runs.flags(material, out), devices=4)
-    assert host.end() == 0, host.stderr
-    return out
+    return runs.undisturbed(material, tmp_path_factory.mktemp("calm") / "out", devices=4)
 
 
 def ended(
