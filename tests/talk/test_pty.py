@@ -42,26 +42,34 @@ class Terminal:
         """What was shown from the last such call up to `text`."""
         end = time.monotonic() + seconds
         while text not in self.shown:
-            ready, _, _ = select.select([self.ours], [], [], max(0, end - time.monotonic()))
-            try:
-                got = os.read(self.ours, 65536) if ready else b""
-            except OSError:  # the other side is closed
-                got = b""
-            assert got, f"'{text}' did not come; there is:\n{self.shown}"
-            self.shown += got.decode("utf-8", "replace")
+            more = self._more(end - time.monotonic())
+            assert more, f"'{text}' did not come; there is:\n{self.shown}"
         before, _, self.shown = self.shown.partition(text)
         return before + text
 
-    def ctrl_c(self) -> None:
-        """While a line is awaited. In the moment between the prompt and that, Python would hear it
-        only with the next one."""
-        self.until("> ")
-        time.sleep(0.5)
-        self.type("\x03")
+    def ctrl_c(self, until: str) -> None:
+        """While a line is typed, and once more if nothing comes of it, as one would: between two
+        of readline's waits Python hears the first only with the next key."""
+        for _ in range(6):
+            self.type("\x03")
+            while until not in self.shown and self._more(10):
+                pass
+            if until in self.shown:
+                break
+        self.until(until, 0)
 
     def left(self) -> int:
         self.until("left")
         return self.process.wait(timeout=20)
+
+    def _more(self, seconds: float) -> bool:
+        ready, _, _ = select.select([self.ours], [], [], max(0, seconds))
+        try:
+            got = os.read(self.ours, 65536) if ready else b""
+        except OSError:  # the other side is closed
+            got = b""
+        self.shown += got.decode("utf-8", "replace")
+        return bool(got)
 
 
 @pytest.fixture
@@ -122,14 +130,14 @@ def test_ctrl_c_ends_an_answer_and_twice_leaves(terminal: Callable[..., Terminal
     assert "next (3 messages)" in here.until("messages)")
     here.enter("half a line")
     here.until("half a line")
-    here.type("\x03")
-    here.until("Ctrl-C once more leaves")
+    here.ctrl_c(until="Ctrl-C once more leaves")
     here.enter("whole\r")
     assert "whole (5 messages)" in here.until("messages)")
-    here.ctrl_c()
-    here.until("Ctrl-C once more leaves")
-    here.ctrl_c()
-    assert here.left() == 0
+    here.until("> ")
+    here.ctrl_c(until="Ctrl-C once more leaves")
+    here.until("> ")
+    here.ctrl_c(until="left")
+    assert here.process.wait(timeout=20) == 0
 
 
 def test_ctrl_c_just_when_an_answer_ends_loses_nothing(terminal: Callable[..., Terminal]) -> None:
@@ -152,8 +160,9 @@ def test_ctrl_c_twice_in_an_answer_leaves(terminal: Callable[..., Terminal]) -> 
     here.until("bbbb")
     here.type("\x03")
     here.until("Ctrl-C once more leaves")
-    here.ctrl_c()
-    assert here.left() == 0
+    here.until("> ")
+    here.ctrl_c(until="left")
+    assert here.process.wait(timeout=20) == 0
 
 
 def test_a_history_file_when_asked_for(terminal: Callable[..., Terminal], tmp_path: Path) -> None:
