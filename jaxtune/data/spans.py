@@ -1,8 +1,8 @@
 """Conversation -> spans: the one place that decides what is trained.
 
-Every template is jinja (ours come from `wording`) and is rendered as transformers renders it. What
-is trained is derived from the rendered text, the same way for all of them, by asking the template
-what the model will see: for the assistant's message i
+Every template is jinja and is rendered as transformers renders it. What is trained is derived from
+the rendered text, the same way for all of them, by asking the template what the model will see: for
+the assistant's message i
 
     prompt = render(messages[:i], generation prompt)        what inference feeds
     whole  = render(messages[:i+1])                         what must come out of it

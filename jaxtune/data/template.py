@@ -1,8 +1,8 @@
 """What a template is: how it was asked for, its jinja, and how its answers end.
 
 A name, the tokenizer's own, a string with placeholders or a jinja file all become one `Template`;
-every one is jinja (ours come from `wording`) and is rendered as transformers renders it. What of
-the rendered text is trained is decided in `spans`.
+every one is jinja (ours come from `wording` and `placeholders`) and is rendered as transformers
+renders it. What of the rendered text is trained is decided in `spans`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.config import ConfigError, nearest
-from jaxtune.data import jinja, wording
+from jaxtune.data import jinja, placeholders, wording
+from jaxtune.data.placeholders import Placeholders
 from jaxtune.data.presence import squeeze
 from jaxtune.data.schema import Message
 from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.data.turns import Setting
 
 # What `strftime_now` tells: the date Llama 3.1's template falls back to. Only that it never moves
 # matters; a template that asks for today would otherwise make other tokens every day.
@@ -132,17 +134,17 @@ def resolve(
                 "such as alpaca or llama2."
             )
         end = _stop_token(stop or choice.stop or tokenizer.eos_token, tokenizer)
-        source = choice.source(wording.Setting(bos or "", end, system))
+        source = choice.source(Setting(bos or "", end, system))
     elif _is_jinja(template) or template == "chat":
         name, source = _foreign(template, tokenizer)
         end, ours = "", False
     elif "{" in template:
-        name, parts = "custom", wording.parse(template)
+        name, parts = "custom", placeholders.parse(template)
         if system and "system" not in parts.names:
             raise ConfigError("system_prompt: the template has no {system}. Add it, or unset.")
         lead_out, end, rest = _end_of_answer(parts.after, stop, tokenizer)
-        setting = wording.Setting(bos or "", end, system)
-        source = wording.from_placeholders(
+        setting = Setting(bos or "", end, system)
+        source = placeholders.source(
             parts,
             setting,
             lead_out=lead_out,
@@ -208,12 +210,10 @@ def tokens_to_add(
     return tuple(dict.fromkeys(needed)) if wanted else ()
 
 
-def _without_input(
-    parts: wording.Placeholders, no_input: str | None
-) -> wording.Placeholders | None:
+def _without_input(parts: Placeholders, no_input: str | None) -> Placeholders | None:
     if no_input is None:
         return None
-    other = wording.parse(no_input)
+    other = placeholders.parse(no_input)
     if "input" in other.names:
         raise ConfigError("template_no_input: holds {input}, but is for records without one.")
     if other.after != parts.after:
