@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from jaxtune.data.pipeline import Dataset, Progress, open_dataset, split
+from jaxtune.data.placeholders import said_once
 from jaxtune.data.prepare import Entry, Truncation
 from jaxtune.data.spans import TrainOn
 from jaxtune.data.template import Template, resolve, tokens_to_add, variant
@@ -71,6 +72,8 @@ def open_template(asked: Asked, tokenizer: Tokenizer, *, note: Note) -> Template
         no_input=asked.template_no_input,
         date=asked.template_date,
     )
+    if template.ours and template.name == "custom" and (once := said_once(asked.template)):
+        note(f"template: {once!r} is said once; later questions of a conversation go without it")
     if "strftime_now" in template.jinja:
         note(f"template '{template.name}' writes today's date: {template.date} (template_date)")
     return template

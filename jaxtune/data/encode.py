@@ -126,12 +126,14 @@ class _Part(NamedTuple):
 
     text: str
     apart: bool  # with what stands before it, it would be a control token
+    begins: bool  # a text, whatever stands before it
+    answer: bool
 
     @classmethod
     def of(cls, span: Span) -> list[_Part]:
         edges = [0, *span.breaks, len(span.text)]
         texts = (span.text[a:b] for a, b in itertools.pairwise(edges))
-        return [cls(text, apart=i > 0) for i, text in enumerate(texts)]
+        return [cls(text, i > 0, span.document, span.answer) for i, text in enumerate(texts)]
 
 
 def _pieces(
@@ -146,21 +148,23 @@ def _pieces(
             wanted.update(() if part.apart else (context, context + part.text))
     ordered = sorted(wanted)
     joint = dict(zip(ordered, tokenizer.encode_batch(ordered), strict=True))
-    found: list[list[list[int]]] = []  # an empty entry is one to be cut
+    found: list[list[list[int] | None]] = []  # None is one to be cut
     to_cut: set[str] = set()
     for row, before in zip(parts, contexts, strict=True):
         found.append([])
         for part, context in zip(row, before, strict=True):
-            ids: list[int] = []
+            ids = None
             if not part.apart:
                 prefix, whole = joint[context], joint[context + part.text]
-                ids = whole[len(prefix) :] if whole[: len(prefix)] == prefix else []
+                ids = whole[len(prefix) :] if whole[: len(prefix)] == prefix else None
+                # Blanks may belong to the control token before them.
+                ids = None if not ids and (part.answer or part.text.strip()) else ids
             found[-1].append(ids)
-            if not ids:
+            if ids is None:
                 to_cut.add(part.text)
     cut = _continuations(to_cut, tokenizer)
     split = [
-        any(not ids and not part.apart for part, ids in zip(row, of_row, strict=True))
+        any(ids is None and not part.apart for part, ids in zip(row, of_row, strict=True))
         for row, of_row in zip(parts, found, strict=True)
     ]
     return [
@@ -170,12 +174,12 @@ def _pieces(
 
 
 def _completed(
-    row: Sequence[_Part], found: list[list[int]], cut: dict[str, list[int] | None]
+    row: Sequence[_Part], found: list[list[int] | None], cut: dict[str, list[int] | None]
 ) -> list[list[int]] | None:
-    """`found` with what was left empty taken from `cut`; None where that has nothing either."""
+    """`found` with what it lacks taken from `cut`; None where that has nothing either."""
     complete: list[list[int]] = []
     for part, known in zip(row, found, strict=True):
-        ids = known or cut[part.text]
+        ids = cut[part.text] if known is None else known
         if ids is None:
             return None
         complete.append(ids)
@@ -200,9 +204,10 @@ def _contexts(row: Sequence[_Part], tokenizer: Tokenizer) -> list[str]:
     """
     contexts: list[str] = []
     before = ""
-    for text, apart in row:
+    for part in row:
+        before = "" if part.begins and not part.apart else before
         contexts.append(before)
-        before = tokenizer.last_control(("" if apart else before) + text)
+        before = tokenizer.last_control(("" if part.apart else before) + part.text)
     return contexts
 
 
@@ -260,11 +265,15 @@ def _decode_answers(
     # several tokens and nothing is rewritten.
     found = {key: tokenizer.decode_each(ids) for key, ids in asked.items()}
     left = [(key, asked[key]) for key, text in found.items() if text != rows[key[0]][key[1]].text]
-    # Decoders drop a blank where a text begins, so each answer stands behind its own last token.
-    texts = tokenizer.decode_batch([[ids[-1], *ids] for _, ids in left])
-    alone = {token: tokenizer.decode([token]) for token in {ids[-1] for _, ids in left}}
-    for (key, ids), text in zip(left, texts, strict=True):
-        found[key] = text.removeprefix(alone[ids[-1]])
+    # Decoders drop a blank where a text begins, so each answer stands behind its own last token; a
+    # document is where a text begins.
+    begins = [rows[number][index].document for (number, index), _ in left]
+    texts = tokenizer.decode_batch(
+        [ids if alone else [ids[-1], *ids] for (_, ids), alone in zip(left, begins, strict=True)]
+    )
+    last = {token: tokenizer.decode([token]) for token in {ids[-1] for _, ids in left}}
+    for (key, ids), text, alone in zip(left, texts, begins, strict=True):
+        found[key] = text if alone else text.removeprefix(last[ids[-1]])
     return found
 
 
@@ -283,11 +292,8 @@ def _checked(
     inexact = False
     for index, span in enumerate(row):
         trained = span.answer and span.weight > 0
-        end = parts[index][-1]
-        if trained and (end not in tokenizer.control_ids or parts[index].count(end) != 1):
-            return Dropped(
-                "not exactly one end of turn", f"{parts[index].count(end)} in {span.text[-40:]!r}"
-            )
+        if trained and not _ends(parts[index], tokenizer, once=not span.document):
+            return Dropped("not exactly one end of turn", f"behind {span.text[-40:]!r}")
         if span.breaks and not _typed_as_text(span, parts[index], tokenizer):
             return Dropped("a typed control token would steer", f"{span.text[:60]!r}")
         back = decoded.get((number, index), span.text)
@@ -309,9 +315,14 @@ def _checked(
     return Encoded(Tokens(ids, weights), split, inexact)
 
 
+def _ends(ids: Sequence[int], tokenizer: Tokenizer, *, once: bool) -> bool:
+    end = ids[-1]
+    return end in tokenizer.control_ids and (not once or ids.count(end) == 1)
+
+
 def _typed_as_text(span: Span, ids: list[int], tokenizer: Tokenizer) -> bool:
     """Whether the control tokens among `ids` are those that the template wrote, and no more."""
-    texts = [text for text, _ in _Part.of(span)]
+    texts = [part.text for part in _Part.of(span)]
     written = [
         tokenizer.control[t] for text in texts for t in tokenizer.control_pattern.findall(text)
     ]

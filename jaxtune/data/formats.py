@@ -147,11 +147,8 @@ def _prompt_completion(fields: Fields) -> Conversation:
     )
     if not any(message.content.strip() for message in before):
         raise _Unusable("empty prompt")
-    # Only what stands in the completion is trained, also when the prompt holds earlier answers.
-    context = tuple(
-        m._replace(weight=0.0) if m.role == "assistant" and m.weight is None else m for m in before
-    )
-    return Conversation((*_system(fields), *context, *after), _tools(fields))
+    context = (*_system(fields), *before)
+    return Conversation((*context, *after), _tools(fields), len(context))
 
 
 def _chat(column: str) -> Callable[[Fields], Conversation]:

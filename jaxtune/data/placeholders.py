@@ -59,23 +59,25 @@ def source(
     *,
     lead_out: str,
     rest: str,
+    control: re.Pattern[str],
     without_input: Placeholders | None = None,
 ) -> str:
     """Jinja for a template string; `lead_out` + stop end the answer, `rest` follows untrained.
 
-    An empty {input} or {system} takes its whole line with it ({system} also the empty lines below),
-    or, where the line holds another placeholder, the blanks before it; `without_input` is said
-    instead where there is one. What stands before the last blank line (or {system}) ahead of
-    {instruction} is said once, the rest with every turn.
+    An empty {input} or {system} takes its whole line with it ({system} also the empty lines below).
+    Where the line holds another placeholder it takes the blanks before it alone; where the line
+    goes on to the answer, or holds a `control` token, its label and the line ends before it.
+    `without_input` is said instead where there is one. What stands before the last blank line (or
+    {system}) ahead of {instruction} is said once, the rest with every turn.
     """
     bos = "" if setting.bos and "".join(parts.before[:1]).startswith(setting.bos) else setting.bos
-    start, turn = (_lines(part, parts.names) for part in _split_preamble(parts.before))
     names = parts.names
+    start, turn = (_jinja(part, names, control) for part in _split_preamble(parts.before))
     if without_input is not None:
         other = _split_preamble(without_input.before)
         start, turn = (
             "{%- if message.input -%}\n" + one + "\n{%- else -%}\n"
-            + _lines(two, names | without_input.names) + "\n{%- endif -%}"
+            + _jinja(two, names | without_input.names, control) + "\n{%- endif -%}"
             for one, two in zip((start, turn), other, strict=True)
         )  # fmt: skip
         names |= without_input.names
@@ -87,6 +89,13 @@ def source(
         after=rest,
         system="system" in names,
     )
+
+
+def said_once(text: str) -> str:
+    """What of a template string stands before the first question alone; "" where nothing does."""
+    once, _ = _split_preamble(parse(text).before)
+    written = (f"{{{part}}}" if at % 2 else part for at, part in enumerate(once))
+    return "".join(written).strip()
 
 
 def _split_preamble(parts: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -102,50 +111,94 @@ def _split_preamble(parts: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str,
     return ("",), parts
 
 
-def _lines(parts: tuple[str, ...], names: frozenset[str]) -> str:
-    """Jinja for literal and placeholder pieces, line by line (see `source`)."""
-    lines: list[list[tuple[str, bool]]] = [[]]  # each piece: text or name, is it a name
-    for position, part in enumerate(parts):
-        if position % 2:
-            lines[-1].append((part, True))
-            continue
-        for text in re.split(r"(?<=\n)", part):
-            if text == "\n" and not lines[-1] and len(lines) > 1 and _held(lines[-2]) == ["system"]:
-                lines[-2].append((text, False))
-                continue
-            lines[-1].append((text, False))
-            if text.endswith("\n"):
-                lines.append([])
-    return "\n".join(code for line in lines if (code := _line(line, names)))
+class _Piece(NamedTuple):
+    """Literal text (`name` is empty), or what is given for `name` between `lead` and `trail`, which
+    are said only with it."""
+
+    name: str
+    lead: str
+    trail: str = ""
 
 
 _OPTIONAL = {"input": "message.input", "system": "turn.system"}
 
 
-def _held(line: list[tuple[str, bool]]) -> list[str]:
-    return [name for name, is_name in line if is_name]
-
-
-def _line(line: list[tuple[str, bool]], names: frozenset[str]) -> str:
-    held = _held(line)
-    code: list[str] = []
-    if len(held) == 1 and held[0] in _OPTIONAL:
-        value = _OPTIONAL[held[0]]
-        code.append("{%- if " + value + " -%}")
-        code += ["{{- " + value + " -}}" if is_name else say(text) for text, is_name in line]
-        code.append("{%- endif -%}")
-        return "\n".join(filter(None, code))
+def _jinja(parts: tuple[str, ...], names: frozenset[str], control: re.Pattern[str]) -> str:
+    """Jinja for (literal, name, ..., literal), line by line (see `source`)."""
+    pieces: list[_Piece] = []
+    for line in _lines(parts):
+        held = [name for name, _ in line if name]
+        if len(held) == 1 and held[0] in _OPTIONAL:
+            _append(pieces, *_alone(line, pieces, control))
+            continue
+        for name, text in line:
+            lead = _taken(pieces, r"[ \t]*$") if name in _OPTIONAL else text
+            _append(pieces, _Piece(name, lead))
     asked = CONTENT if "input" in names else WITH_INPUT
-    for index, (text, is_name) in enumerate(line):
-        follows = line[index + 1][0] if index + 1 < len(line) and line[index + 1][1] else ""
-        if not is_name:
-            code.append(say(text.rstrip(" \t") if follows in _OPTIONAL else text))
-        elif text == "instruction":
+    code: list[str] = []
+    for name, lead, trail in pieces:
+        if name == "instruction":
             code.append("{{- " + asked + " -}}")
-        else:
-            value = _OPTIONAL[text]
-            blanks = line[index - 1][0] if index else ""
-            blanks = blanks[len(blanks.rstrip(" \t")) :]
-            code += ["{%- if " + value + " -%}", say(blanks), "{{- " + value + " -}}"]
+        elif name:
+            value = _OPTIONAL[name]
+            code += ["{%- if " + value + " -%}", say(lead), "{{- " + value + " -}}", say(trail)]
             code.append("{%- endif -%}")
+        else:
+            code.append(say(lead))
     return "\n".join(filter(None, code))
+
+
+def _lines(parts: tuple[str, ...]) -> list[list[tuple[str, str]]]:
+    """Lines of (name, "") and ("", literal); an empty one below {system} belongs to its line."""
+    lines: list[list[tuple[str, str]]] = [[]]
+    for position, part in enumerate(parts):
+        if position % 2:
+            lines[-1].append((part, ""))
+            continue
+        for text in re.split(r"(?<=\n)", part):
+            above = [name for name, _ in lines[-2] if name] if len(lines) > 1 else []
+            if text == "\n" and not lines[-1] and above == ["system"]:
+                lines[-2].append(("", text))
+                continue
+            lines[-1].append(("", text))
+            if text.endswith("\n"):
+                lines.append([])
+    return lines
+
+
+def _alone(
+    line: list[tuple[str, str]], above: list[_Piece], control: re.Pattern[str]
+) -> list[_Piece]:
+    """A line whose only placeholder may be empty; of what is `above`, the line ends may go too."""
+    at = next(i for i, (name, _) in enumerate(line) if name)
+    before, behind = ("".join(text for _, text in part) for part in (line[:at], line[at + 1 :]))
+    name = line[at][0]
+    steers = [found.end() for found in control.finditer(before)]
+    to_answer = bool(behind.strip()) and not behind.endswith("\n")
+    if not (steers or to_answer or control.search(behind)):
+        return [_Piece(name, before, behind)]
+    cut = steers[-1] if steers else 0
+    head, label = before[:cut], before[cut:]
+    if not head and [piece.name for piece in above[-2:]] == ["instruction", ""]:
+        label = _taken(above, r"\n+$") + label
+    return [_Piece("", head), _Piece(name, label), _Piece("", behind)]
+
+
+def _append(pieces: list[_Piece], *more: _Piece) -> None:
+    """Literal text behind literal text is one piece with it."""
+    for piece in more:
+        if piece.name or not pieces or pieces[-1].name:
+            pieces.append(piece)
+        else:
+            pieces[-1] = _Piece("", pieces[-1].lead + piece.lead)
+
+
+def _taken(pieces: list[_Piece], end: str) -> str:
+    """What matches `end` in the literal that came last, from which it is cut."""
+    if not pieces or pieces[-1].name:
+        return ""
+    text = pieces[-1].lead
+    found = re.search(end, text)
+    start = found.start() if found else len(text)
+    pieces[-1] = pieces[-1]._replace(lead=text[:start])
+    return text[start:]

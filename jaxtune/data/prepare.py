@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxtune.config import DataError, label
-from jaxtune.data import formats, sources
+from jaxtune.data import formats, sources, typed
 from jaxtune.data.cache import Writer, code_version
 from jaxtune.data.encode import encode, truncate
 from jaxtune.data.likeness import signatures
@@ -234,10 +234,17 @@ def _texts(noun: Conversation | Document) -> Iterator[str]:
         yield message.input
 
 
+def _all_texts(noun: Conversation | Document) -> Iterator[str]:
+    """What a template may show: also of calls, thinking and tools."""
+    yield from _texts(noun)
+    if isinstance(noun, Conversation):
+        yield from typed.strings([[message.extra for message in noun.messages], noun.tools])
+
+
 def _is_unicode(noun: Conversation | Document) -> bool:
     """Half a surrogate pair is legal in JSON and no text; tokenizers refuse it."""
     try:
-        "".join(_texts(noun)).encode("utf-8")
+        "".join(_all_texts(noun)).encode("utf-8")
     except UnicodeEncodeError:
         return False
     return True

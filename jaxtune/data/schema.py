@@ -34,10 +34,14 @@ class Message(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """`tools` are declarations for the template's variable of that name; None = it is not set."""
+    """`tools` are declarations for the template's variable of that name; None = it is not set.
+
+    The first `context` messages are a prompt: answers among them are trained only where all is.
+    """
 
     messages: tuple[Message, ...]
     tools: tuple[Any, ...] | None = None
+    context: int = 0
 
 
 class Document(NamedTuple):
@@ -50,13 +54,15 @@ class Span(NamedTuple):
     """A piece of the rendered text. Tokens never reach over the edge of a span.
 
     `answer` marks what the model must produce: it ends with exactly one end of turn. `breaks` are
-    places inside control tokens that a message holds as text: cut there, they stay text.
+    places inside control tokens that a message holds as text: cut there, they stay text. A
+    `document` is encoded as the beginning of a text, and may hold any number of ends of turn.
     """
 
     text: str
     weight: float
     answer: bool = False
     breaks: tuple[int, ...] = ()
+    document: bool = False
 
 
 class Tokens(NamedTuple):

@@ -26,6 +26,7 @@ exception: they bring their own template, and their control tokens are meant.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -49,8 +50,8 @@ def render(
     Joined, the spans of a row are the text as `apply_chat_template` renders it.
     """
     if isinstance(noun, Document):
-        return ((Span(_document(template, noun.text), 1.0, answer=True),),)
-    weights = _weights(noun.messages, train_on)
+        return (_document(template, noun.text),)
+    weights = _weights(noun, train_on)
     if isinstance(weights, Dropped):
         return (weights,)
     said = _said(template, noun)
@@ -64,10 +65,15 @@ def render(
     turns = {i: _turn(template, said, i, full) for i in weights}
     background = 1.0 if train_on == "all" else 0.0
     whole = _cut(full, turns, weights, background)
-    if whole is not None:
-        return (_hidden(said, full) or take_apart(whole, said.typed, template.control),)
-    trained = [max(weights)] if train_on == "all" else [i for i in weights if weights[i] > 0]
-    return tuple(_alone(template, said, i, turns[i], weights[i], background) for i in trained)
+    if whole is None:
+        trained = [max(weights)] if train_on == "all" else [i for i in weights if weights[i] > 0]
+        if train_on == "all" and any(_own_weight(m) for m in noun.messages[: trained[0]]):
+            return (_UNPLACED,)
+        return tuple(_alone(template, said, i, turns[i], weights[i], background) for i in trained)
+    placed = _weighted(template, said, full, whole) if train_on == "all" else whole
+    if isinstance(placed, Dropped):
+        return (placed,)
+    return (_hidden(said, full) or take_apart(placed, said.typed, template.control),)
 
 
 def render_prompt(
@@ -95,11 +101,15 @@ class _Turn(NamedTuple):
     tail: str  # what `whole` holds behind the end of turn
 
 
-def _document(template: Template, text: str) -> str:
+def _document(template: Template, text: str) -> Row:
     """What stands before and behind plain text, unless the text has brought it."""
     opening = "" if text.startswith(template.opening) else template.opening
-    closing = "" if text.endswith(template.closing) else template.closing
-    return opening + text + closing
+    if text.rstrip().endswith(template.closing):
+        text = text.rstrip()
+    else:
+        text += template.closing
+    first = (Span(opening, 1.0),) if opening else ()
+    return (*first, Span(text, 1.0, answer=True, document=True))
 
 
 def _said(template: Template, noun: Conversation) -> Said:
@@ -122,12 +132,18 @@ def _said(template: Template, noun: Conversation) -> Said:
     return said
 
 
-def _weights(messages: Sequence[Message], train_on: TrainOn) -> dict[int, float] | Dropped:
+def _weights(noun: Conversation, train_on: TrainOn) -> dict[int, float] | Dropped:
     """Weight of each assistant message, by its index."""
+    messages = noun.messages
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     if not answers:
         return Dropped("no answer to train", "the conversation has no assistant message")
-    default = {i: float(train_on != "last" or i == answers[-1]) for i in answers}
+    chosen = {
+        "all": answers,
+        "assistant": [i for i in answers if i >= noun.context],
+        "last": answers[-1:],
+    }[train_on]
+    default = {i: float(i in chosen) for i in answers}
     weights = {i: default[i] if (w := messages[i].weight) is None else w for i in answers}
     for i, message in enumerate(messages):
         if i in weights:
@@ -266,6 +282,49 @@ def _cut(
         at = start + len(turn.answer)
     spans.append(Span(full[at:], background))
     return tuple(span for span in spans if span.text)
+
+
+_UNPLACED = Dropped(
+    "a message has a weight of its own, but the template does not show where it stands",
+    "use train_on: assistant, or a template that leaves earlier turns as they were",
+)
+
+
+def _own_weight(message: Message) -> bool:
+    return message.weight not in (None, 1.0)
+
+
+def _weighted(template: Template, said: Said, full: str, row: Row) -> Row | Dropped:
+    """`row` of all of `full`, where messages that are no answers have the weights they bring."""
+    for i, message in enumerate(said.messages):
+        weight = message.weight
+        if message.role == "assistant" or weight is None or not _own_weight(message):
+            continue
+        try:
+            before = _text(template, said, i) if i else ""
+            behind = _text(template, said, i + 1)
+        except jinja.TemplateFailed:
+            return _UNPLACED
+        if not (full.startswith(behind) and behind.startswith(before)):
+            return _UNPLACED
+        row = _between(row, len(before), len(behind), weight)
+    return row
+
+
+def _between(row: Row, start: int, end: int, weight: float) -> Row:
+    """`row` with `weight` from `start` to `end` of its text, answers aside."""
+    spans: list[Span] = []
+    at = 0
+    for span in row:
+        edges = sorted({0, len(span.text), *(e - at for e in (start, end) if e - at > 0)})
+        for a, b in itertools.pairwise(e for e in edges if e <= len(span.text)):
+            inside = start <= at + a < end and not span.answer
+            part = span._replace(text=span.text[a:b], weight=weight if inside else span.weight)
+            spans.append(span if span.answer else part)
+            if span.answer:
+                break
+        at += len(span.text)
+    return tuple(spans)
 
 
 def _prompt_spans(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,7 +47,7 @@ class Template:
     jinja: str
     stop: str  # text of the end of turn
     stop_id: int
-    ours: bool  # reads message.input; brings the system prompt itself
+    ours: bool  # written here: trusted, and brings the system prompt itself
     system_prompt: str
     opening: str  # before a `Document`: bos where the tokenizer puts one before plain text
     closing: str  # after a `Document`: eos
@@ -62,8 +63,13 @@ class Template:
     @property
     def fingerprint(self) -> str:
         parts = [self.jinja, self.stop, self.system_prompt, self.opening, self.closing]
-        parts += [str(self.date), str(sorted(self.named.items()))]
+        parts += [str(self.ours), str(self.date), str(sorted(self.named.items()))]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    @functools.cached_property
+    def reads_input(self) -> bool:
+        """Whether it places a message's `input` itself, as ours do, exported ones too."""
+        return re.search(r"""message(\.input\b|\[['"]input['"]\])""", self.jinja) is not None
 
     def text(
         self,
@@ -77,12 +83,12 @@ class Template:
         `{% generation %}` where asked. Raises `jinja.TemplateFailed`.
         """
         plain: list[dict[str, Any]] = []
-        brings_none = bool(messages) and messages[0].role != "system"
+        brings_none = not messages or messages[0].role != "system"
         if not self.ours and self.system_prompt and brings_none:
             plain.append({"role": "system", "content": self.system_prompt})
         for message in messages:
             content, given = message.content, message.input
-            if given and not self.ours:
+            if given and not self.reads_input:
                 content, given = "\n".join(filter(None, (content, given))), ""
             beside = {"input": given} if given else {}
             plain.append({"role": message.role, "content": content, **beside, **message.extra})
@@ -149,6 +155,7 @@ def resolve(
             setting,
             lead_out=lead_out,
             rest=rest,
+            control=tokenizer.control_pattern,
             without_input=_without_input(parts, no_input),
         )
     else:

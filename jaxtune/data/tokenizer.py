@@ -178,6 +178,7 @@ def load_tokenizer(
     backend.no_truncation()
     try:
         _add_tokens(backend, settings)
+        _declare_control(backend, settings)
         chat_template = _chat_template(folder, settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{folder / 'tokenizer_config.json'}: malformed: {error!r}.") from None
@@ -260,6 +261,17 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> N
             keys = ("single_word", "lstrip", "rstrip", "normalized", "special")
             flags = {key: token[key] for key in keys if key in token}
             backend.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
+
+
+def _declare_control(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Makes control tokens of those that tokenizer_config.json alone calls special."""
+    texts: list[Any] = []
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        listed = settings.get(name) or ()
+        values = listed.values() if isinstance(listed, dict) else listed
+        texts += [value.get("content") if isinstance(value, dict) else value for value in values]
+    known = [t for t in texts if isinstance(t, str) and backend.token_to_id(t) is not None]
+    backend.add_special_tokens([t for t in known if t not in _control(backend)])
 
 
 def _control(backend: tokenizers.Tokenizer) -> dict[str, int]:

@@ -7,9 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from data.chat_templates import FOREIGN, THINKING, TRIMMING_DATED
 from data.conversations import OURS, SHAPES, TWO, rows, text
-from data.made import NAMES, byte_level_backend, character_backend, save
+from data.made import (
+    NAMES,
+    adds_bos,
+    byte_level_backend,
+    character_backend,
+    save,
+    sentencepiece_backend,
+)
 from hypothesis import HealthCheck, given, settings, strategies
 
 from jaxtune.data.encode import Encoded, encode, encode_prompt, runs, shift, truncate
@@ -226,6 +234,39 @@ def test_bos_once_as_the_tokenizer_would_put_it(tokenizer: Tokenizer, name: str)
     assert ids[-1] == tokenizer.eos_id
     assert ids.count(tokenizer.bos_id) == int(tokenizer.begins_with_bos)
     assert tokenizer.decode(ids[int(tokenizer.begins_with_bos) :]).strip() == "some text</s>"
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "legacy"])
+def test_a_document_begins_as_plain_text_does(tmp_path: Path, scheme: str) -> None:
+    """transformers encodes the text and puts bos before it; so does sentencepiece."""
+    found = save(tmp_path, adds_bos(sentencepiece_backend(scheme)), **NAMES)
+    (row,) = render(resolve("alpaca", found), Document("user system"))
+    result = one(row, found)
+    assert result.tokens.ids.tolist() == [*found.backend.encode("user system").ids, found.eos_id]
+    assert not result.inexact
+    assert not result.split
+
+
+def test_a_document_brings_its_own_turns(byte_level_bos: Tokenizer) -> None:
+    written = "<s>[INST] a [/INST] b </s><s>[INST] c [/INST] d </s>\n"
+    (row,) = render(resolve("alpaca", byte_level_bos), Document(written))
+    ids, weights = one(row, byte_level_bos).tokens
+    assert byte_level_bos.decode(ids.tolist()) == written.rstrip()
+    assert weights.tolist() == [0.0] + [1.0] * (len(ids) - 1)
+    assert ids.tolist().count(byte_level_bos.eos_id) == 2
+
+
+def test_blanks_that_belong_to_a_control_token_need_none_of_their_own(tmp_path: Path) -> None:
+    """Phi-3's control tokens take the line end behind them in."""
+    backend = byte_level_backend()
+    ends = [tokenizers.AddedToken(t, rstrip=True) for t in ("<|end|>", "<|user|>", "<|assistant|>")]
+    backend.add_special_tokens([*ends, tokenizers.AddedToken("<|system|>", rstrip=True)])
+    found = save(tmp_path, backend, **NAMES)
+    (row,) = rows(resolve("phi3", found), TWO)
+    result = one(row, found)
+    assert result.tokens.ids.tolist() == found.encode(text(row))
+    assert not result.split
+    assert trained_text(result, found) == "Seven.<|end|>Eleven.<|end|>"
 
 
 def test_pad_equal_to_eos_is_harmless(tmp_path: Path) -> None:

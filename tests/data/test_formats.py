@@ -38,7 +38,7 @@ def read(name: str, record: dict[str, Any], columns: dict[str, str] | None = Non
         ("prompt_completion",
          {"prompt": [{"role": U, "content": "q"}, {"role": A, "content": "old"}],
           "completion": [{"role": U, "content": "r"}, {"role": A, "content": "a"}]},
-         [Message(U, "q"), Message(A, "old", weight=0.0), Message(U, "r"), Message(A, "a")]),
+         [Message(U, "q"), Message(A, "old"), Message(U, "r"), Message(A, "a")]),
         ("messages", {"messages": [{"role": "human", "content": "q"},
                                    {"from": "gpt", "value": "a"}]},
          [Message(U, "q"), Message(A, "a")]),
@@ -51,7 +51,11 @@ def read(name: str, record: dict[str, Any], columns: dict[str, str] | None = Non
     ],
 )  # fmt: skip
 def test_records(name: str, record: dict[str, Any], messages: list[Message]) -> None:
-    assert read(name, record) == Conversation(tuple(messages))
+    found = read(name, record)
+    assert isinstance(found, Conversation)
+    assert found.messages == tuple(messages)
+    before = len(record["prompt"]) if isinstance(record.get("prompt"), list) else 1
+    assert found.context == (before if name == "prompt_completion" else 0)
     assert detect(record) == name
 
 

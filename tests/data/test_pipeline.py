@@ -95,6 +95,22 @@ def test_one_of_each_defect_is_counted_by_reason(tmp_path: Path, byte_level: Tok
     } == expected
 
 
+@pytest.mark.parametrize("extra", [
+    {"reasoning_content": "a\ud800b"},
+    {"tool_calls": [{"function": {"name": "clock", "arguments": '{"zone": "\ud800"}'}}]},
+])  # fmt: skip
+def test_half_a_surrogate_pair_anywhere_drops_the_row(
+    tmp_path: Path, byte_level: Tokenizer, extra: dict[str, Any]
+) -> None:
+    asked = {"role": "user", "content": "q"}
+    bad = {"messages": [asked, {"role": "assistant", "content": "a", **extra}]}
+    good = {"messages": [asked, {"role": "assistant", "content": "a"}]}
+    entry = write(tmp_path / "bad.jsonl", [bad, good])
+    found = report(opened([entry], byte_level, template=HEADERS, max_length=64))
+    assert found["examples"] == 1
+    assert found["dropped_by_reason"].keys() == {"the text is not valid Unicode"}
+
+
 def test_rows_of_an_expanded_record_count_as_one_record(
     tmp_path: Path, byte_level: Tokenizer
 ) -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 from data.made import NAMES, adds_bos, byte_level_backend, save
 
 from jaxtune.config import ConfigError, ModelError
@@ -69,6 +70,19 @@ def test_declared_tokens_are_added(tmp_path: Path) -> None:
     declared = {str(number): {"content": "<|new|>", "special": True, "normalized": False}}
     found = save(tmp_path, backend, added_tokens_decoder=declared, eos_token="<|new|>")
     assert found.eos_id == number == found.encode("<|new|>")[0] == found.size - 1
+
+
+@pytest.mark.parametrize("listed", [["<|a|>", {"content": "<|b|>"}], {"x": "<|a|>", "y": "<|b|>"}])
+@pytest.mark.parametrize("name", ["additional_special_tokens", "extra_special_tokens"])
+def test_tokens_that_only_the_config_calls_special_steer(
+    tmp_path: Path, name: str, listed: object
+) -> None:
+    backend = byte_level_backend()
+    backend.add_tokens([tokenizers.AddedToken(t, special=False) for t in ("<|a|>", "<|b|>")])
+    found = save(tmp_path, backend, **{name: listed}, **NAMES)
+    assert {"<|a|>", "<|b|>"} <= found.control.keys()
+    assert found.encode("x<|a|>")[-1] == found.control["<|a|>"]
+    assert found.size == backend.get_vocab_size()
 
 
 def test_size_is_the_largest_id_and_not_a_count(tmp_path: Path) -> None:
