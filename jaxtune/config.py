@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
+from jaxtune import knobs
 from jaxtune.aliases import ALIASES
 from jaxtune.knobs import (
-    Config,
     DatasetConfig,
     HostsConfig,
     ProportionsConfig,
@@ -68,6 +68,20 @@ class Diverged(JaxtuneError):
     """Loss or gradients became non-finite; the parameters before that step are kept."""
 
 
+class Config(knobs.Config):
+    """All of a run. `Config(...)` understands what `load` does: `dataset`, aliases, dotted names.
+    Raises `ConfigError`.
+
+    >>> Config(dataset="examples.jsonl", cutoff_len=512).max_length
+    512
+    """
+
+    def __init__(self, /, **values: Any) -> None:
+        merged: dict[str, Any] = {}
+        _merge(merged, _flat(values, "Config"), "Config", note=lambda message: None)
+        _fill(self, _nested(merged), where="Config")
+
+
 def load(
     path: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -86,12 +100,8 @@ def load(
     where = "config"
     if path is not None:
         where = str(path)
-        _merge(values, _flat(_read_yaml(Path(path))), where, note)
-    _merge(values, _flat(overrides or {}), "flags", note)
-
-    if values.get("dataset") is not None:
-        values["datasets"] = [{"path": values["dataset"]}]
-    values.pop("dataset", None)
+        _merge(values, _flat(_read_yaml(Path(path)), where), where, note)
+    _merge(values, _flat(overrides or {}, "flags"), "flags", note)
     nested = _nested(values)
     config = parse_model(Config, nested, where=where)
     for name, value in method_defaults(nested).items():
@@ -127,8 +137,15 @@ def nearest(name: str, known: Mapping[str, Any] | tuple[str, ...] | list[str]) -
 
 def parse_model(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
     """Validates, turning pydantic's report into one `ConfigError` with a line per mistake."""
+    made = model.__new__(model)
+    _fill(made, values, where=where)
+    return made
+
+
+def _fill(made: pydantic.BaseModel, values: Mapping[str, Any], *, where: str) -> None:
+    model = type(made)
     try:
-        return model.model_validate(values)
+        pydantic.BaseModel.__init__(made, **values)
     except pydantic.ValidationError as error:
         lines = []
         for detail in error.errors():
@@ -155,9 +172,23 @@ def _nearest_in(model: type[pydantic.BaseModel], loc: tuple[int | str, ...]) -> 
 YAML_FAILS = (RecursionError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which the last would count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    problem = f"'{key.value}' is there twice; keep one"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the config: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -178,12 +209,18 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
 GROUPS = ("lora", "mesh", "hosts", "lr_scheduler_kwargs")
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Opens the groups of the model (not free dicts such as `columns`) into dotted names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        is_group = name in GROUPS and isinstance(value, Mapping)
-        flat.update({f"{name}.{k}": v for k, v in value.items()} if is_group else {name: value})
+        if name not in GROUPS:
+            flat[name] = value
+            continue
+        if isinstance(value, pydantic.BaseModel):
+            value = value.model_dump(exclude_unset=True)
+        if not isinstance(value, Mapping | None):
+            raise ConfigError(f"{where}: {name}: expected settings by name; got {value!r}.")
+        flat.update({f"{name}.{key}": inner for key, inner in (value or {}).items()})
     return flat
 
 
@@ -221,8 +258,12 @@ def _number(value: Any) -> float:
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Groups as dictionaries again, and `dataset` as what it is short for."""
     nested: dict[str, Any] = {}
     for name, value in values.items():
+        if name == "dataset":
+            nested.update({} if value is None else {"datasets": [{"path": value}]})
+            continue
         group, dot, leaf = name.partition(".")
         if dot:
             nested.setdefault(group, {})[leaf] = value

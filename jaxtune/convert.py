@@ -52,8 +52,13 @@ class Result(NamedTuple):
     step: int | None
 
 
-def run(config: Config, options: ConvertOptions) -> Result:
+def run(config: Config, options: ConvertOptions | None = None) -> Result:
     """Raises `ConfigError` and `ModelError`; what stood in `out_dir` before stays on failure."""
+    if options is None:
+        raise ConfigError(
+            "convert: nothing says what to convert, and where to. Give "
+            "ConvertOptions(run_or_checkpoint=..., out_dir=...)."
+        )
     from jaxtune.weights import checkpoint_of, fetched
 
     given = fetched(options.run_or_checkpoint, options.step)

@@ -87,16 +87,23 @@ class Piece(NamedTuple):
 
 def resolved(config: Config) -> Config:
     """The config to ask a model with: for RUN/checkpoints/STEP that of the run, and for an adapter
-    the tokenizer that lies beside it, or its base's. Flags stand above both."""
+    the tokenizer that lies beside it, or its base's. Flags stand above both. A run that exported
+    nothing is its newest checkpoint."""
     from jaxtune.hf.adapter_read import open_adapter
     from jaxtune.hf.folders import is_adapter
-    from jaxtune.weights import checkpoint_of, fetched, is_checkpoint, run_config
+    from jaxtune.weights import checkpoint_of, fetched, is_checkpoint, run_config, unexported
 
     name = config.model_name_or_path
     if name is None:
         return config
     if "/checkpoints/" in name:
         name = fetched(name)
+        config = config.model_copy(update={"model_name_or_path": name})
+    elif unexported(name):
+        from jaxtune.learn.checkpoint import read_meta
+
+        name = f"{name}/checkpoints/{read_meta(Path(name))['step']}"
+        note(f"{config.model_name_or_path}: has no exported model; asking {name}")
         config = config.model_copy(update={"model_name_or_path": name})
     if is_checkpoint(name):
         own = run_config(checkpoint_of(Path(name))[0], Config())

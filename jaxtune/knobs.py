@@ -72,7 +72,8 @@ class DatasetConfig(_Strict):
     """One source of examples."""
 
     path: str = Field(
-        description="file (.json .jsonl .csv .txt .parquet, also .gz), glob, folder or hub id"
+        min_length=1,
+        description="file (.json .jsonl .csv .txt .parquet, also .gz), glob, folder or hub id",
     )
     name: str | None = Field(
         None,
@@ -446,6 +447,23 @@ class Config(_Strict):
     @classmethod
     def _by_method(cls, values: Any) -> Any:
         return {**method_defaults(values), **values} if isinstance(values, dict) else values
+
+    @pydantic.field_validator("datasets", "eval_datasets", mode="before")
+    @classmethod
+    def _entries(cls, given: Any) -> Any:
+        """One entry alone, and a path for an entry, as one would write them."""
+        entries = [given] if isinstance(given, str | Mapping | DatasetConfig) else given
+        if not isinstance(entries, list | tuple):
+            return entries
+        return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+
+    @pydantic.field_validator("report_to", "sample_prompts", mode="before")
+    @classmethod
+    def _words(cls, given: Any, info: pydantic.ValidationInfo) -> Any:
+        """One word alone; `report_to: none` is Hugging Face's word for nowhere."""
+        words = [given] if isinstance(given, str) else given
+        nowhere = info.field_name == "report_to" and words in (["none"], ("none",))
+        return () if nowhere or words is None else words
 
     @pydantic.field_validator("max_shard_size", mode="before")
     @classmethod

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 
 class ReportOptions(command.Options):
-    run_dir: str = Field(description="the output_dir of a training run")
+    run_dir: str | None = Field(
+        None, description="the output_dir of a training run; default: output_dir"
+    )
     evaluation: tuple[str, ...] = Field(
         (), description="files that 'evaluate --json' printed; shown with their answers"
     )
@@ -56,14 +58,18 @@ class Result(NamedTuple):
     card: Path | None = None
 
 
-def run(config: Config, options: ReportOptions) -> Result:
+def run(config: Config, options: ReportOptions | None = None) -> Result:
     """Raises `ConfigError` and `DataError`; data that cannot be read is said on the page."""
     from jaxtune.reporting.files import read_evaluation, read_run
     from jaxtune.reporting.write import write_card, write_page
     from jaxtune.weights import fetched
 
     # 1. The run, and what it is asked to be shown with.
-    files = read_run(Path(fetched(options.run_dir, checkpoint=False)))
+    options = options or ReportOptions()
+    run_dir = options.run_dir or config.output_dir
+    if run_dir is None:
+        raise ConfigError("RUN_DIR is missing. Usage: jaxtune report RUN_DIR [--flags]")
+    files = read_run(Path(fetched(run_dir, checkpoint=False)))
     evaluations = [(Path(name).name, read_evaluation(Path(name))) for name in options.evaluation]
     if options.card and not evaluations:
         raise ConfigError("card: there is no evaluation to put there. Give --evaluation FILE.json.")
@@ -87,12 +93,12 @@ def run(config: Config, options: ReportOptions) -> Result:
         card = files.folder / "hf" / "README.md"
         write_card(card, evaluations[-1][1])
         note(f"written: {card}")
-    if stores.is_url(options.run_dir):
+    if stores.is_url(run_dir):
         page_there = page if options.html is None else None
         for written in filter(None, (page_there, picture, card)):
             there = written.relative_to(files.folder).parts
-            stores.put(written, stores.join(options.run_dir, *there))
-            note(f"put: {stores.join(options.run_dir, *there)}")
+            stores.put(written, stores.join(run_dir, *there))
+            note(f"put: {stores.join(run_dir, *there)}")
     return Result(page, picture, card)
 
 

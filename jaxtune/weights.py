@@ -301,6 +301,12 @@ def is_checkpoint(name: str) -> bool:
     return step is not None and (run_dir / "config.yaml").is_file()
 
 
+def unexported(name: str) -> bool:
+    """Whether `name` is a run directory here that has checkpoints and no exported model."""
+    folder = Path(name)
+    return (folder / "checkpoints").is_dir() and not (folder / "hf" / "config.json").is_file()
+
+
 def run_config(run_dir: Path, flags: Config) -> Config:
     """The run's config with the fields that were given as flags."""
     config = load(run_dir / "config.yaml")

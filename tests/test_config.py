@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pydantic
@@ -13,6 +14,7 @@ from jaxtune.config import (
     Config,
     ConfigError,
     DataError,
+    DatasetConfig,
     Diverged,
     ModelError,
     dump,
@@ -20,6 +22,7 @@ from jaxtune.config import (
     load,
     shard_bytes,
 )
+from jaxtune.knobs import LoraConfig
 
 # Names, defaults: the contract's table.
 CONTRACT = {
@@ -193,6 +196,61 @@ def test_defaults_go_by_method_are_announced_and_yield_to_what_is_set() -> None:
     assert Config(optim="lion") == lion  # from Python too
     assert load(overrides={}, note=said.append) == Config()
     assert said == []
+
+
+def test_from_python_a_config_is_read_as_from_a_file() -> None:
+    given = {"dataset": "a.json", "max_seq_length": 64, "lora_r": 4, "mesh.fsdp": 2}
+    assert Config(**given) == load(overrides=given)
+    assert Config(dataset="a.json").datasets[0].path == "a.json"
+    grouped = Config(lora=LoraConfig(r=4, alpha=2.0), mesh={"fsdp": 2})
+    assert grouped == load(overrides={"lora": {"r": 4, "alpha": 2.0}, "mesh.fsdp": 2})
+    assert grouped.learning_rate == 2e-4
+    for wrong, message in (
+        ({"max_lenght": 3}, "Config: unknown key 'max_lenght'. Did you mean 'max_length'?"),
+        ({"max_length": "abc"}, "Config: max_length: .* got 'abc'"),
+        ({"lora": 8}, "Config: lora: expected settings by name; got 8"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message).replace(r"\.\*", ".*")):
+            Config(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        ("report_to: tensorboard", "report_to", ("tensorboard",)),
+        ("report_to: none", "report_to", ()),
+        ("report_to: [none]", "report_to", ()),
+        ("sample_prompts: Hi there", "sample_prompts", ("Hi there",)),
+        ("datasets: a.json", "datasets", (DatasetConfig(path="a.json"),)),
+        ("datasets: {path: a.json, limit: 1}", "datasets",
+         (DatasetConfig(path="a.json", limit=1),)),
+        ("datasets: [a.json, {path: b.json}]", "datasets",
+         (DatasetConfig(path="a.json"), DatasetConfig(path="b.json"))),
+        ("lora:", "lora", LoraConfig()),
+    ],
+)  # fmt: skip
+def test_one_of_a_list_may_stand_alone(
+    tmp_path: Path, text: str, field: str, value: object
+) -> None:
+    file = tmp_path / "c.yaml"
+    more = "\neval_split: 0.1" if field == "sample_prompts" else ""
+    file.write_text(text + more + "\n")
+    assert getattr(load(file), field) == value
+
+
+def test_a_key_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("seed: 1\nmax_steps: 2\nseed: 3\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml:3: not valid YAML: 'seed' is there twice"):
+        load(file)
+    file.write_text("lora:\n  r: 2\n  r: 4\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml:3: .*'r' is there twice"):
+        load(file)
+
+
+def test_no_path_is_no_dataset() -> None:
+    with pytest.raises(ConfigError, match=r"datasets\.0\.path: .*at least 1 character"):
+        load(overrides={"dataset": ""})
 
 
 def test_broken_files_are_named_with_their_line(tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def open_dataset(
     folder = cache_dir or default_folder()
     opened: list[Source] = []
     notes: list[str] = []
-    for entry in entries:
+    for entry, name in zip(entries, prepare.dataset_names(entries), strict=True):
         settings = prepare.settings_of(entry, shared)
         templates.append(settings.template.fingerprint)
         key = prepare.cache_key(entry, settings)
@@ -195,7 +195,7 @@ def open_dataset(
             progress=progress,
         )
         stored, note = cache.stored(folder, key, build)
-        source = _source(entry, stored)
+        source = _source(entry, name, stored)
         _refuse_empty(source, max_length)
         opened.append(source)
         if len(source.files) > 1:
@@ -214,9 +214,9 @@ def open_dataset(
     return replace(dataset, notes=tuple(notes))
 
 
-def _source(entry: Entry, stored: cache.Stored) -> Source:
+def _source(entry: Entry, name: str, stored: cache.Stored) -> Source:
     return Source(
-        name=prepare.dataset_name(entry),
+        name=name,
         path=entry.path,
         files=tuple(file.name for file in prepare.files_of(entry)),
         stored=stored,

@@ -129,10 +129,25 @@ class Prepared(NamedTuple):
         return f"{self.file}:{self.line}"
 
 
-def dataset_name(entry: Entry) -> str:
-    """Its `name`, else what its path ends with, without the suffix."""
-    end = entry.path.rstrip("/").rsplit("/", 1)[-1].split(".")[0]
-    return entry.name or (entry.path if not end or "*" in end else end)
+def dataset_names(entries: Sequence[Entry]) -> list[str]:
+    """Of each its `name`, else what its path ends with, without the suffix; of paths that end alike
+    as much more as tells them apart."""
+    ends = [_name_of(entry.path, 1) for entry in entries]
+    names = []
+    for entry, end in zip(entries, ends, strict=True):
+        alike = {e.path for e, other in zip(entries, ends, strict=True) if other == end}
+        parts = 1
+        while len({_name_of(path, parts) for path in alike}) < len(alike):
+            parts += 1
+        names.append(entry.name or _name_of(entry.path, parts))
+    return names
+
+
+def _name_of(path: str, parts: int) -> str:
+    """The last `parts` of a path, without the suffix."""
+    ends = path.rstrip("/").split("/")[-parts:]
+    end = ends[-1].split(".")[0]
+    return path if not end or "*" in end or len(ends) < parts else "/".join([*ends[:-1], end])
 
 
 def read(entry: Entry) -> Iterator[Numbered]:

@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template and how its answers end. `jinja` is what export writes."""
+    """A chat template and how its answers end."""
 
     name: str
     jinja: str
@@ -58,7 +59,15 @@ class Template:
 
     @property
     def chat_template(self) -> str:
-        return self.jinja
+        """What an export writes: with the system prompt that `text` puts before the messages."""
+        if self.ours or not self.system_prompt:
+            return self.jinja
+        prompt = json.dumps({"role": "system", "content": self.system_prompt}, ensure_ascii=False)
+        # The line end goes with the tag before it, as everywhere with chat templates.
+        return (
+            "{% if not messages or messages[0]['role'] != 'system' %}"
+            "{% set messages = [" + prompt + "] + (messages | list) %}{% endif %}\n" + self.jinja
+        )
 
     @property
     def fingerprint(self) -> str:

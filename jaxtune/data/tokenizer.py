@@ -220,6 +220,11 @@ def _file(path_or_name: str, revision: str | None) -> Path:
         if (place / "tokenizer.json").exists():
             return place / "tokenizer.json"
     found = sorted(folder.glob("*.model"), key=lambda file: (file.stem != "tokenizer", file.name))
+    if not found and (folder / "checkpoints").is_dir():
+        raise ConfigError(
+            f"{folder}: is a run without an exported model (no {folder / 'hf'}). Make one with "
+            f"jaxtune convert {folder} {folder / 'hf'}, or name one of its checkpoints."
+        )
     if not found:
         raise ConfigError(
             f"{folder}: no tokenizer.json, and no SentencePiece tokenizer.model; expected the "

@@ -110,7 +110,7 @@ def questions_of(
     for number, entry in enumerate(entries):
         own = np.flatnonzero(dataset.source_of == number)
         first = dict(zip(rows[own[::-1]].tolist(), own[::-1].tolist(), strict=True))
-        found += itertools.islice(_conversations(entry, first, words), limit)
+        found += itertools.islice(_conversations(entry, dataset.names[number], first, words), limit)
     if not found:
         raise DataError(
             f"{entries[0].path}: has no question to answer: its rows are plain text. Set generate "
@@ -119,10 +119,12 @@ def questions_of(
     return tuple(found)
 
 
-def _conversations(entry: DatasetConfig, first: dict[int, int], words: Words) -> Iterator[Question]:
+def _conversations(
+    entry: DatasetConfig, name: str, first: dict[int, int], words: Words
+) -> Iterator[Question]:
     """`first` is the first example of each row that is evaluated."""
     from jaxtune.data.formats import to_noun
-    from jaxtune.data.prepare import dataset_name, format_of, read
+    from jaxtune.data.prepare import format_of, read
     from jaxtune.data.schema import Conversation
     from jaxtune.data.template import variant
 
@@ -130,7 +132,7 @@ def _conversations(entry: DatasetConfig, first: dict[int, int], words: Words) ->
         words.template, words.tokenizer, template=entry.template, system_prompt=entry.system_prompt
     )
     words_here = words._replace(template=own)
-    format_name, name = format_of(entry), dataset_name(entry)
+    format_name = format_of(entry)
     for row, record in read(entry):
         if row not in first:
             continue

@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxtune.config import ConfigError
-from jaxtune.hf.folders import MODEL, check_replaceable
+from jaxtune.hf.folders import CHAT_TEMPLATE, MODEL, TOKENIZER, check_replaceable
 from jaxtune.hf.layout import Index, Placed
 from jaxtune.hf.load import HfModel
 from jaxtune.hf.moving import Scratch, once, run_ahead
@@ -40,18 +40,6 @@ from jaxtune.hf.tensors import (
 from jaxtune.tree import named
 from jaxtune.untrusted import MAX_TABLE, read_bytes, read_object
 
-# Everything a tokenizer of transformers 4 or 5 may be made of, apart from its chat template.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-)
-_CHAT_TEMPLATE = "chat_template.jinja"
 _BEHIND = 1 << 28  # bytes that are written before they are read back together
 
 
@@ -424,17 +412,17 @@ def write_tokenizer(
     """
     source = model.folder if tokenizer is None else tokenizer.folder
     changed = {} if tokenizer is None else tokenizer.changed_files
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER:
         if name in changed:
             write(folder / name, changed[name])
         elif (source / name).exists():
             write(folder / name, read_bytes(source / name, source))
     text = None if template is None else template.chat_template
     if text is not None:
-        write(folder / _CHAT_TEMPLATE, text.encode())
+        write(folder / CHAT_TEMPLATE, text.encode())
         _drop_chat_template(folder / "tokenizer_config.json")
-    elif (source / _CHAT_TEMPLATE).exists():
-        write(folder / _CHAT_TEMPLATE, read_bytes(source / _CHAT_TEMPLATE, source))
+    elif (source / CHAT_TEMPLATE).exists():
+        write(folder / CHAT_TEMPLATE, read_bytes(source / CHAT_TEMPLATE, source))
     if tokenizer is not None and not (folder / "tokenizer_config.json").is_file():
         tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
         write_json(

@@ -1,5 +1,6 @@
 """What a local folder is, by the files in it: a model, or an adapter to one. No jax."""
 
+import fnmatch
 import functools
 from pathlib import Path
 
@@ -9,6 +10,24 @@ from jaxtune.untrusted import plain, read_object
 
 MODEL = "config.json"
 ADAPTER = "adapter_config.json"
+
+# Everything a tokenizer of transformers 4 or 5 may be made of, apart from its chat template.
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+)
+CHAT_TEMPLATE = "chat_template.jinja"
+# What an export may consist of, and so what it may replace.
+_EXPORTED = (
+    *(MODEL, ADAPTER, *TOKENIZER, CHAT_TEMPLATE, "README.md", "generation_config.json"),
+    *("*.safetensors", "*.safetensors.index.json", ".DS_Store"),
+)
 
 
 def is_adapter(name: str) -> bool:
@@ -42,11 +61,21 @@ def refuse_adapter(name: str) -> None:
 
 
 def check_replaceable(out: Path, *, marker: str, kind: str, export: str) -> None:
-    """Refuses, before any work, to replace what is not an earlier `kind`, known by its `marker`."""
+    """Refuses, before any work, to replace what is not an earlier `kind`, known by its `marker`, or
+    holds anything besides."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file; {export} is a folder. Choose another place.")
-    if out.is_dir() and any(out.iterdir()) and not (out / marker).is_file():
+    there = sorted(out.iterdir()) if out.is_dir() else []
+    if not there:
+        return
+    others = [path for path in there if not _exported(path)]
+    if others or not (out / marker).is_file():
+        what = f"{others[0].name}, which is no part of one" if others else f"no {marker}"
         raise ConfigError(
-            f"{out}: holds files that are no {kind} (no {marker}), and an export replaces the "
-            "whole folder. Choose another folder, or empty this one."
+            f"{out}: holds files that are no {kind} ({what}), and an export replaces the whole "
+            "folder. Choose another folder, or empty this one."
         )
+
+
+def _exported(path: Path) -> bool:
+    return path.is_file() and any(fnmatch.fnmatchcase(path.name, known) for known in _EXPORTED)

@@ -34,11 +34,11 @@ def open_settings(config: Config, *, note: Callable[[str], None]) -> Settings:
 
 def rows(config: Config, settings: Settings, limit: int | None) -> Iterator[tuple[str, Prepared]]:
     """Every row of every dataset in order, as (dataset, row), the first `limit` of all."""
-    from jaxtune.data.prepare import dataset_name, prepare
+    from jaxtune.data.prepare import dataset_names, prepare
 
     every = (
-        (dataset_name(entry), prepared)
-        for entry in config.datasets
+        (name, prepared)
+        for name, entry in zip(dataset_names(config.datasets), config.datasets, strict=True)
         for prepared in prepare(entry, settings)
     )
     return itertools.islice(every, limit)
@@ -100,13 +100,13 @@ def with_targets(config: Config, mixture: Sequence[dict[str, Any]]) -> list[dict
     A target is a share of its own data set; that data set's share of the epoch is taken as it is.
     Data sets of the same name cannot be told apart there, and get no target.
     """
-    from jaxtune.data.prepare import dataset_name
+    from jaxtune.data.prepare import dataset_names
 
-    names = Counter(dataset_name(entry) for entry in config.datasets)
+    names = dataset_names(config.datasets)
     asked = {
-        (dataset_name(entry), value): share
-        for entry in config.datasets
-        if entry.proportions is not None and names[dataset_name(entry)] == 1
+        (name, value): share
+        for name, entry in zip(names, config.datasets, strict=True)
+        if entry.proportions is not None and names.count(name) == 1
         for value, share in entry.proportions.target.items()
     }
     whole: Counter[str] = Counter()

@@ -18,6 +18,7 @@ from jaxtune.data import cache, pipeline
 from jaxtune.data.doctor import overlap, report
 from jaxtune.data.encode import encode_prompt
 from jaxtune.data.pipeline import Batches, Dataset, eval_batches, open_dataset, prefetch, split
+from jaxtune.data.prepare import dataset_names
 from jaxtune.data.schema import Message
 from jaxtune.data.template import resolve
 from jaxtune.data.tokenizer import Tokenizer
@@ -109,6 +110,23 @@ def test_half_a_surrogate_pair_anywhere_drops_the_row(
     found = report(opened([entry], byte_level, template=HEADERS, max_length=64))
     assert found["examples"] == 1
     assert found["dropped_by_reason"].keys() == {"the text is not valid Unicode"}
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (("d1/ev.jsonl", "d2/ev.jsonl", "x/b.json"), ["d1/ev", "d2/ev", "b"]),
+        (("a/s/ev.jsonl", "b/s/ev.jsonl"), ["a/s/ev", "b/s/ev"]),
+        (("ev.jsonl", "d/ev.jsonl"), ["ev.jsonl", "d/ev"]),
+        (("ev.jsonl", "ev.jsonl"), ["ev", "ev"]),
+        (("d/ev.jsonl", "d/ev.json"), ["d/ev.jsonl", "d/ev.json"]),
+        (("d/*.json",), ["d/*.json"]),
+    ],
+)
+def test_files_of_one_name_are_told_apart(paths: tuple[str, ...], names: list[str]) -> None:
+    assert dataset_names([DatasetConfig(path=path) for path in paths]) == names
+    named = [DatasetConfig(path=path, name="mine") for path in paths]
+    assert dataset_names(named) == ["mine"] * len(paths)
 
 
 def test_rows_of_an_expanded_record_count_as_one_record(

@@ -164,6 +164,27 @@ def test_ours_are_chat_templates_to_transformers(
                 )
 
 
+@pytest.mark.parametrize("shape", ["one", "system", "three", "same text"])
+@pytest.mark.parametrize("name", [HEADERS, THINKING])
+def test_a_system_prompt_is_exported_with_a_template_of_others(
+    byte_level: Tokenizer, name: str, shape: str
+) -> None:
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(byte_level.folder)
+    found = resolve(name, byte_level, system_prompt='Say "hi" {{ twice }}.')
+    reference.chat_template = found.chat_template
+    messages = SHAPES[shape]
+    chat = [{"role": m.role, "content": m.content} for m in messages]
+    fed = text(render_prompt(found, messages[:-1]))
+    assert ("{{ twice }}" in fed) == (shape != "system")
+    assert fed == reference.apply_chat_template(
+        chat[:-1], tokenize=False, add_generation_prompt=True
+    )
+    again = resolve(found.chat_template, byte_level)
+    assert text(render_prompt(again, messages[:-1])) == fed
+
+
 @pytest.mark.parametrize("name", FOREIGN)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_any_chat_template_is_right_or_dropped(

@@ -10,8 +10,10 @@ import pytest
 from golden.cases import tensors, write_folder, write_tokenizer
 
 from jaxtune import convert
-from jaxtune.config import dump, load
+from jaxtune.config import ConfigError, dump, load
+from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.hf.load import load_params, open_model
+from jaxtune.inference import resolved
 from jaxtune.learn.checkpoint import Checkpoints
 from jaxtune.learn.state import TrainState
 from jaxtune.tree import named
@@ -65,6 +67,19 @@ def test_the_newest_checkpoint(run_dir, tmp_path, capsys):
     card = (out / "README.md").read_text()
     assert "| loss | 1 |" in card
     assert '"step": 2' in card
+
+
+def test_from_python_it_says_what_it_needs():
+    with pytest.raises(ConfigError, match="nothing says what to convert"):
+        convert.run(load())
+
+
+def test_a_run_without_an_export_is_asked_by_its_newest_checkpoint(run_dir, capsys):
+    asked = resolved(load(overrides={"model_name_or_path": str(run_dir)}))
+    assert asked.model_name_or_path == f"{run_dir}/checkpoints/2"
+    assert "has no exported model; asking" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="is a run without an exported model"):
+        load_tokenizer(str(run_dir))
 
 
 @pytest.mark.parametrize("way", ["flag", "path"])

@@ -15,7 +15,7 @@ import pytest
 from data.made import NAMES, byte_level_backend, save
 
 from jaxtune import report
-from jaxtune.config import DataError, dump, load
+from jaxtune.config import ConfigError, DataError, dump, load
 from jaxtune.reporting.data import with_targets
 from jaxtune.reporting.starts import record_start
 
@@ -417,6 +417,10 @@ def test_from_python(folder: Path) -> None:
     (folder / "samples.jsonl").write_text("1\n")
     with pytest.raises(DataError, match=r"samples\.jsonl:1: expected an object"):
         report.run(load(), report.ReportOptions(run_dir=str(folder)))
+    with pytest.raises(DataError, match=r"samples\.jsonl:1"):
+        report.run(load(overrides={"output_dir": str(folder)}))
+    with pytest.raises(ConfigError, match="RUN_DIR is missing"):
+        report.run(load())
 
 
 def test_a_browser_draws_the_curves(folder: Path) -> None:

@@ -420,7 +420,15 @@ def test_only_an_export_is_replaced(tmp_path):
     (tmp_path / "home").mkdir()
     check_target(tmp_path / "home", model)
     (tmp_path / "home" / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match="holds files that are no exported model"):
+    with pytest.raises(ConfigError, match=r"no exported model \(thesis\.tex, which is no part"):
+        check_target(tmp_path / "home", model)
+    (tmp_path / "home" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"\(thesis\.tex, which is no part of one\)"):
+        check_target(tmp_path / "home", model)
+    (tmp_path / "home" / "thesis.tex").rename(tmp_path / "thesis.tex")
+    check_target(tmp_path / "home", model)
+    (tmp_path / "home" / "model.safetensors").mkdir()
+    with pytest.raises(ConfigError, match=r"model\.safetensors, which is no part"):
         check_target(tmp_path / "home", model)
 
 
