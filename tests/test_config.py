@@ -13,8 +13,10 @@ from jaxtune.config import (
     Config,
     ConfigError,
     DataError,
+    DatasetConfig,
     Diverged,
     ModelError,
+    ProportionsConfig,
     dump,
     field_names,
     load,
@@ -103,6 +105,10 @@ def test_the_size_of_a_shard_is_written_as_hugging_face_does() -> None:
         ({"max_steps": 0}, "max_steps is positive, or -1"),
         ({"max_shard_size": "5 gigs"}, "with a unit such as 5GB, 500MB or 2GiB; got '5 gigs'"),
         ({"max_shard_size": "-1GB"}, "max_shard_size: expected a number of bytes"),
+        ({"max_shard_size": "9" * 400 + "GB"}, "max_shard_size: expected a number of bytes"),
+        ({"datasets": [{"path": "a", "weight": 1e308}]}, "equal to 1000000; got 1e+308"),
+        ({"num_train_epochs": 1e308}, "less than or equal to 1000000; got 1e+308"),
+        ({"warmup_steps": 1e308}, "less than 2147483648; got 1e+308"),
         ({"max_shard_size": 0}, "max_shard_size: expected at least one byte"),
         ({"mesh.fsdp": 0}, "axes are positive, or -1 for one of them"),
         ({"mesh": {"fsdp": -1, "data": -1}}, "axes are positive, or -1 for one of them"),
@@ -225,6 +231,30 @@ class Door(command.Options):
 
 def parse(*argv: str) -> tuple[Config, Door]:
     return command.parse(argv, "door", "does.", Door)
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_a_number_that_is_not_finite_is_refused_everywhere(tmp_path: Path, value: str) -> None:
+    named = {"eval_datasets": DatasetConfig, "": Config, "proportions": ProportionsConfig}
+    floats = [
+        (place, name)
+        for place, model in named.items()
+        for name, field in field_names(model).items()
+        if "float" in (kind := str(field.annotation).lower()) and "literal" not in kind
+    ]
+    assert ("eval_datasets", "weight") in floats
+    assert ("", "lr_scheduler_kwargs.min_lr") in floats
+    assert len(floats) > 20
+    file = tmp_path / "c.yaml"
+    for place, name in floats:
+        text = f"{name}: {value}"
+        if place == "proportions":
+            text = f"datasets: [{{path: a, proportions: {{column: c, {name}: {{a: {value}}}}}}}]"
+        elif place:
+            text = f"{place}: [{{path: a, {name}: {value}}}]"
+        file.write_text(text + "\n")
+        with pytest.raises(ConfigError, match="should be a finite number"):
+            load(file)
 
 
 def test_flags_reach_every_field() -> None:
