@@ -223,6 +223,8 @@ def test_the_resolved_config_repeats_the_run(tmp_path: Path) -> None:
 class Door(command.Options):
     as_json: bool = pydantic.Field(False, alias="json", description="one object")
     where: str = pydantic.Field(description="a folder")
+    prompt: str | None = pydantic.Field(None, description="what is asked")
+    share: float | None = pydantic.Field(0.5, description="a number, or none")
 
     @classmethod
     def positional(cls) -> tuple[str, ...]:
@@ -272,6 +274,45 @@ def test_flags_reach_every_field() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["[INST]"], ["[INST]"]),
+        (["[INST]", "[/INST]"], ["[INST]", "[/INST]"]),
+        (['["<a>","<b>"]'], ["<a>", "<b>"]),
+        (["['[INST]']"], ["[INST]"]),
+        (["[a, b]"], ["a", "b"]),
+        (["[yes, 12]"], ["yes", "12"]),
+        (["[draft] hi"], ["[draft] hi"]),
+        (["[draft] hi, you"], ["[draft] hi, you"]),
+        (["[note]: a, b"], ["[note]: a, b"]),
+        (["[a, b"], ["[a, b"]),
+        (["none"], ["none"]),
+    ],
+)
+def test_a_word_in_brackets_is_a_list_only_where_it_can_be_one(
+    words: list[str], found: list[str]
+) -> None:
+    config, _ = parse("DIR", "--add_tokens", *words)
+    assert config.add_tokens == tuple(found)
+    config, _ = parse("DIR", "--eval_split", "0.1", "--sample_prompts", *words)
+    assert config.sample_prompts == tuple(found)
+
+
+def test_none_unsets_a_knob_and_is_a_word_to_a_door() -> None:
+    _, door = parse("DIR", "--prompt", "none", "--share", "none")
+    assert (door.prompt, door.share) == ("none", None)
+    assert parse("DIR", "--prompt", "Null")[1].prompt == "Null"
+    assert parse("DIR", "--system_prompt", "none")[0].system_prompt is None
+
+
+def test_help_says_what_is_a_list(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--help")
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert said.count("several words, or one YAML list with a comma or quotes: '[a, b]'") == 3
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (("D", "--max_lenght", "3"), "unknown flag '--max_lenght'. Did you mean 'max_length'?"),
@@ -281,6 +322,8 @@ def test_flags_reach_every_field() -> None:
         (("D", "--max_length", "3", "4"), "--max_length takes one value"),
         (("D", "--lr", "1", "--learning_rate", "2"), "both set learning_rate"),
         (("D", "--datasets", "[{"), "not valid YAML"),
+        (("D", "--add_tokens", '["<a>", "<b>"'), "--add_tokens: not valid YAML"),
+        (("D", "--share", "inf"), "share: Input should be a finite number; got 'inf'"),
         (("D", "--datasets", "[" * 50_000), "not valid YAML"),
         (("D", "--json", "perhaps"), "json: Input should be a valid boolean"),
     ],
