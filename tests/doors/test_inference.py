@@ -12,6 +12,7 @@ import pytest
 
 from jaxtune import inference
 from jaxtune.config import ConfigError, DataError, load
+from jaxtune.data.content import Around
 from jaxtune.data.schema import Conversation, Message
 from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.inference import Answer, Answering, answer, load_model, prompt_ids, stream
@@ -19,6 +20,7 @@ from jaxtune.model.sampling import Sampling
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model"
 SAID = "Yes, you can"
+BEHIND = 2  # an id to decode behind
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,8 @@ def test_text_in_any_pieces_ends_before_the_first_stop_string() -> None:
             # What the string that came first in tokens leaves.
             expected = tokenizer.decode(ids[:made])
             expected = expected[: min(at for s in stop if (at := expected.find(s)) >= 0)]
-        found, said, shown, at = None, inference._Text(tokenizer, tuple(stop)), "", 0
+        said = inference._Text(tokenizer, BEHIND, tuple(stop), Around())
+        found, shown, at = None, "", 0
         while found is None:
             size = int(rng.integers(1, 6))
             piece, found = said.add(
