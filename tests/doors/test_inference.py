@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,6 +133,15 @@ def test_many_requests_at_a_time(asked: Any) -> None:
     again.ask(prompt, **settings[3])
     pieces = [piece for _ in range(20) for piece in again.step(1)]
     assert pieces[-1].answer == found[requests[3]]
+
+
+def test_an_answer_ends_with_the_turn_of_its_template(asked: Any) -> None:
+    """Here one that ends answers with what the parrot says last, which is none of its own stops."""
+    model, words, prompt = asked
+    end = words.tokenizer.encode(f"\n{SAID}")[-1]
+    template = dataclasses.replace(words.template, stop_id=end)
+    (found,) = answer(model, words, [prompt], max_new_tokens=20, templates=[template])
+    assert found == Answer("Yes, you", True, 3)
 
 
 def test_refusals(asked: Any) -> None:
