@@ -288,9 +288,9 @@ def _holds_strings(annotation: str) -> bool:
     return "tuple[str" in annotation
 
 
-def _strings(name: str, values: list[str]) -> list[str]:
+def _strings(name: str, values: list[str]) -> list[Any]:
     """Several words, or one YAML list. Tokens and prompts begin with brackets, too, so that a word
-    is a list only where it has a comma or quotes and is one; all that is in it is text.
+    is a list only where it has a comma or quotes and is one.
 
         [a, b]   ["a"]                     lists
         [INST]   [draft] hi, you   [a]     text
@@ -299,7 +299,7 @@ def _strings(name: str, values: list[str]) -> list[str]:
     if len(values) > 1 or not word.startswith("[") or not any(c in word for c in ",\"'"):
         return values
     try:
-        found = yaml.load(word, Loader=yaml.BaseLoader)
+        found = yaml.safe_load(word)
     except (yaml.YAMLError, *YAML_FAILS):
         if word.startswith(('["', "['")):  # meant as a list
             raise ConfigError(f"flags: --{name}: not valid YAML: {shown(word)}") from None
