@@ -55,7 +55,11 @@ class Options(pydantic.BaseModel):
     """
 
     model_config = pydantic.ConfigDict(
-        frozen=True, extra="forbid", populate_by_name=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        populate_by_name=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
     @classmethod
@@ -138,8 +142,9 @@ def parse(argv: Sequence[str], door: str, description: str, options: type[O]) ->
     """`--config FILE`, every config field, and the door's own flags.
 
     `--name value`, `--name=value`, `-` and `_` alike; a flag alone means true; lists take several
-    values or one YAML value (`--datasets '[{path: a.jsonl, limit: 10}]'`). Raises `ConfigError`
-    with the nearest name for a flag nobody knows.
+    values or one YAML value (`--datasets '[{path: a.jsonl, limit: 10}]'`; see `_strings`). `none`
+    unsets a config field; to a door's own text it is a word. Raises `ConfigError` with the nearest
+    name for a flag nobody knows.
     """
     own = {field.alias or name: field for name, field in options.model_fields.items()}
     positional = options.positional()
@@ -150,17 +155,20 @@ def parse(argv: Sequence[str], door: str, description: str, options: type[O]) ->
         raise ConfigError(f"flags: '{extra}' belongs to no flag. Every value needs its --name.")
     usage = " ".join(["jaxtune", door, *(name.upper() for name in positional)])
     given = _read_with_tyro(words, usage, description, flags)
+    values = {
+        name: _value(name, said, flags.get(name), own=name in own) for name, said in given.items()
+    }
 
     chosen: dict[str, Any] = dict(zip(positional, loose, strict=False))
     for name in positional:
         if name not in chosen and own[name].is_required():
             raise ConfigError(f"{name.upper()} is missing. Usage: {usage} [--flags]")
-    chosen.update({name: given.pop(name) for name in own if name in given})
-    path = given.pop("config", None)
+    chosen.update({name: values.pop(name) for name in own if name in values})
+    path = values.pop("config", None)
     if path is not None and stores.is_url(path):
         path = str(stores.cached([_object(path)]) / stores.name_of(path))
     # Names go on as they were typed: `load` translates aliases and their values, in one place.
-    config = load(path, {typed.get(name, name): value for name, value in given.items()}, note=note)
+    config = load(path, {typed.get(name, name): value for name, value in values.items()}, note=note)
     return config, parse_model(options, chosen, where="flags")
 
 
@@ -196,24 +204,20 @@ def _split(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str], 
 
 def _read_with_tyro(
     words: list[str], usage: str, description: str, flags: Mapping[str, FieldInfo]
-) -> dict[str, Any]:
-    """Flag name -> value, still text where text came; pydantic gives it its type."""
+) -> dict[str, list[str]]:
+    """Flag name -> the words after it, of the flags that are there."""
     import tyro  # here, so that a mistyped flag is answered without it
 
     fields: list[tuple[str, Any, Any]] = [("config", _flag("config", "FILE", "YAML config"), None)]
     for name, field in flags.items():
-        help_text = f"{field.description or ''}{_choices_and_default(field)}"
+        help_text = f"{field.description or ''}{_lists(field)}{_choices_and_default(field)}"
         fields.append((name.replace(".", "__"), _flag(name, _kind(field), help_text), None))
     namespace = dataclasses.make_dataclass("Flags", fields)
     parsed: Any = tyro.cli(
         namespace, args=words, prog=usage, description=description, use_underscores=True
     )
     given = {name: getattr(parsed, name.replace(".", "__")) for name in ["config", *flags]}
-    return {
-        name: _value(name, values, flags.get(name))
-        for name, values in given.items()
-        if values is not None
-    }
+    return {name: values for name, values in given.items() if values is not None}
 
 
 def _flag(name: str, metavar: str, help_text: str) -> Any:
@@ -242,6 +246,12 @@ def _kind(field: FieldInfo) -> str:
     return next((kind for word, kind in _KINDS.items() if word in text), "TEXT")
 
 
+def _lists(field: FieldInfo) -> str:
+    if not _holds_strings(str(field.annotation)):
+        return ""
+    return "; several words, or one YAML list with a comma or quotes: '[a, b]', '[\"a\"]'"
+
+
 def _choices_and_default(field: FieldInfo) -> str:
     options = typing.get_args(field.annotation)
     options += tuple(c for option in options for c in typing.get_args(option))  # `Literal | None`
@@ -250,13 +260,16 @@ def _choices_and_default(field: FieldInfo) -> str:
     return (f" [{' | '.join(choices)}]" if choices else "") + f" (default: {default})"
 
 
-def _value(name: str, values: list[str], field: FieldInfo | None) -> Any:
-    """The words after a flag as one value; none = true, YAML where the field is structured."""
+def _value(name: str, values: list[str], field: FieldInfo | None, *, own: bool) -> Any:
+    """The words after a flag as one value, still text where pydantic gives it its type; none =
+    true, YAML where the field is structured. `own` says that the flag is the door's."""
     text = "str" if field is None else str(field.annotation)
     if not values:
         if "bool" in text or name == "gradient_checkpointing":
             return True
         raise ConfigError(f"flags: --{name} needs a value.")
+    if _holds_strings(text):
+        return _strings(name, values)
     if "tuple[" in text and not (len(values) == 1 and values[0].startswith("[")):
         return values[0] if "DatasetConfig" in text and len(values) == 1 else values
     if len(values) > 1:
@@ -266,4 +279,29 @@ def _value(name: str, values: list[str], field: FieldInfo | None) -> Any:
             return yaml.safe_load(values[0])
         except (yaml.YAMLError, *YAML_FAILS):
             raise ConfigError(f"flags: --{name}: not valid YAML: {shown(values[0])}") from None
+    if own and "str" in text:
+        return values[0]
     return None if values[0].lower() in ("none", "null") and "None" in text else values[0]
+
+
+def _holds_strings(annotation: str) -> bool:
+    return "tuple[str" in annotation
+
+
+def _strings(name: str, values: list[str]) -> list[Any]:
+    """Several words, or one YAML list. Tokens and prompts begin with brackets, too, so that a word
+    is a list only where it has a comma or quotes and is one.
+
+        [a, b]   ["a"]                     lists
+        [INST]   [draft] hi, you   [a]     text
+    """
+    word = values[0]
+    if len(values) > 1 or not word.startswith("[") or not any(c in word for c in ",\"'"):
+        return values
+    try:
+        found = yaml.safe_load(word)
+    except (yaml.YAMLError, *YAML_FAILS):
+        if word.startswith(('["', "['")):  # meant as a list
+            raise ConfigError(f"flags: --{name}: not valid YAML: {shown(word)}") from None
+        return values
+    return found if isinstance(found, list) else values

@@ -230,8 +230,8 @@ def _judged(
     note(f"judge: {judge.endpoint.model} compares {len(questions)} pairs of answers, twice each")
     sides = (found["base"].generations, found["tuned"].generations)
     pairs = [
-        Pair(question.conversation, question.reference, base["response"], tuned["response"])
-        for question, base, tuned in zip(questions, *sides, strict=True)
+        Pair(q.conversation, *map(q.spoken, (q.reference, base["response"], tuned["response"])))
+        for q, base, tuned in zip(questions, *sides, strict=True)
     ]
     outcomes = ask(judge.endpoint, judge.rubric, pairs, concurrency=options.judge_concurrency)
     failed = [outcome.why for outcome in outcomes if outcome.why not in ("", "unparseable")]
@@ -263,9 +263,12 @@ def _show(
     for number in range(0, len(questions), max(1, len(questions) // _SHOWN)):
         question = questions[number]
         rows = {column: part["generations"][number] for column, part in scores.items()}
-        said = {column: (row["response"], row["stopped"]) for column, row in rows.items()}
+        said = {
+            column: (question.spoken(row["response"]), row["stopped"])
+            for column, row in rows.items()
+        }
         asked = " ".join(f"{m.content} {m.input}" for m in question.asked.messages[-1:])
-        print(answers_text(asked, question.reference, said), end="\n\n")
+        print(answers_text(asked, question.spoken(question.reference), said), end="\n\n")
     print(scores_text(scores))
     *_, tuned = scores.values()
     generated = f"; {len(questions):,} questions answered" if questions else ""

@@ -22,6 +22,7 @@ from jaxtune.config import Config, ConfigError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from jaxtune.data.content import Around
     from jaxtune.data.schema import Conversation, Message
     from jaxtune.data.template import Template
     from jaxtune.data.tokenizer import Tokenizer
@@ -69,8 +70,9 @@ class Model(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """`stopped`: the model ended it, or a stop string did; `tokens`: how many were made for it,
-    without the stop id, with a stop string's."""
+    """`text` is the content of a message, without what the template writes around that (see
+    `data.content`). `stopped`: the model ended it, or a stop string did; `tokens`: how many were
+    made for it, without the stop id, with a stop string's."""
 
     text: str
     stopped: bool
@@ -265,9 +267,11 @@ def answer(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
+    templates: Sequence[Template] | None = None,
 ) -> list[Answer]:
     """The answer to each of `prompt_ids`, in order: greedy, or drawn as `sampling` says, prompt i
-    with random numbers of its own. Raises `DataError` for one too long."""
+    with random numbers of its own. `templates` are those of the prompts, where they are not that of
+    `words`. Raises `DataError` for one too long."""
     from jaxtune.model.sample import by_length
 
     if not prompts:
@@ -275,7 +279,12 @@ def answer(
     desk = Answering(model, words, slots=min(_ROWS, len(prompts)))
     requests = {
         desk.ask(
-            prompts[i], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, number=i
+            prompts[i],
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            template=words.template if templates is None else templates[i],
+            number=i,
         ): i
         for i in by_length(prompts)
     }
@@ -304,7 +313,13 @@ def stream(
 
     prompt = prompt_ids(model, words, Conversation(tuple(conversation)))
     desk = Answering(model, words, slots=1)
-    desk.ask(prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+    desk.ask(
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop,
+        template=words.template,
+    )
     return _pieces(desk)
 
 
@@ -327,7 +342,8 @@ class Answering:
                 ...
 
     An answer ends before the first of its `stop` strings, wherever tokens begin and end; nothing
-    that may turn out to be one is shown before it is known. To be used by one thread.
+    that may turn out to be one, or to be the template's, is shown before it is known. To be used by
+    one thread.
     """
 
     def __init__(
@@ -344,7 +360,7 @@ class Answering:
             lora=model.lora,
             max_length=max_length,
         )
-        self._stop_ids, self._tokenizer = model.stop_ids, words.tokenizer
+        self._stop_ids, self._words = model.stop_ids, words
         self._texts: dict[int, _Text] = {}
 
     @property
@@ -364,10 +380,14 @@ class Answering:
         max_new_tokens: int,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
+        template: Template | None = None,
         number: int = 0,
     ) -> int:
-        """The request's number. Random numbers follow from `sampling.seed` and `number` alone; see
+        """The request's number. `template` is that of the prompt: what it writes around content is
+        left out, and its end of turn ends the answer; without one the text is what goes on behind
+        the prompt. Random numbers follow from `sampling.seed` and `number` alone; see
         `Engine.submit`. Raises `ConfigError` and `DataError`."""
+        from jaxtune.data.content import Around, around
         from jaxtune.model.sampling import GREEDY
 
         if any(not text for text in stop):
@@ -375,11 +395,13 @@ class Answering:
         request = self._engine.submit(
             prompt,
             max_new_tokens=max_new_tokens,
-            stop_ids=self._stop_ids,
+            stop_ids=self._stop_ids if template is None else {*self._stop_ids, template.stop_id},
             sampling=sampling or GREEDY,
             number=number,
         )
-        self._texts[request] = _Text(self._tokenizer, tuple(stop))
+        tokenizer, own = self._words.tokenizer, template or self._words.template
+        left_out = Around() if template is None else around(template, tokenizer)
+        self._texts[request] = _Text(tokenizer, own.stop_id, tuple(stop), left_out)
         return request
 
     def cancel(self, request: int) -> None:
@@ -402,31 +424,45 @@ class Answering:
 
 @dataclass
 class _Text:
-    """The text of one answer while its tokens come."""
+    """The text of one answer while its tokens come, without what is `around` it."""
 
     tokenizer: Tokenizer
+    behind: int  # a token to be decoded behind
     stop: tuple[str, ...]
+    around: Around
     ids: list[int] = field(default_factory=list)
     shown: str = ""
 
     def add(self, ids: Sequence[int], reason: str | None) -> tuple[str, Answer | None]:
         """What can be shown now, and the answer, if this ends it: for a reason, or with a stop."""
         self.ids += ids
-        text = self.tokenizer.decode(self.ids)
+        text = self._said(len(self.ids))
         at = _first(self.stop, text)
         if at is not None:
             # However many tokens came at once, the answer has those that it took to say the stop.
             before = len(self.ids) - len(ids)
             for count in range(before + 1, len(self.ids) + 1):
-                whole = self.tokenizer.decode(self.ids[:count])
+                whole = self._said(count)
                 if (found := _first(self.stop, whole)) is not None:
                     return self._show(whole[:found]), Answer(whole[:found], True, count)
         if reason is not None:
+            if reason == "stop":
+                text = text.removesuffix(self.around.behind)
             return self._show(text), Answer(text, reason == "stop", len(self.ids))
         # A character of several tokens decodes to U+FFFD until its last one is there.
         if not text.startswith(self.shown) or text.endswith("\ufffd"):
             return "", None
-        return self._show(text[: len(text) - _begun(self.stop, text)]), None
+        # All of what stands behind an answer may be its end, a stop string would have ended it.
+        ends = (*self.stop, self.around.behind + "\0")
+        return self._show(text[: len(text) - _begun(ends, text)]), None
+
+    def _said(self, count: int) -> str:
+        """By the first `count` tokens; nothing while that may be what stands before content."""
+        from jaxtune.data.content import text_of
+
+        text = text_of(self.tokenizer, self.ids[:count], behind=self.behind)
+        before = self.around.before
+        return "" if before.startswith(text) else text.removeprefix(before)
 
     def _show(self, text: str) -> str:
         new = text[len(self.shown) :]

@@ -17,9 +17,13 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from jaxtune import methods
 
+_MOST_STEPS = 2**31  # steps are counted in int32
+
 
 class _Strict(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 def label(value: Any) -> str:
@@ -37,7 +41,7 @@ def shard_bytes(size: str) -> int:
     >>> [shard_bytes(size) for size in ("5GB", "1.5 MiB", "300")]
     [5000000000, 1572864, 300]
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?)B|B)?\s*", size, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*(?:([KMGT])(I?)B|B)?\s*", size, re.IGNORECASE)
     if found is None:
         raise ValueError("expected a number of bytes, with a unit such as 5GB, 500MB or 2GiB")
     number, unit, binary = found.groups()
@@ -94,8 +98,11 @@ class DatasetConfig(_Strict):
     system_prompt: str | None = Field(
         None, description="for rows of this dataset that bring none; default: the run's"
     )
-    weight: PositiveFloat = Field(
-        1.0, description="how often its examples are drawn, against those of weight 1"
+    weight: float = Field(
+        1.0,
+        gt=0,
+        le=1_000_000,
+        description="how often its examples are drawn, against those of weight 1",
     )
     limit: PositiveInt | None = Field(None, description="use the first N rows only")
     proportions: ProportionsConfig | None = Field(
@@ -200,11 +207,17 @@ class SchedulerConfig(_Strict):
     timescale: PositiveInt | None = Field(
         None, description="inverse_sqrt: steps; default: the warmup's, else 10000"
     )
-    num_decay_steps: PositiveFloat | None = Field(
-        None, description="warmup_stable_decay: the last steps; below 1 a share of all"
+    num_decay_steps: float | None = Field(
+        None,
+        gt=0,
+        lt=_MOST_STEPS,
+        description="warmup_stable_decay: the last steps; below 1 a share of all",
     )
-    num_stable_steps: PositiveFloat | None = Field(
-        None, description="warmup_stable_decay: default: all between warmup and decay"
+    num_stable_steps: float | None = Field(
+        None,
+        gt=0,
+        lt=_MOST_STEPS,
+        description="warmup_stable_decay: default: all between warmup and decay",
     )
     decay_type: Literal["linear", "cosine", "1-sqrt"] | None = Field(
         None, description="warmup_stable_decay: default cosine"
@@ -295,7 +308,9 @@ class Config(_Strict):
         description="peak; the default goes by optim and is another with lora.r: adamw, adafactor, "
         "muon, schedule_free 2e-5 and 2e-4, lion 4e-6 and 4e-5, sgd 0.03",
     )
-    num_train_epochs: PositiveFloat = Field(3, description="passes over the data, may be 0.5")
+    num_train_epochs: float = Field(
+        3, gt=0, le=1_000_000, description="passes over the data, may be 0.5"
+    )
     max_steps: int = Field(-1, description="optimiser steps; overrides num_train_epochs when > 0")
     per_device_train_batch_size: PositiveInt = Field(
         8, description="rows per device and microbatch, over the data, fsdp and expert axes"
@@ -349,8 +364,11 @@ class Config(_Strict):
         "constant_with_warmup",
     )  # fmt: skip
     lr_scheduler_kwargs: SchedulerConfig = SchedulerConfig()
-    warmup_steps: NonNegativeFloat = Field(
-        0.03, description="below 1 a share of all steps, else a number of steps"
+    warmup_steps: float = Field(
+        0.03,
+        ge=0,
+        lt=_MOST_STEPS,
+        description="below 1 a share of all steps, else a number of steps",
     )
     trainable: str | None = Field(
         None,

@@ -17,6 +17,7 @@ from jaxtune.config import (
     DatasetConfig,
     Diverged,
     ModelError,
+    ProportionsConfig,
     dump,
     field_names,
     load,
@@ -106,6 +107,10 @@ def test_the_size_of_a_shard_is_written_as_hugging_face_does() -> None:
         ({"max_steps": 0}, "max_steps is positive, or -1"),
         ({"max_shard_size": "5 gigs"}, "with a unit such as 5GB, 500MB or 2GiB; got '5 gigs'"),
         ({"max_shard_size": "-1GB"}, "max_shard_size: expected a number of bytes"),
+        ({"max_shard_size": "9" * 400 + "GB"}, "max_shard_size: expected a number of bytes"),
+        ({"datasets": [{"path": "a", "weight": 1e308}]}, "equal to 1000000; got 1e+308"),
+        ({"num_train_epochs": 1e308}, "less than or equal to 1000000; got 1e+308"),
+        ({"warmup_steps": 1e308}, "less than 2147483648; got 1e+308"),
         ({"max_shard_size": 0}, "max_shard_size: expected at least one byte"),
         ({"mesh.fsdp": 0}, "axes are positive, or -1 for one of them"),
         ({"mesh": {"fsdp": -1, "data": -1}}, "axes are positive, or -1 for one of them"),
@@ -275,6 +280,8 @@ def test_the_resolved_config_repeats_the_run(tmp_path: Path) -> None:
 class Door(command.Options):
     as_json: bool = pydantic.Field(False, alias="json", description="one object")
     where: str = pydantic.Field(description="a folder")
+    prompt: str | None = pydantic.Field(None, description="what is asked")
+    share: float | None = pydantic.Field(0.5, description="a number, or none")
 
     @classmethod
     def positional(cls) -> tuple[str, ...]:
@@ -283,6 +290,30 @@ class Door(command.Options):
 
 def parse(*argv: str) -> tuple[Config, Door]:
     return command.parse(argv, "door", "does.", Door)
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_a_number_that_is_not_finite_is_refused_everywhere(tmp_path: Path, value: str) -> None:
+    named = {"eval_datasets": DatasetConfig, "": Config, "proportions": ProportionsConfig}
+    floats = [
+        (place, name)
+        for place, model in named.items()
+        for name, field in field_names(model).items()
+        if "float" in (kind := str(field.annotation).lower()) and "literal" not in kind
+    ]
+    assert ("eval_datasets", "weight") in floats
+    assert ("", "lr_scheduler_kwargs.min_lr") in floats
+    assert len(floats) > 20
+    file = tmp_path / "c.yaml"
+    for place, name in floats:
+        text = f"{name}: {value}"
+        if place == "proportions":
+            text = f"datasets: [{{path: a, proportions: {{column: c, {name}: {{a: {value}}}}}}}]"
+        elif place:
+            text = f"{place}: [{{path: a, {name}: {value}}}]"
+        file.write_text(text + "\n")
+        with pytest.raises(ConfigError, match="should be a finite number"):
+            load(file)
 
 
 def test_flags_reach_every_field() -> None:
@@ -300,6 +331,45 @@ def test_flags_reach_every_field() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["[INST]"], ["[INST]"]),
+        (["[INST]", "[/INST]"], ["[INST]", "[/INST]"]),
+        (['["<a>","<b>"]'], ["<a>", "<b>"]),
+        (["['[INST]']"], ["[INST]"]),
+        (["[a, b]"], ["a", "b"]),
+        (["[a, '12']"], ["a", "12"]),
+        (["[draft] hi"], ["[draft] hi"]),
+        (["[draft] hi, you"], ["[draft] hi, you"]),
+        (["[note]: a, b"], ["[note]: a, b"]),
+        (["[a, b"], ["[a, b"]),
+        (["none"], ["none"]),
+    ],
+)
+def test_a_word_in_brackets_is_a_list_only_where_it_can_be_one(
+    words: list[str], found: list[str]
+) -> None:
+    config, _ = parse("DIR", "--add_tokens", *words)
+    assert config.add_tokens == tuple(found)
+    config, _ = parse("DIR", "--eval_split", "0.1", "--sample_prompts", *words)
+    assert config.sample_prompts == tuple(found)
+
+
+def test_none_unsets_a_knob_and_is_a_word_to_a_door() -> None:
+    _, door = parse("DIR", "--prompt", "none", "--share", "none")
+    assert (door.prompt, door.share) == ("none", None)
+    assert parse("DIR", "--prompt", "Null")[1].prompt == "Null"
+    assert parse("DIR", "--system_prompt", "none")[0].system_prompt is None
+
+
+def test_help_says_what_is_a_list(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--help")
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert said.count("several words, or one YAML list with a comma or quotes: '[a, b]'") == 3
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         (("D", "--max_lenght", "3"), "unknown flag '--max_lenght'. Did you mean 'max_length'?"),
@@ -309,6 +379,9 @@ def test_flags_reach_every_field() -> None:
         (("D", "--max_length", "3", "4"), "--max_length takes one value"),
         (("D", "--lr", "1", "--learning_rate", "2"), "both set learning_rate"),
         (("D", "--datasets", "[{"), "not valid YAML"),
+        (("D", "--add_tokens", '["<a>", "<b>"'), "--add_tokens: not valid YAML"),
+        (("D", "--add_tokens", "[yes, b]"), "Input should be a valid string; got True"),
+        (("D", "--share", "inf"), "share: Input should be a finite number; got 'inf'"),
         (("D", "--datasets", "[" * 50_000), "not valid YAML"),
         (("D", "--json", "perhaps"), "json: Input should be a valid boolean"),
     ],

@@ -19,7 +19,7 @@ FLAGS = {
     "split_at_boundary": "rows split where a token would reach over an answer's edge",
     "answers_not_kept_exactly": "rows whose blanks or Unicode form the tokenizer does not keep",
     "truncated": "rows cut to max_length",
-    "answers_cut": "rows whose answer lost its end to that cut; they teach no stop there",
+    "answers_cut": "rows whose last answer lost its end to that cut; it teaches no stop",
     "trained_tokens_cut": "trained tokens lost to that cut",
     "trained_tokens_dropped": "trained tokens in rows that were dropped, mostly for their length",
     "typed_control_tokens": "rows whose own text contains control tokens",
@@ -43,6 +43,7 @@ def report(
     counts = {
         name: int(np.count_nonzero(marks & (1 << bit))) for bit, name in enumerate(prepare.FLAGS)
     }
+    endless = sum(not _teaches_stop(dataset, int(i)) for i in np.flatnonzero(_cut(dataset)))
     dropped = _dropped(dataset)
     distinct = np.unique(dataset.chosen, return_index=True)[1]
     digests = dataset.gather("digests")[distinct]
@@ -62,7 +63,7 @@ def report(
         "trained_share": float(trained.sum() / max(1, lengths.sum())),
         "lengths": _quantiles(lengths),
         "trained_lengths": _quantiles(trained),
-        "stop_trained_share": 1.0 - counts["answers_cut"] / max(1, len(dataset)),
+        "stop_trained_share": 1.0 - endless / max(1, len(dataset)),
         **{name: counts[name] for name in FLAGS},
         "flags": FLAGS,
         "by_dataset": {
@@ -87,13 +88,25 @@ def report(
 
 def refuse(dataset: Dataset) -> None:
     """Raises `DataError` where training could only do harm, before a device is touched."""
-    cut = dataset.gather("flags") & (1 << prepare.FLAGS.index("answers_cut"))
-    if cut.all():
+    cut = _cut(dataset)
+    if cut.all() and not any(_teaches_stop(dataset, i) for i in range(len(dataset))):
         raise DataError(
             f"{dataset.sources[0].path}: all {len(dataset)} rows lose the end of their answer to "
             f"max_length ({dataset.max_length}), so no row teaches where to stop. Raise "
             "max_length, or set truncation to drop."
         )
+
+
+def _cut(dataset: Dataset) -> NDArray[np.bool_]:
+    """Examples that lost trained tokens to `max_length`; all others end their answers."""
+    return (dataset.gather("flags") & (1 << prepare.FLAGS.index("answers_cut"))) != 0
+
+
+def _teaches_stop(dataset: Dataset, index: int) -> bool:
+    """Whether what is left of an example trains an end of turn, that of an earlier answer too."""
+    ids, weights = dataset.tokens(index)
+    stop = dataset.sources[int(dataset.source_of[index])].stop_id
+    return bool(weights[ids == stop].any())
 
 
 def distribution(

@@ -10,6 +10,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxtune.config import ConfigError, DataError, nearest
 from jaxtune.data.schema import Conversation, Document, Dropped, Message
 
@@ -46,7 +48,8 @@ def detect(columns: Fields) -> str | None:
 
 
 def resolve(name: str, columns: Mapping[str, str], first: Fields, where: str) -> str:
-    """The format's name, `auto` decided by the first record; checks `columns` both ways.
+    """The format's name, `auto` decided by the first record; checks `columns` both ways. What is
+    optional may be absent there and come later.
 
     `where` is the file and line of the first record, for errors.
     """
@@ -58,14 +61,15 @@ def resolve(name: str, columns: Mapping[str, str], first: Fields, where: str) ->
                 f"Known: {_known()}. Set datasets[].format, and datasets[].columns to map names."
             )
         name = found
-    known = FORMATS[name].required + FORMATS[name].optional
+    required = FORMATS[name].required
+    known = required + FORMATS[name].optional
     for standard, column in columns.items():
         if standard not in known:
             raise ConfigError(
                 f"datasets[].columns: format '{name}' has no '{standard}'."
                 f"{nearest(standard, known)} It has: {', '.join(known)}."
             )
-        if column not in first:
+        if standard in required and column not in first:
             raise DataError(
                 f"{where}: columns maps {standard} to '{column}'; the record has: "
                 f"{', '.join(first) or 'nothing'}."
@@ -273,13 +277,14 @@ def _weight(item: Fields) -> float | None:
     if not given:
         return None
     name, value = given[0]
-    if not isinstance(value, bool | int | float) or not 0 <= value < float("inf"):
-        raise _Unusable(f"{name} is not a number >= 0", f"got {_short(value)}")
+    if not isinstance(value, bool | int | float) or not 0 <= value <= _LARGEST:
+        raise _Unusable(f"{name} is not a number >= 0 within float32", f"got {_short(value)}")
     return float(not value) if name == "masked" else float(value)
 
 
 _ROLE = ("role", "from")
 _CONTENT = ("content", "value")
+_LARGEST = float(np.finfo(np.float32).max)  # weights are stored so
 _WEIGHT = ("weight", "loss_weight", "loss", "train", "masked")
 # Keys of a message that are read here. `input` is Alpaca's: our own templates give it a place that
 # no message of a chat has.

@@ -46,6 +46,7 @@ class Source:
     path: str
     files: tuple[str, ...]  # by name; `stored` counts them
     stored: cache.Stored
+    stop_id: int  # what ends an answer, or a text
     weight: float = 1.0
     column: str | None = None  # whose values have target shares
     target: Mapping[str, float] = field(default_factory=dict)
@@ -195,7 +196,7 @@ def open_dataset(
             progress=progress,
         )
         stored, note = cache.stored(folder, key, build)
-        source = _source(entry, name, stored)
+        source = _source(entry, name, stored, settings)
         _refuse_empty(source, max_length)
         opened.append(source)
         if len(source.files) > 1:
@@ -214,12 +215,15 @@ def open_dataset(
     return replace(dataset, notes=tuple(notes))
 
 
-def _source(entry: Entry, name: str, stored: cache.Stored) -> Source:
+def _source(entry: Entry, name: str, stored: cache.Stored, settings: Settings) -> Source:
+    template, control = settings.template, settings.tokenizer.control
+    is_text = stored.summary["format"] == "text"
     return Source(
         name=name,
         path=entry.path,
         files=tuple(file.name for file in prepare.files_of(entry)),
         stored=stored,
+        stop_id=control.get(template.closing, -1) if is_text else template.stop_id,
         weight=entry.weight,
         column=entry.proportions.column if entry.proportions else None,
         target=entry.proportions.target if entry.proportions else {},

@@ -177,7 +177,12 @@ def _turn(template: Template, said: Said, i: int, full: str | None = None) -> _T
     except jinja.TemplateFailed as error:
         return Dropped(error.reason, f"up to {where}: {error}")
     if not whole.startswith(prompt):
-        return Dropped("the generation prompt does not begin the answer", where)
+        return Dropped(
+            "the generation prompt does not begin the answer",
+            f"{where}: the template does not write what inference is fed in front of the answer. "
+            "Set another template, e.g. mistral or chatml, or a .jinja file whose generation "
+            "prompt the answer continues",
+        )
     end = whole.find(template.stop, len(prompt))
     if end < 0:
         return Dropped("no end of turn follows the answer", f"{where}: expected {template.stop}")

@@ -132,7 +132,7 @@ def _marked(*texts: str) -> bool:
 
 
 def _mark(answer: Mapping[str, Any], wanted: str) -> str:
-    same = answer["response"].strip() == wanted.strip()
+    same = answer.get("exact_match", answer["response"].strip() == wanted.strip())
     found = ' <b class="right">exact</b>' if same else ""
     word = answer.get("verdict")
     if word in ("win", "loss", "tie"):

@@ -78,6 +78,7 @@ def measure(
                 "response": each.answer,
                 "stopped": each.stopped,
                 "tokens": each.made,
+                "exact_match": each.exact,
             }
             for question, each in zip(questions, said, strict=True)
         ],
@@ -142,16 +143,20 @@ def _said(
 
     prompts = [prompt_ids(model, question.words, question.asked) for question in questions]
     answers: list[Answer] = answer(
-        model, words, prompts, max_new_tokens=max_new_tokens, sampling=sampling
+        model,
+        words,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        templates=[question.words.template for question in questions],
     )
-    encode = words.tokenizer.encode
     return [
         Said(
             reference=question.reference,
             answer=found.text,
             stopped=found.stopped,
-            reference_tokens=encode(question.reference.strip()),
-            tokens=encode(found.text.strip()),
+            reference_tokens=question.reference_ids,
+            tokens=words.tokenizer.encode(question.spoken(found.text).strip()),
             made=found.tokens,
         )
         for question, found in zip(questions, answers, strict=True)

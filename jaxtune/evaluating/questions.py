@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from jaxtune.command import note
 from jaxtune.config import Config, ConfigError, DataError, DatasetConfig
+from jaxtune.scoring.thinking import spoken
 
 if TYPE_CHECKING:
     from jaxtune.data.pipeline import Dataset
@@ -29,7 +30,8 @@ class Question(NamedTuple):
     example: int  # its first, by number in the dataset
     words: Words  # with the data set's own template where it has one
     asked: Conversation
-    reference: str
+    reference: str  # as a model says it that has learnt the example by heart
+    reference_ids: tuple[int, ...]  # without the end of turn
 
     @property
     def prompt(self) -> str:
@@ -46,6 +48,10 @@ class Question(NamedTuple):
             (m.role, "\n".join(filter(None, (m.content, m.input)))) for m in self.asked.messages
         ]
         return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{r}: {t}" for r, t in turns)
+
+    def spoken(self, answer: str) -> str:
+        """What follows the thinking of an answer, or of the reference."""
+        return spoken(answer, self.reference)
 
 
 class Column(NamedTuple):
@@ -113,8 +119,8 @@ def questions_of(
         found += itertools.islice(_conversations(entry, dataset.names[number], first, words), limit)
     if not found:
         raise DataError(
-            f"{entries[0].path}: has no question to answer: its rows are plain text. Set generate "
-            "0, or give conversations."
+            f"{entries[0].path}: has no question to answer: its rows are plain text, or answers "
+            "without words. Set generate 0, or give conversations."
         )
     return tuple(found)
 
@@ -123,6 +129,7 @@ def _conversations(
     entry: DatasetConfig, name: str, first: dict[int, int], words: Words
 ) -> Iterator[Question]:
     """`first` is the first example of each row that is evaluated."""
+    from jaxtune.data.content import answer_ids, around, text_of
     from jaxtune.data.formats import to_noun
     from jaxtune.data.prepare import format_of, read
     from jaxtune.data.schema import Conversation
@@ -132,13 +139,22 @@ def _conversations(
         words.template, words.tokenizer, template=entry.template, system_prompt=entry.system_prompt
     )
     words_here = words._replace(template=own)
+    left_out = around(own, words.tokenizer)
     format_name = format_of(entry)
     for row, record in read(entry):
         if row not in first:
             continue
         noun = to_noun(format_name, record.fields, entry.columns, record.where)
-        if isinstance(noun, Conversation):
-            last = max(i for i, m in enumerate(noun.messages) if m.role == "assistant")
-            asked, reference = noun._replace(messages=noun.messages[:last]), noun.messages[last]
-            if reference.content.strip():  # not a tool call alone: there is no text to compare
-                yield Question(name, first[row], words_here, asked, reference.content)
+        if not isinstance(noun, Conversation):
+            continue
+        last = max(i for i, m in enumerate(noun.messages) if m.role == "assistant")
+        if not noun.messages[last].content.strip():  # a tool call alone is no answer in words
+            continue
+        until = noun._replace(messages=noun.messages[: last + 1])
+        ids = answer_ids(own, words.tokenizer, until)
+        if ids is None:  # an earlier answer of the record is trained, this one cannot be
+            continue
+        asked = noun._replace(messages=noun.messages[:last])
+        reference = left_out.content(text_of(words.tokenizer, ids, behind=own.stop_id))
+        if spoken(reference, reference).strip():
+            yield Question(name, first[row], words_here, asked, reference, tuple(ids))

@@ -8,13 +8,15 @@ from typing import NamedTuple
 from jaxtune.scoring.measure import Score, distinct, mean, rate, ratio
 from jaxtune.scoring.overlap import bleu, chrf, rouge_l
 from jaxtune.scoring.refusals import refuses
+from jaxtune.scoring.thinking import spoken
 
 _REPEATED = 4  # tokens of an n-gram that is looked for again
 
 
 class Said(NamedTuple):
-    """An answer and the one that was expected, as text and as its tokens without the end. `made` is
-    how many tokens the model made; read again, its text may take more or fewer."""
+    """An answer and the one that was expected, all of them, thinking included. `reference_tokens`
+    are those that were expected, without the end; `made` is how many the model made. `tokens` are
+    of what follows the answer's thinking, read again."""
 
     reference: str
     answer: str
@@ -23,15 +25,25 @@ class Said(NamedTuple):
     tokens: Sequence[Hashable]
     made: int
 
+    @property
+    def compared(self) -> tuple[str, str]:
+        """What follows the thinking, of the reference and of the answer."""
+        return spoken(self.reference, self.reference), spoken(self.answer, self.reference)
+
+    @property
+    def exact(self) -> bool:
+        reference, answer = self.compared
+        return reference.strip() == answer.strip()
+
 
 def answer_scores(said: Sequence[Said]) -> dict[str, Score]:
     """By the names of `evaluate --json`. docs/evaluate.md says what each of them is."""
-    references, answers = [s.reference for s in said], [s.answer for s in said]
-    pairs = list(zip(references, answers, strict=True))
+    pairs = [s.compared for s in said]
+    references, answers = [a for a, _ in pairs], [b for _, b in pairs]
     tokens = [s.tokens for s in said]
     lengths, wanted = [s.made for s in said], [len(s.reference_tokens) for s in said]
     return {
-        "exact_match": rate([a.strip() == b.strip() for a, b in pairs]),
+        "exact_match": rate([s.exact for s in said]),
         "contains": rate([_plain(a) in _plain(b) for a, b in pairs]),
         "rougeL": rouge_l(references, answers),
         "chrf": chrf(references, answers),

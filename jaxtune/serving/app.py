@@ -35,6 +35,7 @@ from jaxtune.serving.protocol import BROKEN, ChatAsked, Ended, Refused, Reply, T
 from jaxtune.serving.work import Desk, Event, Job, Wanted
 
 if TYPE_CHECKING:
+    from jaxtune.data.template import Template
     from jaxtune.inference import Answer
     from jaxtune.model.sampling import Sampling
 
@@ -43,12 +44,14 @@ _READERS = 1  # threads that make ids of prompts: with two, who asked later coul
 
 
 class Served(NamedTuple):
-    """A name in /v1/models. Both functions make the ids that are fed, and raise `JaxtuneError`."""
+    """A name in /v1/models. Both functions make the ids that are fed, and raise `JaxtuneError`;
+    `template` is that of conversations."""
 
     name: str
     positions: int
     chat_ids: Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], list[int]]
     text_ids: Callable[[str], list[int]]
+    template: Template | None = None
 
 
 class Defaults(NamedTuple):
@@ -195,9 +198,9 @@ class _Room:
             sampling = replace(self._defaults.sampling, **given)
         except JaxtuneError as error:
             raise Refused(400, str(error)) from None
-        return Wanted(
-            model.name, ids, most or min(self._defaults.max_new_tokens, left), sampling, asked.stops
-        )
+        most = most or min(self._defaults.max_new_tokens, left)
+        template = model.template if isinstance(asked, ChatAsked) else None
+        return Wanted(model.name, ids, most, sampling, asked.stops, template)
 
     # -- an answer out --
 

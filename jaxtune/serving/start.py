@@ -32,6 +32,7 @@ def start(
             model.spec.max_positions,
             partial(chat_ids, model, words),
             partial(text_ids, model, words),
+            words.template,
         )
         for name, model in models.items()
     ]

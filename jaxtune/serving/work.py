@@ -20,6 +20,7 @@ from jaxtune.config import JaxtuneError
 from jaxtune.serving.protocol import BROKEN, BUSY, Refused
 
 if TYPE_CHECKING:
+    from jaxtune.data.template import Template
     from jaxtune.inference import Answer, Piece
     from jaxtune.model.sampling import Sampling
 
@@ -44,6 +45,7 @@ class Engine(Protocol):
         max_new_tokens: int,
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
+        template: Template | None = None,
     ) -> int:
         """The number of the request. Raises `JaxtuneError`."""
         ...
@@ -59,6 +61,7 @@ class Wanted(NamedTuple):
     max_new_tokens: int
     sampling: Sampling
     stop: tuple[str, ...]
+    template: Template | None = None  # of the prompt, where it is a conversation
 
 
 class Limits(NamedTuple):
@@ -225,6 +228,7 @@ class Desk:
                         max_new_tokens=wanted.max_new_tokens,
                         sampling=wanted.sampling,
                         stop=wanted.stop,
+                        template=wanted.template,
                     )
                 except JaxtuneError as error:
                     job.done = True

@@ -135,6 +135,36 @@ def test_a_file_that_teaches_no_stop_is_refused(tmp_path: Path, byte_level: Toke
     refuse(opened([write(tmp_path / "a.jsonl", [long, story(1)])], byte_level))
 
 
+def test_an_earlier_answer_teaches_the_stop_too(tmp_path: Path, byte_level: Tokenizer) -> None:
+    """The second answer is cut in every row; in two of three the first one is trained."""
+
+    def row(number: int, **more: Any) -> dict[str, Any]:
+        turns = [("user", f"q{number}"), ("assistant", "a"), ("user", "r"),
+                 ("assistant", "long " * 200)]  # fmt: skip
+        messages: list[dict[str, Any]] = [{"role": r, "content": c} for r, c in turns]
+        messages[1] |= more
+        return {"messages": messages}
+
+    rows = [row(1), row(2, weight=0), row(3)]
+    options: dict[str, Any] = {"max_length": 150, "truncation": "truncate"}
+    data = opened([write(tmp_path / "a.jsonl", rows)], byte_level, **options)
+    found = report(data)
+    assert (found["answers_cut"], found["stop_trained_share"]) == (3, pytest.approx(2 / 3))
+    refuse(data)
+    with pytest.raises(DataError, match="all 1 rows lose the end"):
+        refuse(opened([write(tmp_path / "b.jsonl", rows[1:2])], byte_level, **options))
+
+
+def test_a_text_that_is_cut_teaches_no_stop(tmp_path: Path, byte_level: Tokenizer) -> None:
+    """Its end is the tokenizer's, whatever the template's is."""
+    entries = [write(tmp_path / "a.jsonl", [{"text": "short"}, {"text": "long " * 200}])]
+    data = open_dataset(
+        entries, tokenizer=byte_level, template=resolve("chatml", byte_level), max_length=150,
+        truncation="truncate",
+    )  # fmt: skip
+    assert report(data)["stop_trained_share"] == 0.5
+
+
 def test_predicted_steps(tmp_path: Path, byte_level: Tokenizer) -> None:
     data = opened(
         [write(tmp_path / "a.jsonl", [story(i, parts="a") for i in range(10)])], byte_level

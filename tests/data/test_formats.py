@@ -176,6 +176,8 @@ def turn(**fields: Any) -> dict[str, Any]:
         ("messages", turn(weight="much"), "weight is not a number"),
         ("messages", turn(weight=-1), "weight is not a number"),
         ("messages", turn(weight=float("nan")), "weight is not a number"),
+        ("messages", turn(weight=1e39), "weight is not a number >= 0 within float32"),
+        ("messages", turn(weight=10**400), "weight is not a number >= 0 within float32"),
         ("messages", turn(weight=1, train=True), "a message has two weights"),
         ("sharegpt", {"conversations": [{"from": U, "value": "q"}], "tools": '["f"]'},
          "tools is not a list of objects"),
@@ -212,6 +214,8 @@ def test_columns_are_checked_both_ways() -> None:
         resolve("alpaca", {"ouput": "answer"}, first, "f:1")
     with pytest.raises(DataError, match=r"f:1: columns maps output to 'reply'; the record has: in"):
         resolve("alpaca", {"output": "reply"}, first, "f:1")
+    with_input = {"instruction": "q", "input": "ctx", "output": "a"}
+    assert resolve("auto", with_input, {"q": "Q", "a": "A"}, "f:1") == "alpaca"  # later, perhaps
     with pytest.raises(DataError, match=r"f:1: no known format has these columns: a, b\..*alpaca"):
         resolve("auto", {}, {"a": 1, "b": 2}, "f:1")
 

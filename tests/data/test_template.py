@@ -250,6 +250,37 @@ def test_history_rewriting_templates_become_one_row_per_answer(byte_level: Token
     assert "Hm." not in text(second)  # as inference will show it
 
 
+# In the manner of Mistral v0.3 and of DeepSeek-R1.
+SYSTEM_WHILE_UNANSWERED = """{%- if messages[0].role == "system" -%}
+{%- set system = messages[0].content -%}{%- endif -%}
+{%- for message in messages if message.role != "system" -%}
+{%- if message.role == "user" -%}
+{{- "[INST] " + (system + "\n\n" if system and loop.last else "") + message.content + "[/INST]" -}}
+{%- else -%}{{- " " + message.content + "</s>" -}}{%- endif -%}
+{%- endfor -%}"""
+THINKS_IN_THE_PROMPT = """{%- for message in messages -%}
+{{- "<|im_start|>" + message.role + "\n" + message.content.split("</think>")[-1] + "<|im_end|>" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "<|im_start|>assistant\n<think>\n" -}}{%- endif -%}"""
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [(SYSTEM_WHILE_UNANSWERED, "system"), (THINKS_IN_THE_PROMPT, "one")],
+)
+def test_an_answer_behind_other_text_than_is_fed_says_what_to_do(
+    byte_level: Tokenizer, source: str, name: str
+) -> None:
+    found = rows(resolve(source, byte_level), SHAPES[name])
+    assert {row.reason for row in found} == {"the generation prompt does not begin the answer"}
+    said = (
+        r"message \d: the template does not write what inference is fed in front of the answer\. "
+        r"Set another template, e\.g\. mistral or chatml, or a \.jinja file whose generation "
+        r"prompt the answer continues"
+    )
+    assert all(re.fullmatch(said, row.detail) for row in found)
+
+
 def test_a_message_the_template_hides_is_named(byte_level: Tokenizer) -> None:
     (row,) = rows(resolve(SYSTEM_IGNORING, byte_level), SHAPES["system"])
     assert row == Dropped("the template does not show the system message", "message 1")

@@ -31,31 +31,34 @@ CONFIG = {
 
 
 class Parrot:
-    """A folder with a model that answers every prompt with the same text.
+    """A folder with a model that answers every prompt with the same text, `begun` by what the
+    template puts last in front of it.
 
     Its blocks add nothing, so the logits of a token are norm(table[token]) @ head: a table of what
     follows what, which `logits` gives in f64 for the tests to compare with.
     """
 
-    def __init__(self, folder: Path, says: str) -> None:
+    def __init__(
+        self, folder: Path, says: str, *, template: str = "auto", begun: str = "\n"
+    ) -> None:
         self.folder = folder
         tokenizer = load_tokenizer(str(TOKENIZER))
         rng = np.random.default_rng(7)
         self.table = rng.normal(size=(1024, 64)).astype(np.float32)
         self.head = rng.normal(size=(64, 1024), scale=0.1).astype(np.float32)
-        chain = tokenizer.encode(f"\n{says}<|im_end|>")
+        resolved = resolve(template, tokenizer)
+        chain = tokenizer.encode(f"{begun}{says}{resolved.stop}")
         assert len(set(chain)) == len(chain), "a token can have one successor only"
         for token, successor in itertools.pairwise(chain):
             self.head[:, successor] += self.table[token]
-        template = resolve("auto", tokenizer)
         source = folder.parent / f"{folder.name}-source"
         source.mkdir()
         (source / "config.json").write_text(json.dumps(CONFIG))
         model = open_model(source, weights=False)
         export_model(
             folder, model=model, params=map_named(self._leaf, decoder.abstract(model.spec, "f4")),
-            save_dtype="float32", tokenizer=tokenizer, template=template,
-            stop_ids=[template.stop_id], card="# parrot\n",
+            save_dtype="float32", tokenizer=tokenizer, template=resolved,
+            stop_ids=[resolved.stop_id], card="# parrot\n",
         )  # fmt: skip
 
     def _leaf(self, name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -78,6 +81,13 @@ def parrot(tmp_path_factory: pytest.TempPathFactory) -> Parrot:
 def contrary(tmp_path_factory: pytest.TempPathFactory) -> Parrot:
     """Another one, to put beside the first."""
     return Parrot(tmp_path_factory.mktemp("contrary") / "hf", "Sorry")
+
+
+@pytest.fixture(scope="session")
+def vicuna(tmp_path_factory: pytest.TempPathFactory) -> Parrot:
+    """One whose template puts a blank before its answers."""
+    folder = tmp_path_factory.mktemp("vicuna") / "hf"
+    return Parrot(folder, " Yes, you can", template="vicuna", begun=":")
 
 
 @pytest.fixture

@@ -12,11 +12,13 @@ import pytest
 
 from jaxtune import chat, inference
 from jaxtune.config import load
+from jaxtune.data.content import Around
 from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.draw.terminal import printable
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model"
 SAID = "Yes, you can"
+BEHIND = 2  # an id to decode behind
 
 
 def test_one_prompt(parrot: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,6 +116,18 @@ def test_a_conversation_remembers_until_reset(
     assert capsys.readouterr().out == f"{SAID}\n" * 3
 
 
+def test_a_blank_of_the_template_is_no_part_of_an_answer(
+    vicuna: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert conversation(monkeypatch, "one\ntwo\n", vicuna) == [["one"], ["one", SAID, "two"]]
+    assert capsys.readouterr().out == f"{SAID}\n" * 2
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Can I?"}\n')
+    assert chat.main(["--model_name_or_path", str(vicuna.folder), "--prompts", str(prompts)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"prompt": "Can I?", "response": SAID, "stopped": True, "tokens": 5}
+
+
 def test_each_model_has_its_own_conversation(
     parrot: Any, contrary: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,7 +156,7 @@ def test_streamed_text_never_shows_half_a_character() -> None:
     answers: list[inference.Answer] = []
 
     def text_of(ids: Iterable[int]) -> Generator[str, None, None]:
-        text = inference._Text(tokenizer, ())
+        text = inference._Text(tokenizer, BEHIND, (), Around())
         for i in ids:
             yield text.add([i], None)[0]
         last, answer = text.add([], "stop")

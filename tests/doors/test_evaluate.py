@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import sacrebleu
+from data.chat_templates import THINKING
 from transformers import AutoTokenizer
 
 from jaxtune import evaluate, inference, preview, train
@@ -332,6 +333,55 @@ def test_answers(parrot: Any, data: Path) -> None:
         "<|im_start|>user\nHello.<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n"
         "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def thinks(monkeypatch: pytest.MonkeyPatch, said: Sequence[str]) -> list[Any]:
+    """Models say `said`, whatever they are asked; gives the templates of the questions."""
+    given: list[Any] = []
+
+    def answer(model: Any, words: Any, prompts: Any, *, templates: Any, **more: Any) -> Any:
+        given.extend(templates)
+        encode = words.tokenizer.encode
+        return [inference.Answer(text, True, len(encode(text))) for text in said]
+
+    monkeypatch.setattr(inference, "answer", answer)
+    return given
+
+
+def test_what_is_thought_is_not_compared(
+    parrot: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The template writes an empty reasoning into the last answer, as Qwen 3's does."""
+    data = write(tmp_path / "d.jsonl", [dialogue(f"Q{n}?", "Paris.") for n in range(3)])
+    empty = "<think>\n\n</think>\n\nParis."
+    said = [empty, "<think>\nFrance.\n</think>\n\nParis.", "<think>\nParis. Paris. Par"]
+    thinks(monkeypatch, said)
+    found = scores(parrot, data, options={"generate": 3}, template=THINKING)
+    rows = found["generations"]
+    assert [row["reference"] for row in rows] == [empty] * 3
+    assert [row["response"] for row in rows] == said
+    assert [row["exact_match"] for row in rows] == [True, True, False]
+    assert found["exact_match"] == found["contains"] == pytest.approx(2 / 3)
+    assert found["rougeL"] == pytest.approx(2 / 3)
+    encode = inference.open_words(load(overrides={"model_name_or_path": str(parrot.folder)}))[
+        0
+    ].encode
+    lengths = [len(encode(text)) for text in said]
+    assert found["answer_tokens"] == pytest.approx(np.mean(lengths))
+    assert found["length_ratio"] == pytest.approx(sum(lengths) / (3 * lengths[0]))
+    shown = capsys.readouterr().out
+    assert "think" not in shown
+    assert shown.count("Paris. (right)") == 2
+
+
+def test_answers_end_as_the_template_of_their_data_set_does(
+    parrot: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = thinks(monkeypatch, [SAID])
+    entries = [{"path": str(data), "template": "vicuna"}]
+    scores(parrot, options={"generate": 1}, datasets=entries)
+    assert [template.name for template in given] == ["vicuna"]
 
 
 def test_drawn_answers_are_those_of_the_seed(unlearnt: dict[str, Any], data: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from judge.server import likes_the_first, likes_the_longer, serving
 from scipy.stats import binomtest
 
-from jaxtune import evaluate
+from jaxtune import evaluate, inference
 from jaxtune.config import ConfigError, load
 from jaxtune.evaluate import EvaluateOptions
 from jaxtune.evaluating import harness
@@ -63,6 +63,24 @@ def test_a_judge_who_likes_the_longer(
     said = capsys.readouterr()
     assert "Judge tiny: 8 wins, 0 ties, 0 losses of tuned" in said.out
     assert SECRET not in said.out + said.err + json.dumps(found)
+
+
+def test_a_judge_sees_no_thinking(
+    parrot: Any, contrary: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(model: Any, words: Any, prompts: Any, **more: Any) -> Any:
+        said = "Sorry." if model.name == str(contrary.folder) else "It is allowed."
+        return [inference.Answer(f"<think>\nHm.\n</think>\n\n{said}", True, 9) for _ in prompts]
+
+    monkeypatch.setattr(inference, "answer", answer)
+    with serving(likes_the_longer) as server:
+        found = judged(parrot, contrary, data, server.url)
+    assert found["judge"]["wins"] == 8
+    asked = [body["messages"][0]["content"] for _, _, body in server.seen[1:]]
+    for text in asked:
+        assert "Hm." not in text
+        assert "\nIt is allowed.\n</answer_" in text
+        assert "\nSorry.\n</answer_" in text
 
 
 def test_a_judge_who_likes_the_first_and_one_who_breaks(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from jaxtune import inference
 from jaxtune.config import ConfigError, DataError, load
+from jaxtune.data.content import Around
 from jaxtune.data.schema import Conversation, Message
 from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.inference import Answer, Answering, answer, load_model, prompt_ids, stream
@@ -19,6 +21,7 @@ from jaxtune.model.sampling import Sampling
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model"
 SAID = "Yes, you can"
+BEHIND = 2  # an id to decode behind
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,8 @@ def test_text_in_any_pieces_ends_before_the_first_stop_string() -> None:
             # What the string that came first in tokens leaves.
             expected = tokenizer.decode(ids[:made])
             expected = expected[: min(at for s in stop if (at := expected.find(s)) >= 0)]
-        found, said, shown, at = None, inference._Text(tokenizer, tuple(stop)), "", 0
+        said = inference._Text(tokenizer, BEHIND, tuple(stop), Around())
+        found, shown, at = None, "", 0
         while found is None:
             size = int(rng.integers(1, 6))
             piece, found = said.add(
@@ -129,6 +133,15 @@ def test_many_requests_at_a_time(asked: Any) -> None:
     again.ask(prompt, **settings[3])
     pieces = [piece for _ in range(20) for piece in again.step(1)]
     assert pieces[-1].answer == found[requests[3]]
+
+
+def test_an_answer_ends_with_the_turn_of_its_template(asked: Any) -> None:
+    """Here one that ends answers with what the parrot says last, which is none of its own stops."""
+    model, words, prompt = asked
+    end = words.tokenizer.encode(f"\n{SAID}")[-1]
+    template = dataclasses.replace(words.template, stop_id=end)
+    (found,) = answer(model, words, [prompt], max_new_tokens=20, templates=[template])
+    assert found == Answer("Yes, you", True, 3)
 
 
 def test_refusals(asked: Any) -> None:

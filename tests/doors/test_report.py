@@ -278,6 +278,18 @@ def test_answers_with_their_differences(folder: Path) -> None:
         assert text in page.text
 
 
+def test_an_answer_is_marked_as_it_was_scored(folder: Path) -> None:
+    """What it thought is shown, and was not compared; older files do not say."""
+    row = {"prompt": "Q?", "reference": "<think>a</think>fox", "response": "<think>b</think>fox"}
+    file = folder / "e.json"
+    for more, marks in (({"exact_match": True}, 1), ({"exact_match": False}, 0), ({}, 0)):
+        found = {"eval_loss": 1.5, "generations": [{**row, **more}]}
+        file.write_text(json.dumps(found))
+        page_of(folder, "--evaluation", str(file))
+        written = (folder / "report.html").read_text(encoding="utf-8")
+        assert written.count('<b class="right">exact</b>') == marks
+
+
 def test_differences_with_their_intervals(folder: Path) -> None:
     base = {"eval_loss": 2.0, "exact_match": 0.0, "rougeL": 0.5}
     change = {

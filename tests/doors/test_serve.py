@@ -132,6 +132,19 @@ def test_stop_and_length_and_a_prompt_as_it_stands(both: Server) -> None:
     assert text.choices[0].text == SAID
 
 
+def test_a_blank_of_the_template_is_no_part_of_an_answer(vicuna: Any) -> None:
+    """But of a text that goes on behind a prompt it is."""
+    with server("--model_name_or_path", vicuna.folder) as found:
+        client = found.client()
+        ask = client.chat.completions.create
+        assert ask(model="model", messages=HI).choices[0].message.content == SAID
+        pieces = [p.choices[0].delta.content for p in ask(model="model", messages=HI, stream=True)]
+        assert "".join(piece or "" for piece in pieces) == SAID
+        assert next(filter(None, pieces)).startswith("Yes")
+        text = client.completions.create(model="model", prompt="Well:")
+        assert text.choices[0].text == f" {SAID}"
+
+
 def test_what_the_client_raises(both: Server) -> None:
     client = both.client()
     ask = client.chat.completions.create

@@ -50,7 +50,7 @@ def test_the_date_is_shown_recorded_and_obeyed(
         (["--add_tokens"], True),
         (["--add_tokens", "false"], False),
         (["--add_tokens", "<a>", "<b>"], ("<a>", "<b>")),
-        (["--add_tokens", "[<a>]"], ("<a>",)),
+        (["--add_tokens", '["<a>"]'], ("<a>",)),
     ],
 )
 def test_add_tokens_as_a_flag(given: list[str], expected: bool | tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
-from jaxtune.scoring import answers, measure
+from jaxtune.scoring import answers, measure, thinking
 from jaxtune.scoring.answers import Said, answer_scores, repetition
 from jaxtune.scoring.overlap import bleu, chrf, rouge_l
 from jaxtune.scoring.refusals import PHRASINGS, refuses
@@ -33,9 +33,9 @@ def texts(seed: int, count: int = 40) -> tuple[list[str], list[str]]:
     return references, [references[0], "", *said[2:]]
 
 
-def test_the_example_in_the_docstring() -> None:
-    assert doctest.testmod(answers).attempted == 1
-    assert doctest.testmod(answers).failed == 0
+@pytest.mark.parametrize(("module", "count"), [(answers, 1), (thinking, 2)])
+def test_the_examples_in_the_docstrings(module, count: int) -> None:  # type: ignore[no-untyped-def]
+    assert doctest.testmod(module) == (0, count)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -84,6 +84,41 @@ def test_comparison(reference: str, answer: str, exact: float, rouge: float) -> 
     found = answer_scores(said)
     assert found["exact_match"].point() == (exact + 1) / 2
     assert found["rougeL"].point() == pytest.approx((rouge + 1) / 2)
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "compared"),
+    [
+        ("<think>\n\n</think>\n\nParis.", "<think>\nFrance?\n</think>\n\nParis.", "Paris."),
+        ("<think>\n\n</think>\n\nParis.", "Paris.", "Paris."),
+        ("Paris.", "<think>a</think><think>b</think> Paris.", "Paris."),
+        ("Paris.", "<think>\nParis. Paris.", ""),
+        ("Paris.", " \n<think>a</think>\n<think>Paris.", ""),
+        ("The tag is <think>.", "The tag is <think>.", "The tag is <think>."),
+        ("Hm.\n</think>\n\nParis.", "What?\n</think>\n\nParis.", "Paris."),
+        ("Hm.\n</think>\n\nParis.", "Paris, or is it not", ""),  # begun by the prompt
+        ("Hm.\n</think>\n\nParis.", "<think>Hm.</think>Paris.", "Paris."),
+    ],
+)
+def test_what_follows_the_thinking_is_compared(reference: str, answer: str, compared: str) -> None:
+    said = Said(reference, answer, True, "x" * 6, compared, 3)
+    found = {name: score.point() for name, score in answer_scores([said]).items()}
+    assert said.compared[1] == compared
+    right = said.compared[0] == compared
+    assert found["exact_match"] == found["contains"] == float(right) == float(said.exact)
+    assert (found["chrf"] == 100.0) == right
+    assert (found["answer_tokens"], found["length_ratio"]) == (3, 0.5)
+    assert found["stop_rate"] == 1.0
+
+
+def test_a_refusal_that_is_only_thought_is_none() -> None:
+    thought = "<think>I'm sorry, but I can't.</think>Of course."
+    late = f"<think>{'Hm. ' * 99}</think>I'm sorry, but I can't."
+    refused = [
+        answer_scores([Said("Yes", answer, True, "y", "y", 1)])["refusal_rate"].point()
+        for answer in (thought, late)
+    ]
+    assert refused == [0.0, 1.0]
 
 
 def test_all_scores_of_three_answers_by_hand() -> None:

@@ -66,6 +66,7 @@ class Echo:
         max_new_tokens: int,
         sampling: Any = None,
         stop: Sequence[str] = (),
+        template: Any = None,
     ) -> int:
         text = "".join(map(chr, prompt))
         if "unspeakable" in text:

@@ -1,0 +1,77 @@
+"""What a model says -> the content of a message: without what the template writes around content.
+
+    vicuna                       trained " Hello."     content "Hello."
+    Q: {instruction}{output} </s>        "Hello. "             "Hello."
+
+A history holds content. An answer that kept what the template writes would have it twice there, and
+the next prompt would not begin as the row does that training makes of the conversation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jaxtune.data import jinja
+from jaxtune.data.encode import encode
+from jaxtune.data.schema import Conversation, Dropped, Message
+from jaxtune.data.spans import render
+from jaxtune.data.template import Template
+from jaxtune.data.tokenizer import Tokenizer
+
+_ASKED, _SAID = Message("user", "jaxtuneasks"), Message("assistant", "jaxtunesays")
+
+
+class Around(NamedTuple):
+    """What the template writes before the content of an answer, and between that and its end."""
+
+    before: str = ""
+    behind: str = ""
+
+    def content(self, said: str) -> str:
+        """Of a whole answer."""
+        return said.removeprefix(self.before).removesuffix(self.behind)
+
+
+def around(template: Template, tokenizer: Tokenizer) -> Around:
+    """Learnt from an answer as it is trained: blanks as this tokenizer gives them back, and other
+    text where the template would write it twice. Nothing where the template takes it out of content
+    itself, as that of a reasoning model does with an empty reasoning."""
+    ids = answer_ids(template, tokenizer, Conversation((_ASKED, _SAID)))
+    if ids is None:
+        return Around()
+    said = text_of(tokenizer, ids, behind=template.stop_id)
+    before, found, behind = said.partition(_SAID.content)
+    if not found or ((before + behind).strip() and _takes_out(template, said)):
+        return Around()
+    return Around(before, behind)
+
+
+def answer_ids(
+    template: Template, tokenizer: Tokenizer, conversation: Conversation
+) -> list[int] | None:
+    """What a model must say to end `conversation` with its last message, as it is trained, without
+    the end of turn. None where that cannot be."""
+    messages = tuple(message._replace(weight=None) for message in conversation.messages)
+    row = render(template, conversation._replace(messages=messages), train_on="last")[-1]
+    (found,) = (row,) if isinstance(row, Dropped) else encode([row], tokenizer)
+    if isinstance(found, Dropped):
+        return None
+    ids, weights = found.tokens
+    return list(map(int, ids[weights > 0][:-1]))
+
+
+def text_of(tokenizer: Tokenizer, ids: Sequence[int], *, behind: int) -> str:
+    """What `ids` say behind the token `behind`: decoders drop a blank where a text begins."""
+    alone, whole = tokenizer.decode([behind]), tokenizer.decode([behind, *ids])
+    return whole[len(alone) :] if whole.startswith(alone) else tokenizer.decode(ids)
+
+
+def _takes_out(template: Template, said: str) -> bool:
+    """Whether the template writes the same for what was said as for its content."""
+    try:
+        return template.text((_ASKED, _SAID._replace(content=said))) == template.text(
+            (_ASKED, _SAID)
+        )
+    except jinja.TemplateFailed:
+        return False
