@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import re
 import sys
 import traceback
 import typing
@@ -187,7 +188,7 @@ def _split(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str], 
     for word in argv:
         if word in ("-h", "--help"):
             words.append("--help")
-        elif word.startswith("--") and len(word) > 2:
+        elif re.match(r"--[A-Za-z]", word):
             flag, equals, value = word.partition("=")
             name = flag[2:].replace("-", "_")
             if name not in known and name != "config":
@@ -270,7 +271,7 @@ def _value(name: str, values: list[str], field: FieldInfo | None, *, own: bool) 
         raise ConfigError(f"flags: --{name} needs a value.")
     if _holds_strings(text):
         return _strings(name, values)
-    if "tuple[" in text and not (len(values) == 1 and values[0].startswith("[")):
+    if "tuple[" in text and not (len(values) == 1 and values[0].startswith(("[", "{"))):
         return values[0] if "DatasetConfig" in text and len(values) == 1 else values
     if len(values) > 1:
         raise ConfigError(f"flags: --{name} takes one value; got {' '.join(values)!r}. Quote it.")

@@ -330,6 +330,13 @@ def test_flags_reach_every_field() -> None:
     assert (door.as_json, door.where) == (True, "DIR")
 
 
+def test_one_entry_of_a_list_may_stand_alone_as_a_flag() -> None:
+    config, _ = parse("DIR", "--datasets", "{path: a, limit: 3}", "--lora.targets", "all-linear")
+    assert (config.datasets[0].path, config.datasets[0].limit) == ("a", 3)
+    assert config.lora.targets == ("all-linear",)
+    assert parse("DIR", "--datasets", "a.json", "b.json")[0].datasets[1].path == "b.json"
+
+
 @pytest.mark.parametrize(
     ("words", "found"),
     [

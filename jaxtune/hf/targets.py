@@ -20,11 +20,11 @@ def resolve_targets(model: HfModel, targets: str | Sequence[str]) -> frozenset[s
     Raises `ConfigError` for what matches nothing, or a part of the layers that are repeated.
     """
     known = modules_of(model)
-    if targets == ALL:
+    words = _words(targets)
+    if ALL in words:
         return frozenset(known)
-    words = targets.split(",") if isinstance(targets, str) else targets
     chosen: set[str] = set()
-    for word in map(str.strip, words if _are_names(words) else [str(targets)]):
+    for word in words:
         matches = _matcher(word)
         found = {name: [matches(m) for m in modules] for name, modules in known.items()}
         hit = {name for name, hits in found.items() if any(hits)}
@@ -45,8 +45,16 @@ def resolve_targets(model: HfModel, targets: str | Sequence[str]) -> frozenset[s
     return frozenset(chosen)
 
 
+def _words(targets: str | Sequence[str]) -> list[str]:
+    """Names with commas between them are several; a regex may hold commas of its own."""
+    if not isinstance(targets, str):
+        return [word for each in targets for word in _words(each)]
+    parts = targets.split(",")
+    return [part.strip() for part in (parts if _are_names(parts) else [targets])]
+
+
 def _are_names(words: Sequence[str]) -> bool:
-    return all(re.fullmatch(r"\s*[\w.]+\s*", word) for word in words)
+    return all(re.fullmatch(r"\s*[\w.-]+\s*", word) for word in words)
 
 
 def _matcher(word: str) -> Callable[[str], bool]:

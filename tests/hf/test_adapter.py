@@ -148,6 +148,9 @@ def _moved(name: str, leaf: jax.Array) -> jax.Array:
         ("q_proj, v_proj", {"q", "v"}),
         (("self_attn.o_proj", "mlp.up_proj"), {"o", "up"}),
         (r"model\.layers\.\d+\.mlp\..*", {"gate", "up", "down"}),
+        (("all-linear",), {"q", "k", "v", "o", "gate", "up", "down"}),
+        (("q_proj,v_proj",), {"q", "v"}),
+        ((r".*\.mlp\..*", "q_proj"), {"q", "gate", "up", "down"}),
     ],
 )
 def test_targets(base: HfModel, targets: Any, expected: set[str]) -> None:
