@@ -46,6 +46,7 @@ FLAGS = (
 # that the result does not depend on the number of processes.
 _CHUNK = 512
 _SHOWN = 3  # examples kept of each reason for dropping
+_COLUMN = "column "  # counted until all is read: records that have it
 
 
 class Proportions(Protocol):
@@ -314,6 +315,8 @@ class Made(NamedTuple):
 def make(chunk: Sequence[Numbered], *, name: str, entry: Entry, settings: Settings) -> Made:
     """Records -> arrays; a pure function of its arguments, run in any process."""
     counts: Counter[str] = Counter(records=len(chunk))
+    for column in entry.columns.values():
+        counts[_COLUMN + column] = sum(column in record.fields for _, record in chunk)
     dropped: dict[str, dict[str, Any]] = {}
     kept: list[Prepared] = []
     tokens: list[Tokens] = []
@@ -366,6 +369,12 @@ def build(
             for array, found in {**made.arrays, "offsets": ends, "values": values}.items():
                 writer.append(array, found)
             progress(entry.path, counts["records"])
+    for standard, column in entry.columns.items():
+        if not counts.pop(_COLUMN + column, 0) and entry.limit is None:
+            raise DataError(
+                f"{entry.path}: columns: {standard} is {column}, which no record has. Mend the "
+                "mapping, or leave it out."
+            )
     for reason in dropped.values():  # by number: the same data may lie elsewhere tomorrow
         reason["first"] = [
             {**first, "file": files.index(first["file"])} for first in reason["first"]

@@ -125,12 +125,13 @@ class _Process:
 
 def serve() -> None:
     """The other end: reads `work`, then items until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process decides when to stop
+    for number in (signal.SIGINT, signal.SIGTERM):  # the asking process decides when to stop
+        signal.signal(number, signal.SIG_IGN)
     gc.set_threshold(100_000)  # rows make many small objects and hardly a cycle
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints must not get between the answers
-    work = pickle.load(sys.stdin.buffer)
-    with contextlib.suppress(EOFError, BrokenPipeError):
+    with contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):  # it has ended
+        work = pickle.load(sys.stdin.buffer)
         while True:
             _answer(work, pickle.load(sys.stdin.buffer), out)
 

@@ -112,6 +112,20 @@ def test_half_a_surrogate_pair_anywhere_drops_the_row(
     assert found["dropped_by_reason"].keys() == {"the text is not valid Unicode"}
 
 
+def test_a_mapped_column_that_no_record_has_is_named(tmp_path: Path, byte_level: Tokenizer) -> None:
+    rows = [{"q": "Do.", "a": "Done."}, {"q": "Do.", "ctx": "x", "a": "Done."}]
+    entry = write(tmp_path / "own.jsonl", rows)
+    mapped = {"instruction": "q", "input": "ctx", "output": "a"}
+    own = entry.model_copy(update={"format": "alpaca", "columns": mapped})
+    assert len(opened([own], byte_level)) == 2
+    wrong = own.model_copy(update={"columns": {**mapped, "input": "cntxt"}})
+    with pytest.raises(DataError, match="columns: input is cntxt, which no record has"):
+        opened([wrong], byte_level)
+    assert (
+        len(opened([wrong.model_copy(update={"limit": 1})], byte_level)) == 1
+    )  # there may be later
+
+
 @pytest.mark.parametrize(
     ("paths", "names"),
     [

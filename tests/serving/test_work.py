@@ -100,7 +100,7 @@ def test_a_place_that_is_free_is_taken_while_others_are_answered(office: Any) ->
 
 
 def test_models_do_not_wait_for_each_other(office: Any) -> None:
-    here = office({"m": Echo(), "n": Echo()}, slots=1)
+    here = office({"m": Echo(0.02), "n": Echo()}, slots=1)
     here.ask("a" * 500)
     here.ask("b" * 500)
     here.ask("quick", "n")
