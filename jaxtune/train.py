@@ -124,6 +124,14 @@ def _run(
             check_adapter_target(run_dir / "adapter")
     mesh, batches = _plan(config, material.train)
     total_steps = batches.total_steps(config.num_train_epochs, config.max_steps)
+    if hosts.count() > 1:
+        from jaxtune.agreement import check_same, parts_of
+
+        check_same(parts_of(config, model, adapters, batches, material.held_out, total_steps))
+    if (replayed := options.replay_step) is not None and replayed > total_steps:
+        raise ConfigError(
+            f"flags: --replay_step {replayed}: this run has {total_steps} steps. Give one of them."
+        )
     report = _announce(config, material, batches, mesh, total_steps)
     program = assemble.build(config, model, adapters, chosen, mesh, total_steps)
     note(f"trained: {share(program.abstract.trained, program.variables)}")

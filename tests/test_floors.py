@@ -55,6 +55,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "reporting": {"config", "command", "untrusted", "data", "draw"},
     "incident": {"mesh", "data", "learn"},
+    "agreement": {"config", "hosts", "tree", "data", "hf", "weights"},
     "loop": {
         *("config", "command", "hosts", "watch", "chips", "tree", "mesh", "data", "draw", "learn"),
         "incident",
