@@ -26,6 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "tree": {"config"},
     "untrusted": {"config"},
     "kept": {"config"},
+    "lock": {"config"},
     "stores": {"config", "untrusted", "kept"},
     "hub": {"config", "untrusted", "stores"},
     "mesh": {"config", "tree"},
@@ -40,7 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "watch": {"config", "command", "hosts"},
     "learn": {
         *("config", "hosts", "chips", "spec", "tree", "mesh", "collectives", "ops", "model"),
-        *("stores", "kept"),
+        *("stores", "kept", "lock"),
     },
     "hf": {"config", "untrusted", "hub", "stores", "spec", "tree", "mesh", "model"},
     "weights": {
