@@ -7,6 +7,7 @@ The floor plan; imports only go down, siblings never import each other (`tests/t
              inference  samples         a model asked | and while it is trained
              assemble  planning         a program made | what it costs
              loop  incident             steps and what is between | a step that went wrong
+             agreement                  whether all hosts are about to run the same
              evaluating                 a model measured, by group
              reporting  weights         a run, read and drawn | a model as a config wants it
     floor 3  learn    hf                the step and its state | the outside world's checkpoints
@@ -18,7 +19,8 @@ The floor plan; imports only go down, siblings never import each other (`tests/t
     floor 0  config  command  spec  tree    a config read | argv and exits | what a model is | names
              knobs  aliases  methods        what can be set | elsewhere called | and follows from it
              untrusted  hub  stores     strangers' files, read with limits | models by their id |
-             kept                       objects at gs:// and s3:// URLs | what of them stays here
+             kept  lock                 objects at gs:// and s3:// URLs | what of them stays here
+                                        one run at a time in a folder
 
 Importing this package imports nothing heavy.
 """

@@ -89,11 +89,14 @@ def _given(asked: Asked) -> dict[str, Any]:
 def detected(environment: Mapping[str, str] | None = None, devices: Path = Path("/dev")) -> bool:
     """Whether JAX will find a cluster of several processes here; asks no network.
 
-    SLURM and Open MPI say how many they are. A TPU machine is asked only where it has TPUs that
+    SLURM and Open MPI say how many they are, SLURM where srun has started them: an allocation alone
+    has one process, whatever it may hold. A TPU machine is asked only where it has TPUs that
     are used: `jax.distributed` takes the rest from the machine's metadata, or from what GKE sets.
     """
     environment = os.environ if environment is None else environment
-    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+    by_srun = "SLURM_STEP_NODELIST" in environment
+    counts = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if by_srun else ()
+    for name in (*counts, "OMPI_COMM_WORLD_SIZE"):
         if name in environment:
             return int(environment[name]) > 1
     if environment.get("MEGASCALE_NUM_SLICES", "1") != "1":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import assemble, command, hosts, stores, watch
+from jaxtune import assemble, command, hosts, lock, stores, watch
 from jaxtune.command import note
 from jaxtune.config import Config, ConfigError, HostsConfig, dump, shard_bytes
 
@@ -78,12 +78,11 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     refuse_adapter(model_name)
     assemble.set_compiler_flags()
     watch.join(config.hosts)
-    run_dir = _run_dir(str(config.output_dir))
+    reading = options.replay_step is not None
+    run_dir = _run_dir(str(config.output_dir), reading=reading)
     limit = config.hang_timeout_seconds
     with watch.Watch(hang_seconds=limit, folder=run_dir) as watching, contextlib.ExitStack() as end:
-        mirror = _claim(config, run_dir)
-        if mirror is not None:
-            end.callback(mirror.close)
+        mirror = _claim(config, run_dir, end, reading=reading)
         return _run(config, options, model_name, run_dir, mirror, watching)
 
 
@@ -124,6 +123,14 @@ def _run(
             check_adapter_target(run_dir / "adapter")
     mesh, batches = _plan(config, material.train)
     total_steps = batches.total_steps(config.num_train_epochs, config.max_steps)
+    if hosts.count() > 1:
+        from jaxtune.agreement import check_same, parts_of
+
+        check_same(parts_of(config, model, adapters, batches, material.held_out, total_steps))
+    if (replayed := options.replay_step) is not None and replayed > total_steps:
+        raise ConfigError(
+            f"flags: --replay_step {replayed}: this run has {total_steps} steps. Give one of them."
+        )
     report = _announce(config, material, batches, mesh, total_steps)
     program = assemble.build(config, model, adapters, chosen, mesh, total_steps)
     note(f"trained: {share(program.abstract.trained, program.variables)}")
@@ -141,7 +148,11 @@ def _run(
             hosts.check_shared(run_dir)
         wanted = place(program.abstract, program.shardings)
         checkpoints = Checkpoints(
-            run_dir, keep=config.save_total_limit, mirror=mirror, wanted=wanted
+            run_dir,
+            keep=config.save_total_limit,
+            mirror=mirror,
+            wanted=wanted,
+            reading=options.replay_step is not None,
         )
         closing.callback(checkpoints.close)
         start = _where_to_begin(
@@ -156,10 +167,10 @@ def _run(
         )
         state, frozen = _first_state(config, model, adapters, program, checkpoints, start)
         if options.replay_step is not None:
-            _replay(options.replay_step, run_dir, program, batches, start, state, frozen)
+            _replay(options.replay_step, run_dir, program, batches, start, state, frozen, mirror)
             return Result(run_dir, None, options.replay_step, {})
         if hosts.is_first():
-            (run_dir / "config.yaml").write_text(dump(config), encoding="utf-8")
+            _write_config(run_dir / "config.yaml", config)
             _record_start(run_dir, start, mesh, batches, total_steps)
 
         # 4. The loop.
@@ -177,8 +188,13 @@ def _run(
             settings=config.model_dump(mode="json"),
         )
         closing.callback(writer.close)
-        past = checkpoints.meta(start) if start else {}
-        meta = {"fingerprint": fingerprint(batches), "total_steps": total_steps}
+        evaluated = material.held_out.fingerprint if material.held_out is not None else ""
+        past = _past(config, checkpoints, start, evaluated)
+        meta = {
+            "fingerprint": fingerprint(batches),
+            "total_steps": total_steps,
+            "held_out": evaluated,
+        }
         meta.update(base_and_part(model, adapters, chosen))
         flops = flops_per_token(model.spec, batches.row_length, frozen=adapters is not None)
         answer = _samples(config, run_dir, material, model, adapters, mesh, start)
@@ -199,9 +215,9 @@ def _run(
         checkpoints.wait()
         best = loop.standing.best_step
         if config.load_best_model_at_end and best not in (None, done):
-            note(f"best: step {best}, eval_loss {loop.standing.best_loss:.4f}; it is exported")
             del state
             trained = checkpoints.restore_trained(best, program.abstract, program.shardings)
+            note(f"best: step {best}, eval_loss {loop.standing.best_loss:.4f}; it is exported")
         else:
             trained = state.trained
 
@@ -245,18 +261,22 @@ def _required(config: Config) -> str:
     return config.model_name_or_path
 
 
-def _run_dir(output_dir: str) -> Path:
+def _run_dir(output_dir: str, *, reading: bool) -> Path:
     """Where this host writes: `output_dir`, or a folder of its own beside a store."""
     if not stores.is_url(output_dir):
         return Path(output_dir)
-    from jaxtune.learn.mirror import staging
+    from jaxtune.learn import mirror
 
-    return staging(output_dir, hosts.index())
+    place = mirror.reading if reading else mirror.staging
+    return place(output_dir, hosts.index())
 
 
-def _claim(config: Config, run_dir: Path) -> Mirror | None:
-    """Makes the run directory and proves that it can be written, before anything is paid for; the
-    copy in the store, where it lies in one."""
+def _claim(
+    config: Config, run_dir: Path, end: contextlib.ExitStack, *, reading: bool
+) -> Mirror | None:
+    """Makes the run directory and proves that it can be written, before anything is paid for, and
+    keeps other runs out until `end`, unless it is only read; the copy in the store, where it lies
+    in one."""
     url = str(config.output_dir)
     mirror = None
     if stores.is_url(url):
@@ -272,10 +292,28 @@ def _claim(config: Config, run_dir: Path) -> Mirror | None:
         raise ConfigError(
             f"output_dir {run_dir}: cannot be written: {error.strerror}. Choose another."
         ) from None
+    if not reading and (hosts.is_first() or mirror is not None):
+        end.enter_context(lock.held(run_dir, note))
     if mirror is not None:
-        mirror.claim()
+        end.callback(mirror.close)
+        if reading:
+            mirror.look()
+        else:
+            mirror.claim()
         note(f"output_dir: {url}, by way of {run_dir}")
     return mirror
+
+
+def _write_config(path: Path, config: Config) -> None:
+    from jaxtune.learn.files import write_whole
+
+    try:
+        write_whole(path, dump(config))
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written: {error.strerror}. Free some space or mend what refuses "
+            "it, then run the same command again."
+        ) from None
 
 
 def _open_data(config: Config, model_name: str) -> Material:
@@ -387,6 +425,30 @@ def _where_to_begin(
     return latest
 
 
+def _past(config: Config, checkpoints: Checkpoints, start: int, evaluated: str) -> dict[str, Any]:
+    """What the checkpoint of `start` says. Its best step is forgotten where `evaluated`, the
+    fingerprint of the held-out data, is no longer what it was measured on, and where it is to be
+    exported and is gone."""
+    meta = checkpoints.meta(start) if start else {}
+    standing = meta.get("standing", {})
+    best = standing.get("best_step")
+    if best is None:
+        return meta
+    if meta.get("held_out", evaluated) != evaluated:
+        note(
+            f"resume: what is evaluated on is not what it was, so step {best} is no longer the "
+            "best, and evaluations are counted anew"
+        )
+        return {**meta, "standing": {"skipped": standing.get("skipped", 0)}}
+    if config.load_best_model_at_end and not checkpoints.counts(best):
+        note(
+            f"resume: the best step {best}, eval_loss {standing['best_loss']:.4f}, is kept nowhere "
+            "any more; the best of the steps from here on is exported"
+        )
+        return {**meta, "standing": {**standing, "best_step": None, "best_loss": None}}
+    return meta
+
+
 def _first_state(
     config: Config,
     model: HfModel,
@@ -475,6 +537,7 @@ def _replay(
     start: int,
     state: TrainState,
     frozen: Any,
+    mirror: Mirror | None,
 ) -> None:
     """Goes to the step once more, prints what stands out, writes the rest beside the run."""
     from jaxtune import incident
@@ -487,8 +550,10 @@ def _replay(
     path = incident.path_of(run_dir, step)
     if hosts.is_first():
         incident.write(path, found)
+        if mirror is not None:
+            mirror.put(path.name)
         print(incident.summary(found))
-    note(f"replayed step {step}: {path}")
+    note(f"replayed step {step}: {path if mirror is None else stores.join(mirror.url, path.name)}")
 
 
 # -- after the loop ------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "tree": {"config"},
     "untrusted": {"config"},
     "kept": {"config"},
+    "lock": {"config"},
     "stores": {"config", "untrusted", "kept"},
     "hub": {"config", "untrusted", "stores"},
     "mesh": {"config", "tree"},
@@ -40,7 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "watch": {"config", "command", "hosts"},
     "learn": {
         *("config", "hosts", "chips", "spec", "tree", "mesh", "collectives", "ops", "model"),
-        *("stores", "kept"),
+        *("stores", "kept", "lock"),
     },
     "hf": {"config", "untrusted", "hub", "stores", "spec", "tree", "mesh", "model"},
     "weights": {
@@ -55,6 +56,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "reporting": {"config", "command", "untrusted", "data", "draw"},
     "incident": {"mesh", "data", "learn"},
+    "agreement": {"config", "hosts", "tree", "data", "hf", "weights"},
     "loop": {
         *("config", "command", "hosts", "watch", "chips", "tree", "mesh", "data", "draw", "learn"),
         "incident",

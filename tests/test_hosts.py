@@ -15,8 +15,13 @@ from jaxtune.config import ConfigError, HostsConfig, load
     [
         ({}, False),
         ({"SLURM_NTASKS": "1", "SLURM_JOB_ID": "7"}, False),
-        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, True),
-        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, False),  # srun -n 1 in a large job
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, False),  # salloc or sbatch, without srun
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]"}, True),
+        ({"SLURM_NTASKS": "4", "OMPI_COMM_WORLD_SIZE": "2"}, True),  # mpirun in an allocation
+        (
+            {"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_NUM_TASKS": "1"},
+            False,  # srun -n 1 in a large job
+        ),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
         ({"TPU_WORKER_HOSTNAMES": "a"}, False),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),  # GKE

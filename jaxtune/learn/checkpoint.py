@@ -5,11 +5,12 @@
     digests-HOST.json   what the files were when they were written
 
 Saving is asynchronous and atomic: a step is there whole or not at all, and counts once its digests
-are written. One that is no longer what was written is put aside, and the one before it is taken.
-Older steps are removed only after a newer one counts. Where the run's place is a store, `mirror`
-copies each step there once it counts here, and brings back those that are not here. Several hosts
-share the folder, or a store: then each has a folder of its own, `parts` moves what it wrote and
-what it needs, and what counts in the store counts.
+are written. One that is no longer what was written is put aside, and the one before it is taken;
+where none is left nothing is touched, and a person decides. Older steps are removed only after a
+newer one counts. Where the run's place is a store, `mirror` copies each step there once it counts
+here, and brings back those that are not here. Several hosts share the folder, or a store: then each
+has a folder of its own, `parts` moves what it wrote and what it needs, and what counts in the store
+counts.
 
 What makes batches (data, tokenizer, template, seed, rows) has one fingerprint; a checkpoint with
 another is refused, since its position would mean other examples.
@@ -50,7 +51,8 @@ class Checkpoints:
     """The checkpoints of a run that writes them. Every host calls everything; `close` waits for
     what is being written. `keep` newest ones stay, None = all. `mirror` copies them to a store;
     then several hosts need `wanted` too: shapes with their shardings (`place`), of which each
-    fetches what it holds.
+    fetches what it holds. With `reading` nothing is removed or renamed, since the run may be going
+    on; then a `mirror` is one that only looks.
     """
 
     def __init__(
@@ -60,9 +62,10 @@ class Checkpoints:
         keep: int | None = None,
         mirror: Mirror | None = None,
         wanted: TrainState | None = None,
+        reading: bool = False,
     ) -> None:
         self.folder = (run_dir / FOLDER).absolute()
-        self._keep, self._mirror = keep, mirror
+        self._keep, self._mirror, self._reading = keep, mirror, reading
         self._parts: Parts | None = None  # of several hosts and a store
         self._wanted: Wanted = {}
         self._latest: int | None = None
@@ -77,8 +80,9 @@ class Checkpoints:
             self._latest = max(mirror.steps, default=None)
             self._checkpointer = checkpointer()
             return
-        with self._explained():
-            hosts.on_first(self._tidy, "checkpoints")
+        if not reading:
+            with self._explained():
+                hosts.on_first(self._tidy, "checkpoints")
         self._latest = max(_counting(self.folder), default=None)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
@@ -97,37 +101,75 @@ class Checkpoints:
         return f"{self.folder} and not in {place}, which cannot be written now"
 
     def newest_good(self, note: Callable[[str], None], *, before: int | None = None) -> int | None:
-        """The newest step (below `before`) whose files are what was written.
+        """The newest step (below `before`) whose files are what was written; None where there is no
+        step at all.
 
-        Damaged ones are named by `note` and renamed to damaged-STEP, out of the way.
+        Damaged ones are named by `note` and renamed to damaged-STEP, out of the way. Raises
+        `ConfigError` where a file cannot be read, and where all steps are damaged; then none is
+        renamed.
         """
-        here = set(_counting(self.folder)) if self._parts is None else set()
-        there = set() if self._mirror is None else set(self._mirror.steps)
-        for step in sorted(here | there, reverse=True):
-            if before is not None and step >= before:
-                continue
+        here, there = self._steps_here(), self._steps_there()
+        steps = [s for s in sorted(here | there, reverse=True) if before is None or s < before]
+        damaged: dict[int, str] = {}  # of those that are here alone
+        reasons: list[str] = []
+        for step in steps:
             place = self.folder / str(step)
             if step in here:
                 if not (said := self._damage(place)):
-                    self._latest = step
-                    return step
-                note(
-                    f"checkpoint {place}: is damaged and not used: {said}. It is now "
-                    f"{_DAMAGED}{step}; remove that folder when it is of no more use."
-                )
-                hosts.on_first(functools.partial(self._put_aside, place), "damaged")
+                    return self._found(step, damaged, note)
+                reasons.append(said)
+                if step in there:
+                    self._put_aside({step: said}, note)
+                else:
+                    damaged[step] = said
             if self._mirror is not None and step in there:
                 if not (said := self._fetch(step, self._wanted)):
-                    self._latest = step
-                    return step
+                    return self._found(step, damaged, note)
+                reasons.append(said)
                 note(
                     f"checkpoint {join(self._mirror.url, FOLDER, step)}: is damaged and not used: "
                     f"{said}. It stays there until another of that step takes its place."
                 )
                 self._mirror.steps.discard(step)
                 shutil.rmtree(place, ignore_errors=True)
-        self._latest = None if before is None else self._latest
+        if reasons and not self._reading:
+            raise ConfigError(self._none_is_good(steps, reasons[0]))
+        self._put_aside(damaged, note)
+        self._latest = None
         return None
+
+    def _found(self, step: int, damaged: Mapping[int, str], note: Callable[[str], None]) -> int:
+        self._put_aside(damaged, note)
+        self._latest = step
+        return step
+
+    def _none_is_good(self, steps: Collection[int], reason: str) -> str:
+        where = str(self.folder)
+        if self._mirror is not None:
+            where = f"{join(self._mirror.url, FOLDER)} and {where}"
+        said = (
+            f"all {len(steps)} checkpoints ({', '.join(map(str, sorted(steps)))}) are"
+            if len(steps) > 1
+            else f"the only checkpoint, step {min(steps)}, is"
+        )
+        return (
+            f"{where}: {said} damaged ({reason}), so there is nothing to go on from. Remove "
+            f"{'them' if len(steps) > 1 else 'it'} to begin anew in this output_dir, or choose "
+            "another one."
+        )
+
+    def counts(self, step: int) -> bool:
+        """Whether every host sees that step, here or in the store. All call."""
+        seen = step in self._steps_here() | self._steps_there()
+        return all(hosts.everyones("seen" if seen else ""))
+
+    def _steps_here(self) -> set[int]:
+        """Of these, what is in the store too is fetched where it is needed."""
+        only_there = self._mirror is not None and self._reading
+        return set() if self._parts is not None or only_there else set(_counting(self.folder))
+
+    def _steps_there(self) -> set[int]:
+        return set() if self._mirror is None else set(self._mirror.steps)
 
     def _fetch(self, step: int, wanted: Wanted) -> str:
         """A step of the store to here, of several hosts to each what it needs of it; what is not
@@ -135,14 +177,15 @@ class Checkpoints:
         assert self._mirror is not None
         here = self.folder / str(step)
         if self._parts is not None:
-            return self._parts.fetch(step, here, wanted)
+            return _of_all(functools.partial(self._parts.fetch, step, here, wanted))
         self._mirror.fetch_step(step, here)
         return self._damage(here)
 
     def _damage(self, place: Path) -> str:
         """What any host finds in its share of the files; empty where all is well."""
-        found = digests.damage(place, host=hosts.index(), hosts=hosts.count())
-        return next((text for text in hosts.everyones(found) if text), "")
+        return _of_all(
+            functools.partial(digests.damage, place, host=hosts.index(), hosts=hosts.count())
+        )
 
     def save(
         self, state: TrainState, meta: Mapping[str, Any], *, step: int, best: int | None = None
@@ -235,9 +278,12 @@ class Checkpoints:
         self._mirror.steps.discard(step)
 
     def _check_space(self, state: TrainState, step: int) -> None:
-        """Asked before writing: a disk that fills up half way fails in a hundred lines."""
+        """Asked before writing: a disk that fills up half way fails in a hundred lines. A folder
+        that hosts share takes the parts of all of them."""
         shards = (s for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards)
         needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
+        if self._parts is None:
+            needed = sum(map(int, hosts.everyones(str(needed))))
         free = shutil.disk_usage(self.folder).free
         full = "" if free >= needed else (
             f"{self.folder}: step {step} needs {needed / 1e6:,.1f} MB and the disk has "
@@ -288,7 +334,8 @@ class Checkpoints:
         """The trained variables alone. Raises `ConfigError` for a step that is damaged."""
         here = self.folder / str(step)
         wanted = place(abstract.trained, shardings.trained)
-        if self._mirror is not None and not digests.complete(here):
+        # Of a step in parts a host may have some of the files: what it went on from.
+        if self._parts or (self._mirror is not None and not digests.complete(here)):
             said = self._fetch(step, {"trained": wanted})
         else:
             said = self._damage(here)
@@ -301,7 +348,7 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         place = self.folder / str(step)
-        return _meta(_read(place, meta=ocp.args.JsonRestore()), place, _META)
+        return _meta(_read(place, meta=ocp.args.JsonRestore()), place, _NEEDED)
 
     def wait(self) -> None:
         """Until what is being written counts; raises what `save` raises."""
@@ -331,10 +378,23 @@ class Checkpoints:
             if ".orbax-checkpoint-tmp" in path.name or left or unfinished:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _put_aside(self, step: Path) -> None:
-        target = step.with_name(f"{_DAMAGED}{step.name}")
+    def _put_aside(self, damaged: Mapping[int, str], note: Callable[[str], None]) -> None:
+        """Step -> what is damaged of it."""
+        for step, said in damaged.items():
+            if self._reading and not (self.folder / str(step)).exists():
+                continue  # the run that is going on has removed it
+            now = f" It is now {_DAMAGED}{step}; remove that folder when it is of no more use."
+            note(
+                f"checkpoint {self.folder / str(step)}: is damaged and not used: {said}."
+                + ("" if self._reading else now)
+            )
+            if not self._reading:
+                hosts.on_first(functools.partial(self._rename, step), "damaged")
+
+    def _rename(self, step: int) -> None:
+        target = self.folder / f"{_DAMAGED}{step}"
         shutil.rmtree(target, ignore_errors=True)
-        os.replace(step, target)
+        os.replace(self.folder / str(step), target)
 
     def _remove(self, steps: Any) -> None:
         """By another name first: a step is never there in part."""
@@ -356,8 +416,22 @@ def place(abstract: Any, shardings: Any) -> Any:
     )
 
 
+def _of_all(look: Callable[[], str]) -> str:
+    """What `look` finds on any host, the same on all; empty where all is well. Raises `ConfigError`
+    on all where one cannot look."""
+    try:
+        found, failed = look(), ""
+    except ConfigError as error:
+        found, failed = "", str(error)
+    if said := [text for text in hosts.everyones(failed) if text]:
+        raise ConfigError(said[0])
+    return next((text for text in hosts.everyones(found) if text), "")
+
+
 def _counting(folder: Path) -> list[int]:
     """Steps that were finished, damaged since or not."""
+    if not folder.is_dir():
+        return []
     found = [path for path in folder.iterdir() if path.name.isdigit()]
     return [int(path.name) for path in found if digests.complete(path)]
 
@@ -375,7 +449,8 @@ def _read(folder: Path, **parts: Any) -> Any:
         ) from error
 
 
-_META = {"step": int, "total_steps": int, "fingerprint": str}
+_META = {"step": int, "total_steps": int, "fingerprint": str, "held_out": str}
+_NEEDED = ("step", "total_steps", "fingerprint")
 _META_PARTS = ("lora", "base", "part", "standing")
 
 

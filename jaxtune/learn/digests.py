@@ -3,16 +3,21 @@
 Orbax writes a checkpoint whole or not at all, but reads a flipped bit as if it were a number. Each
 host hashes its share of the files into `digests-HOST.json`; a folder without all of these was never
 finished. Hosts that share no folder each hash what they wrote, and the parts meet in a store.
+
+Damage is what is missing, or has another size or hash. A file that cannot be read (a disk or a
+mount that fails, permissions, too many open files) says nothing of what was written.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from jaxtune.config import ConfigError
 from jaxtune.learn.files import write_whole
 
 FOLDER = "checkpoints"  # of a run directory
@@ -20,7 +25,7 @@ MARK = "digests-0.json"  # a step without it was never finished
 UNFINISHED = "it was never finished: its digests are missing"
 OTHER_BYTES = "its bytes are not those that were written (SHA-256 differs)"
 _THREADS = 8  # hashing lets go of the interpreter
-
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 Known = Mapping[str, tuple[int, str]]  # file -> (size in bytes, SHA-256)
 
@@ -39,14 +44,15 @@ def complete(folder: Path) -> bool:
     """Whether every host has written its share, readable or not."""
     try:
         return bool(_parts(folder))
-    except ValueError:
+    except (ValueError, OSError):
         return True
 
 
 def damage(folder: Path, *, host: int = 0, hosts: int = 1) -> str:
     """What is not as it was written, for the person who asks; empty where all is well.
 
-    Looks at this host's share of the files; hosts need not be those of the writing.
+    Looks at this host's share of the files; hosts need not be those of the writing. Raises
+    `ConfigError` for a file that cannot be read.
     """
     try:
         entries = known(folder)
@@ -54,36 +60,56 @@ def damage(folder: Path, *, host: int = 0, hosts: int = 1) -> str:
         return str(error)
     if not entries:
         return UNFINISHED
+    with _readable(folder):
+        return _unlike_known(folder, entries, sorted(entries)[host::hosts])
+
+
+def _unlike_known(folder: Path, entries: Known, hashed: Sequence[str]) -> str:
+    """What the first file is that is missing, new, of another size, or of `hashed` other bytes."""
     if new := sorted(set(files_of(folder)) - entries.keys()):
         return f"{new[0]}: is not one of its files"
     for name, (size, _) in sorted(entries.items()):
         try:
             now = (folder / name).stat().st_size
-        except OSError as error:
+        except _MISSING as error:
             return f"{name}: {error.strerror}"
         if now != size:
             return f"{name}: has {now:,} bytes instead of {size:,}"
-    files = sorted(entries)[host::hosts]
     try:
-        for name, (_, digest) in zip(files, _digests(folder, files), strict=True):
+        for name, (_, digest) in zip(hashed, _digests(folder, hashed), strict=True):
             if digest != entries[name][1]:
                 return f"{name}: {OTHER_BYTES}"
-    except OSError as error:
-        return f"{error.filename or 'a file'}: {error.strerror}"
+    except _MISSING as error:  # a moment ago it was there
+        return f"{error.filename}: {error.strerror}"
     return ""
 
 
 def known(folder: Path) -> Known:
     """What all hosts wrote down; empty where it was never finished. Raises `ValueError` for what
-    cannot be read."""
-    return {name: entry for part in _parts(folder) for name, entry in part.items()}
+    is no digests, `ConfigError` for what cannot be read."""
+    with _readable(folder):
+        return {name: entry for part in _parts(folder) for name, entry in part.items()}
 
 
 def unlike(folder: Path, names: Sequence[str], known: Known) -> list[str]:
-    """Those of `names` that are not there, or not as they were written."""
-    there = [name for name in names if (folder / name).is_file()]
-    found = dict(zip(there, _digests(folder, there), strict=True))
+    """Those of `names` that are not there, or not as they were written. Raises `ConfigError` for
+    one that cannot be read."""
+    with _readable(folder):
+        there = [name for name in names if (folder / name).is_file()]
+        found = dict(zip(there, _digests(folder, there), strict=True))
     return [name for name in names if found.get(name) != tuple(known[name])]
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or folder}: cannot be read: {error.strerror}. That says nothing of "
+            "what was written, so nothing is changed. Mend the disk, the mount, the permissions or "
+            "the limit of open files, then run the same command again."
+        ) from error
 
 
 def is_mark(name: str) -> bool:
@@ -95,8 +121,8 @@ def mark_of(host: int) -> str:
 
 
 def _parts(folder: Path) -> list[Known]:
-    """What each host wrote; empty when one is missing. Raises `ValueError` for one that cannot be
-    read."""
+    """What each host wrote; empty when one is missing. Raises `ValueError` for one that is no
+    digests."""
     parts: list[Known] = []
     hosts = 1
     while len(parts) < hosts:
@@ -108,7 +134,7 @@ def _parts(folder: Path) -> list[Known]:
             parts.append({file: (int(size), str(digest)) for file, (size, digest) in files})
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError,
+        except (*_MISSING, ValueError, TypeError, LookupError, AttributeError, OverflowError,
                 RecursionError):  # fmt: skip
             raise ValueError(f"{name}: cannot be read") from None
     return parts
@@ -124,9 +150,12 @@ def files_of(folder: Path) -> list[str]:
 
 def _digests(folder: Path, files: Iterable[str]) -> list[tuple[int, str]]:
     def of(name: str) -> tuple[int, str]:
-        with (folder / name).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return file.tell(), digest
+        try:
+            with (folder / name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                return file.tell(), digest
+        except OSError as error:  # one of reading has no name
+            raise OSError(error.errno, error.strerror, str(folder / name)) from None
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(of, files))

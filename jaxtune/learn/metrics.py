@@ -140,7 +140,7 @@ class _Wandb:
         # Steps are ours, of each row: rows of a kind need not come in the order of wandb's own.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
-        known.write_text(self._run.id, encoding="utf-8")
+        write_whole(known, self._run.id)
 
     def add(self, values: Mapping[str, float], step: int) -> None:
         self._run.log({**values, "step": step})

@@ -18,11 +18,11 @@ import json
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxtune import hosts, kept, stores
+from jaxtune import hosts, kept, lock, stores
 from jaxtune.config import ConfigError
 from jaxtune.learn import digests
 from jaxtune.learn.digests import FOLDER
@@ -39,9 +39,17 @@ _PARTS = (FOLDER, *_MARKED, "wandb")  # wandb sends its own, or keeps it to be s
 
 def staging(url: str, host: int = 0) -> Path:
     """Where a run of that URL is made before it is copied; hosts may share a machine or a home."""
+    return stores.default_folder() / "runs" / _name(url, host)
+
+
+def reading(url: str, host: int = 0) -> Path:
+    """Where it is read, while it may be going on."""
+    return stores.default_folder() / "read" / _name(url, host)
+
+
+def _name(url: str, host: int) -> str:
     key = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:12]
-    own = f"-host-{host}" if host else ""
-    return stores.default_folder() / "runs" / f"{stores.name_of(url)}-{key}{own}"
+    return f"{stores.name_of(url)}-{key}" + (f"-host-{host}" if host else "")
 
 
 class Mirror:
@@ -58,6 +66,7 @@ class Mirror:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._every_minute, name="jaxtune-mirror")
         self._silent = True  # of a failure: the same one is said once
+        self._only_reads = False
 
     # -- the beginning -----------------------------------------------------------------------------
 
@@ -72,16 +81,26 @@ class Mirror:
             self._join(json.loads(hosts.hear(_CLAIMED, 0)))
         self._thread.start()
 
+    def look(self) -> None:
+        """Instead of `claim`, for one who only reads a run that may be going on: which steps count.
+        Every host calls. Nothing is put but by `put`, and nothing removed."""
+        self._only_reads = True
+        kept.use(self._folder)
+        if hosts.is_first():
+            self.steps = set(steps_of(self.url))
+            hosts.tell(_CLAIMED, json.dumps({"steps": sorted(self.steps)}))
+        else:
+            self.steps = set(json.loads(hosts.hear(_CLAIMED, 0))["steps"])
+
+    def put(self, name: str) -> None:
+        """One file of the folder. Raises `StoreError`."""
+        stores.put(self._folder / name, join(self.url, name))
+
     def _join(self, claimed: dict[str, Any]) -> None:
         """Another host: of what lies here it keeps its parts of this run's checkpoints."""
         here = self._folder / _IDENTITY
         same = here.is_file() and here.read_text(encoding="utf-8") == claimed["identity"]
-        for path in self._folder.iterdir() if self._folder.is_dir() else ():
-            if path.is_dir() and not (same and path.name == FOLDER):
-                shutil.rmtree(path, ignore_errors=True)
-            elif not path.is_dir():
-                path.unlink()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        _empty(self._folder, but=(FOLDER,) if same else ())
         write_whole(here, claimed["identity"])
         self.steps = set(claimed["steps"])
         probe = join(self.url, f".writable-{hosts.index()}")
@@ -97,8 +116,7 @@ class Mirror:
         ours = here.read_text(encoding="utf-8", errors="replace") if here.is_file() else None
         identity = known or secrets.token_hex(16)
         if ours != identity:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True, exist_ok=True)
+            _empty(self._folder)
         stores.put_bytes(identity.encode(), mark)
         write_whole(here, identity)
         self.steps = set(steps_of(self.url))
@@ -140,7 +158,10 @@ class Mirror:
         stores.remove(item.url for item in stores.listed(place))
 
     def fetch_step(self, step: int, folder: Path) -> None:
-        fetch_step(self.url, step, folder)
+        if self._only_reads:
+            _bring(self.url, step, folder)
+        else:
+            fetch_step(self.url, step, folder)
 
     def failed(self, what: str, error: StoreError) -> None:
         """Says that something is not in the store, and that the run goes on; once until it is."""
@@ -218,6 +239,18 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (file for file in inside if file.is_file() and not file.is_symlink())
 
 
+def _empty(folder: Path, *, but: Collection[str] = ()) -> None:
+    """Makes `folder`, and removes what is in it besides `but` and the lock, which is held."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.name in (lock.NAME, *but):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
 def _counting(folder: Path) -> list[int]:
     steps = folder.iterdir() if folder.is_dir() else ()
     return [int(path.name) for path in steps if path.name.isdigit() and digests.complete(path)]
@@ -286,7 +319,7 @@ def fetch_step(url: str, step: int, folder: Path) -> None:
 def fetch_run(url: str, *, step: int | None = None, checkpoint: bool = True) -> Path:
     """A run directory to read: its files and, with `checkpoint`, that of `step` or the newest that
     is undamaged. Raises `StoreError` for what is no run, or has no such step."""
-    folder = stores.default_folder() / "read" / staging(url).name
+    folder = reading(url)
     if not stores.find(join(url, "config.yaml")):
         raise StoreError(f"{url}: no run there: expected {join(url, 'config.yaml')}.")
     kept.use(folder)
@@ -301,11 +334,18 @@ def fetch_run(url: str, *, step: int | None = None, checkpoint: bool = True) -> 
         there = ", ".join(map(str, known)) or "none"
         raise StoreError(f"{join(url, FOLDER)}: no checkpoint of step {step}; there are: {there}.")
     for found in reversed(known) if step is None else [step]:
-        here, mark = folder / FOLDER / str(found), join(url, FOLDER, found, digests.MARK)
-        known_here = (here / digests.MARK).is_file() and (here / digests.MARK).read_bytes()
-        if known_here != stores.read(mark) or digests.damage(here):
-            stores.make_room(sum(i.size for i in stores.listed(join(url, FOLDER, found))))
-            fetch_step(url, found, here)
+        here = folder / FOLDER / str(found)
+        _bring(url, found, here)
         if not digests.damage(here):
             break
     return folder
+
+
+def _bring(url: str, step: int, here: Path) -> None:
+    """A checkpoint to read, fetched where it is not here as it is there now."""
+    mark = join(url, FOLDER, step, digests.MARK)
+    known_here = (here / digests.MARK).is_file() and (here / digests.MARK).read_bytes()
+    if known_here != stores.read(mark) or digests.damage(here):
+        stores.make_room(sum(i.size for i in stores.listed(join(url, FOLDER, step))))
+        here.parent.mkdir(parents=True, exist_ok=True)
+        fetch_step(url, step, here)

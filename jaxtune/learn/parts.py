@@ -81,11 +81,9 @@ class Parts:
         self._mirror.steps.add(step)
 
     def fetch(self, step: int, here: Path, wanted: Wanted) -> str:
-        """What this host needs of a step into `here`, where it lacks it; all hosts call. What is
-        not as it was written on any of them, in words; empty where all is well."""
-        found = _fetch(join(self._mirror.url, FOLDER, step), here, wanted)
-        told = hosts.everyones(found)
-        return next((text for text in told if text), "")
+        """What this host needs of a step into `here`, where it lacks it. What is not as it was
+        written, in words; empty where all is well."""
+        return _fetch(join(self._mirror.url, FOLDER, step), here, wanted)
 
 
 def _own(here: Path, *, first: bool) -> list[str]:

@@ -45,7 +45,7 @@ def record_start(
             **{name: importlib.metadata.version(name) for name in _PACKAGES},
         },
     }
-    file = run_dir / NAME
-    before = file.read_bytes() if file.exists() else b""
-    whole = before[: before.rfind(b"\n") + 1]  # a killed run may have left half a line
-    file.write_bytes(whole + json.dumps(row).encode("utf-8") + b"\n")
+    with (run_dir / NAME).open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)  # a killed run may have left half a line
+        file.write(json.dumps(row).encode("utf-8") + b"\n")

@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxtune import chat, evaluate, train
-from jaxtune.config import Diverged, load
+from jaxtune import chat, evaluate, lock, loop, train
+from jaxtune.config import ConfigError, Diverged, load
 from jaxtune.hf.load import load_params, open_model
+from jaxtune.learn.checkpoint import read_meta
 from jaxtune.tree import named
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -292,6 +293,56 @@ def test_resume_says_what_it_cannot_do(material: Path, straight: Path, tmp_path:
     assert (empty.returncode, "holds no checkpoint" in empty.stderr) == (2, True)
 
 
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def test_while_a_run_goes_on_another_is_refused_and_a_step_is_replayed(
+    material: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(straight, out)
+    monkeypatch.setattr(lock, "_ENDING_SECONDS", 0.1)
+    (out / "checkpoints" / "13").mkdir()  # what the run is writing
+    (out / "checkpoints" / "14.orbax-checkpoint-tmp").mkdir()
+    spoilt = out / "checkpoints" / "10" / "meta" / "metadata"
+    spoilt.write_bytes(spoilt.read_bytes()[:-1])
+    with lock.held(out, print):
+        before = tree(out)
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on .* is writing there"):
+            run(material, out)
+        assert tree(out) == before
+        argv = ["--config", str(out / "config.yaml"), "--output_dir", str(out), "--replay_step"]
+        assert train.main([*argv, "11"]) == 0
+        after = tree(out)
+        assert after.pop("step-11.json")
+        assert after == before
+        with pytest.raises(ConfigError, match="replay_step 13: this run has 12 steps"):
+            train.run(load(out / "config.yaml"), train.TrainOptions(replay_step=13))
+
+
+def test_the_config_is_there_whole_or_as_it_was(
+    material: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(straight, out)
+    before = (out / "config.yaml").read_bytes()
+    was = os.fsync
+
+    def full(file: int) -> None:
+        if Path(f"/proc/self/fd/{file}").resolve().name.startswith("config.yaml"):
+            raise OSError(28, "No space left on device")
+        was(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match=r"out/config\.yaml: cannot be written: No space left"):
+        run(material, out, logging_steps=2)
+    assert (out / "config.yaml").read_bytes() == before
+
+
 def broken(tmp_path: Path, name: str) -> Path:
     good = [{"instruction": "a", "output": "b"}] * 30
     path = tmp_path / f"{name}.jsonl"
@@ -463,6 +514,41 @@ def test_early_stopping_exports_the_best_step_and_ends_for_good(
     assert list((out / "profile").rglob("*.xplane.pb"))
     # Run again, it has nothing to do but the export.
     assert run(material, out, **more).step == best + 2
+
+
+@pytest.mark.slow
+def test_a_best_step_that_is_gone_or_of_other_data_is_forgotten(
+    material: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    losses = {2: 1.0, 4: 3.0, 6: 2.5, 8: 2.0, 10: 9.0, 12: 8.0}
+    after = loop.Standing.after
+    monkeypatch.setattr(
+        loop.Standing, "after", lambda self, loss, step: after(self, losses[step], step)
+    )
+    out = tmp_path / "out"
+    more = {"eval_steps": 2, "save_steps": 2, "save_total_limit": 1, "init": "random",
+            "eval_datasets": material / "eval.jsonl", "export": False}  # fmt: skip
+    run(material, out, **more, max_steps=4)
+    capsys.readouterr()
+
+    run(material, out, **more, max_steps=8, load_best_model_at_end=True)
+    said = capsys.readouterr().err
+    assert "the best step 2, eval_loss 1.0000, is kept nowhere any more" in said
+    assert read_meta(out)["standing"] == {
+        "best_step": 8, "best_loss": 2.0, "since_best": 0, "skipped": 0
+    }  # fmt: skip
+
+    # Other data, on which nothing was measured before.
+    rows = (material / "eval.jsonl").read_text().splitlines()
+    (tmp_path / "other.jsonl").write_text(rows[0] + "\n")
+    more["eval_datasets"] = tmp_path / "other.jsonl"
+    run(material, out, **more, max_steps=12, load_best_model_at_end=True)
+    said = capsys.readouterr().err
+    assert "what is evaluated on is not what it was, so step 8 is no longer the best" in said
+    assert read_meta(out)["standing"]["best_step"] == 12
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ Each trial is one run directory with a data cache of its own. Several disasters 
 the other, each followed by the same command; the last time nothing does. Then its metrics, its
 exported model and its folders must be those of a run that was never disturbed, byte for byte.
 After each disaster the next start must go on from the newest checkpoint that was complete and
-undamaged before: nothing older, nothing half.
+undamaged before: nothing older, nothing half. Where the only one is damaged it must refuse and
+change nothing, until that checkpoint is removed.
 
 A kill falls at a random moment of a random phase: anywhere, while tokenised data is written, in a
 step, in a save, in the export. A full disk is a tmpfs of random size where one can be mounted, else
@@ -137,12 +138,27 @@ class Trial:
             path.unlink()
         self.log.append(f"{kind} {path.relative_to(self.out)}")
         whole = newest(self.out) == step  # not where digests were deleted: it was never finished
-        status, said = self.run(goes_on_from=newest(self.out, below=step) if whole else None)
+        before = newest(self.out, below=step)
+        if whole and not before:
+            self.refused(step, path.name)
+            whole = False
+        status, said = self.run(goes_on_from=before if whole else None)
         self.expect(status == 0, f"exit {status}\n{said}")
         if whole:
             self.expect(f"{step}: is damaged and not used" in said, f"not noticed\n{said}")
             self.expect(path.name in said, f"{path.name} not named\n{said}")
         shutil.rmtree(self.out / "hf")  # so that the next run has something to do
+
+    def refused(self, step: int, name: str) -> None:
+        """The only checkpoint is damaged; then it is removed, as the message says."""
+        kept = (self.out / "metrics.jsonl").read_bytes()
+        status, said = self.run()
+        self.log.append(f"the only checkpoint: exit {status}")
+        self.expect(status == 2, f"exit {status}\n{said}")
+        self.expect(f"the only checkpoint, step {step}, is damaged" in said, f"not said\n{said}")
+        self.expect(name in said, f"{name} not named\n{said}")
+        self.expect((self.out / "metrics.jsonl").read_bytes() == kept, "rows are gone")
+        shutil.rmtree(self.out / "checkpoints" / str(step))
 
     def full_disk(self) -> None:
         with disk(self.folder / "disk", self.out, self.dice) as (place, before, size):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +20,9 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtune import hosts
 from jaxtune.config import ConfigError
-from jaxtune.learn import digests, optim
+from jaxtune.learn import checkpoint, digests, optim
 from jaxtune.learn.checkpoint import Checkpoints, restore_trained
 from jaxtune.learn.state import TrainState, abstract_state, init_opt_state, state_shardings
 from jaxtune.mesh import make_mesh
@@ -120,6 +126,21 @@ def test_a_full_disk_is_said_before_writing_and_the_last_step_stays(
     checkpoints.close()
 
 
+def test_a_disk_that_hosts_share_takes_the_parts_of_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, _, _ = state_on("fsdp", 1.0)
+    checkpoints = Checkpoints(tmp_path)
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 * needed))
+    checkpoints._check_space(state, 1)
+    monkeypatch.setattr(hosts, "everyones", lambda text: [text] * 8)
+    with pytest.raises(ConfigError, match=r"step 1 needs .* MB and the disk has"):
+        checkpoints._check_space(state, 1)
+    checkpoints.close()
+
+
 def test_a_write_that_fails_is_explained(tmp_path: Path) -> None:
     state, _, _ = state_on("fsdp", 1.0)
     checkpoints = Checkpoints(tmp_path)
@@ -182,6 +203,118 @@ def test_a_damaged_step_is_named_and_the_one_before_it_taken(kind: str, tmp_path
     again.close()
     assert Checkpoints(tmp_path).newest_good(notes.append) == 2
     assert len(notes) == 1
+
+
+def of_steps(run_dir: Path, *steps: int) -> Path:
+    """The folder of checkpoints of a run that has ended."""
+    state, _, _ = state_on("fsdp", 1.0)
+    checkpoints = Checkpoints(run_dir)
+    for step in steps:
+        checkpoints.save(state, META, step=step)
+    checkpoints.close()
+    return run_dir / "checkpoints"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("steps", [(2,), (2, 4)])
+def test_where_all_are_damaged_nothing_begins_anew(steps: tuple[int, ...], tmp_path: Path) -> None:
+    folder = of_steps(tmp_path, *steps)
+    for step in steps:
+        flip(folder / str(step) / "meta" / "metadata")
+    before = contents(folder)
+    said = (
+        "the only checkpoint, step 2, is" if len(steps) == 1 else r"all 2 checkpoints \(2, 4\) are"
+    )
+    for _ in range(2):  # nor with the same command again
+        again = Checkpoints(tmp_path)
+        with pytest.raises(ConfigError, match=rf"{said} damaged \(meta/metadata: its bytes"):
+            again.newest_good(print)
+        again.close()
+        assert contents(folder) == before
+    for step in steps:
+        shutil.rmtree(folder / str(step))
+    again = Checkpoints(tmp_path)
+    assert again.newest_good(print) is None
+    again.close()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES])
+@pytest.mark.parametrize("at", ["open", "read", "digests"])
+def test_what_cannot_be_read_is_not_damaged(
+    number: int, at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = of_steps(tmp_path, 2, 4)
+    before = contents(folder)
+    owner, name = {"open": (Path, "open"), "read": (hashlib, "file_digest"),
+                   "digests": (Path, "read_text")}[at]  # fmt: skip
+    was = getattr(owner, name)
+
+    def refused(first: Any, *args: Any, **more: Any) -> Any:
+        path = str(getattr(first, "name", first)) if at == "read" else str(first)
+        if f"{folder}/4/" in path:
+            raise OSError(number, os.strerror(number))
+        return was(first, *args, **more)
+
+    monkeypatch.setattr(owner, name, refused)
+    reading = Checkpoints(tmp_path)
+    with pytest.raises(ConfigError, match=f"cannot be read: {os.strerror(number)}") as error:
+        reading.newest_good(print)
+    assert f"{folder}/4" in str(error.value)
+    with pytest.raises(ConfigError, match="so nothing is changed"):
+        restore_trained(tmp_path, None, None, step=4)
+    reading.close()
+    monkeypatch.undo()
+    assert contents(folder) == before
+    again = Checkpoints(tmp_path)
+    assert again.newest_good(print) == 4
+    again.close()
+
+
+def test_one_host_that_cannot_read_stops_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"failed": ["", "/run/4/d/0: cannot be read: Input/output error."], "found": ["", "x"]}
+    told = iter(said.values())
+    monkeypatch.setattr(hosts, "everyones", lambda text: next(told))
+    with pytest.raises(ConfigError, match="/run/4/d/0: cannot be read"):
+        checkpoint._of_all(lambda: "")
+
+
+def test_one_who_reads_changes_nothing_of_a_run_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = of_steps(tmp_path, 1, 2)
+    flip(folder / "2" / "meta" / "metadata")
+    state, _, _ = state_on("fsdp", 1.0)
+    going = Checkpoints(tmp_path)
+    seal, may = digests.write, threading.Event()
+
+    def slow(*args: Any, **more: Any) -> None:
+        may.wait(60)
+        seal(*args, **more)
+
+    monkeypatch.setattr(digests, "write", slow)
+    going.save(state, META, step=3)
+    going._checkpointer.wait_until_finished()
+    (folder / "4.orbax-checkpoint-tmp").mkdir()
+    before = contents(folder)
+    notes: list[str] = []
+    reading = Checkpoints(tmp_path, reading=True)
+    assert reading.newest_good(notes.append, before=3) == 1
+    reading.close()
+    assert contents(folder) == before
+    assert (folder / "4.orbax-checkpoint-tmp").exists()
+    assert ["2: is damaged and not used" in note for note in notes] == [True]
+    assert "damaged-2" not in notes[0]
+    may.set()
+    going.close()
+    assert Checkpoints(tmp_path).latest() == 3
+    nothing = Checkpoints(tmp_path / "none", reading=True)
+    assert nothing.newest_good(print, before=3) is None
+    nothing.close()
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_best_step_is_kept_besides_the_newest(tmp_path: Path) -> None:

@@ -123,6 +123,31 @@ def test_a_host_that_fails_ends_the_others_with_its_reason(material: Path, tmp_p
     assert "broken.jsonl" in hosts[0].stderr
 
 
+def test_hosts_that_would_not_run_the_same_say_what_differs(material: Path, tmp_path: Path) -> None:
+    """Host 1 reads other answers from a file of the same name, fewer rows to evaluate on, and has
+    another learning rate: all of this would train, or wait, without a word."""
+    rows = [json.loads(line) for line in (material / "train.jsonl").read_text().splitlines()]
+    for name, kept in (("train", rows), ("eval", rows[:2])):
+        other = ({**row, "output": "In Bonn"} for row in kept)
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in other))
+    files = {"--dataset": tmp_path / "train.jsonl", "--eval_datasets": tmp_path / "eval.jsonl"}
+    before = "".join(
+        f"if HOST == 1: sys.argv[sys.argv.index({flag!r}) + 1] = {str(value)!r}\n"
+        for flag, value in {**files, "--learning_rate": "0.05"}.items()
+    )
+    hosts = runs.start(runs.flags(material, tmp_path / "out"), hosts=2, devices=2, before=before)
+    assert [host.end(100) for host in hosts] == [2, 2], hosts[0].stderr + hosts[1].stderr
+    for host in hosts:
+        assert "hosts: they are not about to run the same: " in host.stderr
+        assert "learning_rate is 0.05 on host 1 and 0.01 on host 0" in host.stderr
+        assert "what is trained on (data, tokenizer, template, seed, rows) is" in host.stderr
+        assert "what is evaluated on is" in host.stderr
+        assert "the base model" not in host.stderr
+        assert "datasets is" not in host.stderr  # by what it holds, wherever it lies
+        assert "Traceback" not in host.stderr
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
 @pytest.mark.slow
 def test_sample_prompts_on_two_hosts_are_answered_as_on_one(material: Path, tmp_path: Path) -> None:
     found = []

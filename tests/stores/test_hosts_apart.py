@@ -64,10 +64,12 @@ def ended(
     kill: int = 0,
     who: int = 1,
     more: str = "",
+    fsdp: int = 2,
     **options: object,
 ) -> tuple[list[int], list[str]]:
-    """The exit codes of a run with its output at `run`, and what each host said."""
-    split = {"mesh.data": 2, "mesh.fsdp": 2, "hosts.heartbeat_timeout_seconds": 10}
+    """The exit codes of a run with its output at `run`, and what each host said. With an `fsdp` of
+    4 no host holds whole arrays."""
+    split = {"mesh.data": 4 // fsdp, "mesh.fsdp": fsdp, "hosts.heartbeat_timeout_seconds": 10}
     flags = runs.flags(material, Path("/nowhere"), output_dir=run, **split, **options)
     before = APART.format(disks=str(disks), kill=kill, who=who) + more
     processes = runs.start(flags, hosts=hosts, devices=4, before=before)
@@ -180,6 +182,31 @@ def test_adapters_the_best_step_and_samples(s3: str, material: Path, tmp_path: P
     for step in steps_of(run):
         for disk in ("host-0", "host-1"):
             assert on_disk(tmp_path / "disks" / disk, step)
+
+
+def test_the_best_step_is_the_one_it_went_on_from(s3: str, material: Path, tmp_path: Path) -> None:
+    """Of which each host has fetched what its devices hold, and the store has the rest."""
+    run = join(s3, "run")
+    options = {
+        "max_steps": 9, "eval_steps": 3, "save_steps": 3, "load_best_model_at_end": "true",
+        "save_total_limit": 1, "fsdp": 4,
+    }  # fmt: skip
+    codes, said = ended(material, run, tmp_path / "a", kill=5, more=FIRST_IS_BEST, **options)
+    assert codes == [75, -9], said
+    codes, said = ended(material, run, tmp_path / "b", more=FIRST_IS_BEST, **options)
+    assert codes == [0, 0], said
+    assert "going on after step 3" in said[0]
+    assert "best: step 3, eval_loss 3.0000; it is exported" in said[0]
+    assert stores.find(join(run, "hf", "config.json"))
+
+    # Looked at by two hosts, on disks of their own: the store has one file more.
+    before = {item.url: item.tag for item in stores.listed(run)}
+    codes, said = ended(material, run, tmp_path / "c", replay_step=8, **options)
+    assert codes == [0, 0], said
+    after = {item.url: item.tag for item in stores.listed(run)}
+    assert f"replayed step 8: {join(run, 'step-8.json')}" in said[0]
+    assert after.pop(join(run, "step-8.json"))
+    assert after == before
 
 
 def test_the_chunks_that_a_host_needs(tmp_path: Path) -> None:

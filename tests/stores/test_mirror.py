@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from jaxtune import stores
+from jaxtune import lock, stores
 from jaxtune.config import ConfigError
 from jaxtune.learn import digests, mirror
+from jaxtune.learn.checkpoint import Checkpoints
 from jaxtune.learn.mirror import Mirror, fetch_run, steps_of
 from jaxtune.stores import StoreError, join
 
@@ -126,7 +127,9 @@ def test_a_run_that_was_removed_from_the_store_does_not_come_back(run: Any, tmp_
     made, folder, _ = run
     made.close()
     stores.remove(item.url for item in stores.listed(made.url))
-    again = opened(made.url, folder, [])
+    with lock.held(folder, print):
+        again = opened(made.url, folder, [])
+        assert (folder / lock.NAME).exists()  # else another run would make one of its own
     assert again.steps == set()
     assert not (folder / "checkpoints").exists()
     assert not (folder / "metrics.jsonl").exists()
@@ -318,6 +321,49 @@ def test_bytes_that_came_out_otherwise_are_noticed(
 
 
 # -- read ------------------------------------------------------------------------------------------
+
+
+def listing(url: str) -> dict[str, str]:
+    return {item.url: item.tag for item in stores.listed(url)}
+
+
+def test_one_who_only_looks_changes_nothing_of_a_run_that_goes_on(run: Any) -> None:
+    made, _, _ = run
+    stores.put_bytes(b"half", join(made.url, "checkpoints/8/trained/d/0"))
+    before = listing(made.url)
+    here = mirror.reading(made.url)
+    assert here != mirror.staging(made.url)
+    here.mkdir(parents=True)
+    looking = Mirror(made.url, here, print)
+    looking.look()
+    checkpoints = Checkpoints(here, mirror=looking, reading=True)
+    assert checkpoints.newest_good(print, before=9) == 4
+    assert digests.damage(here / "checkpoints" / "4") == ""
+    (here / "metrics.jsonl").write_text("old\n")
+    checkpoints.close()
+    looking.close()
+    assert listing(made.url) == before
+    (here / "step-9.json").write_text("{}")
+    looking.put("step-9.json")
+    assert stores.read(join(made.url, "step-9.json")) == b"{}"
+
+
+def test_where_the_only_step_is_damaged_nothing_begins_anew(run: Any) -> None:
+    made, folder, _ = run
+    made.close()
+    stores.put_bytes(b"other", join(made.url, "checkpoints/4/meta"))
+    (folder / "checkpoints/4/meta").write_bytes(b"gone too")
+    for _ in range(2):
+        again = opened(made.url, folder, [])
+        before = listing(join(made.url, "checkpoints"))
+        checkpoints = Checkpoints(folder, mirror=again)
+        with pytest.raises(ConfigError, match="the only checkpoint, step 4, is damaged") as error:
+            checkpoints.newest_good(print)
+        assert join(made.url, "checkpoints") in str(error.value)
+        checkpoints.close()
+        again.close()
+        assert listing(join(made.url, "checkpoints")) == before
+    assert (folder / "checkpoints/damaged-4/meta").read_bytes() == b"gone too"
 
 
 def test_a_damaged_step_is_passed_over(run: Any) -> None:

@@ -1,0 +1,137 @@
+"""Whether the hosts of a run are about to run the same.
+
+Each host reads its own config, data and model, and makes its own rows of a batch: where one of them
+has others, the run trains on what nobody asked for, or waits for ever. So all is compared, part by
+part, before anything is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxtune import __version__, hosts
+from jaxtune.config import Config, ConfigError, field_names
+
+if TYPE_CHECKING:
+    from jaxtune.data.pipeline import Batches, Dataset
+    from jaxtune.hf.load import HfModel
+    from jaxtune.weights import Adapters
+
+# Fields that each host may have its own of: where it writes, and how it works.
+_OWN = ("output_dir", "dataset_num_proc", "compilation_cache_dir", "hang_timeout_seconds")
+# And where something lies that is compared by what it holds.
+_PLACES = ("dataset", "model_name_or_path", "tokenizer_name", "adapter_name_or_path")
+_SHOWN = 60  # characters of a value
+_NAMED = 3  # hosts that are alike
+_TOLD = "parts"
+
+
+def check_same(parts: Mapping[str, str]) -> None:
+    """`parts` are this host's: name -> value or digest. All hosts call. Raises `ConfigError` on
+    every one where they are not alike."""
+    own = json.dumps(parts, sort_keys=True)
+    if len(set(hosts.everyones(_digest(own)))) == 1:
+        return
+    hosts.tell(_TOLD, own)
+    everyones = [json.loads(hosts.hear(_TOLD, host)) for host in range(hosts.count())]
+    raise ConfigError(
+        f"hosts: they are not about to run the same: {'; '.join(differences(everyones))}. Start "
+        "the same command on all of them, with the same files and the same versions."
+    )
+
+
+def differences(everyones: Sequence[Mapping[str, str]]) -> list[str]:
+    """A text for each part that is not alike on all hosts.
+
+    >>> differences([{"seed": "1"}, {"seed": "2"}])
+    ['seed is 2 on host 1 and 1 on host 0']
+    """
+    names = dict.fromkeys(name for parts in everyones for name in parts)
+    found = {name: _by_value([parts.get(name, "unknown") for parts in everyones]) for name in names}
+    return [f"{name} is {_told(who)}" for name, who in found.items() if len(who) > 1]
+
+
+def _by_value(values: Sequence[str]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for host, value in enumerate(values):
+        found.setdefault(value, []).append(host)
+    return found
+
+
+def _told(who: Mapping[str, Sequence[int]]) -> str:
+    """What few hosts have first: of many it is theirs that is wrong."""
+    texts = []
+    for value, alike in sorted(who.items(), key=lambda item: (len(item[1]), -item[1][0])):
+        shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
+        named = ", ".join(map(str, alike[:_NAMED]))
+        more = f" and {len(alike) - _NAMED} more" if len(alike) > _NAMED else ""
+        texts.append(f"{shown} on host {named}{more}")
+    return " and ".join(texts)
+
+
+def parts_of(
+    config: Config,
+    model: HfModel,
+    adapters: Adapters | None,
+    batches: Batches,
+    held_out: Dataset | None,
+    total_steps: int,
+) -> dict[str, str]:
+    """What decides about a run's numbers and about what its hosts do together."""
+    import jax
+
+    from jaxtune.data.position import fingerprint
+
+    evaluated = held_out and _short([held_out.names, held_out.fingerprint])
+    return {
+        "jaxtune": __version__,
+        "jax": jax.__version__,
+        **_knobs(config),
+        "what is trained on (data, tokenizer, template, seed, rows)": fingerprint(batches)[:12],
+        "what is evaluated on": evaluated or "nothing",
+        "the number of steps": str(total_steps),
+        "the base model": _base(model),
+        "the adapter it goes on from": _adapter(adapters),
+    }
+
+
+def _knobs(config: Config) -> dict[str, str]:
+    values = config.model_dump(mode="json")
+    for entries in ("datasets", "eval_datasets"):
+        for entry in values[entries]:
+            del entry["path"]
+    found = {}
+    for name in field_names(Config):
+        group, _, leaf = name.partition(".")
+        if group not in (*_OWN, *_PLACES, "hosts"):
+            found[name] = json.dumps(values[group][leaf] if leaf else values[group])
+    return found
+
+
+def _base(model: HfModel) -> str:
+    """By its shape and samples of its weights."""
+    from jaxtune.hf.identity import digests
+
+    return _short([repr(model.spec), digests(model)])
+
+
+def _adapter(adapters: Adapters | None) -> str:
+    if adapters is None or adapters.start is None:
+        return "none"
+    from jaxtune.tree import named
+
+    found = hashlib.sha256()
+    for name, array in sorted(named(adapters.start).items()):
+        found.update(name.encode() + array.tobytes())
+    return found.hexdigest()[:12]
+
+
+def _short(value: Any) -> str:
+    return _digest(json.dumps(value))[:12]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
