@@ -206,13 +206,16 @@ def read_adapter(adapter: Adapter, model: HfModel) -> tuple[Lora, Any]:
                 layers.setdefault(name, []).append(
                     (
                         *parts,
-                        np.asarray(scale, np.float32),
+                        np.asarray(scale),
                         *(() if length is None else (length[rows],)),
                     )
                 )
     if not layers:
         raise ModelError(f"{file}: none of its adapters is of a projection of {model.name}.")
-    largest = max(len(layer[0]) for each in layers.values() for layer in each)
+    every = [layer for each in layers.values() for layer in each]
+    largest = max(len(layer[0]) for layer in every)
+    if alpha == 0 and any(layer[2] for layer in every):
+        alpha = float(rank)  # B cannot carry what nought is multiplied by
     lora = Lora(
         r=largest,
         alpha=alpha if largest == rank else alpha * largest / rank,
@@ -274,8 +277,9 @@ def _leaves(
     found: dict[str, list[np.ndarray]] = {"a": [], "b": [], "magnitude": []}
     for a, b, scale, *length in layers:
         pad = lora.r - len(a)
+        share = np.float32(scale / lora.scale if lora.scale else 1)
         a = np.pad(a, ((0, pad), (0, 0)))
-        b = np.pad(b * (scale / np.float32(lora.scale)), ((0, 0), (0, pad)))
+        b = np.pad(b * share, ((0, 0), (0, pad)))
         inner = a.reshape(lora.r, *(sizes[axis] for axis in placed.row.groups[1]))
         order = [1 + placed.row.groups[1].index(axis) for axis in shared]
         found["a"].append(inner.transpose(*order, 0))
