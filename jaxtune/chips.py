@@ -31,6 +31,7 @@ class Chip(NamedTuple):
     dimensions: int = 2  # of the torus
     clock: float = 0.0
     hosts_of: int = 4  # chips that share a host
+    mode: str = ""  # the TPU compiler's name for these devices, where its default has others
 
 
 _GIB = 2**30
@@ -39,13 +40,15 @@ _GIB = 2**30
 # accepts, libtpu 0.0.51), NVIDIA data sheets (dense, without sparsity). `clock` is the peak divided
 # by the FLOPs a cycle of the matrix units.
 CHIPS: Mapping[str, Chip] = {
-    "v4": Chip(275e12, 31 * _GIB, 1228e9, 300e9, ("TPU v4",), 2, 1, 3, 1.05e9),
-    "v5e": Chip(197e12, int(15.75 * _GIB), 819e9, 180e9, ("TPU v5 lite", "TPU v5e"), clock=1.503e9),
-    "v5p": Chip(459e12, int(95.74 * _GIB), 2765e9, 540e9, ("TPU v5", "TPU v5p"), 2, 1, 3, 1.751e9),
-    "v6e": Chip(
-        918e12, int(31.25 * _GIB), 1640e9, 360e9, ("TPU v6 lite", "TPU v6e"), clock=1.751e9
+    "v4": Chip(
+        275e12, int(30.75 * _GIB), 1228e9, 300e9, ("TPU v4",), 2, 1, 3, 1.05e9, mode="megacore"
     ),
-    "tpu7x": Chip(2307e12, 192 * _GIB, 7380e9, 600e9, ("TPU7x",), 2, 2, 3, 2.2e9),
+    "v5e": Chip(197e12, int(15.75 * _GIB), 819e9, 180e9, ("TPU v5 lite", "TPU v5e"), clock=1.503e9),
+    "v5p": Chip(459e12, int(95.73 * _GIB), 2765e9, 540e9, ("TPU v5", "TPU v5p"), 2, 1, 3, 1.751e9),
+    "v6e": Chip(
+        918e12, int(31.24 * _GIB), 1640e9, 360e9, ("TPU v6 lite", "TPU v6e"), clock=1.751e9
+    ),
+    "tpu7x": Chip(2307e12, int(189.48 * _GIB), 7380e9, 600e9, ("TPU7x",), 2, 2, 3, 2.2e9),
     "a100-40": Chip(312e12, 39 * _GIB, 1555e9, 300e9, ("NVIDIA A100-SXM4-40GB",), hosts_of=8),
     "a100-80": Chip(312e12, 79 * _GIB, 2039e9, 300e9, ("NVIDIA A100-SXM4-80GB",), hosts_of=8),
     "h100": Chip(989e12, 79 * _GIB, 3350e9, 450e9, ("NVIDIA H100 80GB HBM3",), hosts_of=8),

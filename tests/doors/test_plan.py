@@ -157,14 +157,15 @@ def test_without_the_compiler_it_says_what_to_install(
     assert "pip install 'jaxtune[tpu]'" in capsys.readouterr().err
 
 
-def test_the_real_step_is_compiled_for_a_slice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("topology", ["v5e-4", "v4-8"])
+def test_the_real_step_is_compiled_for_a_slice(tmp_path: Path, topology: str) -> None:
     """In a process of its own, as JAX here has been imported for eight CPU devices."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: nothing was compiled for a TPU (pip install .[tpu])")
     config = json.loads((QUICKSTART / "model" / "config.json").read_text())
     config |= {"num_hidden_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    words = ("--topology", "v5e-4", "--model_name_or_path", str(tmp_path), "--json",
+    words = ("--topology", topology, "--model_name_or_path", str(tmp_path), "--json",
              "--max_length", "256", "--per_device_train_batch_size", "2")  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     done = subprocess.run(
@@ -176,6 +177,7 @@ def test_the_real_step_is_compiled_for_a_slice(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert found["method"] == "compiled"
     assert found["fits"]
+    assert found["mesh"]["fsdp"] == found["chips"] == 4
     assert found["hbm_by_kind"]["program"] > 0
     assert set(found["collective_bytes_by_axis"]) == {"fsdp"}
     assert found["collective_bytes"] == pytest.approx(
