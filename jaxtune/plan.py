@@ -46,7 +46,7 @@ class PlanOptions(command.Options):
     search_minutes: float = Field(20.0, gt=0, description="time for compiling in a search")
     search_output: str = Field("plan.yaml", description="where a search writes what it chose")
     price_per_chip_hour: float | None = Field(
-        None, gt=0, description="in any currency; adds the price of the run"
+        None, gt=0, le=1e9, description="in any currency; adds the price of the run"
     )
     cache: bool = Field(True, description="keep and reuse what the compiler said")
     as_json: bool = Field(False, alias="json", description="one object on stdout")
