@@ -198,6 +198,8 @@ def _described(found: Study, options: PlanOptions) -> dict[str, Any]:
 
 def _notes(found: Study) -> list[str]:
     """What the figures rest on."""
+    from jaxtune.planning.advice import faster
+
     there, read = found.hardware, found.read
     notes = []
     if read is None:
@@ -219,6 +221,8 @@ def _notes(found: Study) -> list[str]:
         )
     elif found.time is not None:
         notes.append("time: by arithmetic, from shares of the peak; a rough guide")
+    if (shorter := faster(found)) is not None:
+        notes.append(shorter)
     if there.slice.platform == "tpu" and there.per_chip > 1:
         notes.append(f"JAX shows {there.per_chip} devices for each chip; mesh and rows count these")
     return notes
