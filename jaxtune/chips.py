@@ -31,6 +31,8 @@ class Chip(NamedTuple):
     dimensions: int = 2  # of the torus
     clock: float = 0.0
     hosts_of: int = 4  # chips that share a host
+    largest: int = 256  # chips of a slice
+    mode: str = ""  # the TPU compiler's name for these devices, where its default has others
 
 
 _GIB = 2**30
@@ -38,19 +40,30 @@ _GIB = 2**30
 # Sources: cloud.google.com/tpu/docs (system architecture pages; `hbm` is what the TPU compiler
 # accepts, libtpu 0.0.51), NVIDIA data sheets (dense, without sparsity). `clock` is the peak divided
 # by the FLOPs a cycle of the matrix units.
+# fmt: off
 CHIPS: Mapping[str, Chip] = {
-    "v4": Chip(275e12, 31 * _GIB, 1228e9, 300e9, ("TPU v4",), 2, 1, 3, 1.05e9),
-    "v5e": Chip(197e12, int(15.75 * _GIB), 819e9, 180e9, ("TPU v5 lite", "TPU v5e"), clock=1.503e9),
-    "v5p": Chip(459e12, int(95.74 * _GIB), 2765e9, 540e9, ("TPU v5", "TPU v5p"), 2, 1, 3, 1.751e9),
-    "v6e": Chip(
-        918e12, int(31.25 * _GIB), 1640e9, 360e9, ("TPU v6 lite", "TPU v6e"), clock=1.751e9
+    "v4": Chip(
+        275e12, int(30.75 * _GIB), 1228e9, 300e9, ("TPU v4",), 2, 1, 3, 1.05e9,
+        largest=4096, mode="megacore",
     ),
-    "tpu7x": Chip(2307e12, 192 * _GIB, 7380e9, 600e9, ("TPU7x",), 2, 2, 3, 2.2e9),
+    "v5e": Chip(197e12, int(15.75 * _GIB), 819e9, 180e9, ("TPU v5 lite", "TPU v5e"), clock=1.503e9),
+    "v5p": Chip(
+        459e12, int(95.73 * _GIB), 2765e9, 540e9, ("TPU v5", "TPU v5p"), 2, 1, 3, 1.751e9,
+        largest=8960,
+    ),
+    "v6e": Chip(
+        918e12, int(31.24 * _GIB), 1640e9, 360e9, ("TPU v6 lite", "TPU v6e"), clock=1.751e9
+    ),
+    "tpu7x": Chip(
+        2307e12, int(189.48 * _GIB), 7380e9, 600e9, ("TPU7x",), 2, 2, 3, 2.2e9,
+        largest=9216,
+    ),
     "a100-40": Chip(312e12, 39 * _GIB, 1555e9, 300e9, ("NVIDIA A100-SXM4-40GB",), hosts_of=8),
     "a100-80": Chip(312e12, 79 * _GIB, 2039e9, 300e9, ("NVIDIA A100-SXM4-80GB",), hosts_of=8),
     "h100": Chip(989e12, 79 * _GIB, 3350e9, 450e9, ("NVIDIA H100 80GB HBM3",), hosts_of=8),
     "h200": Chip(989e12, 140 * _GIB, 4800e9, 450e9, ("NVIDIA H200",), hosts_of=8),
 }
+# fmt: on
 # The machine at hand: how much memory it has is asked when it is wanted.
 CPU = Chip(0.0, 0, 0.0, 0.0, ("cpu",))
 HOST_RATE = 16e9  # bytes a second between a chip and its host's memory; an assumption, PCIe 3 x16
@@ -70,6 +83,9 @@ _CUBE = {4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4)
          256: (4, 8, 8), 512: (8, 8, 8), 1024: (8, 8, 16), 2048: (8, 16, 16),
          4096: (16, 16, 16)}  # fmt: skip
 
+
+_MOST_CHIPS = 2**17  # of all slices together: no plan is made for more
+_NUMBER = "[0-9]{1,9}"
 
 _TPUS = tuple(kind for kind, chip in CHIPS.items() if chip.clock)
 _GPUS = tuple(kind for kind in CHIPS if kind not in _TPUS)
@@ -118,13 +134,14 @@ def parse_slice(name: str) -> Slice:
     >>> parse_slice("v5p-16").topology
     'v5p:2x2x2'
     """
-    count, _, one = name.strip().lower().replace(" ", "").rpartition("*")
-    if match := re.fullmatch(r"(\d+)x(?=[a-z])(.*)", one):  # 2 x v5e-256
-        count, one = match[1], match[2]
-    slices = int(count) if count else 1
+    one = name.strip().lower().replace(" ", "")
+    slices = 1
+    if count := re.match(rf"({_NUMBER})(\*|x(?=[a-z]))", one):  # 2 x v5e-256
+        slices, one = int(count[1]), one[count.end() :]
     if one == "cpu":
         return Slice("cpu", (1,))
-    if gpus := re.fullmatch(rf"({'|'.join(_GPUS)})(?:-(\d+))?", "h100" if one == "gpu" else one):
+    machine = "h100" if one == "gpu" else one
+    if gpus := re.fullmatch(rf"({'|'.join(_GPUS)})(?:-({_NUMBER}))?", machine):
         return _machine(name, gpus[1], int(gpus[2] or 1), slices)
     kind, _, size = one.partition(":") if ":" in one else one.rpartition("-")
     kind = _OTHER_NAMES.get(kind, kind)
@@ -137,16 +154,32 @@ def parse_slice(name: str) -> Slice:
     chip = CHIPS[kind]
     shapes = _CUBE if chip.dimensions == 3 else _FLAT
     if ":" in one:
-        shape = tuple(int(n) for n in size.split("x")) if re.fullmatch(r"\d+(x\d+)*", size) else ()
+        numbers = re.fullmatch(rf"{_NUMBER}(x{_NUMBER})*", size)
+        shape = tuple(int(n) for n in size.split("x")) if numbers else ()
         if len(shape) != chip.dimensions or 0 in shape:
             example = "x".join(map(str, shapes[8]))
             raise ConfigError(f"topology: '{name}': a {kind} slice is written as {kind}:{example}.")
-        return Slice(kind, shape, slices)
-    wanted = int(size) / chip.cores_in_name if size.isdigit() else 0
+        return _checked(Slice(kind, shape, slices), name)
+    wanted = int(size) / chip.cores_in_name if re.fullmatch(_NUMBER, size) else 0
     if wanted not in shapes:
         sizes = ", ".join(f"{kind}-{chips * chip.cores_in_name}" for chips in shapes)
         raise ConfigError(f"topology: there is no '{name}'. There are: {sizes}.")
-    return Slice(kind, shapes[int(wanted)], slices)
+    return _checked(Slice(kind, shapes[int(wanted)], slices), name)
+
+
+def _checked(slice: Slice, name: str) -> Slice:
+    one, largest = math.prod(slice.shape), slice.chip.largest
+    if one > largest:
+        raise ConfigError(
+            f"topology: '{name}': {one:,} chips; the largest slice of {slice.kind} has "
+            f"{largest:,}. Join several as 2x{slice.kind}-N."
+        )
+    if slice.chips > _MOST_CHIPS:
+        raise ConfigError(
+            f"topology: '{name}': {slice.chips:,} chips; plans are made for up to "
+            f"{_MOST_CHIPS:,}. Choose fewer slices."
+        )
+    return slice
 
 
 def _machine(name: str, kind: str, count: int, machines: int) -> Slice:

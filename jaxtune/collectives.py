@@ -346,35 +346,30 @@ def total(tree: Any) -> Any:
     return jax.lax.psum(tree, own) if own else tree
 
 
-def draws(
-    draw: Callable[[jax.Array, tuple[int, ...]], jax.Array], key: jax.Array, shape: Sequence[int]
-) -> jax.Array:
-    """`draw(key of a token, shape[2:])` for all tokens of `[B T ...]`.
-
-    The key is of the token's row and place in the whole batch, so that what is drawn does not
-    depend on the devices the batch lies on.
-    """
-    rows, tokens = jnp.arange(shape[0]), row_share(shape[1] * row_devices())
+def _words(key: jax.Array, rows: int, length: int) -> jax.Array:
+    """Two random words, uint32, for each token: `[B T 2]`."""
+    numbers, tokens = jnp.arange(rows), row_share(length * row_devices())
     mesh = in_context()
     if mesh is not None and manual(mesh):
-        rows = rows + shape[0] * jax.lax.axis_index(ROWS)
+        numbers = numbers + rows * jax.lax.axis_index(ROWS)
 
     def of_row(row: jax.Array) -> jax.Array:
-        key_of_row = jax.random.fold_in(key, row)
-        return jax.vmap(lambda token: draw(jax.random.fold_in(key_of_row, token), rest))(tokens)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(key, row)))(tokens)
+        return jax.vmap(lambda key: jax.random.bits(key, (2,), jnp.uint32))(keys)
 
-    rest = tuple(shape[2:])
-    return jax.vmap(of_row)(rows)
+    return jax.vmap(of_row)(numbers)
 
 
 def bits(key: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """32 random bits, uint32, for each number of `[B T ...]`; of rows and places as `draws`.
+    """32 random bits, uint32, for each number of `[B T ...]`.
 
-    JAX's generator gives two words to each token, and these are mixed with the number's place in
-    it as MurmurHash3 finishes its hashes. By a TPU's schedule that is hidden behind reading the
-    numbers that are dropped; JAX's generator for each of them was a seventh of an adapter step.
+    They go by the token's row and place in the whole batch, so that what is drawn does not depend
+    on the devices the batch lies on. JAX's generator gives two words to each token, and these are
+    mixed with the number's place in it as MurmurHash3 finishes its hashes. By a TPU's schedule that
+    is hidden behind reading the numbers that are dropped; JAX's generator for each of them was a
+    seventh of an adapter step.
     """
-    seeds = draws(lambda key, _: jax.random.bits(key, (2,), jnp.uint32), key, shape)
+    seeds = _words(key, shape[0], shape[1])
     one, two = (
         jnp.broadcast_to(seeds[..., n].reshape(*shape[:2], *[1] * len(shape[2:])), shape)
         for n in range(2)

@@ -46,7 +46,7 @@ class PlanOptions(command.Options):
     search_minutes: float = Field(20.0, gt=0, description="time for compiling in a search")
     search_output: str = Field("plan.yaml", description="where a search writes what it chose")
     price_per_chip_hour: float | None = Field(
-        None, gt=0, description="in any currency; adds the price of the run"
+        None, gt=0, le=1e9, description="in any currency; adds the price of the run"
     )
     cache: bool = Field(True, description="keep and reuse what the compiler said")
     as_json: bool = Field(False, alias="json", description="one object on stdout")
@@ -198,6 +198,8 @@ def _described(found: Study, options: PlanOptions) -> dict[str, Any]:
 
 def _notes(found: Study) -> list[str]:
     """What the figures rest on."""
+    from jaxtune.planning.advice import faster
+
     there, read = found.hardware, found.read
     notes = []
     if read is None:
@@ -219,6 +221,8 @@ def _notes(found: Study) -> list[str]:
         )
     elif found.time is not None:
         notes.append("time: by arithmetic, from shares of the peak; a rough guide")
+    if (shorter := faster(found)) is not None:
+        notes.append(shorter)
     if there.slice.platform == "tpu" and there.per_chip > 1:
         notes.append(f"JAX shows {there.per_chip} devices for each chip; mesh and rows count these")
     return notes

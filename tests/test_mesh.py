@@ -16,7 +16,6 @@ from jaxtune.collectives import (
     EVERYWHERE,
     bits,
     dealt,
-    draws,
     gathered,
     looked_up,
     per_device,
@@ -219,8 +218,7 @@ def test_what_is_drawn_for_a_token_does_not_depend_on_the_devices() -> None:
     shape = (8, 6, 5)  # not in pairs of stretches over two devices: dealt as placed
 
     def draw(ids: jax.Array) -> jax.Array:
-        key = jax.random.key(3)
-        return draws(lambda key, rest: jax.random.uniform(key, rest), key, (*ids.shape, 5))
+        return bits(jax.random.key(3), (*ids.shape, 5))
 
     alone = draw(jnp.zeros(shape[:2]))
     assert len(np.unique(alone)) == alone.size

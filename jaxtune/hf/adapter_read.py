@@ -22,7 +22,9 @@ from jaxtune.hf.peft_names import (
     A,
     B,
     first_row,
+    in_peft,
     modules_of,
+    spellings,
     table_module,
 )
 from jaxtune.hf.tensors import fetch, read_header
@@ -153,12 +155,13 @@ def read_adapter(adapter: Adapter, model: HfModel) -> tuple[Lora, Any]:
     """
     file = adapter.folder / WEIGHTS
     header = read_header(file)
+    keys = _keys(model, header, file)
     left = set(header)
 
     def take(name: str, shape: tuple[int | None, ...]) -> np.ndarray:
-        key = PREFIX + name
-        if key not in header:
-            raise ModelError(f"{file}: {plain(key)} is missing.")
+        key = keys.get(name)
+        if key is None:
+            raise ModelError(f"{file}: {plain(PREFIX + in_peft(model, name))} is missing.")
         found = header[key]
         if len(found.shape) != len(shape) or any(
             want not in (None, have) for want, have in zip(shape, found.shape, strict=True)
@@ -180,7 +183,7 @@ def read_adapter(adapter: Adapter, model: HfModel) -> tuple[Lora, Any]:
     layers: dict[str, list[tuple[np.ndarray, ...]]] = {}
     for names in sharing.values():
         names.sort(key=lambda name: first_row(model, name))
-        present = [f"{PREFIX}{module}{A}" in header for module in modules[names[0]]]
+        present = [f"{module}{A}" in keys for module in modules[names[0]]]
         if not any(present):
             continue
         if not all(present):
@@ -195,20 +198,24 @@ def read_adapter(adapter: Adapter, model: HfModel) -> tuple[Lora, Any]:
             a = take(f"{module}{A}", (None, inputs))
             b = take(f"{module}{B}", (out, len(a)))
             length = take(f"{module}{MAGNITUDE}", (out,)) if dora else None
-            own_alpha = float(_pattern(config.get("alpha_pattern"), module, alpha))
+            there = keys[f"{module}{A}"].removeprefix(PREFIX).removesuffix(A)
+            own_alpha = float(_pattern(config.get("alpha_pattern"), there, alpha))
             scale = own_alpha / (math.sqrt(len(a)) if rslora else len(a))
             for name, parts in zip(names, _split(model, names, a, b, rank), strict=True):
                 rows = slice(first_row(model, name), first_row(model, name) + len(parts[1]))
                 layers.setdefault(name, []).append(
                     (
                         *parts,
-                        np.asarray(scale, np.float32),
+                        np.asarray(scale),
                         *(() if length is None else (length[rows],)),
                     )
                 )
     if not layers:
         raise ModelError(f"{file}: none of its adapters is of a projection of {model.name}.")
-    largest = max(len(layer[0]) for each in layers.values() for layer in each)
+    every = [layer for each in layers.values() for layer in each]
+    largest = max(len(layer[0]) for layer in every)
+    if alpha == 0 and any(layer[2] for layer in every):
+        alpha = float(rank)  # B cannot carry what nought is multiplied by
     lora = Lora(
         r=largest,
         alpha=alpha if largest == rank else alpha * largest / rank,
@@ -226,6 +233,14 @@ def read_adapter(adapter: Adapter, model: HfModel) -> tuple[Lora, Any]:
     if left:
         raise ModelError(f"{file}: {some(sorted(left))} have no place in {model.name}.")
     return lora, unnamed(leaves)
+
+
+def _keys(model: HfModel, header: Mapping[str, Any], file: Path) -> dict[str, str]:
+    """A tensor's name by the modules of a model of text alone -> its key in the file."""
+    keys = {key.removeprefix(PREFIX): key for key in header if key.startswith(PREFIX)}
+    if model.wrapper is None:
+        return keys
+    return model.wrapper.tensors(keys, where=str(file))[0]
 
 
 def _pattern(patterns: Any, module: str, otherwise: float) -> float:
@@ -262,8 +277,9 @@ def _leaves(
     found: dict[str, list[np.ndarray]] = {"a": [], "b": [], "magnitude": []}
     for a, b, scale, *length in layers:
         pad = lora.r - len(a)
+        share = np.float32(scale / lora.scale if lora.scale else 1)
         a = np.pad(a, ((0, pad), (0, 0)))
-        b = np.pad(b * (scale / np.float32(lora.scale)), ((0, 0), (0, pad)))
+        b = np.pad(b * share, ((0, 0), (0, pad)))
         inner = a.reshape(lora.r, *(sizes[axis] for axis in placed.row.groups[1]))
         order = [1 + placed.row.groups[1].index(axis) for axis in shared]
         found["a"].append(inner.transpose(*order, 0))
@@ -286,7 +302,7 @@ def _read_rows(
     for table in ("embed/table", *(() if model.spec.tie_head else ("head/kernel",))):
         module = table_module(model, table)
         named_here = not isinstance(given, Mapping) and table == "embed/table"
-        if named_here or (isinstance(given, Mapping) and _is_named(module, given)):
+        if named_here or (isinstance(given, Mapping) and _is_named(model, module, given)):
             rows = take(f"{module}{ROWS}", shape)
         else:
             placed = model.placed[table]
@@ -297,8 +313,12 @@ def _read_rows(
     return found
 
 
-def _is_named(module: str, names: Mapping[str, Any]) -> bool:
-    return any(module == name or module.endswith(f".{name}") for name in names)
+def _is_named(model: HfModel, module: str, names: Mapping[str, Any]) -> bool:
+    return any(
+        there == name or there.endswith(f".{name}")
+        for there in spellings(model, module)
+        for name in names
+    )
 
 
 def on_model(adapter: Adapter, model: HfModel) -> tuple[HfModel, Lora, Any]:

@@ -33,6 +33,7 @@ from jaxtune.hf.peft_names import (
     Leaves,
     adapted,
     first_row,
+    in_peft,
     module_of,
     modules_of,
     rows_in,
@@ -134,11 +135,12 @@ def _as_peft(
         for n, part in enumerate(made_of):
             start, block = first_row(model, part[0]), _b(model, leaves, *part)
             b[start : start + len(block), n * lora.r : (n + 1) * lora.r] = block
-        tensors[f"{PREFIX}{module}{A}"] = np.ascontiguousarray(a)
-        tensors[f"{PREFIX}{module}{B}"] = b
+        there = f"{PREFIX}{in_peft(model, module)}"
+        tensors[f"{there}{A}"] = np.ascontiguousarray(a)
+        tensors[f"{there}{B}"] = b
         if lora.dora:
             lengths = [_magnitude(model, leaves, *part) for part in made_of]
-            tensors[f"{PREFIX}{module}{MAGNITUDE}"] = np.concatenate(lengths)
+            tensors[f"{there}{MAGNITUDE}"] = np.concatenate(lengths)
         if count > 1:
             key = module.rpartition(".")[2]
             ranks[key] = lora.r * count
@@ -146,7 +148,8 @@ def _as_peft(
     for table in ("embed/table", "head/kernel"):
         rows = leaves.get(f"{table.split('/')[0]}/rows")
         if rows is not None:
-            tensors[f"{PREFIX}{table_module(model, table)}{ROWS}"] = rows
+            module = in_peft(model, table_module(model, table))
+            tensors[f"{PREFIX}{module}{ROWS}"] = rows
     return tensors, {"rank_pattern": ranks, "alpha_pattern": alphas}
 
 
@@ -200,9 +203,12 @@ def _config(model: HfModel, lora: Lora, revision: str | None) -> dict[str, Any]:
 
 
 def _target_modules(model: HfModel, lora: Lora) -> list[str]:
-    """Short names where they mean the adapted modules and no others, else full ones."""
+    """Short names where they mean the adapted modules and no others, else full ones: also where
+    the base has another half, whose modules are not known here."""
     modules = modules_of(model)
     wanted = {m for name in lora.targets or modules for m in modules[name]}
+    if model.wrapper is not None:
+        return sorted(in_peft(model, module) for module in wanted)
     every = {module_of(piece.name) for placed in model.placed.values() for piece in placed.pieces()}
     short = {module.rpartition(".")[2] for module in wanted}
     meant = {module for module in every if module.rpartition(".")[2] in short}
@@ -214,6 +220,7 @@ def _card(model: HfModel, lora: Lora, config: Mapping[str, Any]) -> str:
     if hub.is_id(model.name) and not Path(model.name).exists():
         header.append(f"base_model: {model.name}")
     kind = " + ".join(("rsLoRA" if lora.rslora else "LoRA", *(("DoRA",) if lora.dora else ())))
+    targets = sorted({module.rpartition(".")[2] for module in config["target_modules"]})
     files = "\n".join(f"| `{file}` | `{found}` |" for file, found in digests(model).items())
     return "\n".join(
         [
@@ -224,7 +231,7 @@ def _card(model: HfModel, lora: Lora, config: Mapping[str, Any]) -> str:
             f"# Adapter of {Path(model.name).name}",
             "",
             f"{kind} of rank {lora.r}, alpha {lora.alpha:g}, on "
-            f"{', '.join(config['target_modules'])}; trained with "
+            f"{', '.join(targets)}; trained with "
             f"[jaxtune](https://pypi.org/project/jaxtune/) {__version__}. It belongs to "
             f"`{model.name}`, with these files",
             "(sha256 of size, header and samples of the values):",

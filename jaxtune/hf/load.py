@@ -20,7 +20,7 @@ from jaxtune import hub
 from jaxtune.config import ModelError
 from jaxtune.hf import mxfp4
 from jaxtune.hf.families import Family, config_dtype, family_of
-from jaxtune.hf.family.wrapped import WRAPPERS
+from jaxtune.hf.family.wrapped import WRAPPERS, Wrapper
 from jaxtune.hf.layout import Index, Placed, place
 from jaxtune.hf.moving import run_ahead
 from jaxtune.hf.mxfp4 import fetch
@@ -52,7 +52,9 @@ class HfModel:
     """A folder understood. `name` is what the user called it; `dtype` what it is stored in.
 
     `tensors` is empty when it was opened without weights (`init: random`). `new` are tokens that
-    `with_tokens` gave it; `spec.vocab` may then be more rows than the tensors have.
+    `with_tokens` gave it; `spec.vocab` may then be more rows than the tensors have. `wrapper` is
+    what the folder holds the model in, where it is the text half of another; config and tensors
+    are those of the text half.
     """
 
     name: str
@@ -64,6 +66,7 @@ class HfModel:
     dtype: str
     tensors: Mapping[str, mxfp4.Source]
     new: NewTokens | None = None
+    wrapper: Wrapper | None = None
 
     @cached_property
     def mean_rows(self) -> dict[str, np.ndarray]:
@@ -134,7 +137,9 @@ def open_model(
     dtype = config_dtype(config) or _widest_use(tensors)
     beside = file.with_name("generation_config.json")
     generation = read_object(beside, folder) if os.path.lexists(beside) else {}
-    model = HfModel(str(path_or_id), folder, config, generation, family, spec, dtype, tensors)
+    model = HfModel(
+        str(path_or_id), folder, config, generation, family, spec, dtype, tensors, wrapper=wrapper
+    )
     if weights:
         _account(model)
     return model

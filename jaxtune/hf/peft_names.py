@@ -4,7 +4,8 @@
     adapter_model.safetensors    base_model.model.{module}.lora_A.weight [R in], lora_B [out R], ...
 
 Modules have the names of the family's rows. Several projections in one tensor (q, k and v in
-qkv_proj) are one module there.
+qkv_proj) are one module there. Where the base is the text half of a model of text and images, PEFT
+adapts the whole model, in which they have a prefix more: `in_peft`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,16 @@ def modules_of(model: HfModel) -> dict[str, tuple[str, ...]]:
 
 def module_of(tensor: str) -> str:
     return tensor.removesuffix(".weight")
+
+
+def in_peft(model: HfModel, module: str) -> str:
+    """The module in the model that transformers loads from the base's folder."""
+    return module if model.wrapper is None else model.wrapper.module(module)
+
+
+def spellings(model: HfModel, module: str) -> tuple[str, ...]:
+    """`in_peft`, what it was in transformers 4, and the name in a model of text alone."""
+    return (module,) if model.wrapper is None else model.wrapper.names(module)
 
 
 def table_module(model: HfModel, parameter: str) -> str:

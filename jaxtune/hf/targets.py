@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from jaxtune.config import ConfigError, nearest
 from jaxtune.hf.load import HfModel
-from jaxtune.hf.peft_names import modules_of
+from jaxtune.hf.peft_names import modules_of, spellings
 
 ALL = "all-linear"
 
@@ -26,7 +26,10 @@ def resolve_targets(model: HfModel, targets: str | Sequence[str]) -> frozenset[s
     chosen: set[str] = set()
     for word in words:
         matches = _matcher(word)
-        found = {name: [matches(m) for m in modules] for name, modules in known.items()}
+        found = {
+            name: [any(map(matches, spellings(model, m))) for m in modules]
+            for name, modules in known.items()
+        }
         hit = {name for name, hits in found.items() if any(hits)}
         if not hit:
             names = sorted({m.rpartition(".")[2] for each in known.values() for m in each})

@@ -126,13 +126,9 @@ def _read(spec: ModelSpec, variables: Variables, batch: Tokens, **how: Any) -> d
 
 def _noise(key: jax.Array, segment_ids: jax.Array, width: int, alpha: float) -> jax.Array:
     """NEFTune's, the same for a token whatever devices its batch lies on."""
-    shape = (*segment_ids.shape, width)
-    draws = collectives.draws(
-        lambda key, rest: jax.random.uniform(key, rest, minval=-1.0), key, shape
-    )
-    return neftune.noise(
-        draws, segment_ids, alpha, row_segments=collectives.whole_rows(segment_ids)
-    )
+    bits = collectives.bits(key, (*segment_ids.shape, width))
+    rows = collectives.whole_rows(segment_ids)
+    return neftune.noise(neftune.uniform(bits), segment_ids, alpha, row_segments=rows)
 
 
 def router_coef(spec: ModelSpec) -> float:

@@ -6,6 +6,11 @@ import jax
 import jax.numpy as jnp
 
 
+def uniform(bits: jax.Array) -> jax.Array:
+    """f32 within +-1, evenly, of random `bits`, uint32 of the same shape."""
+    return (bits >> 8).astype(jnp.float32) * 2.0**-23 - 1.0  # 24 bits, which f32 holds
+
+
 def noise(
     draws: jax.Array, segment_ids: jax.Array, alpha: float, *, row_segments: jax.Array | None = None
 ) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What would make a step fit that does not: the cheapest changes first."""
+"""What would make a step fit that does not, the cheapest changes first, and a mixture's faster."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from jaxtune.chips import larger
 from jaxtune.config import Config, ConfigError, load
 from jaxtune.planning.hardware import hardware
 from jaxtune.planning.study import Study, study
+
+GAIN = 0.88  # of the time, or less, is worth telling: arithmetic is wrong by as much
+_PEERS = (4, 2, 8)  # that share experts: at most about one dimension of the network
 
 
 class Way(NamedTuple):
@@ -104,6 +107,9 @@ def _changes(found: Study) -> Iterator[tuple[str, str, Config, str]]:
         yield change(what, "about a fifth more time", gradient_checkpointing="full")
     least = {"gradient_checkpointing": "full", "global_batch_size": None}
     full = "" if config.gradient_checkpointing == "full" else " --gradient_checkpointing full"
+    if peers := _peers(found):
+        words, mesh = _mesh(found, "expert", peers[0])
+        yield change(words, "tokens travel to their experts and back", **mesh)
     while rows % 2 == 0:
         rows, again = rows // 2, again * 2
         parts = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": again}
@@ -126,10 +132,10 @@ def _changes(found: Study) -> Iterator[tuple[str, str, Config, str]]:
             **smallest, optim_offload=True,
         )  # fmt: skip
     for ways in (2, 4, 8):
+        words, mesh = _mesh(found, "tensor", ways)
         yield change(
-            f"--mesh.tensor {ways}{small}", "activations are exchanged in every layer",
-            **smallest, **{"mesh.tensor": ways, "mesh.fsdp": -1},
-        )  # fmt: skip
+            f"{words}{small}", "activations are exchanged in every layer", **smallest, **mesh
+        )
     if (next_size := larger(found.hardware.slice)) is not None:
         yield f"--topology {next_size.name}", "more chips", config, next_size.name
     if not adapted:
@@ -137,6 +143,47 @@ def _changes(found: Study) -> Iterator[tuple[str, str, Config, str]]:
         yield change(f"--lora.r 16{small}", "trains adapters, not the model", **lora)
         nf4 = {**lora, "lora.base": "nf4"}
         yield change(f"--lora.r 16 --lora.base nf4{small}", "and reads the base in 4 bits", **nf4)
+
+
+def _peers(found: Study) -> list[int]:
+    """Sizes of `mesh.expert` to propose; none where it is used, or nothing is there to share."""
+    experts, sizes = found.subject.model.spec.experts, found.work.sizes
+    if sizes["expert"] > 1:
+        return []
+    return [n for n in _PEERS if experts and experts % n == 0 and sizes["fsdp"] % n == 0]
+
+
+def _mesh(found: Study, axis: str, ways: int) -> tuple[str, dict[str, int]]:
+    """(flags, fields) that give `axis` so many devices of `fsdp`, which takes what is left."""
+    fields = {f"mesh.{axis}": ways}
+    for name, size in found.config.mesh.model_dump().items():
+        if name == "fsdp" and size != -1:
+            fields["mesh.fsdp"] = -1
+        elif name not in (axis, "fsdp") and size == -1:
+            fields[f"mesh.{name}"] = found.work.sizes[name]
+    return " ".join(f"--{name} {size}" for name, size in fields.items()), fields
+
+
+def faster(found: Study) -> str | None:
+    """A line where a mixture's step is shorter by arithmetic with experts on devices of their own,
+    for gathering them takes its time; else None."""
+    peers = _peers(found) if found.fits and found.hardware.slice.chip.flops else []
+    if not peers:
+        return None
+    before = study(found.config, found.subject, found.hardware, compiles=False).time
+    assert before is not None
+    best, words = GAIN * before.step, ""
+    for ways in peers:
+        said, mesh = _mesh(found, "expert", ways)
+        other = _estimated(found, changed(found.config, **mesh), found.hardware.slice.name)
+        if other.fits and other.time is not None and other.time.step < best:
+            best, words = other.time.step, said
+    if not words:
+        return None
+    return (
+        f"by arithmetic a step takes {best:.2f} s with {words}, {before.step:.2f} s without: "
+        "experts stay where they are and tokens travel"
+    )
 
 
 def changed(config: Config, **fields: object) -> Config:

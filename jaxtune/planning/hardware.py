@@ -88,11 +88,11 @@ def _topology(slice: Slice) -> Sequence[Any]:
         )
     from jax.experimental import topologies
 
-    several = {"num_slices": slice.slices} if slice.slices > 1 else {}
+    more: dict[str, Any] = {"num_slices": slice.slices} if slice.slices > 1 else {}
+    if slice.chip.mode:
+        more["chip_config_name"] = slice.chip.mode
     try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=slice.topology, **several
-        )
+        found = topologies.get_topology_desc(platform="tpu", topology_name=slice.topology, **more)
     except Exception as error:  # what the compiler raises has no type of its own
         said = " ".join(str(error).split())[:200]
         raise ConfigError(f"topology: the compiler knows no {slice.topology}: {said}") from None

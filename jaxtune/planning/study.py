@@ -116,6 +116,7 @@ def _built(
     model, adapters = adapters_of(config, subject.model, note=lambda message: None)
     model, chosen = part_of(config, model)
     mesh = make_mesh(config.mesh.model_dump(), hardware.devices)
+    assemble.rows_per_step(config, mesh)  # what `train` refuses is refused here too
     steps = subject.steps or _STEPS
     # A stand-in for a device has no memories that state could be placed in.
     placed = config if hardware.compiles else config.model_copy(update={"optim_offload": False})

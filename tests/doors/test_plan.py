@@ -124,6 +124,18 @@ def test_a_search_writes_a_config_that_fits(
     assert yaml.safe_load(file.read_text())["model_name_or_path"] == str(MODELS / "Qwen3-0.6B")
 
 
+@pytest.mark.parametrize("words", [("--packing", "false"), ("--max_length", "8191")])
+def test_a_search_chooses_what_train_accepts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """One row over two chips: only with `mesh.context` could each have its own part of it."""
+    words = ("--topology", "h100-2", "--search", "--search_output", str(tmp_path / "plan.yaml"),
+             "--mesh.tensor", "2", "--per_device_train_batch_size", "1", *words)  # fmt: skip
+    found = planned(capsys, *words)
+    assert found["mesh"]["context"] == 1
+    assert all("--mesh.context 1" in other["settings"] for other in found["frontier"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -132,6 +144,18 @@ def test_a_search_writes_a_config_that_fits(
         (("--topology", "v5e-8", "--mesh.fsdp", "3"), "mesh: 8 devices cannot be"),
         (("--topology", "v5e-8", "--global_batch_size", "7"), "7 rows do not divide"),
         (("--topology", "cpu", "--search"), "the speed of cpu is not known"),
+        (("--topology", "v5e-²"), "there is no 'v5e-²'"),
+        (("--topology", "v5e:9999999x9999999"), "the largest slice of v5e has 256"),
+        (("--topology", "v5e-8", "--price_per_chip_hour", "inf"), "should be a finite number"),
+        (("--topology", "v5e-8", "--price_per_chip_hour", "1e308"), "less than or equal to"),
+        (
+            ("--topology", "v5e-8", "--mesh.context", "8", "--packing", "false"),
+            "mesh.context: 8 devices share a row of max_length tokens, but packing is off",
+        ),
+        (
+            ("--topology", "v5e-8", "--mesh.context", "8", "--max_length", "100"),
+            "max_length: 100 tokens cannot be cut over mesh.context=8",
+        ),
     ],
 )
 def test_mistakes_are_one_line(
@@ -157,14 +181,15 @@ def test_without_the_compiler_it_says_what_to_install(
     assert "pip install 'jaxtune[tpu]'" in capsys.readouterr().err
 
 
-def test_the_real_step_is_compiled_for_a_slice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("topology", ["v5e-4", "v4-8"])
+def test_the_real_step_is_compiled_for_a_slice(tmp_path: Path, topology: str) -> None:
     """In a process of its own, as JAX here has been imported for eight CPU devices."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: nothing was compiled for a TPU (pip install .[tpu])")
     config = json.loads((QUICKSTART / "model" / "config.json").read_text())
     config |= {"num_hidden_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    words = ("--topology", "v5e-4", "--model_name_or_path", str(tmp_path), "--json",
+    words = ("--topology", topology, "--model_name_or_path", str(tmp_path), "--json",
              "--max_length", "256", "--per_device_train_batch_size", "2")  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     done = subprocess.run(
@@ -176,6 +201,7 @@ def test_the_real_step_is_compiled_for_a_slice(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert found["method"] == "compiled"
     assert found["fits"]
+    assert found["mesh"]["fsdp"] == found["chips"] == 4
     assert found["hbm_by_kind"]["program"] > 0
     assert set(found["collective_bytes_by_axis"]) == {"fsdp"}
     assert found["collective_bytes"] == pytest.approx(

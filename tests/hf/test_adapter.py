@@ -141,6 +141,47 @@ def _moved(name: str, leaf: jax.Array) -> jax.Array:
     return leaf + 0.05 * random.normal(size=leaf.shape).astype(np.float32)
 
 
+# What is changed -> how much of each projection's adapter is left.
+NOUGHT: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
+    "everywhere": ({}, {"q": 0.0, "v": 0.0, "down": 0.0}),
+    "but one": ({"alpha_pattern": {"v_proj": 5}}, {"q": 0.0, "v": 5 / 6, "down": 0.0}),
+}
+
+
+@pytest.mark.parametrize("case", NOUGHT)
+def test_an_alpha_of_nought(case: str, base: HfModel, params: Any, tmp_path: Path) -> None:
+    config, expected = NOUGHT[case]
+    folder = _changed(tmp_path, {"lora_alpha": 0, **config})
+    lora, found = adapter_read.read_adapter(adapter_read.open_adapter(str(folder)), base)
+    golden = adapter_read.open_adapter(str(GOLDEN / "lora"))
+    plainly, before = adapter_read.read_adapter(golden, base)
+    for name, values in named(found).items():
+        if name.endswith("/b"):
+            times = expected[name.split("/")[-2]]
+            before_b = plainly.scale * named(before)[name]
+            np.testing.assert_allclose(lora.scale * values, times * before_b, atol=1e-6)
+    assert np.isfinite(logits(base, params, found, lora)).all()
+    placed = jax.tree.map(lambda leaf: leaf.sharding, params)
+    merged = merge.merged_params(base, lora, found, placed, np.float32)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(merged))
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("case", NOUGHT)
+def test_an_alpha_of_nought_in_peft(case: str, base: HfModel, params: Any, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    folder = _changed(tmp_path, {"lora_alpha": 0, **NOUGHT[case][0]})
+    theirs = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(theirs, folder).eval()
+    with torch.no_grad():
+        expected = adapted(torch.tensor(INPUTS)).logits[0].numpy()
+    lora, found = adapter_read.read_adapter(adapter_read.open_adapter(str(folder)), base)
+    np.testing.assert_allclose(logits(base, params, found, lora), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [

@@ -2,11 +2,15 @@
 
 import json
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from golden.cases import CASES
+from golden.cases import CASES, TEXTS, write_folder
 
 from jaxtune.config import ModelError
 from jaxtune.hf.families import FAMILIES, config_dtype, family_of, stacked
+from jaxtune.hf.load import load_params, open_model
+from jaxtune.model import decoder
 from jaxtune.spec import LayerSpec, Stack
 
 LLAMA = CASES["llama"]
@@ -200,8 +204,13 @@ def test_what_cannot_be_represented_is_refused(change, message):
         ("gemma3", {"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' is 50.0, which is"),
         (
             "gemma3",
-            {"rope_parameters": {"rope_type": "default"}},
-            "rope_parameters has 'rope_type'; expected settings of full_attention, sliding_",
+            {"rope_parameters": {"chunked_attention": {"rope_type": "default"}}},
+            "rope_parameters has 'chunked_attention'; expected settings of full_attention",
+        ),
+        (
+            "ministral3",
+            {"rope_parameters": {"rope_type": "default", "llama_4_scaling_beta": 0.4}},
+            "'original_max_position_embeddings' is None; expected a positive integer",
         ),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers names 1 of 3 layers"),
         ("granite", {"logits_scaling": 0.0}, "float division by zero"),
@@ -223,6 +232,58 @@ def test_ropes_by_type_of_layer():
     assert (sliding.theta, sliding.scaling) == (10.0, "none")
     named = {"type": "linear", "factor": 2.5}  # as older files call it
     assert _spec({**CASES["gemma3"], "rope_scaling": named}) == _spec(CASES["gemma3"])
+
+
+_GROWING = {"llama_4_scaling_beta": 0.4, "original_max_position_embeddings": 4, "factor": 2.5}
+_FLAT = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+ROPES = {
+    "grows-default": ("ministral3", {**_GROWING, "rope_type": "default", "rope_theta": 100.0}),
+    "grows-linear": ("ministral3", {**_GROWING, "rope_type": "linear", "rope_theta": 100.0}),
+    "olmo3-flat": ("olmo3", {**_FLAT, "rope_theta": 100.0}),
+    "gemma3-flat": ("gemma3-v5", _FLAT),
+}
+
+
+def test_queries_grow_by_the_length_that_the_rope_states():
+    for key in ("grows-default", "grows-linear"):
+        name, rope = ROPES[key]
+        (found,) = {layer.rope for layer in _spec({**CASES[name], "rope_parameters": rope}).layers}
+        assert (found.growth, found.original_max_positions) == (0.4, 4)
+
+
+def test_settings_beside_those_by_type_do_nothing():
+    for key in ("olmo3-flat", "gemma3-flat"):
+        name, rope = ROPES[key]
+        config = {k: v for k, v in CASES[name].items() if not k.startswith("rope_")}
+        assert _spec({**config, "rope_parameters": rope}) == _spec(config)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("key", ROPES)
+def test_ropes_against_transformers(key, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    name, rope = ROPES[key]
+    config = {k: v for k, v in CASES[name].items() if not k.startswith("rope_")}
+    folder = write_folder(name, tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        expected = theirs(torch.tensor(TEXTS[0])[None]).logits[0].numpy()
+    model = open_model(folder)
+    text = jnp.asarray(TEXTS[0])[None]
+    found = decoder.logits(
+        model.spec,
+        {"params": load_params(model, None, jnp.float32)},
+        text,
+        segment_ids=jnp.ones_like(text),
+        positions=jnp.arange(text.shape[1])[None],
+        dtype=jnp.float32,
+    )[0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["su", "yarn", "longrope"])

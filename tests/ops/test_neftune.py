@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtune.ops import neftune
 from jaxtune.ops.neftune import noise
 
 WIDTH, ALPHA = 400, 5.0
@@ -14,12 +15,21 @@ LENGTHS = [(0, 0, 40), (0, 40, 10), (1, 0, 64), (2, 0, 1)]  # row, begin, length
 
 
 def uniform() -> jax.Array:
-    return jax.random.uniform(jax.random.key(0), (*SEGMENTS.shape, WIDTH), minval=-1.0, maxval=1.0)
+    return neftune.uniform(jax.random.bits(jax.random.key(0), (*SEGMENTS.shape, WIDTH), "uint32"))
 
 
 @pytest.fixture(scope="module")
 def drawn() -> np.ndarray:
     return np.asarray(noise(uniform(), jnp.asarray(SEGMENTS), ALPHA))
+
+
+def test_bits_become_numbers_within_one() -> None:
+    """Of each of eight equal stretches an eighth, none outside, and the ends are reached."""
+    ends = neftune.uniform(jnp.array([0, 2**31, 2**32 - 1], jnp.uint32))
+    np.testing.assert_array_equal(ends, [-1, 0, 1 - 2.0**-23])
+    counts, _ = np.histogram(np.asarray(uniform()), bins=8, range=(-1, 1))
+    expected = counts.sum() / 8
+    assert np.square(counts - expected).sum() / expected < 24.3  # 7 degrees: p = 0.001
 
 
 @pytest.mark.parametrize(("row", "begin", "length"), LENGTHS)

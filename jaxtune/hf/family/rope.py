@@ -23,7 +23,8 @@ class RopeKeys:
     """How a family's config states its rope.
 
     `thetas`: for each type of layer, version 4's key of its base and the base where it is absent.
-    Version 5 nests by the same types. `rope_scaling` stretches full attention only.
+    Version 5 nests by the same types, and settings beside these, of no type, do nothing there.
+    `rope_scaling` stretches full attention only.
     `aliases` are other names of rope types. `type_key` is version 4's key for the type, and
     `beside` what it wants beside `rope_scaling` rather than in it. `partial` says that
     `partial_rotary_factor` is obeyed. `interleaved` is the family's way to pair features,
@@ -45,7 +46,8 @@ class RopeKeys:
         if self.thetas.keys() == {ALL}:
             return {ALL: self._settings(ALL, config.get("rope_parameters") or {}, config)}
         nested = config.get("rope_parameters") or {}
-        if unknown := nested.keys() - self.thetas.keys():
+        by_type = {kind for kind, value in nested.items() if isinstance(value, Mapping)}
+        if unknown := by_type - self.thetas.keys():
             known = ", ".join(self.thetas)
             raise ValueError(f"rope_parameters has '{min(unknown)}'; expected settings of {known}")
         return {kind: self._settings(kind, nested.get(kind) or {}, config) for kind in self.thetas}
@@ -78,8 +80,10 @@ class RopeKeys:
 
     def _whole(self, rope: Config, config: Config) -> RopeSpec:
         growth = optional_number(rope, "llama_4_scaling_beta") if self.grows else None
-        spec = self._spec(rope, config)
-        return replace(spec, interleaved=self.interleaved, growth=growth or 0.0)
+        spec = replace(self._spec(rope, config), interleaved=self.interleaved)
+        if not growth:
+            return spec
+        return replace(spec, growth=growth, original_max_positions=size(rope, _ORIGINAL))
 
     def _spec(self, rope: Config, config: Config) -> RopeSpec:
         kind, theta = rope["rope_type"], number(rope, "rope_theta")

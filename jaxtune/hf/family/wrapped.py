@@ -18,11 +18,13 @@ _OVER = ("tie_word_embeddings", "quantization_config")
 @dataclass(frozen=True)
 class Wrapper:
     """`family` is the text half's where it does not say itself. `prefixes` are pairs (in the file,
-    in a model of text alone); tensors whose name begins as one of `left_out` are the other half's.
+    in a model of text alone), `modules` that of them by which transformers 5 names its modules;
+    tensors whose name begins as one of `left_out` are the other half's.
     """
 
     family: str
     prefixes: tuple[tuple[str, str], ...]
+    modules: tuple[str, str]
     left_out: tuple[str, ...]
 
     def config(self, config: Config, *, where: str) -> dict[str, Any]:
@@ -55,16 +57,32 @@ class Wrapper:
             text[own] = tensor
         return text, left_out
 
+    def module(self, name: str) -> str:
+        """What transformers 5 calls, in the whole model, a module of the model of text alone."""
+        whole, alone = self.modules
+        return whole + name.removeprefix(alone) if name.startswith(alone) else name
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """All that a module of the model of text alone may be called, by itself and in the whole.
+
+        lm_head -> lm_head, language_model.lm_head
+        """
+        own = f"{name}."
+        found = [own, *(a + own.removeprefix(b) for a, b in self.prefixes if own.startswith(b))]
+        return tuple(each.removesuffix(".") for each in found)
+
 
 def _with_images(family: str) -> Wrapper:
     """The parts under the names that transformers 4 writes, and those of version 5."""
+    modules = ("model.language_model.", "model.")
     return Wrapper(
         family=family,
         prefixes=(
             ("language_model.model.", "model."),
             ("language_model.lm_head.", "lm_head."),
-            ("model.language_model.", "model."),
+            modules,
         ),
+        modules=modules,
         left_out=(
             "vision_tower.",
             "multi_modal_projector.",
