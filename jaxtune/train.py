@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import assemble, command, hosts, stores, watch
+from jaxtune import assemble, command, hosts, memory, stores, watch
 from jaxtune.command import note
 from jaxtune.config import Config, ConfigError, HostsConfig, dump, shard_bytes
 
@@ -80,7 +80,11 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     watch.join(config.hosts)
     run_dir = _run_dir(str(config.output_dir))
     limit = config.hang_timeout_seconds
-    with watch.Watch(hang_seconds=limit, folder=run_dir) as watching, contextlib.ExitStack() as end:
+    with (
+        watch.Watch(hang_seconds=limit, folder=run_dir) as watching,
+        memory.explained(_smaller(config)),
+        contextlib.ExitStack() as end,
+    ):
         mirror = _claim(config, run_dir)
         if mirror is not None:
             end.callback(mirror.close)
@@ -243,6 +247,15 @@ def _required(config: Config) -> str:
             )
     assert config.model_name_or_path is not None
     return config.model_name_or_path
+
+
+def _smaller(config: Config) -> str:
+    """What to do where a device's memory does not hold a step."""
+    return (
+        f"Set a smaller per_device_train_batch_size (now {config.per_device_train_batch_size}), "
+        f"gradient_checkpointing full (now {config.gradient_checkpointing}), or more devices along "
+        f"mesh.fsdp (now {config.mesh.fsdp}; -1 is all there are). jaxtune plan says what fits."
+    )
 
 
 def _run_dir(output_dir: str) -> Path:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtune import hosts
+from jaxtune import hosts, memory
 from jaxtune.command import STOPPED, Place, say
 from jaxtune.config import HostsConfig
 
@@ -76,7 +76,7 @@ class Watch:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._store is not None and _of_runtime(error):
+        if self._store is not None and _of_runtime(error) and not memory.is_exhausted(error):
             self._blame(error)
         self._closed.set()
         if self._thread.is_alive():

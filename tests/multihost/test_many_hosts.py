@@ -123,6 +123,30 @@ def test_a_host_that_fails_ends_the_others_with_its_reason(material: Path, tmp_p
     assert "broken.jsonl" in hosts[0].stderr
 
 
+@pytest.mark.parametrize(
+    ("before", "code", "said"),
+    [
+        ("from jaxtune import assemble\n"
+         "def build(*_): raise KeyboardInterrupt\n"
+         "if HOST == 1: assemble.build = build", 130, "interrupted."),
+        ("from jaxtune import loop, watch\n"
+         "import jax.numpy\n"
+         "watch.Watch._blame = lambda *_: print('BLAMED', file=sys.stderr)\n"
+         "def step(*_): jax.numpy.zeros(2**45).block_until_ready()\n"
+         "if HOST == 1: loop.Loop._next = step", 2, "out of memory on a device: RESOURCE_"),
+    ],
+    ids=["interrupted", "out of memory"],
+)  # fmt: skip
+def test_the_others_hear_why_a_host_has_ended(
+    before: str, code: int, said: str, material: Path, tmp_path: Path
+) -> None:
+    hosts = runs.start(runs.flags(material, tmp_path / "out"), hosts=2, devices=2, before=before)
+    assert [host.end(100) for host in hosts] == [code, code], hosts[0].stderr + hosts[1].stderr
+    assert f"jaxtune train: host 1 of 2: {said}" in hosts[1].stderr
+    assert f"host 1 has ended, so this one does too. It said: {said}" in hosts[0].stderr
+    assert "BLAMED" not in hosts[1].stderr
+
+
 @pytest.mark.slow
 def test_sample_prompts_on_two_hosts_are_answered_as_on_one(material: Path, tmp_path: Path) -> None:
     found = []
