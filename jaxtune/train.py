@@ -169,7 +169,8 @@ def _run(
         # 4. The loop.
         from jaxtune.data.position import fingerprint
         from jaxtune.learn.metrics import MetricsWriter
-        from jaxtune.loop import Loop, Plan
+        from jaxtune.learn.rows import last_rows
+        from jaxtune.loop import Loop, Plan, Standing
         from jaxtune.spec import flops_per_token
         from jaxtune.weights import base_and_part
 
@@ -202,7 +203,9 @@ def _run(
         watching.at(done, "saving")
         checkpoints.wait()
         best = loop.standing.best_step
-        if config.load_best_model_at_end and best not in (None, done):
+        if not config.load_best_model_at_end:
+            best = None
+        if best not in (None, done):
             note(f"best: step {best}, eval_loss {loop.standing.best_loss:.4f}; it is exported")
             del state
             trained = checkpoints.restore_trained(best, program.abstract, program.shardings)
@@ -220,13 +223,15 @@ def _run(
                 if adapters is not None:
                     adapter_dir = _export_adapter(run_dir, model, adapters, variables, material)
                     variables = {"params": merged(model, adapters.lora, variables["lora"])}
-                model_dir = _export(config, run_dir, model, variables, material, report, loop.last)
+                rows = last_rows(writer.path, done if best is None else best, best=best)
+                model_dir = _export(config, run_dir, model, variables, material, report, rows)
     if hosts.is_first():
         _draw_report(config, run_dir, material, report)
     if mirror is not None:
         with watching.unlimited(f"copying to {mirror.url}"):
             mirror.finish()
-    return Result(run_dir, model_dir, done, loop.last, adapter_dir)
+    metrics = {**last_rows(writer.path, done), **loop.last}
+    return Result(run_dir, model_dir, done, metrics, adapter_dir)
 
 
 def main(argv: list[str] | None = None) -> int:

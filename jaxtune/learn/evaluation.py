@@ -45,7 +45,7 @@ class Totals(NamedTuple):
         mean = self.loss / weight
         return {
             "eval_loss": mean,
-            "eval_perplexity": math.exp(mean) if mean < 700 else math.inf,
+            "eval_perplexity": math.inf if mean >= 700 else math.exp(mean),
             "eval_token_accuracy": self.correct / weight,
             "eval_tokens_trained": self.tokens,
         }

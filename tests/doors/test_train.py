@@ -461,6 +461,10 @@ def test_early_stopping_exports_the_best_step_and_ends_for_good(
     evaluated = evaluate.run(load(overrides=asked))
     assert evaluated.scores["eval_loss"] == pytest.approx(losses[best], abs=1e-4)
     assert list((out / "profile").rglob("*.xplane.pb"))
+    card = (out / "hf" / "README.md").read_text()
+    shown = f"| eval_loss | {losses[best]:.6g} |"
+    assert shown in card
+    assert result.metrics["eval"]["step"] == best + 2
     # Run again, it has nothing to do but the export.
     assert run(material, out, **more).step == best + 2
 
