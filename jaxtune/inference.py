@@ -10,7 +10,7 @@ tuned one is asked with the tuned one's tokenizer and template: the same tokens 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -258,9 +258,11 @@ def answer(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
+    between: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
     """The answer to each of `prompt_ids`, in order: greedy, or drawn as `sampling` says, prompt i
-    with random numbers of its own. Raises `DataError` for one too long."""
+    with random numbers of its own. `between` is called as it goes, as often on every host. Raises
+    `DataError` for a prompt too long, and what `between` raises."""
     from jaxtune.model.sample import by_length
 
     if not prompts:
@@ -274,6 +276,7 @@ def answer(
     }
     found: dict[int, Answer] = {}
     while desk.busy:
+        between()
         for piece in desk.step():
             if piece.answer is not None:
                 found[requests[piece.request]] = piece.answer

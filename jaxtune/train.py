@@ -174,19 +174,21 @@ def _run(
         from jaxtune.spec import flops_per_token
         from jaxtune.weights import base_and_part
 
+        past = checkpoints.meta(start) if start else {}
+        due = Standing.of(past).due
         writer = MetricsWriter(
             run_dir,
             resumed_at=start,
+            due=due,
             report_to=config.report_to,
             quiet=not hosts.is_first(),
             settings=config.model_dump(mode="json"),
         )
         closing.callback(writer.close)
-        past = checkpoints.meta(start) if start else {}
         meta = {"fingerprint": fingerprint(batches), "total_steps": total_steps}
         meta.update(base_and_part(model, adapters, chosen))
         flops = flops_per_token(model.spec, batches.row_length, frozen=adapters is not None)
-        answer = _samples(config, run_dir, material, model, adapters, mesh, start)
+        answer = _samples(config, run_dir, material, model, adapters, mesh, start, due)
         plan = Plan(batches, meta, total_steps, material.held_out, flops, answer)
         loop = Loop(
             config,
@@ -464,6 +466,7 @@ def _samples(
     adapters: Adapters | None,
     mesh: Mesh,
     start: int,
+    due: bool,
 ) -> Samples | None:
     """What answers `sample_prompts` at every evaluation."""
     if not config.sample_prompts:
@@ -482,6 +485,7 @@ def _samples(
         mesh,
         compute_dtype(config.dtype, platform_of(mesh)),
         resumed_at=start,
+        due=due,
     )
 
 

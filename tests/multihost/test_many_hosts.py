@@ -38,6 +38,21 @@ def struck(self):
     read(self)
 loop.Loop._read = struck
 """
+# One host is told to stop when an evaluation begins; batches take as long as large ones do.
+IN_EVALUATION = """
+import os, signal, time
+from jaxtune import loop
+evaluate = loop.evaluate
+def slowly(step, trained, frozen, batches, **options):
+    def each():
+        for at, batch in enumerate(batches):
+            if HOST == 1 and at == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.7)
+            yield batch
+    return evaluate(step, trained, frozen, each(), **options)
+loop.evaluate = slowly
+"""
 
 
 def assert_same_run(out: Path, alone: Path) -> None:
@@ -109,6 +124,22 @@ def test_killed_stopped_and_resumed_by_other_numbers_of_hosts(
     assert one.end() == 0, one.stderr
     assert f"going on after step {saved}" in one.stderr
     assert_same_run(out, alone)
+
+
+@pytest.mark.slow
+def test_all_hosts_leave_an_evaluation_at_the_same_batch(material: Path, tmp_path: Path) -> None:
+    more = {"eval_datasets": material / "train.jsonl", "save_steps": 100}  # ten batches
+    (one,) = runs.start(runs.flags(material, tmp_path / "alone", **more), hosts=1, devices=4)
+    argv = runs.flags(material, tmp_path / "out", **more)
+    two = runs.start(argv, hosts=2, devices=4, before=IN_EVALUATION)
+    assert [host.end() for host in (one, *two)] == [0, 75, 75], two[0].stderr + two[1].stderr
+    for host in two:
+        assert "after step 6, which is saved" in host.stderr
+        assert "goes on from there with its evaluation" in host.stderr
+    assert [row["kind"] for row in runs.rows_of(tmp_path / "out")] == ["train"] * 6
+    again = runs.start(argv, hosts=2, devices=4)
+    assert [host.end() for host in again] == [0, 0], again[0].stderr + again[1].stderr
+    assert_same_run(tmp_path / "out", tmp_path / "alone")
 
 
 def test_a_host_that_fails_ends_the_others_with_its_reason(material: Path, tmp_path: Path) -> None:
