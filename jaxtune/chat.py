@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import command
+from jaxtune import command, memory
 from jaxtune.command import note
 from jaxtune.config import Config, ConfigError, DataError
 
@@ -91,8 +91,13 @@ def run(config: Config, options: ChatOptions | None = None) -> Result:
     asked = _asked(options)
     _check_output(options.output)
     taken = _take(options)
+    smaller = (
+        f"Set dtype bfloat16, a smaller --max_new_tokens (now {options.max_new_tokens}), or "
+        f"more devices along mesh.fsdp (now {config.mesh.fsdp}; -1 is all there are)."
+    )
     try:
-        return _run(config, options, asked, taken)
+        with memory.explained(smaller):
+            return _run(config, options, asked, taken)
     finally:
         if taken is not None:
             taken.socket.close()

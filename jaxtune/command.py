@@ -3,8 +3,8 @@
 Every door is two functions, `run(config, options) -> Result` for Python and `main(argv)` for the
 shell; `main` is `command.execute(...)`. This room knows no JAX, so `--help` is quick.
 
-Exit codes: 0 done, 2 bad input, 3 diverged, 75 stopped after saving or with a lost host, 1 a bug
-(with its traceback).
+Exit codes: 0 done, 2 bad input, 3 diverged, 75 stopped after saving or with a lost host, 130
+interrupted without saving, 1 a bug (with its traceback).
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ BUG = 1
 BAD_INPUT = 2
 DIVERGED = 3
 STOPPED = 75  # EX_TEMPFAIL: run the same command again
+INTERRUPTED = 130  # as shells say of SIGINT
 DISK_REFUSES = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     errno.EFBIG,
@@ -116,6 +117,8 @@ def execute(
         code, said = BAD_INPUT, _harmless(str(error))
     except Stopped as error:
         code, said = STOPPED, str(error)
+    except KeyboardInterrupt:
+        code, said = INTERRUPTED, "interrupted."
     except BrokenPipeError:  # the reader of stdout left (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:

@@ -10,9 +10,8 @@ its base. `--merge_lora false` writes adapters as a PEFT folder. Flags overrule 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -117,6 +116,7 @@ def _export_run(
     from jaxtune.draw.card import model_card
     from jaxtune.hf.export import check_target, export_model
     from jaxtune.hf.load import open_model, with_tokens
+    from jaxtune.learn.rows import last_rows
     from jaxtune.weights import restore, run_config, to_export
 
     config = run_config(run_dir, flags)
@@ -148,7 +148,7 @@ def _export_run(
             base=model.name,
             random_start=config.init == "random",
             template=template.name,
-            metrics=_metrics(run_dir / "metrics.jsonl", step),
+            metrics=last_rows(run_dir / "metrics.jsonl", step),
             data={"step": step, "datasets": [entry.path for entry in config.datasets]},
             config=dump(config),
         ),
@@ -237,17 +237,6 @@ def _shardings(model: HfModel, dtype: str) -> Any:
 
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1, "context": 1})
     return param_shardings(model.spec, mesh, dtype)
-
-
-def _metrics(file: Path, step: int) -> dict[str, Mapping[str, Any]]:
-    """The last train and eval rows up to `step`."""
-    rows: dict[str, Mapping[str, Any]] = {}
-    if file.is_file():
-        for line in file.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if row["step"] <= step:
-                rows[row["kind"]] = row
-    return rows
 
 
 if __name__ == "__main__":

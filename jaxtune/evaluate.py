@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import command, hosts, watch
+from jaxtune import command, hosts, memory, watch
 from jaxtune.command import note
 from jaxtune.config import Config, ConfigError
 
@@ -101,7 +101,12 @@ def run(config: Config, options: EvaluateOptions | None = None) -> Result:
         raise ConfigError("judge: is asked by one host. Evaluate there, or without it.")
     if options.harness and hosts.count() > 1:
         raise ConfigError("harness: runs on one host. Evaluate there, or without it.")
-    with watch.Watch(hang_seconds=0):
+    smaller = (
+        f"Set a smaller per_device_eval_batch_size (now {config.per_device_eval_batch_size}) or "
+        f"max_length (now {config.max_length}), dtype bfloat16, or more devices along "
+        f"mesh.fsdp (now {config.mesh.fsdp}; -1 is all there are)."
+    )
+    with watch.Watch(hang_seconds=0), memory.explained(smaller):
         return _run(config, options)
 
 

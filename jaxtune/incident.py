@@ -21,6 +21,7 @@ import numpy as np
 from jaxtune.data.pipeline import Batches
 from jaxtune.learn.files import write_whole
 from jaxtune.learn.program import Program
+from jaxtune.learn.rows import number
 from jaxtune.learn.state import TrainState
 from jaxtune.learn.step import StepMetrics
 from jaxtune.mesh import put_batch, row_shards
@@ -113,12 +114,6 @@ def _row_losses(
     ]
     found = jax.device_get(sums)
     return [number(row.loss / row.weight) if row.weight else None for row in found]
-
-
-def number(value: Any) -> float | str:
-    """JSON knows no infinity and no NaN: they are text, since here they are the point."""
-    found = float(value)
-    return found if math.isfinite(found) else str(found)
 
 
 def write(path: Path, found: dict[str, Any]) -> None:

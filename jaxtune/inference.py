@@ -10,7 +10,7 @@ tuned one is asked with the tuned one's tokenizer and template: the same tokens 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -268,10 +268,12 @@ def answer(
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     templates: Sequence[Template] | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
     """The answer to each of `prompt_ids`, in order: greedy, or drawn as `sampling` says, prompt i
     with random numbers of its own. `templates` are those of the prompts, where they are not that of
-    `words`. Raises `DataError` for one too long."""
+    `words`. `between` is called as it goes, as often on every host. Raises `DataError` for a prompt
+    too long, and what `between` raises."""
     from jaxtune.model.sample import by_length
 
     if not prompts:
@@ -290,6 +292,7 @@ def answer(
     }
     found: dict[int, Answer] = {}
     while desk.busy:
+        between()
         for piece in desk.step():
             if piece.answer is not None:
                 found[requests[piece.request]] = piece.answer

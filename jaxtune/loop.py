@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -31,12 +32,13 @@ from jaxtune.learn.step import StepMetrics
 from jaxtune.learn.tracing import Tracing
 from jaxtune.mesh import put_batch, row_shards
 from jaxtune.tree import named
-from jaxtune.watch import Watch, asked_to_stop
+from jaxtune.watch import Notice, Watch, asked_to_stop
 
 
 class Plan(NamedTuple):
     """What a run goes through: batches by step, and what it is evaluated on. `meta` is what every
-    checkpoint says of the run. `answer(variables, step)` answers the sample prompts.
+    checkpoint says of the run. `answer(trained, frozen, step, between)` answers the sample prompts
+    and calls `between` as it goes, which may end it.
     """
 
     batches: Batches
@@ -44,22 +46,39 @@ class Plan(NamedTuple):
     total_steps: int
     held_out: Dataset | None
     flops_per_token: float
-    answer: Callable[[Any, Any, int], None] | None = None
+    answer: Callable[[Any, Any, int, Callable[[], None]], None] | None = None
 
 
 class Standing(NamedTuple):
     """What a resumed run has to know of its past, kept in every checkpoint: the lowest eval_loss,
-    the step it was at, evaluations since then, and steps that were skipped."""
+    the step it was at, evaluations since then, steps that were skipped, and whether this step's
+    evaluation is `due`: the run was left before it had ended."""
 
     best_step: int | None = None
     best_loss: float | None = None
     since_best: int = 0
     skipped: int = 0
+    due: bool = False
+
+    @classmethod
+    def of(cls, past: Mapping[str, Any]) -> Standing:
+        """As a checkpoint's meta says; a lowest loss that is not finite is none."""
+        found = cls(**past.get("standing", {}))
+        if found.best_loss is not None and not math.isfinite(found.best_loss):
+            found = found._replace(best_step=None, best_loss=None)
+        return found
 
     def after(self, eval_loss: float, step: int) -> Standing:
-        if self.best_loss is None or eval_loss < self.best_loss:
-            return self._replace(best_step=step, best_loss=eval_loss, since_best=0)
-        return self._replace(since_best=self.since_best + 1)
+        """Once the step is evaluated; a loss that is not finite is no improvement."""
+        known = self._replace(due=False)
+        lower = self.best_loss is None or eval_loss < self.best_loss
+        if math.isfinite(eval_loss) and lower:
+            return known._replace(best_step=step, best_loss=eval_loss, since_best=0)
+        return known._replace(since_best=self.since_best + 1)
+
+
+class _Left(Exception):
+    """An evaluation was left for the signal that its text names."""
 
 
 class Loop:
@@ -89,10 +108,13 @@ class Loop:
         self.run_dir = run_dir
         self.start = start
         self.last: dict[str, dict[str, Any]] = {}
-        self.standing = Standing(**past.get("standing", {}))
+        self.standing = Standing.of(past)
+        if plan.held_out is None:
+            self.standing = self.standing._replace(due=False)
         self._seen = counts_before(plan.batches, start)
         self._progress = Progress(start, plan.total_steps, quiet=not hosts.is_first())
         self._pending: tuple[int, StepMetrics] | None = None  # a step still on the device
+        self._asked: Notice = lambda: None
         self._spikes = Spikes()
         kind = jax.devices()[0].device_kind
         self._meter = Meter(
@@ -111,14 +133,16 @@ class Loop:
             return put_batch(rows, **size, mesh=self.program.mesh)
 
         done = self.start
-        if self._waited_enough():  # it had ended already
+        if self._ended(done):
             return state, done
         with contextlib.ExitStack() as using:
             using.enter_context(self._progress)
-            asked = using.enter_context(asked_to_stop(note))
+            self._asked = using.enter_context(asked_to_stop(note))
             tracing = using.enter_context(Tracing(self.run_dir, self.config.profile_steps))
-            feed = using.enter_context(contextlib.closing(prefetch(on_device, self.start, end)))
-            while done < end:
+            if self.standing.due:
+                self._conclude(state, frozen, done)
+            feed = using.enter_context(contextlib.closing(prefetch(on_device, done, end)))
+            while not self._ended(done):
                 batch = self._next(feed, done + 1)
                 tracing.before(done + 1)
                 state, metrics = self.program.train_step(state, frozen, batch)
@@ -126,30 +150,39 @@ class Loop:
                 self._pending = done, metrics
                 done += 1
                 tracing.after(done, metrics)
-                asking = asked(done)
-                improved = False
-                if self._evaluates_after(done):
-                    self._read()
-                    improved = self._evaluate(state.trained, frozen, done)
-                last = done == end or self._waited_enough()
-                if asking or last or improved or done % self.config.save_steps == 0:
-                    self._read()
-                    self._save(state, done)
-                if last:
-                    break
-                if asking:
-                    self.checkpoints.wait()
-                    raise Stopped(
-                        f"stopped by {asking} after step {done}, which is saved in "
-                        f"{self.checkpoints.where}. The same command goes on from there."
-                    )
+                self.standing = self.standing._replace(due=self._evaluates_after(done))
+                self._conclude(state, frozen, done)
         if done < end:
-            note(
-                f"early stopping: {self.standing.since_best} evaluations without an eval_loss "
-                f"below {self.standing.best_loss:.4f} of step {self.standing.best_step}; training "
-                f"ends at step {done} of {end}"
-            )
+            note(f"early stopping: {self._waited_for()}; training ends at step {done} of {end}")
         return state, done
+
+    def _conclude(self, state: TrainState, frozen: Any, done: int) -> None:
+        """What follows a step: its evaluation where one is due, its checkpoint where one is. Raises
+        `Stopped` where that was asked for."""
+        asking, improved = self._asked(), False
+        if self.standing.due and not asking:
+            self._read()
+            try:
+                improved = self._evaluate(state.trained, frozen, done)
+                asking = self._asked()
+            except _Left as left:
+                asking = str(left)
+        ended = self._ended(done)
+        if asking or ended or improved or done % self.config.save_steps == 0:
+            self._read()
+            self._save(state, done)
+        if asking and not ended:
+            self.checkpoints.wait()
+            first = " with its evaluation" if self.standing.due else ""
+            raise Stopped(
+                f"stopped by {asking} after step {done}, which is saved in "
+                f"{self.checkpoints.where}. The same command goes on from there{first}."
+            )
+
+    def _stay(self) -> None:
+        """Asked between parts of an evaluation. Raises `_Left`."""
+        if asking := self._asked():
+            raise _Left(asking)
 
     def _next(self, feed: Any, step: int) -> Any:
         self.watch.at(step, "waiting for data")
@@ -159,9 +192,18 @@ class Loop:
         self.watch.at(step, "in the step")
         return batch
 
-    def _waited_enough(self) -> bool:
-        patience = self.config.early_stopping_patience
-        return patience is not None and self.standing.since_best >= patience
+    def _ended(self, done: int) -> bool:
+        """Whether nothing follows step `done`, not its own evaluation either."""
+        patience, standing = self.config.early_stopping_patience, self.standing
+        waited = patience is not None and standing.since_best >= patience
+        return not standing.due and (waited or done == self.plan.total_steps)
+
+    def _waited_for(self) -> str:
+        standing = self.standing
+        below = "that is finite" if standing.best_loss is None else (
+            f"below {standing.best_loss:.4f} of step {standing.best_step}"
+        )  # fmt: skip
+        return f"{standing.since_best} evaluations without an eval_loss {below}"
 
     def _read(self) -> None:
         """Takes the pending step's metrics off the device; non-finite ones end the run."""
@@ -250,7 +292,7 @@ class Loop:
         return due or done == self.plan.total_steps
 
     def _evaluate(self, trained: Any, frozen: Any, done: int) -> bool:
-        """Whether this step is to be kept as the best so far."""
+        """Whether this step is to be kept as the best so far. Raises `_Left`."""
         data = self.plan.held_out
         assert data is not None
         self.watch.at(done, "evaluating")
@@ -260,6 +302,7 @@ class Loop:
             for batch in eval_batches(data.only(name), rows, packing=self.config.packing):
                 self.watch.at(done, "evaluating")
                 yield batch
+                self._stay()
 
         parts = {
             name: evaluate(
@@ -274,10 +317,10 @@ class Loop:
         row = sum(parts.values(), Totals()).row()
         by_dataset = {name: part.row() for name, part in parts.items()}
         self._record({"kind": "eval", "step": done, **row, "by_dataset": by_dataset})
-        self.standing = self.standing.after(row["eval_loss"], done)
         if self.plan.answer is not None:
             self.watch.at(done, "answering the sample prompts")
-            self.plan.answer(trained, frozen, done)
+            self.plan.answer(trained, frozen, done, self._stay)
+        self.standing = self.standing.after(row["eval_loss"], done)
         self._meter.pause()
         return self.config.load_best_model_at_end and self.standing.best_step == done
 
@@ -288,6 +331,7 @@ class Loop:
         best = self.standing.best_step if self.config.load_best_model_at_end else None
         meta = {**self.plan.meta, "standing": self.standing._asdict()}
         self.checkpoints.save(state, meta, step=done, best=best)
+        self._meter.pause()
 
     def _record(self, row: dict[str, Any]) -> None:
         self.last[row["kind"]] = row

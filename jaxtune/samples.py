@@ -7,14 +7,14 @@ with. Greedy, so that two steps differ by what was learnt alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxtune import hosts
 from jaxtune.data.schema import Conversation, Message
 from jaxtune.inference import Model, Words, answer, prompt_ids, stop_ids
-from jaxtune.learn.metrics import keep_rows_up_to
+from jaxtune.learn.rows import keep_rows_up_to
 from jaxtune.tree import merge
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ _LONGEST = 256  # tokens of an answer
 
 
 class Samples:
-    """Call it at an evaluation; rows after `resumed_at` are dropped, as those of metrics are.
+    """Call it at an evaluation; rows after `resumed_at` are dropped, with `due` those of that step
+    too, as those of metrics are. What `between` raises ends the answers, of which none is written.
 
     Every host calls: all ask the model, which none of them has whole, and the first one writes.
     """
@@ -43,6 +44,7 @@ class Samples:
         dtype: Any,
         *,
         resumed_at: int,
+        due: bool = False,
     ) -> None:
         self.path = run_dir / "samples.jsonl"
         self._prompts, self._words = prompts, words
@@ -52,11 +54,13 @@ class Samples:
         chats = (Conversation((Message("user", prompt),)) for prompt in prompts)
         self._ids = [prompt_ids(asked, words, chat) for chat in chats]
         if hosts.is_first():
-            keep_rows_up_to(self.path, resumed_at)
+            keep_rows_up_to(self.path, resumed_at, due=due)
 
-    def __call__(self, trained: Any, frozen: Any, step: int) -> None:
-        params = self._params(merge(trained, frozen))
-        found = answer(self._with(params), self._words, self._ids, max_new_tokens=_LONGEST)
+    def __call__(
+        self, trained: Any, frozen: Any, step: int, between: Callable[[], None] = lambda: None
+    ) -> None:
+        asked = self._with(self._params(merge(trained, frozen)))
+        found = answer(asked, self._words, self._ids, max_new_tokens=_LONGEST, between=between)
         if not hosts.is_first():
             return
         with self.path.open("a", encoding="utf-8") as file:

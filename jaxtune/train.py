@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import assemble, command, hosts, lock, stores, watch
+from jaxtune import assemble, command, hosts, lock, memory, stores, watch
 from jaxtune.command import note
 from jaxtune.config import Config, ConfigError, HostsConfig, dump, shard_bytes
 
@@ -81,7 +81,11 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     reading = options.replay_step is not None
     run_dir = _run_dir(str(config.output_dir), reading=reading)
     limit = config.hang_timeout_seconds
-    with watch.Watch(hang_seconds=limit, folder=run_dir) as watching, contextlib.ExitStack() as end:
+    with (
+        watch.Watch(hang_seconds=limit, folder=run_dir) as watching,
+        memory.explained(_smaller(config)),
+        contextlib.ExitStack() as end,
+    ):
         mirror = _claim(config, run_dir, end, reading=reading)
         return _run(config, options, model_name, run_dir, mirror, watching)
 
@@ -176,20 +180,23 @@ def _run(
         # 4. The loop.
         from jaxtune.data.position import fingerprint
         from jaxtune.learn.metrics import MetricsWriter
-        from jaxtune.loop import Loop, Plan
+        from jaxtune.learn.rows import last_rows
+        from jaxtune.loop import Loop, Plan, Standing
         from jaxtune.spec import flops_per_token
         from jaxtune.weights import base_and_part
 
+        evaluated = material.held_out.fingerprint if material.held_out is not None else ""
+        past = _past(config, checkpoints, start, evaluated)
+        due = Standing.of(past).due
         writer = MetricsWriter(
             run_dir,
             resumed_at=start,
+            due=due,
             report_to=config.report_to,
             quiet=not hosts.is_first(),
             settings=config.model_dump(mode="json"),
         )
         closing.callback(writer.close)
-        evaluated = material.held_out.fingerprint if material.held_out is not None else ""
-        past = _past(config, checkpoints, start, evaluated)
         meta = {
             "fingerprint": fingerprint(batches),
             "total_steps": total_steps,
@@ -197,7 +204,7 @@ def _run(
         }
         meta.update(base_and_part(model, adapters, chosen))
         flops = flops_per_token(model.spec, batches.row_length, frozen=adapters is not None)
-        answer = _samples(config, run_dir, material, model, adapters, mesh, start)
+        answer = _samples(config, run_dir, material, model, adapters, mesh, start, due)
         plan = Plan(batches, meta, total_steps, material.held_out, flops, answer)
         loop = Loop(
             config,
@@ -214,7 +221,9 @@ def _run(
         watching.at(done, "saving")
         checkpoints.wait()
         best = loop.standing.best_step
-        if config.load_best_model_at_end and best not in (None, done):
+        if not config.load_best_model_at_end:
+            best = None
+        if best not in (None, done):
             del state
             trained = checkpoints.restore_trained(best, program.abstract, program.shardings)
             note(f"best: step {best}, eval_loss {loop.standing.best_loss:.4f}; it is exported")
@@ -232,13 +241,15 @@ def _run(
                 if adapters is not None:
                     adapter_dir = _export_adapter(run_dir, model, adapters, variables, material)
                     variables = {"params": merged(model, adapters.lora, variables["lora"])}
-                model_dir = _export(config, run_dir, model, variables, material, report, loop.last)
+                rows = last_rows(writer.path, done if best is None else best, best=best)
+                model_dir = _export(config, run_dir, model, variables, material, report, rows)
     if hosts.is_first():
         _draw_report(config, run_dir, material, report)
     if mirror is not None:
         with watching.unlimited(f"copying to {mirror.url}"):
             mirror.finish()
-    return Result(run_dir, model_dir, done, loop.last, adapter_dir)
+    metrics = {**last_rows(writer.path, done), **loop.last}
+    return Result(run_dir, model_dir, done, metrics, adapter_dir)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -259,6 +270,15 @@ def _required(config: Config) -> str:
             )
     assert config.model_name_or_path is not None
     return config.model_name_or_path
+
+
+def _smaller(config: Config) -> str:
+    """What to do where a device's memory does not hold a step."""
+    return (
+        f"Set a smaller per_device_train_batch_size (now {config.per_device_train_batch_size}), "
+        f"gradient_checkpointing full (now {config.gradient_checkpointing}), or more devices along "
+        f"mesh.fsdp (now {config.mesh.fsdp}; -1 is all there are). jaxtune plan says what fits."
+    )
 
 
 def _run_dir(output_dir: str, *, reading: bool) -> Path:
@@ -439,7 +459,8 @@ def _past(config: Config, checkpoints: Checkpoints, start: int, evaluated: str) 
             f"resume: what is evaluated on is not what it was, so step {best} is no longer the "
             "best, and evaluations are counted anew"
         )
-        return {**meta, "standing": {"skipped": standing.get("skipped", 0)}}
+        kept = {name: standing[name] for name in ("skipped", "due") if name in standing}
+        return {**meta, "standing": kept}
     if config.load_best_model_at_end and not checkpoints.counts(best):
         note(
             f"resume: the best step {best}, eval_loss {standing['best_loss']:.4f}, is kept nowhere "
@@ -508,6 +529,7 @@ def _samples(
     adapters: Adapters | None,
     mesh: Mesh,
     start: int,
+    due: bool,
 ) -> Samples | None:
     """What answers `sample_prompts` at every evaluation."""
     if not config.sample_prompts:
@@ -526,6 +548,7 @@ def _samples(
         mesh,
         compute_dtype(config.dtype, platform_of(mesh)),
         resumed_at=start,
+        due=due,
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import itertools
 import os
 import signal
 import sys
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtune import hosts
+from jaxtune import hosts, memory
 from jaxtune.command import STOPPED, Place, say
 from jaxtune.config import HostsConfig
 
@@ -76,7 +77,7 @@ class Watch:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._store is not None and _of_runtime(error):
+        if self._store is not None and _of_runtime(error) and not memory.is_exhausted(error):
             self._blame(error)
         self._closed.set()
         if self._thread.is_alive():
@@ -274,16 +275,19 @@ def _keep_stdout() -> None:
         os.dup2(2, 1)
 
 
-Notice = Callable[[int], str | None]
+Notice = Callable[[], str | None]
+_looks = itertools.count(1)  # of this process, as of every other: `asked_to_stop`
 
 
 @contextlib.contextmanager
 def asked_to_stop(note: Callable[[str], None]) -> Iterator[Notice]:
-    """Gives `notice(step)`: the signal after which all hosts are to save `step`, or None.
+    """Gives `notice()`: the signal for which all hosts are to save now, or None.
 
     SIGTERM (or a TPU's notice of maintenance, which JAX receives) and SIGINT; on many hosts the
-    one that hears of it tells the others, and JAX finds the step that all of them still reach. To
-    be asked at every step. A second SIGINT interrupts as usual.
+    one that hears of it tells the others. JAX agrees on a look that none of them is beyond: one
+    more than the most that a host has taken. So all hosts take the same looks, wherever a run may
+    be left, and one that says so has to be obeyed: no later one does. A second SIGINT interrupts
+    as usual.
     """
     asked: list[str] = []
     many = hosts.count() > 1
@@ -292,16 +296,16 @@ def asked_to_stop(note: Callable[[str], None]) -> Iterator[Notice]:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(signal.Signals(number).name)
-        say(f"{Place.name}{asked[0]}: finishing this step, then saving")
+        say(f"{Place.name}{asked[0]}: finishing what the devices are at, then saving")
         if many:
             os.kill(os.getpid(), signal.SIGTERM)  # which JAX passes on
 
-    def notice(step: int) -> str | None:
+    def notice() -> str | None:
         if not many:
             return asked[0] if asked else None
         from jax.experimental import multihost_utils
 
-        if multihost_utils.reached_preemption_sync_point(step):
+        if multihost_utils.reached_preemption_sync_point(next(_looks)):
             return asked[0] if asked else "SIGTERM on one of the hosts"
         return None
 

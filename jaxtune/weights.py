@@ -192,10 +192,11 @@ def first_adapters(
 
     import jax
 
+    from jaxtune.mesh import put
     from jaxtune.model import decoder
 
     if adapters.start is not None:
-        return jax.tree.map(jax.device_put, adapters.start, placed)
+        return jax.tree.map(put, adapters.start, placed)
     make = functools.partial(decoder.init_adapters, spec, adapters.lora)
     # Not the key of the base's random weights, nor of what is drawn while training.
     key = jax.random.fold_in(jax.random.key(seed), 2**31)

@@ -417,6 +417,20 @@ def test_exit_codes(raised: type, code: int, capsys: pytest.CaptureFixture[str])
     assert shown.out == ""
 
 
+def test_an_interrupt_is_one_line_and_the_other_hosts_are_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(config: Config, options: Door) -> None:
+        raise KeyboardInterrupt
+
+    assert command.execute("door", "does.", Door, run, ["D"]) == 130
+    assert capsys.readouterr().err == "jaxtune door: interrupted.\n"
+    told = []
+    monkeypatch.setattr(command.Place, "leave", lambda code, said: told.append((code, said)))
+    command.execute("door", "does.", Door, run, ["D"])
+    assert told == [(130, "interrupted.")]
+
+
 @pytest.mark.parametrize(
     "text", ["lora: {r: 8}", "lora_r: 8", "lora: {r: '8'}", "adapter_name_or_path: somewhere"]
 )

@@ -5,11 +5,11 @@ so that a folder that cannot be loaded says so before anything is compiled. Ther
 step: the safetensors on disk are the source of every slice.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +68,7 @@ class HfModel:
     new: NewTokens | None = None
     wrapper: Wrapper | None = None
 
-    @cached_property
+    @functools.cached_property
     def mean_rows(self) -> dict[str, np.ndarray]:
         """Tensor name -> the mean over the trained rows, f32 [D], of those with a row per token."""
         assert self.new is not None
@@ -88,7 +88,7 @@ class HfModel:
             raise ModelError(f"{self.folder}: eos_token_id is {eos!r}; expected an id or a list.")
         return ids
 
-    @cached_property
+    @functools.cached_property
     def placed(self) -> dict[str, Placed]:
         """Parameter name -> the tensors it is made of."""
         shapes = {name: leaf.shape for name, leaf in named(_abstract(self.spec)).items()}
@@ -202,28 +202,24 @@ def load_params(
     shardings: Any | None,
     dtype: Any,
     *,
+    read: Callable[[str, Index], np.ndarray] | None = None,
     then: Callable[[str, jax.Array], Any] = lambda name, leaf: leaf,
 ) -> Any:
     """The parameter tree in `dtype`, every leaf read by slices straight into its sharding.
 
     `shardings` is a tree of `NamedSharding`, or None for everything on the default device. Host
     memory holds one device's slice of one parameter at a time; a slice that several devices hold
-    is read once. `then(name, leaf)` is what stands in the tree for a leaf: it is called for one
-    before the next is read.
+    is read once. `read(name, index)` is what a slice is, in `dtype`; by default what the folder
+    has. `then(name, leaf)` is what stands in the tree for a leaf: it is called for one before the
+    next is read.
     """
     if not model.tensors:
         raise ModelError(f"{model.folder}: was opened without weights; nothing to load.")
-    target = np.dtype(dtype)
-    placed = model.placed
+    read = read or functools.partial(read_part, model, dtype=dtype)
     where = named(shardings) if shardings is not None else {}
 
-    def read(name: str, index: Index) -> np.ndarray:
-        return _read_tensor(model, name, index)
-
     def load(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        def values(index: Index) -> np.ndarray:
-            return placed[name].read(read, index, target, run_ahead)
-
+        values = functools.partial(read, name)
         if name not in where:
             return then(name, jax.device_put(values(_whole(leaf.shape))))
         return then(name, _assemble(leaf.shape, where[name], values))
@@ -231,13 +227,13 @@ def load_params(
     return map_named(load, _abstract(model.spec))
 
 
-def read_part(model: HfModel, name: str, index: Index) -> np.ndarray:
-    """`index` of parameter `name` in float32, on this host, as `load_params` would give it."""
+def read_part(model: HfModel, name: str, index: Index, dtype: Any = np.float32) -> np.ndarray:
+    """`index` of parameter `name` in `dtype`, on this host, as `load_params` would give it."""
 
     def read(tensor: str, cut: Index) -> np.ndarray:
         return _read_tensor(model, tensor, cut)
 
-    return model.placed[name].read(read, index, np.dtype(np.float32))
+    return model.placed[name].read(read, index, np.dtype(dtype), run_ahead)
 
 
 def _read_tensor(model: HfModel, name: str, index: Index) -> np.ndarray:

@@ -1,20 +1,20 @@
-"""Adapters merged into their base: computed from the model folder's own tensors, in float32, one
-tensor at a time."""
+"""Adapters merged into their base: computed from the model folder's own tensors, in float32, a
+layer at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxtune.hf.adapter_write import on_host
-from jaxtune.hf.layout import Placed
+from jaxtune.hf.layout import Index
 from jaxtune.hf.load import HfModel, load_params, read_part
 from jaxtune.hf.peft_names import adapted
 from jaxtune.model.lora import Lora, merged_kernel
-from jaxtune.tree import map_named, named, unnamed
+from jaxtune.tree import unnamed
 
 
 def merged(model: HfModel, lora: Lora, adapters: Any) -> Any:
@@ -23,50 +23,84 @@ def merged(model: HfModel, lora: Lora, adapters: Any) -> Any:
     The base is read anew from the model folder, in float32, whatever was trained on: merging into
     quantised or rounded weights would keep their error.
     """
-    leaves = on_host(adapters)
-    projections = set(adapted(leaves))
+    parts = _Merged(model, lora, adapters)
 
-    def part_of(name: str, placed: Placed) -> Callable[[Mapping[int, int]], np.ndarray]:
-        def part(at: Mapping[int, int]) -> np.ndarray:
-            index = tuple(
-                slice(at[axis], at[axis] + 1) if axis in at else slice(0, size)
-                for axis, size in enumerate(placed.shape)
-            )
-            values = read_part(model, name, index).squeeze(tuple(at))
-            module, _, leaf = name.rpartition("/")
-            if leaf == "kernel" and module in projections:
-                own = {
-                    key: leaves[f"{module}/{key}"][at[0]]
-                    for key in ("a", "b", "magnitude")
-                    if f"{module}/{key}" in leaves
-                }
-                letters = "".join(placed.row.axes[1:])
-                shared = "".join(x for x in letters if x in placed.row.groups[1])
-                return merged_kernel(own, values, letters, shared, lora)
-            if f"{module}/rows" in leaves and leaf in ("table", "kernel"):
-                by_token = np.moveaxis(values, placed.row.axes.index("V"), 0)
-                by_token[list(lora.tokens)] = leaves[f"{module}/rows"]
-            return values
+    def part(at: Mapping[int, int], *, name: str) -> np.ndarray:
+        index = tuple(
+            slice(at[axis], at[axis] + 1) if axis in at else slice(0, size)
+            for axis, size in enumerate(model.placed[name].shape)
+        )
+        return parts.read(name, index, np.float32).squeeze(tuple(at))
 
-        return part
-
-    return unnamed({name: part_of(name, placed) for name, placed in model.placed.items()})
+    return unnamed({name: functools.partial(part, name=name) for name in model.placed})
 
 
 def merged_params(model: HfModel, lora: Lora, adapters: Any, placed: Any, dtype: Any) -> Any:
-    """The merged parameters in `dtype`, each leaf in its sharding of the tree `placed`; one
-    adapted parameter at a time stands whole on the host."""
-    names = {f"{name}/kernel" for name in adapted(on_host(adapters))}
-    names |= {"embed/table", "head/kernel"} if lora.tokens else set()
-    parts = named(merged(model, lora, adapters))
-    where = named(placed)
+    """The merged parameters in `dtype`, each leaf in its sharding of the tree `placed`.
 
-    def replace(name: str, leaf: jax.Array) -> jax.Array:
-        if name not in names:
-            return leaf
-        layers = range(leaf.shape[0]) if "L" in model.placed[name].row.spread else None
-        part = parts[name]
-        whole = part({}) if layers is None else np.stack([part({0: at}) for at in layers])
-        return jax.device_put(whole.astype(np.dtype(dtype)), where[name])
+    A host reads the slices of its own devices, once (with DoRA whole outputs), and holds a layer of
+    one in float32; nothing lies on a device twice.
+    """
+    parts = _Merged(model, lora, adapters)
 
-    return map_named(replace, load_params(model, placed, dtype))
+    def read(name: str, index: Index) -> np.ndarray:
+        return parts.read(name, index, dtype)
+
+    return load_params(model, placed, dtype, read=read)
+
+
+class _Merged:
+    """Merged parameters by slices."""
+
+    def __init__(self, model: HfModel, lora: Lora, adapters: Any) -> None:
+        self._model, self._lora = model, lora
+        self._leaves = on_host(adapters)
+        self._projections = set(adapted(self._leaves))
+
+    def read(self, name: str, index: Index, dtype: Any) -> np.ndarray:
+        """`index` of parameter `name`, rounded to `dtype` at the end."""
+        module, _, leaf = name.rpartition("/")
+        if leaf == "kernel" and module in self._projections:
+            layers = range(self._model.placed[name].shape[0])[index[0]]
+            first = self._layer(module, layers[0], index[1:])
+            values = np.empty((len(layers), *first.shape), np.dtype(dtype))
+            values[0] = first
+            for at, layer in enumerate(layers[1:], 1):
+                values[at] = self._layer(module, layer, index[1:])
+            return values
+        values = read_part(self._model, name, index, dtype)
+        if leaf in ("table", "kernel") and f"{module}/rows" in self._leaves:
+            self._put_rows(name, self._leaves[f"{module}/rows"], values, index)
+        return values
+
+    def _layer(self, module: str, layer: int, index: Index) -> np.ndarray:
+        """`index` of one layer's kernel, f32."""
+        placed = self._model.placed[f"{module}/kernel"]
+        letters = "".join(placed.row.axes[1:])
+        shared = "".join(letter for letter in letters if letter in placed.row.groups[1])
+        added = "".join(letter for letter in letters if letter not in shared)
+        cut = dict(zip(letters, index, strict=True))
+        rest: Index = (slice(None),) * len(letters)
+        if f"{module}/magnitude" in self._leaves:  # of whole outputs: all that is summed over
+            rest = tuple(cut[x] if x in shared else slice(None) for x in letters)
+            cut |= dict.fromkeys(shared, slice(None))
+        own = {
+            key: self._leaves[f"{module}/{key}"][layer][
+                tuple(cut.get(letter, slice(None)) for letter in of)
+            ]
+            for key, of in (("a", f"{shared}R"), ("b", f"R{added}"), ("magnitude", added))
+            if f"{module}/{key}" in self._leaves
+        }
+        here = (slice(layer, layer + 1), *cut.values())
+        kernel = read_part(self._model, placed.parameter, here)[0]
+        return merged_kernel(own, kernel, letters, shared, self._lora)[rest]
+
+    def _put_rows(self, name: str, rows: np.ndarray, values: np.ndarray, index: Index) -> None:
+        """The trained `rows` [N D] of tokens into `values`, `index` of a table [V D] or [D V]."""
+        placed = self._model.placed[name]
+        of_token = placed.row.axes.index("V")
+        there = range(placed.shape[of_token])[index[of_token]]
+        by_token = np.moveaxis(values, of_token, 0)
+        for row, token in zip(rows[:, index[1 - of_token]], self._lora.tokens, strict=True):
+            if token in there:
+                by_token[token - there.start] = row

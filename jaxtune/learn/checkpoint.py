@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxtune import hosts
@@ -39,6 +40,7 @@ from jaxtune.learn.digests import FOLDER
 from jaxtune.learn.mirror import Mirror
 from jaxtune.learn.parts import Parts, Wanted, checkpointer, drop
 from jaxtune.learn.state import TrainState
+from jaxtune.mesh import put
 from jaxtune.stores import StoreError, join
 
 _DAMAGED, _REMOVED, _FETCHING = "damaged-", ".removed-", ".fetching-"
@@ -326,7 +328,7 @@ class Checkpoints:
             opt=ocp.args.StandardRestore(wanted.opt_state),
             meta=ocp.args.JsonRestore(),
         )
-        position = jax.device_put(jax.numpy.asarray(step, jax.numpy.int32), shardings.step)
+        position = put(np.asarray(step, np.int32), shardings.step)
         meta = _meta(found, self.folder / str(step))
         return TrainState(position, found["trained"], found["opt"]), meta
 

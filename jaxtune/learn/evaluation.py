@@ -45,7 +45,7 @@ class Totals(NamedTuple):
         mean = self.loss / weight
         return {
             "eval_loss": mean,
-            "eval_perplexity": math.exp(mean) if mean < 700 else math.inf,
+            "eval_perplexity": math.inf if mean >= 700 else math.exp(mean),
             "eval_token_accuracy": self.correct / weight,
             "eval_tokens_trained": self.tokens,
         }
@@ -55,7 +55,8 @@ def evaluate(
     eval_step: Evaluate, trained: Any, frozen: Any, batches: Iterable[Part], *, mesh: Mesh
 ) -> Totals:
     """`trained` and `frozen` make up the variables. The `batch_size` of `batches` is
-    divisible by the mesh's row shards.
+    divisible by the mesh's row shards. A batch is asked for when the one before the last is done:
+    what `batches` raises then ends the evaluation with hardly anything under way.
 
     Sums of a batch are f32 on the device; batches are added in f64 on the host.
     """
@@ -65,7 +66,8 @@ def evaluate(
         on_device = put_batch(batch.rows, **size, mesh=mesh)
         sums.append(eval_step(trained, frozen, on_device))
         tokens += batch.trained
-    fetched = jax.device_get(sums)  # once, at the end: the device never waits for the host
+        jax.block_until_ready(sums[-2:-1])  # the last one goes on meanwhile
+    fetched = jax.device_get(sums)
     return Totals(
         loss=math.fsum(float(part.loss) for part in fetched),
         weight=math.fsum(float(part.weight) for part in fetched),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import json
 import math
 import os
 import statistics
@@ -21,6 +20,7 @@ import jax
 from jaxtune.chips import peak_flops
 from jaxtune.config import ConfigError
 from jaxtune.learn.files import write_whole
+from jaxtune.learn.rows import as_json, keep_rows_up_to
 
 
 class Board(Protocol):
@@ -32,8 +32,9 @@ class Board(Protocol):
 
 class MetricsWriter:
     """Appends to OUT/metrics.jsonl; on resume the rows after the restored step are dropped, so
-    that the file is what an uninterrupted run would have written. `quiet` writes nothing: of many
-    hosts only the first does. `settings` are what Weights & Biases shows of the run.
+    that the file is what an uninterrupted run would have written; with `due` also those of that
+    step's evaluation, which is made again. `quiet` writes nothing: of many hosts only the first
+    does. `settings` are what Weights & Biases shows of the run.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class MetricsWriter:
         run_dir: Path,
         *,
         resumed_at: int,
+        due: bool = False,
         report_to: tuple[str, ...] = (),
         quiet: bool = False,
         settings: Mapping[str, Any] | None = None,
@@ -50,7 +52,7 @@ class MetricsWriter:
         self._file = None
         if quiet:
             return
-        keep_rows_up_to(self.path, resumed_at)
+        keep_rows_up_to(self.path, resumed_at, due=due)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         if "tensorboard" in report_to:
             self._boards.append(_TensorBoard(run_dir, resumed_at))
@@ -61,7 +63,7 @@ class MetricsWriter:
         if self._file is None:
             return
         try:
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(as_json(row) + "\n")
             self._file.flush()
         except OSError as error:
             raise ConfigError(
@@ -83,20 +85,6 @@ class MetricsWriter:
                 self._file.close()
         for board in self._boards:
             board.close()
-
-
-def keep_rows_up_to(path: Path, step: int) -> None:
-    """Drops the rows of later steps from a .jsonl file, and half a line that a killed run left."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_bytes().split(b"\n"):  # at line feeds alone: U+2028 is text of a sample
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line.decode("utf-8") + "\n")
-        except (ValueError, TypeError, LookupError, RecursionError):  # of a killed run, or damaged
-            continue
-    write_whole(path, "".join(kept))
 
 
 class _TensorBoard:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune.collectives import EVERYWHERE, per_device, slices, tokens
@@ -20,7 +21,7 @@ from jaxtune.learn.objectives import Objective, each_token, next_token
 from jaxtune.learn.schedules import Schedule
 from jaxtune.learn.state import TrainState, abstract_state, init_opt_state, state_shardings
 from jaxtune.learn.step import EachToken, Evaluate, Train, eval_step, gradient, train_step
-from jaxtune.mesh import platform_of, replicated, shardings
+from jaxtune.mesh import platform_of, put, replicated, shardings
 from jaxtune.model import decoder
 from jaxtune.model.lora import COLLECTION, Lora
 from jaxtune.ops.cross_entropy import TokenLosses
@@ -50,7 +51,7 @@ class Program(NamedTuple):
     def first_state(self, variables: Any) -> tuple[TrainState, Any]:
         """The state before the first step, and what is frozen beside it."""
         trained, frozen = split(variables, self.is_trained)
-        step = jax.device_put(jnp.zeros((), jnp.int32), replicated(self.mesh))
+        step = put(np.zeros((), np.int32), replicated(self.mesh))
         return TrainState(step, trained, self.init_opt_state(trained)), frozen
 
 

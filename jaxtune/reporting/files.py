@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.config import ConfigError, DataError
+from jaxtune.learn.rows import from_json
 from jaxtune.reporting import starts
 from jaxtune.untrusted import parse_json, reason
 
@@ -154,6 +155,7 @@ def _metric(row: Row, where: str) -> Row:
             f'{where}: expected "kind" and a whole "step" from 0; got kind {_short(kind)}, step '
             f"{_short(step)}."
         )
+    row = from_json(row)
     for name in _NUMBERS.get(kind, ()):
         if name not in row or not _is_number(row[name]):
             raise DataError(f'{where}: expected a number as "{name}"; got {_short(row.get(name))}.')

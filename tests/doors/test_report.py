@@ -210,8 +210,15 @@ def test_a_run_without_a_step_yet(folder: Path) -> None:
     assert "Lengths in tokens" in page.text
 
 
-def test_numbers_that_are_not_finite(folder: Path) -> None:
-    row = {**EVAL[0], "eval_loss": float("nan"), "eval_perplexity": float("inf"), "by_dataset": {}}
+@pytest.mark.parametrize(("nan", "inf"), [("nan", "inf"), (float("nan"), float("inf"))])
+def test_numbers_that_are_not_finite(folder: Path, nan: Any, inf: Any) -> None:
+    """As texts, and as earlier versions wrote them."""
+    row = {
+        **EVAL[0],
+        "eval_loss": nan,
+        "eval_perplexity": inf,
+        "by_dataset": {"a": {"eval_loss": nan}},
+    }
     (folder / "metrics.jsonl").write_text(lines(*TRAIN, row, {**EVAL[0], "step": 20}))
     page = page_of(folder)
     assert chart(page, "Loss")["evaluation"] == ([10, 20], [None, 0.5])

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxtune import chat, evaluate, lock, loop, train
+from jaxtune import chat, evaluate, lock, loop, samples, train
 from jaxtune.config import ConfigError, Diverged, load
 from jaxtune.hf.load import load_params, open_model
-from jaxtune.learn.checkpoint import read_meta
+from jaxtune.learn.checkpoint import Checkpoints, read_meta
 from jaxtune.tree import named
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,6 +235,68 @@ def test_a_signal_saves_and_exits_75(material: Path, straight: Path, tmp_path: P
     assert "going on after step 8" in resumed.stderr
     assert rows_of(tmp_path / "out") == rows_of(straight)
     assert_same_model(straight, tmp_path / "out")
+
+
+def strike(monkeypatch: pytest.MonkeyPatch, where: str, number: int) -> None:
+    """SIGTERM to this process: before evaluation `number` of a run, in its first or second batch,
+    or while the sample prompts are answered. No batch follows the one that it came in."""
+    seen = {"evaluations": 0}
+
+    def now() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def evaluated(*args: Any, **kwargs: Any) -> Any:
+        seen["evaluations"] += 1
+        return evaluate_all(*args[:3], struck(args[3]), **kwargs)
+
+    def struck(batches: Any) -> Any:
+        strikes = {"first batch": 0, "second batch": 1}.get(where)
+        for at, batch in enumerate(batches):
+            if seen["evaluations"] == number and strikes is not None:
+                assert at <= strikes
+                if at == strikes:
+                    now()
+            yield batch
+
+    def stepped(self: Any) -> None:
+        read(self)
+        if where == "before" and seen["evaluations"] == number - 1:
+            now()
+
+    def answered(*args: Any, **kwargs: Any) -> Any:
+        if where == "answers" and seen["evaluations"] == number:
+            now()
+        return answer(*args, **kwargs)
+
+    evaluate_all, read, answer = loop.evaluate, loop.Loop._read, samples.answer
+    monkeypatch.setattr(loop, "evaluate", evaluated)
+    monkeypatch.setattr(loop.Loop, "_read", stepped)
+    monkeypatch.setattr(samples, "answer", answered)
+
+
+def test_a_run_stopped_in_its_evaluations_is_the_undisturbed_run(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    more = {
+        "eval_split": 0.5, "eval_steps": 1, "learning_rate": 0.5, "save_steps": 100,
+        "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2, "max_grad_norm": 0,
+        "early_stopping_patience": 3, "load_best_model_at_end": True, "max_steps": 40,
+        "per_device_eval_batch_size": 1, "sample_prompts": '["Where is number 3?"]',
+    }  # fmt: skip
+    assert train.main(flags(material, whole, **more)) == 0
+    for where, number, stops in (
+        ("before", 2, 2), ("first batch", 1, 2), ("second batch", 2, 3), ("answers", 2, 4),
+    ):  # fmt: skip
+        with monkeypatch.context() as patched:
+            strike(patched, where, number)
+            assert train.main(flags(material, out, **more)) == 75
+        saved = {int(path.name) for path in (out / "checkpoints").iterdir()}
+        assert max(saved) == stops, where
+    assert train.main(flags(material, out, **more)) == 0
+    assert rows_of(out) == rows_of(whole)
+    assert (out / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    assert_same_model(whole, out)
 
 
 def test_other_data_is_refused_on_resume(material: Path, straight: Path, tmp_path: Path) -> None:
@@ -512,8 +575,57 @@ def test_early_stopping_exports_the_best_step_and_ends_for_good(
     evaluated = evaluate.run(load(overrides=asked))
     assert evaluated.scores["eval_loss"] == pytest.approx(losses[best], abs=1e-4)
     assert list((out / "profile").rglob("*.xplane.pb"))
+    card = (out / "hf" / "README.md").read_text()
+    shown = f"| eval_loss | {losses[best]:.6g} |"
+    assert shown in card
+    assert result.metrics["eval"]["step"] == best + 2
     # Run again, it has nothing to do but the export.
-    assert run(material, out, **more).step == best + 2
+    again = run(material, out, **more)
+    assert again.step == best + 2
+    assert again.metrics == result.metrics
+    assert (out / "hf" / "README.md").read_text() == card
+
+
+def test_a_save_is_no_time_of_training(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Checkpoints.save
+
+    def slowly(self: Checkpoints, *args: Any, **kwargs: Any) -> None:
+        time.sleep(3)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpoints, "save", slowly)
+    run(material, tmp_path / "out", max_steps=6, save_steps=3, export=False)
+    text = (tmp_path / "out" / "metrics.jsonl").read_text()
+    seconds = [json.loads(line)["step_seconds"] for line in text.splitlines()]
+    assert seconds[3] is None
+    assert max(found for found in seconds if found is not None) < 3
+
+
+def test_a_device_without_memory_is_a_message(
+    material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def step(self: loop.Loop, *_: Any) -> Any:
+        return jnp.zeros(2**45).block_until_ready()
+
+    monkeypatch.setattr(loop.Loop, "_next", step)
+    assert train.main(flags(material, tmp_path / "out")) == 2
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    for word in (
+        "train: ", "allocating 140737488355328 bytes", "per_device_train_batch_size (now 1)",
+        "gradient_checkpointing full (now none)", "mesh.fsdp (now 1;", "jaxtune plan",
+    ):  # fmt: skip
+        assert word in said
+
+
+def test_an_interrupt_before_the_loop_is_one_line(material: Path, tmp_path: Path) -> None:
+    before = "from jaxtune import assemble\ndef build(*_): raise KeyboardInterrupt\n"
+    before += "assemble.build = build\n"
+    done = in_process(flags(material, tmp_path / "out"), before=before)
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == "jaxtune train: interrupted."
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

@@ -15,13 +15,15 @@ from golden.cases import TEXTS, write_folder
 from safetensors.numpy import load_file, save_file
 
 from jaxtune.config import ConfigError, ModelError
-from jaxtune.hf import adapter_read, adapter_write, identity, merge, peft_names
+from jaxtune.hf import adapter_read, adapter_write, identity, load, merge, peft_names
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import HfModel, load_params, open_model
 from jaxtune.hf.targets import resolve_targets
+from jaxtune.mesh import make_mesh
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
 from jaxtune.tree import map_named, named
+from jaxtune.weights import param_shardings
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "adapters"
 LOGITS = np.load(GOLDEN / "logits.npz")
@@ -67,6 +69,39 @@ def test_an_adapter_of_peft_gives_its_logits_beside_and_merged(
     placed = jax.tree.map(lambda leaf: leaf.sharding, params)
     loaded = merge.merged_params(base, lora, collection, placed, np.float32)
     np.testing.assert_allclose(logits(base, loaded), beside, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_merged_slices_are_read_once_and_lie_on_a_device_once(
+    kind: str, base: HfModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = adapter_read.open_adapter(str(GOLDEN / kind))
+    lora, collection = adapter_read.read_adapter(adapter, base)
+    mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2, "context": 1}, jax.devices()[:4])
+    placed = param_shardings(base.spec, mesh, jnp.bfloat16)
+    whole = named(merge.merged(base, lora, collection))
+    before, most, read = sum(x.nbytes for x in jax.live_arrays()), [0], [0]
+
+    def counted(tensor: Any, index: Any) -> np.ndarray:
+        most[0] = max(most[0], sum(x.nbytes for x in jax.live_arrays()) - before)
+        values = fetch(tensor, index)
+        read[0] += values.size
+        return values
+
+    fetch = load.fetch
+    monkeypatch.setattr(load, "fetch", counted)
+    params = merge.merged_params(base, lora, collection, placed, jnp.bfloat16)
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert most[0] < 2 * total  # bytes
+    if kind == "lora":
+        assert read[0] == total
+    monkeypatch.setattr(load, "fetch", fetch)
+    for name, leaf in named(params).items():
+        # A stack's layers are given one by one.
+        layers = range(leaf.shape[0]) if base.placed[name].row.spread else None
+        part = whole[name]
+        expected = part({}) if layers is None else np.stack([part({0: n}) for n in layers])
+        np.testing.assert_array_equal(leaf, expected.astype(jnp.bfloat16), err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

@@ -17,6 +17,7 @@ from jaxtune.data.pipeline import EvalBatch
 from jaxtune.learn import metrics
 from jaxtune.learn.evaluation import Totals, evaluate
 from jaxtune.learn.metrics import Meter, MetricsWriter, Spikes
+from jaxtune.learn.rows import last_rows
 from jaxtune.mesh import make_mesh
 from jaxtune.ops.cross_entropy import Sums
 
@@ -36,6 +37,48 @@ def test_rows_after_the_restored_step_and_a_half_written_line_are_dropped(tmp_pa
     writer.write({"kind": "train", "step": 3, "loss": 0.25})
     writer.close()
     assert [(r["step"], r["loss"]) for r in rows(tmp_path)] == [(1, 1.0), (2, 0.5), (3, 0.25)]
+
+
+def test_what_is_not_finite_is_text_in_json_and_a_number_again_when_read(tmp_path: Path) -> None:
+    def refused(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    row = {"kind": "eval", "step": 2, "eval_loss": math.nan, "eval_perplexity": math.inf,
+           "by_dataset": {"a": {"eval_loss": -math.inf, "eval_tokens_trained": 3}}}  # fmt: skip
+    writer = MetricsWriter(tmp_path, resumed_at=0)
+    writer.write(row)
+    writer.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    found = json.loads(line, parse_constant=refused)
+    assert (found["eval_loss"], found["eval_perplexity"]) == ("nan", "inf")
+    assert found["by_dataset"] == {"a": {"eval_loss": "-inf", "eval_tokens_trained": 3}}
+    again = last_rows(tmp_path / "metrics.jsonl", 2)["eval"]
+    assert repr(again) == repr(row)
+
+
+def test_the_last_rows_up_to_a_step_and_the_evaluation_of_the_best(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    assert last_rows(file, 9) == {}
+    every = [(1, "train"), (2, "train"), (2, "eval"), (3, "train"), (4, "eval"), (5, "train")]
+    file.write_text("".join(f'{{"kind": "{kind}", "step": {n}}}\n' for n, kind in every) + '{"ki')
+
+    def steps(step: int, best: int | None = None) -> dict[str, int]:
+        return {kind: row["step"] for kind, row in last_rows(file, step, best=best).items()}
+
+    assert steps(9) == {"train": 5, "eval": 4}
+    assert steps(3) == {"train": 3, "eval": 2}
+    assert steps(4, best=4) == {"train": 3, "eval": 4}
+    assert steps(3, best=3) == {"train": 3}
+
+
+def test_what_an_evaluation_wrote_that_is_due_again_is_dropped(tmp_path: Path) -> None:
+    for due, kept in ((False, ["train", "train", "eval"]), (True, ["train", "train"])):
+        writer = MetricsWriter(tmp_path, resumed_at=0)
+        for step, kind in ((1, "train"), (2, "train"), (2, "eval"), (3, "train")):
+            writer.write({"kind": kind, "step": step})
+        writer.close()
+        MetricsWriter(tmp_path, resumed_at=2, due=due).close()
+        assert [row["kind"] for row in rows(tmp_path)] == kept
 
 
 def test_a_fresh_run_forgets_the_rows_of_a_run_that_saved_nothing(tmp_path: Path) -> None:
@@ -175,6 +218,11 @@ def make_devices() -> list:
     import jax
 
     return jax.devices()[:1]
+
+
+def test_a_loss_that_is_not_a_number_has_no_perplexity_either() -> None:
+    assert math.isnan(Totals(math.nan, 2, 3, 4).row()["eval_perplexity"])
+    assert Totals(2000, 2, 3, 4).row()["eval_perplexity"] == math.inf
 
 
 def test_no_trained_tokens_is_no_division_by_zero() -> None:

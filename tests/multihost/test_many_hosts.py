@@ -38,6 +38,21 @@ def struck(self):
     read(self)
 loop.Loop._read = struck
 """
+# One host is told to stop when an evaluation begins; batches take as long as large ones do.
+IN_EVALUATION = """
+import os, signal, time
+from jaxtune import loop
+evaluate = loop.evaluate
+def slowly(step, trained, frozen, batches, **options):
+    def each():
+        for at, batch in enumerate(batches):
+            if HOST == 1 and at == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.7)
+            yield batch
+    return evaluate(step, trained, frozen, each(), **options)
+loop.evaluate = slowly
+"""
 
 
 def assert_same_run(out: Path, alone: Path) -> None:
@@ -111,6 +126,22 @@ def test_killed_stopped_and_resumed_by_other_numbers_of_hosts(
     assert_same_run(out, alone)
 
 
+@pytest.mark.slow
+def test_all_hosts_leave_an_evaluation_at_the_same_batch(material: Path, tmp_path: Path) -> None:
+    more = {"eval_datasets": material / "train.jsonl", "save_steps": 100}  # ten batches
+    (one,) = runs.start(runs.flags(material, tmp_path / "alone", **more), hosts=1, devices=4)
+    argv = runs.flags(material, tmp_path / "out", **more)
+    two = runs.start(argv, hosts=2, devices=4, before=IN_EVALUATION)
+    assert [host.end() for host in (one, *two)] == [0, 75, 75], two[0].stderr + two[1].stderr
+    for host in two:
+        assert "after step 6, which is saved" in host.stderr
+        assert "goes on from there with its evaluation" in host.stderr
+    assert [row["kind"] for row in runs.rows_of(tmp_path / "out")] == ["train"] * 6
+    again = runs.start(argv, hosts=2, devices=4)
+    assert [host.end() for host in again] == [0, 0], again[0].stderr + again[1].stderr
+    assert_same_run(tmp_path / "out", tmp_path / "alone")
+
+
 def test_a_host_that_fails_ends_the_others_with_its_reason(material: Path, tmp_path: Path) -> None:
     """Host 1 finds a broken file where host 0 finds a good one: each host reads its own disk."""
     broken = tmp_path / "broken.jsonl"
@@ -146,6 +177,30 @@ def test_hosts_that_would_not_run_the_same_say_what_differs(material: Path, tmp_
         assert "datasets is" not in host.stderr  # by what it holds, wherever it lies
         assert "Traceback" not in host.stderr
     assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "said"),
+    [
+        ("from jaxtune import assemble\n"
+         "def build(*_): raise KeyboardInterrupt\n"
+         "if HOST == 1: assemble.build = build", 130, "interrupted."),
+        ("from jaxtune import loop, watch\n"
+         "import jax.numpy\n"
+         "watch.Watch._blame = lambda *_: print('BLAMED', file=sys.stderr)\n"
+         "def step(*_): jax.numpy.zeros(2**45).block_until_ready()\n"
+         "if HOST == 1: loop.Loop._next = step", 2, "out of memory on a device: RESOURCE_"),
+    ],
+    ids=["interrupted", "out of memory"],
+)  # fmt: skip
+def test_the_others_hear_why_a_host_has_ended(
+    before: str, code: int, said: str, material: Path, tmp_path: Path
+) -> None:
+    hosts = runs.start(runs.flags(material, tmp_path / "out"), hosts=2, devices=2, before=before)
+    assert [host.end(100) for host in hosts] == [code, code], hosts[0].stderr + hosts[1].stderr
+    assert f"jaxtune train: host 1 of 2: {said}" in hosts[1].stderr
+    assert f"host 1 has ended, so this one does too. It said: {said}" in hosts[0].stderr
+    assert "BLAMED" not in hosts[1].stderr
 
 
 @pytest.mark.slow

@@ -1,0 +1,42 @@
+"""What is said where the memory of a device does not suffice. Knows no JAX: the error is known by
+its name, so that a door that never used a device imports nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from jaxtune.config import ConfigError
+
+_ERRORS = ("JaxRuntimeError", "XlaRuntimeError")
+_CODE = "RESOURCE_EXHAUSTED"
+
+
+@contextlib.contextmanager
+def explained(advice: str) -> Iterator[None]:
+    """Makes a `ConfigError` of XLA's error: how much it wanted, in its own words, and `advice`."""
+    try:
+        yield
+    except Exception as error:
+        if (said := _exhausted(error)) is None:
+            raise
+        raise ConfigError(f"out of memory on a device: {said.rstrip('.')}. {advice}") from error
+
+
+def is_exhausted(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is a device without memory to give."""
+    while error is not None:
+        if _exhausted(error) is not None:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _exhausted(error: BaseException) -> str | None:
+    """The first line of what XLA says, None where it is about something else: messages between
+    hosts, or a kernel's scratch memory, which no setting makes smaller."""
+    if type(error).__name__ not in _ERRORS or _CODE not in str(error):
+        return None
+    text = str(error).lower()
+    about = any(word in text for word in ("memory", "alloc", "hbm")) and "vmem" not in text
+    return str(error).partition("\n")[0] if about else None
