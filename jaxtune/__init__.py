@@ -21,6 +21,7 @@ The floor plan; imports only go down, siblings never import each other (`tests/t
              untrusted  hub  stores     strangers' files, read with limits | models by their id |
              kept  lock                 objects at gs:// and s3:// URLs | what of them stays here
                                         one run at a time in a folder
+             files  rows  memory        whole or not there | metrics.jsonl | of a device, used up
 
 Importing this package imports nothing heavy.
 """

@@ -3,8 +3,8 @@
 Every door is two functions, `run(config, options) -> Result` for Python and `main(argv)` for the
 shell; `main` is `command.execute(...)`. This room knows no JAX, so `--help` is quick.
 
-Exit codes: 0 done, 2 bad input, 3 diverged, 75 stopped after saving or with a lost host, 130
-interrupted without saving, 1 a bug (with its traceback).
+Exit codes: 0 done, 2 bad input, 3 diverged, 75 stopped after saving, with a lost host or a store
+that cannot be reached, 130 interrupted without saving, 1 a bug (with its traceback).
 """
 
 from __future__ import annotations
@@ -107,16 +107,16 @@ def execute(
     argv: Sequence[str] | None = None,
 ) -> int:
     """Parses, runs, and turns what went wrong into an exit code and one message on stderr."""
-    code, said = 0, ""
+    code, said, together = 0, "", False
     try:
         config, chosen = parse(sys.argv[1:] if argv is None else argv, door, description, options)
         run(config, chosen)
     except Diverged as error:
         code, said = DIVERGED, str(error)
     except JaxtuneError as error:
-        code, said = BAD_INPUT, _harmless(str(error))
+        code, said = STOPPED if error.passes else BAD_INPUT, _harmless(str(error))
     except Stopped as error:
-        code, said = STOPPED, str(error)
+        code, said, together = STOPPED, str(error), True
     except KeyboardInterrupt:
         code, said = INTERRUPTED, "interrupted."
     except BrokenPipeError:  # the reader of stdout left (`| head`)
@@ -132,7 +132,7 @@ def execute(
             code, said = BUG, f"{type(error).__name__}: {error}"
     if code:
         say(f"jaxtune {door}: {Place.name}{said}")
-        if Place.leave is not None and code != STOPPED:
+        if Place.leave is not None and not together:
             Place.leave(code, said)
     return code
 

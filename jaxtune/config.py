@@ -49,7 +49,12 @@ M = TypeVar("M", bound=pydantic.BaseModel)
 
 
 class JaxtuneError(Exception):
-    """What a user can mend. The text says where, what was expected, what came, what to do."""
+    """What a user can mend. The text says where, what was expected, what came, what to do. `passes`
+    where time may mend it too: the same command is worth another try."""
+
+    def __init__(self, *said: object, passes: bool = False) -> None:
+        super().__init__(*said)
+        self.passes = passes
 
 
 class ConfigError(JaxtuneError):

@@ -116,7 +116,7 @@ def _export_run(
     from jaxtune.draw.card import model_card
     from jaxtune.hf.export import check_target, export_model
     from jaxtune.hf.load import open_model, with_tokens
-    from jaxtune.learn.rows import last_rows
+    from jaxtune.rows import last_rows
     from jaxtune.weights import restore, run_config, to_export
 
     config = run_config(run_dir, flags)

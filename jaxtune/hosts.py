@@ -34,11 +34,18 @@ class Asked(Protocol):
     def heartbeat_timeout_seconds(self) -> int: ...
 
 
-def start(asked: Asked) -> None:
-    """Joins the other processes of the run; with one process there is nothing to join.
+LATE = (
+    "the other processes of the run did not join within five minutes, or the first of them ended "
+    "meanwhile. Start the same command on all hosts."
+)
+
+
+def start(asked: Asked, before: Callable[[], None] = lambda: None) -> None:
+    """Joins the other processes of the run, after a call of `before`; with one process there is
+    nothing to join.
 
     To be called before JAX looks for devices; a second call does nothing. Raises `ConfigError`
-    when the others cannot be found.
+    when the others cannot be found; JAX may abort() instead, for which `LATE` is the reason.
     """
     given = _given(asked)
     if not given and not detected():
@@ -49,6 +56,7 @@ def start(asked: Asked) -> None:
         return
     # The devices of a CPU have no network of their own.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    before()
     try:
         jax.distributed.initialize(
             **given,
@@ -61,7 +69,8 @@ def start(asked: Asked) -> None:
             f"hosts: process {given.get('process_id', '?')} of {given.get('num_processes', '?')} "
             f"could not join {where}: {str(error).splitlines()[0]} Every process gets the same "
             "hosts.coordinator_address (HOST:PORT of process 0) and hosts.num_processes, and its "
-            "own hosts.process_id from 0; all start within five minutes."
+            "own hosts.process_id from 0; all start within five minutes.",
+            passes=isinstance(error, RuntimeError),
         ) from None
 
 

@@ -78,7 +78,8 @@ def download(name: str, *, revision: str | None, patterns: Sequence[str]) -> Pat
     except Exception as error:  # each transport has its own kinds; what came stays in the cache
         raise ModelError(
             f"{absent}, and downloading it from the hub failed: {reason(error)}. "
-            "Files that have come whole are kept: run the same command again."
+            "Files that have come whole are kept: run the same command again.",
+            passes=True,
         ) from None
 
 

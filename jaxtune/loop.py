@@ -275,8 +275,9 @@ class Loop:
             self._progress.advance(float("nan"))
             return
         raise Diverged(
-            f"{what}The parameters before this step are kept; the newest checkpoint is step "
-            f"{kept or 'none'}. The batch's rows and the gradient norm of each parameter are in "
+            f"{what}It changed nothing; "
+            + (f"the newest checkpoint is step {kept}. " if kept else "none was saved before it. ")
+            + "The batch's rows and the gradient norm of each parameter are in "
             f"{path}. To look at that step: {incident.command_for(self.run_dir, done)}. Lower "
             f"learning_rate (now {metrics.learning_rate:g}), mend the rows, or allow "
             "max_skipped_steps."

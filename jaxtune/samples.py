@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtune import hosts
 from jaxtune.data.schema import Conversation, Message
 from jaxtune.inference import Model, Words, answer, prompt_ids, stop_ids
-from jaxtune.learn.rows import keep_rows_up_to
+from jaxtune.rows import keep_rows_up_to
 from jaxtune.tree import merge
 
 if TYPE_CHECKING:

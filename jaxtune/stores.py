@@ -391,7 +391,7 @@ def _explained(url: str, done: str, error: Exception) -> StoreError:
             "gcloud auth application-default login, the VM's service account, or AWS_ACCESS_KEY_ID "
             "and AWS_SECRET_ACCESS_KEY."
         )
-    return StoreError(f"{url}: cannot be {done}: {type(error).__name__}: {said}.")
+    return StoreError(f"{url}: cannot be {done}: {type(error).__name__}: {said}.", passes=True)
 
 
 def _all(act: Callable[[Any], T], things: Iterable[Any]) -> list[T]:

@@ -71,9 +71,20 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     """Trains, checkpoints and exports. Raises `ConfigError`, `DataError`, `ModelError`,
     `Diverged`, and `command.Stopped` after saving on SIGTERM or SIGINT.
     """
+    try:
+        with watch.ended_by_signals():
+            return _joined(config, options or TrainOptions())
+    except watch.Asked as signal:
+        raise command.Stopped(
+            f"stopped by {signal} where there was nothing to save. The same command goes on from "
+            "what is saved."
+        ) from None
+
+
+def _joined(config: Config, options: TrainOptions) -> Result:
+    """The run, once its hosts have found each other and its place is proven."""
     from jaxtune.hf.folders import refuse_adapter
 
-    options = options or TrainOptions()
     model_name = _required(config)
     refuse_adapter(model_name)
     assemble.set_compiler_flags()
@@ -180,8 +191,8 @@ def _run(
         # 4. The loop.
         from jaxtune.data.position import fingerprint
         from jaxtune.learn.metrics import MetricsWriter
-        from jaxtune.learn.rows import last_rows
         from jaxtune.loop import Loop, Plan, Standing
+        from jaxtune.rows import last_rows
         from jaxtune.spec import flops_per_token
         from jaxtune.weights import base_and_part
 
@@ -325,7 +336,7 @@ def _claim(
 
 
 def _write_config(path: Path, config: Config) -> None:
-    from jaxtune.learn.files import write_whole
+    from jaxtune.files import write_whole
 
     try:
         write_whole(path, dump(config))

@@ -44,13 +44,12 @@ class Beat(NamedTuple):
 
 def join(asked: HostsConfig) -> None:
     """Joins the other processes (`hosts.start`), and says who speaks. Every door begins so."""
-    hosts.start(asked)
+    hosts.start(asked, before=_answer_aborts)
     if hosts.count() == 1 or Place.name:
         return
     Place.name = f"host {hosts.index()} of {hosts.count()}: "
     Place.quiet = not hosts.is_first()
     Place.leave = _leave
-    _answer_aborts()
     _keep_stdout()
 
 
@@ -240,6 +239,9 @@ def _answer_aborts() -> None:
 
 
 def _on_abort(number: int) -> None:
+    if not Place.name:
+        os.write(2, f"jaxtune: {hosts.LATE}\n".encode())
+        os._exit(STOPPED)
     watch = _State.watch
     silent = watch.silent(beats=2) if watch is not None else []
     lost = _lost(silent, watch._now[0] if watch is not None else 0)
@@ -273,6 +275,39 @@ def _keep_stdout() -> None:
         sys.stdout.flush()
         sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
         os.dup2(2, 1)
+
+
+class Asked(KeyboardInterrupt):
+    """A signal where there is nothing to save; its text names it."""
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Outside of `asked_to_stop`: the first SIGTERM or SIGINT raises `Asked`. Of several hosts one
+    that is interrupted tells the others, and SIGTERM is JAX's."""
+
+    def end(number: int, frame: Any) -> None:
+        restore()
+        if hosts.count() > 1:
+            raise KeyboardInterrupt
+        raise Asked(signal.Signals(number).name)
+
+    def restore() -> None:
+        for number, handler in before.items():
+            if signal.getsignal(number) is end:
+                signal.signal(number, handler)
+
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, end)
+    except ValueError:  # not the main thread: signals are not ours
+        yield
+        return
+    try:
+        yield
+    finally:
+        restore()
 
 
 Notice = Callable[[], str | None]

@@ -27,6 +27,9 @@ ROOMS: dict[str, set[str]] = {
     "untrusted": {"config"},
     "kept": {"config"},
     "lock": {"config"},
+    "files": set(),
+    "rows": {"files"},
+    "memory": {"config"},
     "stores": {"config", "untrusted", "kept"},
     "hub": {"config", "untrusted", "stores"},
     "mesh": {"config", "tree"},
@@ -38,10 +41,10 @@ ROOMS: dict[str, set[str]] = {
     "ops": {"spec"},
     "model": {"config", "spec", "tree", "mesh", "collectives", "ops"},
     "hosts": {"config"},
-    "watch": {"config", "command", "hosts"},
+    "watch": {"config", "command", "hosts", "memory"},
     "learn": {
         *("config", "hosts", "chips", "spec", "tree", "mesh", "collectives", "ops", "model"),
-        *("stores", "kept", "lock"),
+        *("stores", "kept", "lock", "files", "rows"),
     },
     "hf": {"config", "untrusted", "hub", "stores", "spec", "tree", "mesh", "model"},
     "weights": {
@@ -54,15 +57,15 @@ ROOMS: dict[str, set[str]] = {
         *("config", "chips", "compiled", "assemble", "spec", "tree", "mesh", "data", "model"),
         *("ops", "learn", "hf", "weights"),
     },
-    "reporting": {"config", "command", "untrusted", "data", "draw"},
-    "incident": {"mesh", "data", "learn"},
+    "reporting": {"config", "command", "untrusted", "rows", "data", "draw"},
+    "incident": {"files", "rows", "mesh", "data", "learn"},
     "agreement": {"config", "hosts", "tree", "data", "hf", "weights"},
     "loop": {
         *("config", "command", "hosts", "watch", "chips", "tree", "mesh", "data", "draw", "learn"),
         "incident",
     },
     "samples": {
-        *("config", "hosts", "tree", "mesh", "data", "model", "learn", "hf", "weights"),
+        *("config", "hosts", "rows", "tree", "mesh", "data", "model", "learn", "hf", "weights"),
         "inference",
     },
     "evaluating": {
@@ -102,6 +105,9 @@ BANNED = {
     "mesh": {"flax", "torch"},
     "collectives": {"flax", "torch"},
     "tree": {"jax", "flax", "torch"},
+    "files": {"jax", "flax", "numpy", "torch"},
+    "rows": {"jax", "flax", "numpy", "torch"},
+    "memory": {"jax", "flax", "numpy", "torch"},
 }
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from jaxtune.watch import Beat, Watch
+import pytest
+from multihost.runs import free_port
+
+from jaxtune.watch import Asked, Beat, Watch, asked_to_stop, ended_by_signals
 
 HANGS = """
 import sys, time
@@ -51,3 +55,36 @@ def test_who_lags_is_named() -> None:
     assert "Host 2 is silent" in watch._laggard()
     watch.peers = {**here, 1: Beat(3, 9, "in the step", 9.0), 2: Beat(3, 9, "in the step", 0.0)}
     assert watch.silent() == [2]  # host 1 ended because of it
+
+
+def test_a_process_that_nobody_joins_ends_with_75() -> None:
+    """Where the first is there and the others are not, and where the first is not: JAX aborts
+    there, and what it would have raised never comes."""
+    for number in (0, 1):
+        code = (
+            "from jaxtune import command, hosts, watch\n"
+            "from jaxtune.config import HostsConfig\n"
+            "hosts._JOIN_SECONDS = 3\n"
+            f"asked = HostsConfig(coordinator_address='127.0.0.1:{free_port()}', num_processes=2,"
+            f" process_id={number})\n"
+            "run = lambda config, options: watch.join(asked)\n"
+            "raise SystemExit(command.execute('train', '', command.Options, run, []))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 75, done.stderr
+        assert "did not join within five minutes" in done.stderr or "could not join" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_where_nothing_is_to_be_saved(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Asked, match=number.name), ended_by_signals():
+        signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+    with ended_by_signals(), asked_to_stop(lambda said: None) as asked:
+        signal.raise_signal(number)
+        assert asked() == number.name
+    assert signal.getsignal(number) is before

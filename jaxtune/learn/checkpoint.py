@@ -309,7 +309,8 @@ class Checkpoints:
             kept = "the beginning" if self._latest is None else f"step {self._latest}"
             raise StoreError(
                 f"{error} A checkpoint could not be put there. The same command goes on from "
-                f"{kept}."
+                f"{kept}.",
+                passes=error.passes,
             ) from error
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -472,9 +473,12 @@ def _meta(found: Any, folder: Path, needed: Collection[str] = ("step",)) -> dict
 # -- for those who only read -----------------------------------------------------------------------
 
 
-def read_meta(run_dir: Path, step: int | None = None) -> dict[str, Any]:
-    """What the checkpoint of `step`, or the newest good one, says of itself; "step" is which."""
-    place = _find(run_dir, step)
+def read_meta(
+    run_dir: Path, step: int | None = None, *, note: Callable[[str], None] = lambda said: None
+) -> dict[str, Any]:
+    """What the checkpoint of `step`, or the newest good one, says of itself; "step" is which.
+    `note` hears of those that are damaged and passed over."""
+    place = _find(run_dir, step, note)
     return _meta(_read(place, meta=ocp.args.JsonRestore()), place)
 
 
@@ -488,7 +492,7 @@ def restore_trained(
     return found["trained"], _meta(found, where)
 
 
-def _find(run_dir: Path, step: int | None) -> Path:
+def _find(run_dir: Path, step: int | None, note: Callable[[str], None] = lambda said: None) -> Path:
     """The folder of the step that is meant. Raises `ConfigError` when it is not there or damaged;
     without a `step` damaged ones are passed over as long as an older one is good.
     """
@@ -503,6 +507,8 @@ def _find(run_dir: Path, step: int | None) -> Path:
     for found in steps if step is None else [step]:
         stamp = (folder / str(found) / digests.MARK).stat().st_mtime_ns
         if not (what := _damage(folder / str(found), stamp)):
+            if said:
+                note(f"{said} Step {found} is taken instead.")
             return folder / str(found)
         said = said or f"{folder / str(found)}: is damaged: {what}."
     others = ", ".join(str(other) for other in reversed(steps) if other != step)

@@ -24,9 +24,9 @@ from typing import Any
 
 from jaxtune import hosts, kept, lock, stores
 from jaxtune.config import ConfigError
+from jaxtune.files import write_whole
 from jaxtune.learn import digests
 from jaxtune.learn.digests import FOLDER
-from jaxtune.learn.files import write_whole
 from jaxtune.stores import StoreError, join
 
 SECONDS = 60.0  # between two copies of what grows
@@ -270,7 +270,8 @@ def put_marked(here: Path, place: str, marker: str, *, contents: bool) -> None:
     rest = [name for name in names if name != marker]
     stores.put_all(here, rest, place)
     if wrong := stores.unequal(here, rest, place, contents=contents):
-        raise StoreError(f"{wrong}, right after it was written. Run the same command again.")
+        again = "right after it was written. Run the same command again."
+        raise StoreError(f"{wrong}, {again}", passes=True)
     stores.put_all(here, [marker], place)
 
 

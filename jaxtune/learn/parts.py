@@ -67,7 +67,8 @@ class Parts:
         mark = digests.mark_of(own)
         stores.put_all(here, names if own == 0 else [*names, mark], place)
         if wrong := stores.unequal(here, names, place, contents=False):
-            raise StoreError(f"{wrong}, right after it was written. Run the same command again.")
+            again = "right after it was written. Run the same command again."
+            raise StoreError(f"{wrong}, {again}", passes=True)
         put, counts = f"put-{self._puts}", f"counts-{self._puts}"
         if own == 0:
             self._mirror.put_files()  # the rows up to this step

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.config import ConfigError, DataError
-from jaxtune.learn.rows import from_json
 from jaxtune.reporting import starts
+from jaxtune.rows import from_json
 from jaxtune.untrusted import parse_json, reason
 
 Row = dict[str, Any]

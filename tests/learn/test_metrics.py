@@ -17,9 +17,9 @@ from jaxtune.data.pipeline import EvalBatch
 from jaxtune.learn import metrics
 from jaxtune.learn.evaluation import Totals, evaluate
 from jaxtune.learn.metrics import Meter, MetricsWriter, Spikes
-from jaxtune.learn.rows import last_rows
 from jaxtune.mesh import make_mesh
 from jaxtune.ops.cross_entropy import Sums
+from jaxtune.rows import last_rows
 
 
 def rows(path: Path) -> list[dict]:

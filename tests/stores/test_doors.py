@@ -10,7 +10,7 @@ import pytest
 from multihost import runs
 
 from jaxtune import convert, evaluate, report, stores, train
-from jaxtune.command import BAD_INPUT
+from jaxtune.command import BAD_INPUT, STOPPED
 from jaxtune.learn.mirror import steps_of
 from jaxtune.stores import join
 
@@ -155,7 +155,7 @@ def test_a_store_that_is_gone_for_a_while(
         503 if method in ("PUT", "POST") and "/run/hf/" in path else None
     )
     host = runs.Host(flags(s3), devices=2, before="from jaxtune import stores\nstores._PAUSES=()")
-    assert host.end() == BAD_INPUT, host.stderr
+    assert host.end() == STOPPED, host.stderr  # the store may answer again
     assert "/run/hf/" in host.stderr.splitlines()[-1]
     assert not stores.find(join(run, "hf/config.json"))
 
