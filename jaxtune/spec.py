@@ -5,7 +5,9 @@ The spec knows no weights, no arrays and no model brand: `hf/families.py` writes
 Impossible combinations raise ValueError here, so that nothing below has to check again.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -315,22 +317,75 @@ def parameter_count(spec: ModelSpec) -> int:
     return embedding + matrices - tied + biases_and_norms + _norm_parameters(spec)
 
 
-def flops_per_token(spec: ModelSpec, seq_len: int, *, frozen: bool = False) -> float:
+class Backward(NamedTuple):
+    """What a backward pass makes of a model of which a part is trained.
+
+    Gradients of activations pass through the head if `through_head`, and through the layers of
+    stack `first` and of all behind it (the number of stacks: through none). Trained weights of
+    matrix products: `dense[i][j]` those that every token meets in a layer at place j of stack i's
+    pattern, `experts[i][j]` all experts' there; `head` whether the head's are. `numbers` counts
+    everything that is trained.
+    """
+
+    first: int
+    through_head: bool
+    dense: tuple[tuple[int, ...], ...]
+    experts: tuple[tuple[int, ...], ...]
+    head: bool
+    numbers: int
+
+    def reaches(self, stack: int) -> bool:
+        return stack >= self.first
+
+
+def whole_backward(spec: ModelSpec) -> Backward:
+    """Where everything is trained."""
+
+    def each(size: Callable[[LayerSpec], int]) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(size(layer) for layer in stack.pattern) for stack in spec.stacks)
+
+    def experts(layer: LayerSpec) -> int:
+        return expert_parameters(spec, layer, active=False)
+
+    def dense(layer: LayerSpec) -> int:
+        return layer_parameters(spec, layer, active=False) - experts(layer)
+
+    return Backward(0, True, each(dense), each(experts), True, parameter_count(spec))
+
+
+def flops_per_token(spec: ModelSpec, seq_len: int, back: Backward | None = None) -> float:
     """Floating-point operations of one training token, forward and backward, without remat.
 
-    Matrix weights: 2 per parameter forward and 4 backward, 6 x N_matmul; the head counts (also
-    when tied), the embedding lookup, norms and biases do not, and of a mixture only the router and
-    the experts that one token uses. Attention: scores and weighted sum
-    are 2 x 2 x H x K per visible key forward, x 3 with the backward: 12 x H x K x keys, where
+    Matrix weights: 2 per parameter forward, 2 for the gradient of what it is multiplied with and 2
+    for its own, 6 x N_matmul; the head counts (also when tied), the embedding lookup, norms and
+    biases do not, and of a mixture only the router and the experts that one token uses. Attention:
+    scores and weighted sum are 2 x 2 x H x K per visible key forward and twice that backward, where
     `keys` is the mean number of keys a causal query of a `seq_len` row really sees: (T + 1) / 2
-    without a window (the causal half), the mean of min(t + 1, window) with one. With `frozen`
-    matrices (adapters) there is no gradient of them, 4 x N_matmul; the adapters' own are left out.
+    without a window (the causal half), the mean of min(t + 1, window) with one. With `back`
+    gradients are counted that a part of the model needs; adapters' own products are left out.
     """
-    attention = sum(
-        12.0 * layer.heads * layer.head_dim * _mean_visible_keys(seq_len, layer.window)
-        for layer in spec.layers
-    )
-    return (4.0 if frozen else 6.0) * matmul_parameters(spec, active=True) + attention
+    back = back or whole_backward(spec)
+    total = 2.0 * (1 + back.through_head + back.head) * spec.vocab * spec.width
+    for i, stack in enumerate(spec.stacks):
+        passes = back.reaches(i)
+        for layer, dense, experts in zip(
+            stack.pattern, back.dense[i], back.experts[i], strict=True
+        ):
+            products = 2.0 * (1 + passes) * layer_parameters(spec, layer)
+            products += 2.0 * (dense + of_one_token(layer, experts))
+            attention = attention_flops_per_token(layer, seq_len) * (3 if passes else 1)
+            total += stack.repeats * (products + attention)
+    return total
+
+
+def attention_flops_per_token(layer: LayerSpec, seq_len: int) -> float:
+    """Of one layer, forward."""
+    return 4.0 * layer.heads * layer.head_dim * _mean_visible_keys(seq_len, layer.window)
+
+
+def of_one_token(layer: LayerSpec, experts: float) -> float:
+    """What one token meets of something that all experts of a layer have."""
+    return experts * layer.moe.per_token / layer.moe.experts if layer.moe is not None else 0.0
 
 
 def _mean_visible_keys(seq_len: int, window: int | None) -> float:
@@ -349,6 +404,13 @@ def layer_parameters(spec: ModelSpec, layer: LayerSpec, *, active: bool = True) 
     """The same of one layer."""
     attention = 2 * spec.width * layer.head_dim * (layer.heads + layer.kv_heads)  # q and o, k and v
     return attention + spec.width * _mlp_columns(layer, active=active)
+
+
+def expert_parameters(spec: ModelSpec, layer: LayerSpec, *, active: bool = True) -> int:
+    """Of those, the experts'; 0 without a mixture."""
+    if layer.moe is None:
+        return 0
+    return 3 * spec.width * layer.mlp_width * (layer.moe.per_token if active else layer.moe.experts)
 
 
 def _mlp_columns(layer: LayerSpec, *, active: bool) -> int:

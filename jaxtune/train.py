@@ -191,6 +191,7 @@ def _run(
         # 4. The loop.
         from jaxtune.data.position import fingerprint
         from jaxtune.learn.metrics import MetricsWriter
+        from jaxtune.learn.partial import backward
         from jaxtune.loop import Loop, Plan, Standing
         from jaxtune.rows import last_rows
         from jaxtune.spec import flops_per_token
@@ -214,7 +215,8 @@ def _run(
             "held_out": evaluated,
         }
         meta.update(base_and_part(model, adapters, chosen))
-        flops = flops_per_token(model.spec, batches.row_length, frozen=adapters is not None)
+        back = backward(model.spec, program.abstract.trained)
+        flops = flops_per_token(model.spec, batches.row_length, back)
         answer = _samples(config, run_dir, material, model, adapters, mesh, start, due)
         plan = Plan(batches, meta, total_steps, material.held_out, flops, answer)
         loop = Loop(

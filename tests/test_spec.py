@@ -12,6 +12,7 @@ from jaxtune.spec import (
     apart,
     flops_per_token,
     parameter_count,
+    whole_backward,
 )
 
 ROPE = RopeSpec(10_000.0)
@@ -162,8 +163,10 @@ def test_attention_flops_count_the_pairs_that_are_computed(window: int | None) -
     attention = 3 * 3 * H * pairs * one_pair / T  # layers, forward + twice that backward
     matrices = 3 * (2 * 16 * H * K + 2 * 16 * 2 * K + 3 * 16 * 32) + 16 * 64
     assert flops_per_token(spec, T) == pytest.approx(6 * matrices + attention)
-    frozen = flops_per_token(spec, T, frozen=True)
-    assert frozen == pytest.approx(4 * matrices + attention)
+    frozen = whole_backward(spec)._replace(dense=((0,),), head=False)
+    assert flops_per_token(spec, T, frozen) == pytest.approx(4 * matrices + attention)
+    unreached = frozen._replace(first=1, through_head=False)
+    assert flops_per_token(spec, T, unreached) == pytest.approx(2 * matrices + attention / 3)
 
 
 def test_an_mlp_without_a_gate_has_two_matrices() -> None:

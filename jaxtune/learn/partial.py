@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxtune.config import ConfigError
 from jaxtune.model import decoder
-from jaxtune.spec import ModelSpec, apart
+from jaxtune.spec import Backward, ModelSpec, apart
 from jaxtune.tree import named, select
 
 
@@ -59,6 +59,38 @@ def part(spec: ModelSpec, *, trainable: str | None, train_last_layers: int | Non
         names |= {name for name, matches in chosen.items() if matches}
     asked = {"trainable": trainable, "train_last_layers": train_last_layers}
     return Part(spec, frozenset(names), asked)
+
+
+def backward(spec: ModelSpec, trained: Any) -> Backward:
+    """What the backward pass of a step makes; `trained` are the trained variables, as shapes:
+    parameters, adapters, or both."""
+    params, leaves = named(trained.get("params", {})), named(trained)
+    depth = len(spec.stacks)
+    table = any(name.split("/")[1] == "embed" for name in leaves)
+    stacks = (i for i in range(depth) if any(f"/stack_{i}/" in name for name in leaves))
+    first = 0 if table else min(stacks, default=depth)
+    norm = any("/final_norm/" in name for name in leaves)
+
+    def trained_in(i: int, j: int, *, experts: bool) -> int:
+        here = f"stack_{i}/layer_{j}/"
+        banks = tuple(f"{here}moe/{name}/kernel" for name in ("gate", "up", "down"))
+        sizes = (
+            math.prod(leaf.shape[1:])
+            for name, leaf in params.items()
+            if name.startswith(here) and name.endswith("/kernel") and (name in banks) is experts
+        )
+        return sum(sizes)
+
+    def each(*, experts: bool) -> tuple[tuple[int, ...], ...]:
+        return tuple(
+            tuple(trained_in(i, j, experts=experts) for j in range(len(stack.pattern)))
+            for i, stack in enumerate(spec.stacks)
+        )
+
+    head = ("embed/table" if spec.tie_head else "head/kernel") in params
+    numbers = sum(math.prod(leaf.shape) for leaf in leaves.values())
+    weights = each(experts=False), each(experts=True)
+    return Backward(first, first < depth or norm, *weights, head, numbers)
 
 
 def share(trained: Any, variables: Any) -> str:

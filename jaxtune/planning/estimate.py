@@ -8,19 +8,23 @@ benchmarks/plan_fit.py; where the step is compiled its own figures stand instead
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxtune.ops import cross_entropy, moe, splash
 from jaxtune.spec import (
+    Backward,
     LayerSpec,
     ModelSpec,
     MoeSpec,
     Stack,
+    attention_flops_per_token,
+    expert_parameters,
     flops_per_token,
     layer_parameters,
-    matmul_parameters,
+    of_one_token,
     parameter_count,
+    whole_backward,
 )
 
 if TYPE_CHECKING:
@@ -39,7 +43,7 @@ class Work(NamedTuple):
     the computation's dtype, `stored` those of a stored matrix's; `trained` are the bytes of trained
     parameters in f32 on one device, `lora` whether they are adapters. `attention` is the
     implementation's name, `block` how many columns of the vocabulary, or None for what the loss
-    chooses.
+    chooses. `back` is what the backward pass makes, None for everything.
     """
 
     spec: ModelSpec
@@ -55,6 +59,16 @@ class Work(NamedTuple):
     attention: str
     block: int | None = None
     z_loss: float = 0.0
+    back: Backward | None = None
+
+    @property
+    def backward(self) -> Backward:
+        return self.back or whole_backward(self.spec)
+
+    @property
+    def reached(self) -> tuple[Stack, ...]:
+        """Stacks that gradients pass through."""
+        return self.spec.stacks[self.backward.first :]
 
     @property
     def tokens(self) -> float:
@@ -128,7 +142,7 @@ def memory(work: Work, held: Mapping[str, int], limit: int | None = None) -> dic
     """
     kept = activations(work)
     logits, head = loss(work)
-    layer = max(one_turn(work, stack) for stack in work.spec.stacks)
+    layer = max((one_turn(work, stack) for stack in work.reached), default=0.0)
     accumulated = work.trained if work.microbatches > 1 else 0
     gradients = accumulated + arriving(work)
     program = BODY_BYTES * sum(len(stack.pattern) for stack in work.spec.stacks)
@@ -140,7 +154,7 @@ def memory(work: Work, held: Mapping[str, int], limit: int | None = None) -> dic
     counted = dict(zip(KINDS, sizes, strict=True))
     if limit is not None and not counted["logits"]:
         above = max(0.0, sum(sizes) - AIM * limit)
-        most = max(spared(work, layer) for layer in set(work.spec.layers))
+        most = max((spared(work, layer) for layer in set(layers_of(work.reached))), default=0.0)
         counted["temporaries"] -= min(above, most)
     return {name: round(size) for name, size in counted.items()}
 
@@ -150,18 +164,20 @@ def narrowed(work: Work, held: Mapping[str, int]) -> float:
     before the loop over them, and a head that is streamed; an embedding is looked up as it is
     stored. With nothing recomputed the backward pass finds the layers' weights as the forward pass
     gathered them: whole."""
-    layers, head = _shares(work.spec)
     if work.remat == "none" and work.shards > 1:
-        elsewhere = (1 - 1 / work.sizes["expert"]) * sum(
-            travelling(work, layer) for layer in work.spec.layers
+        elsewhere = 1 - 1 / work.sizes["expert"]
+        numbers = sum(
+            layer_parameters(work.spec, layer, active=False) - elsewhere * travelling(work, layer)
+            for layer in layers_of(work.reached)
         )
-        numbers = layers * parameter_count(work.spec) - elsewhere
         whole = numbers * work.item / work.sizes["tensor"]
-        return whole + (0.0 if work.lora else head * work.trained * work.item / 4)
+        return whole + trained_shares(work)[1] * work.trained * work.item / 4
     if work.stored <= work.item:
         return 0.0
-    cast = layers + (0.0 if loss_plan(work).at_once else head)
-    return held["parameters"] * cast * work.item / work.stored
+    every, head = parameter_count(work.spec), work.spec.vocab * work.spec.width
+    cast: float = sum(layer_parameters(work.spec, x, active=False) for x in work.spec.layers)
+    cast += 0.0 if loss_plan(work).at_once else head
+    return held["parameters"] * cast / every * work.item / work.stored
 
 
 def arriving(work: Work) -> float:
@@ -169,26 +185,35 @@ def arriving(work: Work) -> float:
     but for the head's (adapters': all of them), which are f32."""
     if work.lora:
         return work.trained
-    layers, head = _shares(work.spec)
+    layers, head = trained_shares(work)
     return work.trained * (head + layers * work.item / 4)
 
 
-def _shares(spec: ModelSpec) -> tuple[float, float]:
-    """What part of the parameters is matrices of layers, and what part the head."""
-    head, every = spec.vocab * spec.width, parameter_count(spec)
-    return (matmul_parameters(spec, active=False) - head) / every, head / every
+def trained_shares(work: Work) -> tuple[float, float]:
+    """What part of the trained parameters is matrices of layers, and what part the head."""
+    back, spec = work.backward, work.spec
+    matrices = sum(
+        stack.repeats * (sum(dense) + sum(experts))
+        for stack, dense, experts in zip(spec.stacks, back.dense, back.experts, strict=True)
+    )
+    head = spec.vocab * spec.width if back.head else 0
+    return matrices / back.numbers, head / back.numbers
 
 
 def activations(work: Work) -> float:
-    """What the forward pass leaves for the backward pass, of all layers."""
-    return sum(work.tokens * kept(work, layer) for layer in work.spec.layers)
+    """What the forward pass leaves for the backward pass, of all layers that it reaches."""
+    return sum(work.tokens * kept(work, layer) for layer in layers_of(work.reached))
+
+
+def layers_of(stacks: Sequence[Stack]) -> list[LayerSpec]:
+    return [layer for stack in stacks for _ in range(stack.repeats) for layer in stack.pattern]
 
 
 def offloaded(work: Work) -> float:
     """The same in the host's memory."""
     if work.remat != "offload":
         return 0.0
-    return len(work.spec.layers) * work.tokens * work.item * work.spec.width
+    return len(layers_of(work.reached)) * work.tokens * work.item * work.spec.width
 
 
 def kept(work: Work, layer: LayerSpec) -> float:
@@ -349,7 +374,7 @@ def loss(work: Work) -> tuple[float, float]:
     of the hidden states."""
     tokens, width, cut = work.tokens, work.spec.width, loss_plan(work)
     each = 4 if cut.at_once else 4 + work.item
-    head = cut.block * width * (work.item + (0 if work.lora else 4))
+    head = cut.block * width * (work.item + (4 if work.backward.head else 0))
     return each * cut.chunk * cut.block, head + tokens * width * (4 + work.item)
 
 
@@ -366,7 +391,7 @@ def loss_plan(work: Work) -> cross_entropy.Plan:
 
 def model_flops(work: Work) -> float:
     """Of one device and step, without recomputation."""
-    each = flops_per_token(work.spec, work.length, frozen=work.lora)
+    each = flops_per_token(work.spec, work.length, work.backward)
     return each * work.tokens_per_step / work.devices
 
 
@@ -384,30 +409,37 @@ class Products(NamedTuple):
 
 
 def flops(work: Work) -> Products:
-    spec, tokens = work.spec, work.tokens_per_step / work.devices
-    each, again = (4.0 if work.lora else 6.0), (2.0 if recomputes(work) else 0.0)
+    spec, back, tokens = work.spec, work.backward, work.tokens_per_step / work.devices
     of_layers = of_experts = 0.0
-    for layer in spec.layers:
-        # What a layer's last product gives is not needed again, but by a norm behind it.
-        last = spec.width * _mlp_width(layer) if layer.norms == "pre" else 0.0
-        found = layer_parameters(spec, layer)
-        if layer.moe is not None:
-            width = layer.moe.per_token * layer.mlp_width
-            experts = 3 * spec.width * width
-            of_experts += (each + again) * experts - (again * spec.width * width if last else 0.0)
-            found -= experts
-            last = spec.width * layer.moe.shared_width if last else 0.0
-        of_layers += (each + again) * found - again * last
+    for i, stack in enumerate(spec.stacks):
+        passes = back.reaches(i)
+        each, again = (4.0 if passes else 2.0), (2.0 if passes and recomputes(work) else 0.0)
+        for layer, dense, every in zip(stack.pattern, back.dense[i], back.experts[i], strict=True):
+            experts = expert_parameters(spec, layer)
+            found = (each + again) * (layer_parameters(spec, layer) - experts) + 2.0 * dense
+            mixed = (each + again) * experts + 2.0 * of_one_token(layer, every)
+            # What a layer's last product gives is not needed again, but by a norm behind it.
+            if layer.norms == "pre":
+                shared = layer.mlp_width if layer.moe is None else layer.moe.shared_width
+                found -= again * spec.width * shared
+                mixed -= again * experts / 3
+            of_layers += stack.repeats * found
+            of_experts += stack.repeats * mixed
     # A head that is streamed makes its logits again in the backward pass whatever the policy.
-    of_head = (each + (0.0 if loss_plan(work).at_once else 2.0)) * spec.vocab * spec.width
-    return Products(tokens * of_layers, tokens * of_experts, tokens * of_head)
+    of_head = 2.0 * (1 + back.through_head + back.head) + 2.0 * (not loss_plan(work).at_once)
+    return Products(
+        tokens * of_layers, tokens * of_experts, tokens * of_head * spec.vocab * spec.width
+    )
 
 
 def attention_flops(work: Work) -> float:
-    spec, tokens = work.spec, work.tokens_per_step / work.devices
-    attention = flops_per_token(spec, work.length) - 6.0 * matmul_parameters(spec)
-    repeated = 0.0 if work.remat in ("none", "attention", "projections") else attention / 3
-    return tokens * (attention + repeated)
+    again = work.remat not in ("none", "attention", "projections")
+    total = 0.0
+    for i, stack in enumerate(work.spec.stacks):
+        passes = 3 + again if work.backward.reaches(i) else 1
+        each = sum(attention_flops_per_token(layer, work.length) for layer in stack.pattern)
+        total += stack.repeats * passes * each
+    return total * work.tokens_per_step / work.devices
 
 
 def recomputes(work: Work) -> bool:
@@ -435,27 +467,41 @@ def sent(work: Work) -> Sent:
     attention and MLP give, and the gradients of what they were given, and attention's again where
     it is recomputed."""
     spec, sizes, again = work.spec, work.sizes, work.microbatches
-    head = spec.vocab * spec.width
-    layers: float = matmul_parameters(spec, active=False) - head
+    head, reached = spec.vocab * spec.width, layers_of(work.reached)
     share = {axis: (size - 1) / size for axis, size in sizes.items()}
     each = (work.shards - 1) / work.shards * work.item / sizes["tensor"] * again
-    if (peers := sizes["expert"]) > 1:  # as if all parameters were cut like others than experts
+    elsewhere, peers = 0.0, sizes["expert"]
+    if peers > 1:  # as if all parameters were cut like others than experts
         along = work.shards // peers
-        part = (along - 1) / along / peers / ((work.shards - 1) / work.shards)
-        layers -= (1 - part) * sum(travelling(work, layer) for layer in spec.layers)
-    mixtures = sum(layer.moe is not None for layer in spec.layers)
-    passes = 4 if work.remat == "none" else 5
-    times = 5 if recomputes(work) else 4
-    widths = times * len(spec.layers) * spec.width * work.item
+        elsewhere = 1 - (along - 1) / along / peers / ((work.shards - 1) / work.shards)
+
+    def numbers(layers: Sequence[LayerSpec]) -> float:
+        return sum(
+            layer_parameters(spec, layer, active=False) - elsewhere * travelling(work, layer)
+            for layer in layers
+        )
+
+    def mixtures(layers: Sequence[LayerSpec]) -> int:
+        return sum(layer.moe is not None for layer in layers)
+
+    matrices, of_head = trained_shares(work)
+    trained = work.backward.numbers * (matrices + of_head)
+    trained -= elsewhere * sum(
+        stack.repeats * sum(experts)
+        for stack, experts in zip(spec.stacks, work.backward.experts, strict=True)
+    )
+    passes = 2 * mixtures(spec.layers) + (2 if work.remat == "none" else 3) * mixtures(reached)
+    times = 2 * len(spec.layers) + (3 if recomputes(work) else 2) * len(reached)
+    widths = times * spec.width * work.item
     keys = sum(4 * layer.kv_heads * layer.head_dim for layer in spec.layers) * work.item
     return Sent(
-        gathered=each * layers * (1 if work.remat == "none" else 2),
+        gathered=each * (numbers(spec.layers) + (work.remat != "none") * numbers(reached)),
         head=each * head * (1 if loss_plan(work).at_once else 2),
-        scattered=0.0 if work.lora else each * (layers + head),
+        scattered=each * trained,
         everywhere=2 * share["data"] * work.trained,
         exchanged=2 * share["tensor"] * widths * work.tokens * again,
         rows=(sizes["context"] - 1) * keys * work.tokens * again,
-        travelled=(peers - 1) * passes * mixtures * spec.width * work.item * work.tokens * again,
+        travelled=(peers - 1) * passes * spec.width * work.item * work.tokens * again,
     )
 
 

@@ -109,6 +109,7 @@ def _built(
 ) -> tuple[Program, Work, dict[str, int]]:
     import jax.numpy as jnp
 
+    from jaxtune.learn.partial import backward
     from jaxtune.learn.program import compute_dtype
     from jaxtune.mesh import make_mesh, platform_of, sizes_of
     from jaxtune.weights import adapters_of, part_of
@@ -138,6 +139,7 @@ def _built(
         attention=kind,
         block=config.loss_block,
         z_loss=config.z_loss,
+        back=backward(model.spec, program.abstract.trained),
     )
     return program, work, held
 

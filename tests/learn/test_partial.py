@@ -10,14 +10,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_step import SPEC, one_per_row
+from test_step import SPEC, Batch, one_per_row
 
+from jaxtune import compiled
 from jaxtune.config import ConfigError
 from jaxtune.learn import optim, program
-from jaxtune.learn.partial import part, share
+from jaxtune.learn.partial import backward, part, share
 from jaxtune.mesh import make_mesh, put_batch
 from jaxtune.model import decoder
-from jaxtune.spec import ModelSpec, Stack
+from jaxtune.model.lora import Lora
+from jaxtune.spec import (
+    LayerSpec,
+    ModelSpec,
+    MoeSpec,
+    RopeSpec,
+    Stack,
+    attention_flops_per_token,
+    flops_per_token,
+    whole_backward,
+)
 from jaxtune.tree import merge, named, split, unnamed
 
 DEEP = replace(SPEC, stacks=(Stack(SPEC.stacks[0].pattern, 3),))
@@ -131,6 +142,57 @@ def test_the_backward_pass_ends_at_the_first_trained_layer(
     layers = [e.params["reverse"] for e in scans(jaxpr.jaxpr) if e.params["length"] in (1, 2)]
     assert layers.count(False) == 2
     assert layers.count(True) == backward
+
+
+LAYER = LayerSpec(4, 2, 8, 64, RopeSpec())
+PLAIN = ModelSpec(256, 32, (Stack((LAYER,), 4),), 1e-5, False, 4096)
+T = 8
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {},
+        {"train_last_layers": 1},
+        {"trainable": "mlp/down", "train_last_layers": 2},
+        {"trainable": "stack_0/.*norm"},
+        {"trainable": "^head|final_norm"},
+        {"lora": Lora(2, 1.0)},
+    ],
+    ids=lambda value: " ".join(value) or "everything",
+)
+def test_the_products_that_are_counted_are_those_of_the_compiled_step(chosen: Any) -> None:
+    """To the last one; adapters' own, three passes over them, are not counted."""
+    lora, fields = chosen.get("lora"), ("trainable", "train_last_layers")
+    some = part(PLAIN, **{name: chosen.get(name) for name in fields})
+    spec = PLAIN if some is None else some.spec
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
+    built = program.build(
+        spec, mesh, hyper=optim.Hyper("sgd"), learning_rate=lambda step: jnp.float32(0.1),
+        max_grad_norm=1.0, microbatches=1, dtype=jnp.float32, param_dtype=jnp.float32,
+        remat="none", is_trained=None if some is None else some.is_trained, lora=lora,
+    )  # fmt: skip
+    _, frozen = split(built.variables, built.is_trained)
+    rows = Batch(*(jax.ShapeDtypeStruct((2, T), leaf.dtype) for leaf in one_per_row()))
+    with jax.set_mesh(mesh):
+        text = built.train_step.lower(built.abstract, frozen, rows).compile().as_text()
+    back = backward(spec, built.abstract.trained)
+    attention = sum(
+        stack.repeats * attention_flops_per_token(LAYER, T) * (3 if back.reaches(i) else 1)
+        for i, stack in enumerate(spec.stacks)
+    )
+    # The reference multiplies what a causal mask hides, too.
+    counted = flops_per_token(spec, T, back) + attention * (2 * T / (T + 1) - 1)
+    found = compiled.cost(text, 1).matmul_flops / (2 * T)
+    assert counted + (6 * back.numbers if lora else 0) == pytest.approx(found, rel=1e-9)
+
+
+@pytest.mark.parametrize("tie_head", [False, True])
+def test_everything_that_is_trained_is_counted(tie_head: bool) -> None:
+    mixed = replace(LAYER, moe=MoeSpec(6, 2, shared_width=24))
+    spec = replace(PLAIN, stacks=(Stack((LAYER, mixed), 2),), tie_head=tie_head)
+    every = backward(spec, {"params": decoder.abstract(spec, jnp.float32)})
+    assert every == whole_backward(spec)
 
 
 def scans(jaxpr: Any) -> Iterator[Any]:

@@ -108,6 +108,27 @@ def test_flops_are_those_of_the_products(model: Path) -> None:
     assert estimate.model_flops(found.work) == tokens * 6 * (4 * LAYER + head) + attention
 
 
+def test_a_part_is_planned_as_a_part(model: Path) -> None:
+    """Of four layers the last one is trained: the others are computed, and that is all."""
+    whole, last = planned(model), planned(model, train_last_layers=1)
+    tokens, head = 4 * 1024, 512 * 128
+    attention = tokens * 4 * 8 * 16 * (1024 + 1) / 2
+    products, scores = estimate.all_flops(last.work)
+    again = LAYER - 128 * 256
+    assert products == tokens * (2 * 4 * LAYER + 4 * LAYER + 2 * again + 4 * head)
+    assert scores == attention * (3 + 4)
+    assert estimate.model_flops(last.work) == (
+        tokens * (2 * 4 * LAYER + 4 * LAYER + 4 * head) + attention * (3 + 3)
+    )
+    assert last.counted["activations"] * 4 == whole.counted["activations"]
+    assert estimate.arriving(last.work) == last.work.trained * LAYER / (LAYER + 2 * 128) * 2 / 4
+    sent = estimate.wire(last.work)
+    assert sent["fsdp"] == pytest.approx(7 / 8 * 2 * (4 * LAYER + LAYER + head + LAYER))
+    head_alone = planned(model, trainable="^head")
+    assert head_alone.counted["activations"] == 0
+    assert sum(head_alone.counted.values()) < sum(last.counted.values())
+
+
 def test_weights_travel_twice_and_gradients_once(model: Path) -> None:
     found = planned(model)
     sent = estimate.wire(found.work)
