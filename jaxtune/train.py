@@ -472,8 +472,9 @@ def _past(config: Config, checkpoints: Checkpoints, start: int, evaluated: str) 
             f"resume: what is evaluated on is not what it was, so step {best} is no longer the "
             "best, and evaluations are counted anew"
         )
-        kept = {name: standing[name] for name in ("skipped", "due") if name in standing}
-        return {**meta, "standing": kept}
+        measured = ("best_step", "best_loss", "since_best")
+        rest = {name: value for name, value in standing.items() if name not in measured}
+        return {**meta, "standing": rest}
     if config.load_best_model_at_end and not checkpoints.counts(best):
         note(
             f"resume: the best step {best}, eval_loss {standing['best_loss']:.4f}, is kept nowhere "

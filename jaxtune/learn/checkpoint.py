@@ -78,7 +78,8 @@ class Checkpoints:
             self._parts = Parts(mirror)
             self._wanted = {"trained": wanted.trained, "opt": wanted.opt_state}
             self.folder.mkdir(parents=True, exist_ok=True)
-            drop(self.folder, mirror.steps)
+            if not reading:
+                drop(self.folder, mirror.steps)
             self._latest = max(mirror.steps, default=None)
             self._checkpointer = checkpointer()
             return
