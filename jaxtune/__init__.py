@@ -7,6 +7,7 @@ The floor plan; imports only go down, siblings never import each other (`tests/t
              inference  samples         a model asked | and while it is trained
              assemble  planning         a program made | what it costs
              loop  incident             steps and what is between | a step that went wrong
+             rundir  beginning          where a run lies | and the step that it goes on from
              agreement                  whether all hosts are about to run the same
              evaluating                 a model measured, by group
              reporting  weights         a run, read and drawn | a model as a config wants it

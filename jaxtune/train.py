@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import assemble, command, hosts, lock, memory, stores, watch
+from jaxtune import assemble, beginning, command, hosts, memory, rundir, stores, watch
 from jaxtune.command import note
 from jaxtune.config import Config, ConfigError, HostsConfig, dump, shard_bytes
 
@@ -27,9 +27,7 @@ if TYPE_CHECKING:
     from jaxtune.data.template import Template
     from jaxtune.data.tokenizer import Tokenizer
     from jaxtune.hf.load import HfModel
-    from jaxtune.learn.checkpoint import Checkpoints
     from jaxtune.learn.mirror import Mirror
-    from jaxtune.learn.partial import Part
     from jaxtune.learn.program import Program
     from jaxtune.learn.state import TrainState
     from jaxtune.samples import Samples
@@ -90,14 +88,14 @@ def _joined(config: Config, options: TrainOptions) -> Result:
     assemble.set_compiler_flags()
     watch.join(config.hosts)
     reading = options.replay_step is not None
-    run_dir = _run_dir(str(config.output_dir), reading=reading)
+    run_dir = rundir.place_of(str(config.output_dir), reading=reading)
     limit = config.hang_timeout_seconds
     with (
         watch.Watch(hang_seconds=limit, folder=run_dir) as watching,
         memory.explained(_smaller(config)),
         contextlib.ExitStack() as end,
     ):
-        mirror = _claim(config, run_dir, end, reading=reading)
+        mirror = rundir.claim(str(config.output_dir), run_dir, end, reading=reading)
         return _run(config, options, model_name, run_dir, mirror, watching)
 
 
@@ -170,7 +168,7 @@ def _run(
             reading=options.replay_step is not None,
         )
         closing.callback(checkpoints.close)
-        start = _where_to_begin(
+        start = beginning.first_step(
             config,
             checkpoints,
             batches,
@@ -180,12 +178,12 @@ def _run(
             total_steps,
             before=options.replay_step,
         )
-        state, frozen = _first_state(config, model, adapters, program, checkpoints, start)
+        state, frozen = beginning.first_state(config, model, adapters, program, checkpoints, start)
         if options.replay_step is not None:
             _replay(options.replay_step, run_dir, program, batches, start, state, frozen, mirror)
             return Result(run_dir, None, options.replay_step, {})
         if hosts.is_first():
-            _write_config(run_dir / "config.yaml", config)
+            rundir.write_config(run_dir / "config.yaml", config)
             _record_start(run_dir, start, mesh, batches, total_steps)
 
         # 4. The loop.
@@ -198,7 +196,7 @@ def _run(
         from jaxtune.weights import base_and_part
 
         evaluated = material.held_out.fingerprint if material.held_out is not None else ""
-        past = _past(config, checkpoints, start, evaluated)
+        past = beginning.past_of(config, checkpoints, start, evaluated)
         due = Standing.of(past).due
         writer = MetricsWriter(
             run_dir,
@@ -294,61 +292,6 @@ def _smaller(config: Config) -> str:
     )
 
 
-def _run_dir(output_dir: str, *, reading: bool) -> Path:
-    """Where this host writes: `output_dir`, or a folder of its own beside a store."""
-    if not stores.is_url(output_dir):
-        return Path(output_dir)
-    from jaxtune.learn import mirror
-
-    place = mirror.reading if reading else mirror.staging
-    return place(output_dir, hosts.index())
-
-
-def _claim(
-    config: Config, run_dir: Path, end: contextlib.ExitStack, *, reading: bool
-) -> Mirror | None:
-    """Makes the run directory and proves that it can be written, before anything is paid for, and
-    keeps other runs out until `end`, unless it is only read; the copy in the store, where it lies
-    in one."""
-    url = str(config.output_dir)
-    mirror = None
-    if stores.is_url(url):
-        from jaxtune.learn.mirror import Mirror
-
-        mirror = Mirror(url, run_dir, note)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / f".writable-{hosts.index()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir {run_dir}: cannot be written: {error.strerror}. Choose another."
-        ) from None
-    if not reading and (hosts.is_first() or mirror is not None):
-        end.enter_context(lock.held(run_dir, note))
-    if mirror is not None:
-        end.callback(mirror.close)
-        if reading:
-            mirror.look()
-        else:
-            mirror.claim()
-        note(f"output_dir: {url}, by way of {run_dir}")
-    return mirror
-
-
-def _write_config(path: Path, config: Config) -> None:
-    from jaxtune.files import write_whole
-
-    try:
-        write_whole(path, dump(config))
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be written: {error.strerror}. Free some space or mend what refuses "
-            "it, then run the same command again."
-        ) from None
-
-
 def _open_data(config: Config, model_name: str) -> Material:
     from jaxtune.data.asked import open_sides, open_template, open_tokenizer
     from jaxtune.data.doctor import refuse
@@ -407,115 +350,7 @@ def _announce(
     return found
 
 
-# -- where to begin ------------------------------------------------------------------------------
-
-
-def _where_to_begin(
-    config: Config,
-    checkpoints: Checkpoints,
-    batches: Batches,
-    model: HfModel,
-    adapters: Adapters | None,
-    chosen: Part | None,
-    total_steps: int,
-    *,
-    before: int | None = None,
-) -> int:
-    """The step to go on from; 0 is the beginning. Refuses what would not be the same run."""
-    from jaxtune.data.position import fingerprint
-    from jaxtune.weights import check_resumed
-
-    latest = checkpoints.newest_good(note, before=before)
-    if latest is None:
-        if config.resume == "must" and before is None:
-            raise ConfigError(f"resume: must, but {checkpoints.folder} holds no checkpoint.")
-        return 0
-    if config.resume == "never" and before is None:
-        raise ConfigError(
-            f"resume: never, but {checkpoints.folder} holds step {latest} of an earlier run, "
-            "which would be overwritten. Choose another output_dir, or remove that one."
-        )
-    meta, now = checkpoints.meta(latest), fingerprint(batches)
-    if meta["fingerprint"] != now:
-        raise ConfigError(
-            f"{checkpoints.folder}: step {latest} was trained on other data: its fingerprint of "
-            f"data files, tokenizer, template, seed and batch is {meta['fingerprint'][:12]}, this "
-            f"run's is {now[:12]}. Restore what changed, or choose another "
-            "output_dir to start anew."
-        )
-    check_resumed(meta, model, adapters, chosen, where=f"{checkpoints.folder}: step {latest}")
-    if latest > total_steps and before is None:
-        raise ConfigError(
-            f"{checkpoints.folder}: holds step {latest}, but this run ends at {total_steps}. "
-            "Raise max_steps or num_train_epochs, or choose another output_dir."
-        )
-    if meta["total_steps"] != total_steps:
-        note(
-            f"resume: the run was planned for {meta['total_steps']} steps and is now for "
-            f"{total_steps}; the learning rate follows the new plan from here."
-        )
-    note(f"resume: going on after step {latest}")
-    return latest
-
-
-def _past(config: Config, checkpoints: Checkpoints, start: int, evaluated: str) -> dict[str, Any]:
-    """What the checkpoint of `start` says. Its best step is forgotten where `evaluated`, the
-    fingerprint of the held-out data, is no longer what it was measured on, and where it is to be
-    exported and is gone."""
-    meta = checkpoints.meta(start) if start else {}
-    standing = meta.get("standing", {})
-    best = standing.get("best_step")
-    if best is None:
-        return meta
-    if meta.get("held_out", evaluated) != evaluated:
-        note(
-            f"resume: what is evaluated on is not what it was, so step {best} is no longer the "
-            "best, and evaluations are counted anew"
-        )
-        measured = ("best_step", "best_loss", "since_best")
-        rest = {name: value for name, value in standing.items() if name not in measured}
-        return {**meta, "standing": rest}
-    if config.load_best_model_at_end and not checkpoints.counts(best):
-        note(
-            f"resume: the best step {best}, eval_loss {standing['best_loss']:.4f}, is kept nowhere "
-            "any more; the best of the steps from here on is exported"
-        )
-        return {**meta, "standing": {**standing, "best_step": None, "best_loss": None}}
-    return meta
-
-
-def _first_state(
-    config: Config,
-    model: HfModel,
-    adapters: Adapters | None,
-    program: Program,
-    checkpoints: Checkpoints,
-    start: int,
-) -> tuple[TrainState, Any]:
-    """The state to go on from, and what is frozen beside it; a resumed run reads only the latter
-    from the model."""
-
-    from jaxtune.tree import split
-    from jaxtune.weights import base_params, first_adapters
-
-    _, frozen = split(program.placed, program.is_trained)
-    if start:
-        state, _ = checkpoints.restore(start, program.abstract, program.shardings)
-        if not frozen:
-            return state, frozen
-    # A table is never quantised: its dtype is that of the parameters.
-    dtype = program.variables["params"]["embed"]["table"].dtype
-    lora = None if adapters is None else adapters.lora
-    params = base_params(model, config, program.placed["params"], dtype, lora=lora)
-    variables = {"params": params}
-    if start:
-        return state, split(variables, program.is_trained)[1]
-    if adapters is not None:
-        placed = program.placed["lora"]
-        variables["lora"] = first_adapters(
-            model.spec, adapters, variables["params"], placed, seed=config.seed
-        )
-    return program.first_state(variables)
+# -- before the loop and beside it -----------------------------------------------------------------
 
 
 def _record_start(

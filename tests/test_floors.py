@@ -59,6 +59,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "reporting": {"config", "command", "untrusted", "rows", "data", "draw"},
     "incident": {"files", "rows", "mesh", "data", "learn"},
+    "beginning": {"config", "command", "tree", "data", "learn", "hf", "weights"},
+    "rundir": {"config", "command", "hosts", "stores", "lock", "files", "learn"},
     "agreement": {"config", "hosts", "tree", "data", "hf", "weights"},
     "loop": {
         *("config", "command", "hosts", "watch", "chips", "tree", "mesh", "data", "draw", "learn"),

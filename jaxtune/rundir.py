@@ -1,0 +1,67 @@
+"""The directory of a run, here or beside a store: found, claimed for one run at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxtune import hosts, lock, stores
+from jaxtune.command import note
+from jaxtune.config import Config, ConfigError, dump
+from jaxtune.files import write_whole
+
+if TYPE_CHECKING:
+    from jaxtune.learn.mirror import Mirror
+
+
+def place_of(output_dir: str, *, reading: bool) -> Path:
+    """Where this host writes: `output_dir`, or a folder of its own beside a store."""
+    if not stores.is_url(output_dir):
+        return Path(output_dir)
+    from jaxtune.learn import mirror
+
+    place = mirror.reading if reading else mirror.staging
+    return place(output_dir, hosts.index())
+
+
+def claim(
+    output_dir: str, run_dir: Path, end: contextlib.ExitStack, *, reading: bool
+) -> Mirror | None:
+    """Makes the run directory and proves that it can be written, before anything is paid for, and
+    keeps other runs out until `end`, unless it is only read; the copy in the store, where it lies
+    in one."""
+    mirror = None
+    if stores.is_url(output_dir):
+        from jaxtune.learn.mirror import Mirror
+
+        mirror = Mirror(output_dir, run_dir, note)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".writable-{hosts.index()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir {run_dir}: cannot be written: {error.strerror}. Choose another."
+        ) from None
+    if not reading and (hosts.is_first() or mirror is not None):
+        end.enter_context(lock.held(run_dir, note))
+    if mirror is not None:
+        end.callback(mirror.close)
+        if reading:
+            mirror.look()
+        else:
+            mirror.claim()
+        note(f"output_dir: {output_dir}, by way of {run_dir}")
+    return mirror
+
+
+def write_config(path: Path, config: Config) -> None:
+    try:
+        write_whole(path, dump(config))
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be written: {error.strerror}. Free some space or mend what refuses "
+            "it, then run the same command again."
+        ) from None
