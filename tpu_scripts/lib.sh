@@ -301,19 +301,24 @@ remove() {
 
 # -- its VMs --------------------------------------------------------------------------------------
 
+# A VM that goes away in the middle of a connection says nothing: without these a script waits for it
+# for ever, and one that guards --max_hours guards nothing meanwhile.
+SSH_FLAGS=(--ssh-flag=-oConnectTimeout=30 --ssh-flag=-oServerAliveInterval=30)
+SCP_FLAGS=(--scp-flag=-oConnectTimeout=30 --scp-flag=-oServerAliveInterval=30)
+
 # on WORKER command: on every slice; WORKER is `all` or a number. gcloud runs the workers of a slice
 # at once and gives back the first exit code that is not 0.
 on() {
   local node
   for node in "${NODES[@]}"; do
-    run gcloud compute tpus tpu-vm ssh "$node" "${PLACE[@]}" "--worker=$1" --quiet "--command=$2"
+    run gcloud compute tpus tpu-vm ssh "$node" "${PLACE[@]}" "--worker=$1" --quiet "${SSH_FLAGS[@]}" "--command=$2"
   done
 }
 
 send() { # send FILE...: to the home of every worker
   local node
   for node in "${NODES[@]}"; do
-    run gcloud compute tpus tpu-vm scp "$@" "$node:" "${PLACE[@]}" --worker=all --quiet
+    run gcloud compute tpus tpu-vm scp "$@" "$node:" "${PLACE[@]}" --worker=all --quiet "${SCP_FLAGS[@]}"
   done
 }
 
@@ -322,7 +327,7 @@ reports() {
   local node
   for node in "${NODES[@]}"; do
     ask 'jaxtune-status worker-0 exit 0' \
-      gcloud compute tpus tpu-vm ssh "$node" "${PLACE[@]}" --worker=all --quiet \
+      gcloud compute tpus tpu-vm ssh "$node" "${PLACE[@]}" --worker=all --quiet "${SSH_FLAGS[@]}" \
       "--command=test -f jaxtune-worker.sh && bash jaxtune-worker.sh status $1 || echo jaxtune-status \$(hostname) bare" \
       2>/dev/null || echo "jaxtune-status $node unreachable"
   done | grep '^jaxtune-status ' || true

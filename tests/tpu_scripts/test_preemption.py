@@ -33,6 +33,10 @@ def test_from_nothing_through_a_preemption_to_the_end(cloud: Cloud) -> None:
     for state in ("WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDING", "PROVISIONING"):
         assert f"tune: {state}" in done.stderr
     assert "run 'train' is done." in done.stderr
+    # a connection to a VM that is gone ends, or nobody looks at the clock any more
+    told = [call for call in cloud.calls if "tpu-vm ssh" in call or "tpu-vm scp" in call]
+    assert len(told) > 8
+    assert all("-oServerAliveInterval=30" in call for call in told)
 
 
 def test_a_vm_preempted_under_an_active_request(cloud: Cloud) -> None:
