@@ -1,15 +1,20 @@
 # syntax=docker/dockerfile:1
-# jaxtune for a TPU host (EXTRA=tpu) or a host with NVIDIA GPUs (EXTRA=cuda).
+# jaxtune for a TPU host (EXTRA=tpu,gcs) or a host with NVIDIA GPUs (EXTRA=cuda, or cuda,gcs or cuda,s3
+# where paths are in a store).
 #
-#   docker build --build-arg EXTRA=tpu -t jaxtune:tpu .
+#   docker build --platform linux/amd64 -t jaxtune:tpu .
+#   docker build --platform linux/amd64 --build-arg EXTRA=cuda -t jaxtune:cuda .
 #   docker run --rm --privileged --network host -v "$PWD:/work" jaxtune:tpu train --config C ...   # TPU VM
 #   docker run --rm --gpus all --shm-size 8g -v "$PWD:/work" jaxtune:cuda train --config C ...     # GPUs
+#
+# It runs as user 1000. Where $PWD belongs to another: --user "$(id -u):$(id -g)" -e HOME=/work, for what
+# is fetched and compiled is kept under HOME/.cache, and a user without a name has the root folder for a home.
 #
 # The same base serves both: the wheels bring libtpu, or CUDA, cuDNN and NCCL; a GPU host needs its
 # driver and the NVIDIA container toolkit only.
 FROM python:3.12-slim-bookworm
 
-ARG EXTRA=tpu
+ARG EXTRA=tpu,gcs
 # Read by the NVIDIA container toolkit, by nobody else.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \

@@ -16,12 +16,16 @@
 # --valid_until_duration D the request lapses when it is not filled by then; default 6h. Without it a
 #                          forgotten request is filled, and paid for, days later
 # --service_account EMAIL  of the VMs: what may read and write the bucket
-# --network NAME --subnetwork NAME --internal_ips
+# --network NAME --subnetwork NAME
+# --internal_ips           VMs without an outer address. The scripts then have to run inside that network (gcloud
+#                          takes the inner address by itself), and the network needs Cloud NAT: setup.sh installs
+#                          from PyPI, GitHub and apt
 # --poll_seconds N         between two looks; default 30
 # --no_wait                come back as soon as the request is queued
 # --dry_run                print every command, run none
 #
-# Exit code 0: ACTIVE (or queued, with --no_wait). 2: refused, or failed. 75: taken away again.
+# Exit code 0: ACTIVE (or queued, with --no_wait). 2: refused (quota, rights, a wrong value), or failed.
+# 75: taken away again, or gcloud did not answer: the same command again.
 set -euo pipefail
 # shellcheck source=tpu_scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
@@ -40,7 +44,14 @@ whole poll_seconds "$seconds"
 slice ABSENT
 case $STATE in
 ABSENT) ;;
-UNKNOWN) die "$NAME: gcloud does not say whether it exists: $WHY" ;;
+UNKNOWN)
+  say "$NAME: gcloud does not say whether it exists: $WHY"
+  exit "$STOPPED"
+  ;;
+DELETING)
+  say "$NAME is still being deleted. The same command again in a minute."
+  exit "$STOPPED"
+  ;;
 *) die "$NAME exists already and is $STATE. Use it, delete it (tpu_scripts/delete.sh), or take another name." ;;
 esac
 
@@ -61,12 +72,15 @@ if [[ $flag_internal_ips ]]; then words+=(--internal-ips); fi
 errors=$(mktemp "${TMPDIR:-/tmp}/jaxtune.XXXXXX")
 trap 'rm -f "$errors"' EXIT
 if ! run gcloud compute tpus queued-resources create "$NAME" "${PLACE[@]}" "${words[@]}" --quiet 2>"$errors"; then
-  if grep -qiE 'quota|RESOURCE_EXHAUSTED' "$errors"; then
+  # Too many requests in a minute are called a quota as well, and pass by themselves.
+  if grep -qiE 'quota|RESOURCE_EXHAUSTED' "$errors" && ! grep -qiE 'RATE_LIMIT|per minute' "$errors"; then
     die "$NAME: the quota of this project has no room for $((CHIPS * count)) chips of $ACCELERATOR in" \
       "$flag_zone. Ask for more (console, IAM & Admin, Quotas), or try --spot (a quota of its own), fewer" \
       "chips, another zone. gcloud says: $(tail -n 3 "$errors")"
   fi
-  die "$NAME: not created. gcloud says: $(tail -n 5 "$errors")"
+  say "$NAME: not created. gcloud says: $(tail -n 5 "$errors")"
+  if grep -qE 'PERMISSION_DENIED|INVALID_ARGUMENT' "$errors"; then exit "$BAD_INPUT"; fi
+  exit "$STOPPED"
 fi
 if [[ $flag_no_wait ]]; then exit 0; fi
 
@@ -79,7 +93,7 @@ while true; do
   ready) exit 0 ;;
   failed) die "$NAME: the request failed: ${WHY:-no reason given}. Delete it (tpu_scripts/delete.sh --name" \
     "$NAME ${PLACE[*]}), then ask again, in another zone or for fewer chips." ;;
-  gone)
+  gone | stopped)
     say "$NAME was taken away before it was used ($STATE)."
     exit "$STOPPED"
     ;;

@@ -31,7 +31,7 @@ if [[ $DRY_RUN == no ]]; then cost "$flag_price_per_chip_hour"; fi
 if [[ $STATE == ACTIVE ]]; then
   verdict=$(reports "$name" | verdict)
   case $verdict in
-  running) say "$NAME: run '$name' IS STILL RUNNING. launch.sh --stop lets it save first." ;;
+  running | partial) say "$NAME: run '$name' IS STILL RUNNING. launch.sh --stop lets it save first." ;;
   unreachable) say "$NAME: its workers do not answer; whether something runs is not known." ;;
   exit*) say "$NAME: run '$name' has ended, $verdict." ;;
   *) say "$NAME: no run '$name' on it." ;;
@@ -42,7 +42,5 @@ if [[ ! $flag_yes && $DRY_RUN == no ]]; then
   read -r -p "Delete $NAME and everything on its VMs? Type its name: " answer
   [[ $answer == "$NAME" ]] || die "not deleted: '$answer' is not its name. It goes on costing."
 fi
-delete_slice
-slice ABSENT
-[[ $STATE == ABSENT ]] || die "$NAME is still there ($STATE). Look again with tpu_scripts/status.sh."
+remove 5 15 || exit "$BAD_INPUT"
 if [[ $DRY_RUN == no ]]; then say "$NAME: deleted."; fi

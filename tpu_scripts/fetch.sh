@@ -32,6 +32,6 @@ for item in "${items[@]}"; do
   if [[ $from == gs://* ]]; then
     run gcloud storage cp --recursive "$path" "$flag_to/"
   else
-    run gcloud compute tpus tpu-vm scp --recurse "${NODES[0]}:$path" "$flag_to/" "${PLACE[@]}" --worker=0 --quiet
+    run gcloud compute tpus tpu-vm scp --recurse "${NODES[0]}:$path" "$flag_to/" "${PLACE[@]}" --worker=0 --quiet "${SCP_FLAGS[@]}"
   fi
 done

@@ -7,7 +7,9 @@
 # --name NAME --zone ZONE --project PROJECT    the slice, set up by setup.sh
 # --run RUN        a name for the log and the exit code on the workers; default: train
 # --copy FILE      send FILE to the working directory of every worker; may be given several times
-# --stop           instead: SIGTERM to the run; it saves and ends with exit code 75
+# --missing        start it where it does not run; without this a worker on which it runs is an error
+# --stop           instead: SIGTERM to the run; it saves and ends with exit code 75. A resume.sh that
+#                  watches it starts it again: end that first
 # --dry_run        print every command, run none
 # -- ARGUMENTS     of python -m jaxtune.train; paths are relative to ~/jaxtune on the worker
 #
@@ -16,23 +18,14 @@ set -euo pipefail
 # shellcheck source=tpu_scripts/lib.sh
 . "$(dirname "$0")/lib.sh"
 
-parse "name= zone= project= run= copy+ stop" "$@"
+parse "name= zone= project= run= copy+ missing stop" "$@"
 place
-name=${flag_run:-train}
+name=${flag_run:-train} verb=start
 run_name "$name"
 if [[ ! $flag_stop ]]; then
   ((${#REST[@]})) || die "what to train is missing: -- --config FILE --dataset FILE --output_dir DIR."
-  for secret in "${SECRETS[@]}"; do
-    value=${!secret:-}
-    if [[ $value && "${REST[*]}" == *"$value"* ]]; then
-      die "the value of $secret stands among the arguments, which end in logs. setup.sh sends it by file."
-    fi
-  done
-  for file in ${flag_copy[@]+"${flag_copy[@]}"}; do
-    [[ -f $file || $DRY_RUN == yes ]] || die "--copy: no such file: $file"
-    [[ ${file##*/} =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] ||
-      die "--copy: a name of letters, digits, '.', '_' and '-'; got '${file##*/}'."
-  done
+  no_secrets "${REST[@]}"
+  copies
 fi
 needs_active
 if [[ $flag_stop ]]; then
@@ -43,4 +36,5 @@ if ((${#flag_copy[@]})); then
   send "${flag_copy[@]}"
   on all "mv -f $(for file in "${flag_copy[@]}"; do printf '%s ' "${file##*/}"; done)jaxtune/"
 fi
-on all "bash jaxtune-worker.sh start $name $(quoted "${REST[@]}")"
+if [[ $flag_missing ]]; then verb=ensure; fi
+on all "bash jaxtune-worker.sh $verb $name $(quoted "${REST[@]}")"

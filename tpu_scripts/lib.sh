@@ -15,6 +15,7 @@ BAD_INPUT=2
 DIVERGED=3
 STOPPED=75 # EX_TEMPFAIL: the same command goes on
 SECRETS=(HF_TOKEN WANDB_API_KEY)
+HOW_SECRETS_TRAVEL='setup.sh sends it by file.'
 
 say() { printf '%s\n' "$*" >&2; }
 die() {
@@ -98,6 +99,26 @@ zone_and_project() {
 
 whole() { [[ $2 =~ ^[1-9][0-9]*$ ]] || die "--$1: a whole number above 0; got '$2'."; }
 number() { [[ $2 =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "--$1: a number; got '$2'."; }
+# no_secrets WORD...: what stands among arguments ends in logs, in `ps` and in manifests.
+no_secrets() {
+  local secret value
+  for secret in "${SECRETS[@]}"; do
+    value=${!secret:-}
+    if [[ $value && "$*" == *"$value"* ]]; then
+      die "the value of $secret stands among the arguments, which end in logs. $HOW_SECRETS_TRAVEL"
+    fi
+  done
+}
+
+# Before a slice costs anything: is what --copy names there?
+copies() {
+  local file
+  for file in ${flag_copy[@]+"${flag_copy[@]}"}; do
+    [[ -f $file || $DRY_RUN == yes ]] || die "--copy: no such file: $file"
+    [[ ${file##*/} =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] ||
+      die "--copy: a name of letters, digits, '.', '_' and '-'; got '${file##*/}'."
+  done
+}
 run_name() { [[ $1 =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || die "--run: letters, digits, '.', '_', '-'; got '$1'."; }
 
 # -- running and showing --------------------------------------------------------------------------
@@ -164,14 +185,25 @@ tpu_type() {
   esac
 }
 
+# chips_of TYPE: of any slice that there is, also of one that these scripts do not make; or nothing.
+chips_of() {
+  local size=${1##*-}
+  [[ $size =~ ^[1-9][0-9]*$ ]] || return 0
+  case ${1%-*} in
+  v5litepod | v5e | v6e) echo "$size" ;;
+  v2 | v3 | v4 | v5p) echo $((size / 2)) ;;
+  esac
+}
+
 # -- the slice ------------------------------------------------------------------------------------
 
 # slice ASSUMED: sets STATE, CREATED, TYPE, NODES (array), HOURS_LABEL, WHY, QUEUED from what gcloud
 # says. STATE is a state of the queued resource; when that is ACTIVE, the worst state of its VMs;
-# ABSENT when there is neither; UNKNOWN when gcloud does not answer (WHY has its words).
+# ABSENT when there is neither; UNKNOWN when gcloud does not answer (WHY has its words). QUEUED=no: a
+# VM that somebody made with `tpu-vm create`.
 # States: https://cloud.google.com/tpu/docs/queued-resources, and TPU nodes' own (READY, PREEMPTED).
 slice() {
-  local answer count node i errors
+  local answer count node i errors worst=0
   STATE=UNKNOWN CREATED='' TYPE='' NODES=("$NAME") HOURS_LABEL='' WHY='' QUEUED=yes
   errors=$(mktemp "${TMPDIR:-/tmp}/jaxtune.XXXXXX")
   if answer=$(ask "$1" gcloud compute tpus queued-resources describe "$NAME" "${PLACE[@]}" \
@@ -190,7 +222,10 @@ slice() {
       for node in "${NODES[@]}"; do
         answer=$(ask READY gcloud compute tpus tpu-vm describe "$node" "${PLACE[@]}" \
           '--format=value(state)' 2>"$errors") || answer=$(missing_or_unknown "$errors" VANISHED)
-        if [[ $answer != READY ]]; then STATE=$answer; fi
+        if [[ $answer != READY ]] && (($(badness "$answer") > worst)); then
+          STATE=$answer worst=$(badness "$answer")
+          if [[ $STATE == UNKNOWN ]]; then WHY=$(tail -n 3 "$errors"); fi
+        fi
       done
     fi
   elif [[ $(missing_or_unknown "$errors" ABSENT) == ABSENT ]]; then
@@ -204,21 +239,34 @@ slice() {
       STATE=$(missing_or_unknown "$errors" ABSENT)
     fi
   fi
-  if [[ $STATE == UNKNOWN ]]; then WHY=$(tail -n 3 "$errors"); fi
+  if [[ $STATE == UNKNOWN && ! $WHY ]]; then WHY=$(tail -n 3 "$errors"); fi
   rm -f "$errors"
 }
 
 missing_or_unknown() { if grep -qiE 'NOT_FOUND|was not found|could not find' "$1"; then echo "$2"; else echo UNKNOWN; fi; }
 
-# What a state means for whoever waits: ready, wait, gone, failed, absent or unknown.
+# What a state means for whoever waits: ready, wait, gone, stopped, failed, absent or unknown.
 meaning() {
   case $1 in
   ACTIVE) echo ready ;;
   CREATING | ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING | STARTING | RESTARTING | REPAIRING | REIMAGING) echo wait ;;
+  STOPPING | STOPPED) echo stopped ;; # by a person: `tpu-vm stop`
   FAILED) echo failed ;;
   ABSENT) echo absent ;;
   UNKNOWN | '') echo unknown ;;
-  *) echo gone ;; # SUSPENDING, SUSPENDED, PREEMPTED, TERMINATED, STOPPED, DELETING, VANISHED
+  *) echo gone ;; # SUSPENDING, SUSPENDED, PREEMPTED, TERMINATED, DELETING, VANISHED
+  esac
+}
+
+# badness STATE: of several VMs the worst one decides. What is gone does not come back, whatever the
+# others do; what is not known may be either.
+badness() {
+  case $(meaning "$1") in
+  gone) echo 5 ;;
+  failed) echo 4 ;;
+  stopped) echo 3 ;;
+  unknown) echo 2 ;;
+  *) echo 1 ;;
   esac
 }
 
@@ -237,21 +285,40 @@ delete_slice() {
   fi
 }
 
+# remove LOOKS SECONDS: deletes the slice and looks until it is gone, for a request to delete can fail
+# as any other. Says so, and returns 1, when it is there after so many looks.
+remove() {
+  local look
+  for ((look = 1; look <= $1; look++)); do
+    if [[ $STATE != DELETING ]]; then delete_slice || say "$NAME: gcloud has not deleted it."; fi
+    slice ABSENT
+    if [[ $STATE == ABSENT ]]; then return; fi
+    if ((look < $1)); then pause "$2"; fi
+  done
+  say "$NAME: NOT DELETED, it is still there ($STATE) AND MAY COST. ${WHY:-Look with tpu_scripts/status.sh.}"
+  return 1
+}
+
 # -- its VMs --------------------------------------------------------------------------------------
+
+# A VM that goes away in the middle of a connection says nothing: without these a script waits for it
+# for ever, and one that guards --max_hours guards nothing meanwhile.
+SSH_FLAGS=(--ssh-flag=-oConnectTimeout=30 --ssh-flag=-oServerAliveInterval=30)
+SCP_FLAGS=(--scp-flag=-oConnectTimeout=30 --scp-flag=-oServerAliveInterval=30)
 
 # on WORKER command: on every slice; WORKER is `all` or a number. gcloud runs the workers of a slice
 # at once and gives back the first exit code that is not 0.
 on() {
   local node
   for node in "${NODES[@]}"; do
-    run gcloud compute tpus tpu-vm ssh "$node" "${PLACE[@]}" "--worker=$1" --quiet "--command=$2"
+    run gcloud compute tpus tpu-vm ssh "$node" "${PLACE[@]}" "--worker=$1" --quiet "${SSH_FLAGS[@]}" "--command=$2"
   done
 }
 
 send() { # send FILE...: to the home of every worker
   local node
   for node in "${NODES[@]}"; do
-    run gcloud compute tpus tpu-vm scp "$@" "$node:" "${PLACE[@]}" --worker=all --quiet
+    run gcloud compute tpus tpu-vm scp "$@" "$node:" "${PLACE[@]}" --worker=all --quiet "${SCP_FLAGS[@]}"
   done
 }
 
@@ -260,14 +327,16 @@ reports() {
   local node
   for node in "${NODES[@]}"; do
     ask 'jaxtune-status worker-0 exit 0' \
-      gcloud compute tpus tpu-vm ssh "$node" "${PLACE[@]}" --worker=all --quiet \
+      gcloud compute tpus tpu-vm ssh "$node" "${PLACE[@]}" --worker=all --quiet "${SSH_FLAGS[@]}" \
       "--command=test -f jaxtune-worker.sh && bash jaxtune-worker.sh status $1 || echo jaxtune-status \$(hostname) bare" \
       2>/dev/null || echo "jaxtune-status $node unreachable"
   done | grep '^jaxtune-status ' || true
 }
 
-# verdict: of such lines, what holds for all: unreachable, bare, absent, running, or exit CODE. A
-# worker that failed decides over one that saved; nobody has finished while one runs.
+# verdict: of such lines, what holds for all: unreachable, bare, absent, partial (some were never
+# started, and the others wait for them), running, or exit CODE. A worker that failed decides over one
+# that saved; nobody has finished while one runs; where one was not started, the exit code of another
+# says only that it was alone.
 verdict() {
   awk '
     $3 == "unreachable" { lost = 1 } $3 == "bare" { bare = 1 } $3 == "absent" { absent = 1 }
@@ -277,12 +346,13 @@ verdict() {
                    else if ($4 == 75) stopped = 1; else if ($4 != 0) other = $4 }
     END {
       if (NR == 0 || lost) print "unreachable"
+      else if (running && absent) print "partial"
       else if (running) print "running"
       else if (three) print "exit 3"
-      else if (two) print "exit 2"
-      else if (other) print "exit " other
       else if (bare) print "bare"
       else if (absent) print "absent"
+      else if (two) print "exit 2"
+      else if (other) print "exit " other
       else if (stopped) print "exit 75"
       else print "exit 0"
     }'
@@ -303,20 +373,24 @@ hours_since() { awk -v a="$1" -v b="$(now)" 'BEGIN { printf "%.1f", (b - a) / 36
 
 # cost PRICE: one line of what the slice is, for how long it has been asked for, and its price.
 cost() {
-  local hours=0 chips
+  local hours=0 chips size="${#NODES[@]} x $TYPE"
   if [[ $CREATED ]]; then hours=$(hours_since "$(epoch "$CREATED")"); fi
   if [[ ! $TYPE ]]; then
     say "$NAME: $STATE, requested $hours hours ago"
     return
   fi
-  tpu_type "$TYPE"
-  chips=$((CHIPS * ${#NODES[@]}))
-  if [[ $1 ]]; then
-    say "$NAME: $STATE, ${#NODES[@]} x $TYPE = $chips chips, requested $hours hours ago, $(awk -v c="$chips" \
+  chips=$(chips_of "$TYPE") # nothing for a type that is not in our table: what there is is said all the same
+  if [[ $chips ]]; then
+    chips=$((chips * ${#NODES[@]}))
+    size+=" = $chips chips"
+  fi
+  if [[ $1 && $chips ]]; then
+    say "$NAME: $STATE, $size, requested $hours hours ago, $(awk -v c="$chips" \
       -v p="$1" -v h="$hours" 'BEGIN { printf "%.2f an hour, at most %.2f so far", c * p, c * p * h }')"
+  elif [[ $1 ]]; then
+    say "$NAME: $STATE, $size, requested $hours hours ago (how many chips that is, and so its price, is not known here)"
   else
-    say "$NAME: $STATE, ${#NODES[@]} x $TYPE = $chips chips, requested $hours hours ago" \
-      "(--price_per_chip_hour says what that costs)"
+    say "$NAME: $STATE, $size, requested $hours hours ago (--price_per_chip_hour says what that costs)"
   fi
   if [[ $HOURS_LABEL =~ ^[0-9]+$ ]] && awk -v h="$hours" -v m="$HOURS_LABEL" 'BEGIN { exit !(h > m) }'; then
     say "$NAME: PAST ITS --max_hours $HOURS_LABEL. Delete it: tpu_scripts/delete.sh."

@@ -29,7 +29,10 @@ if [[ ${1:-} == --help || $# == 0 ]]; then
   sed -n '2,/^#SBATCH/{/^#SBATCH/!s/^# \{0,1\}//p;}' "$0"
   exit 0
 fi
-command=(srun --kill-on-bad-exit=0 "${PYTHON:-.venv/bin/python}" -m jaxtune.train)
+command=(srun --kill-on-bad-exit=0)
+# srun does not take it from sbatch since SLURM 22.05, and would give every task one core.
+if [[ ${SLURM_CPUS_PER_TASK:-} ]]; then command+=("--cpus-per-task=$SLURM_CPUS_PER_TASK"); fi
+command+=("${PYTHON:-.venv/bin/python}" -m jaxtune.train)
 if [[ $1 == --dry-run || $1 == --dry_run ]]; then
   shift
   printf '+ %s\n' "${command[*]} $*"

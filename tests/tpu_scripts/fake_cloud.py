@@ -1,6 +1,11 @@
 """A cloud made of files: `gcloud`, `kubectl`, `sleep` on PATH record calls and answer by script.
 
-What is asked of it is a file of answers, one a line; each call takes the first and the last stays.
+What is asked of it is a file of answers, one a line; each call takes the first, and the last stays,
+of a slice until it is deleted. `sleep` returns at once, and `date +%s` is later by what was slept.
+
+`lives` says more with less than `states` and `vms`: each line is the states of one slice from its
+creation on, with ';' between them; its VMs are READY when it is ACTIVE. A report `gone:STATE` takes
+it away.
 """
 
 from __future__ import annotations
@@ -19,26 +24,55 @@ ABSENT = "!NOT_FOUND: Resource 'tune' was not found"
 # temporary folder is gone when the script ends.
 _CLOUD = r"""#!/bin/bash
 cd "$CLOUD" || exit 99
+none='!NOT_FOUND: was not found'
+if [[ ${0##*/} == date ]]; then
+  if [[ $* == +%s ]]; then echo $(($(/bin/date +%s) + $(cat slept 2>/dev/null || echo 0))); exit; fi
+  exec /bin/date "$@"
+fi
 printf '%s\n' "${0##*/} $*" >>calls
 answer() {
   [[ -f $1 ]] || { echo "$2"; return; }
-  local line rest
+  local line
   line=$(head -n 1 "$1")
-  if (($(wc -l <"$1") > 1)); then rest=$(tail -n +2 "$1"); printf '%s\n' "$rest" >"$1"; fi
+  if (($(wc -l <"$1") > 1)); then tail -n +2 "$1" >"$1.rest"; mv "$1.rest" "$1"; fi
   echo "$line"
 }
+deleted() { # an answer that would stay is gone with the slice; what is scripted to follow follows
+  local file
+  if [[ -f lives ]]; then rm -f states vms; fi
+  for file in states vms; do
+    if [[ -f $file ]] && (($(wc -l <"$file") == 1)); then echo "$none" >"$file"; fi
+  done
+}
+ready() { if [[ $(cat last) == ACTIVE* ]]; then echo READY; else echo "$none"; fi; }
 reply() {
   if [[ $1 == !* ]]; then echo "ERROR: ${1#!}" >&2; exit 1; fi
   if [[ $1 ]]; then printf '%s\n' "$1" | tr ';' '\n'; fi
 }
 case "${0##*/} $*" in
-  sleep*) ;;
+  sleep*) echo $(($(cat slept 2>/dev/null || echo 0) + $1)) >slept.new; mv slept.new slept ;;
+  'kubectl get'*) reply "$(answer jobsets '')" ;;
+  'kubectl delete'*) ;;
   kubectl*) cat >stdin; reply "$(answer kubectl '')" ;;
-  *'queued-resources describe'*) reply "$(answer states '!NOT_FOUND: was not found')" ;;
-  *'queued-resources create'*) reply "$(answer creates '')" ;;
-  *'queued-resources delete'* | *'tpu-vm delete'*) reply "$(answer deletes '')" ;;
-  *'tpu-vm describe'*) reply "$(answer vms '!NOT_FOUND: was not found')" ;;
-  *'worker.sh status'*) reply "$(answer reports 'jaxtune-status w-0 running')" ;;
+  *'queued-resources describe'*)
+    answer states "$none" >last
+    reply "$(cat last)" ;;
+  *'queued-resources create'*)
+    said=$(answer creates '')
+    if [[ $said != !* && -f lives ]]; then answer lives '' | tr ';' '\n' >states; fi
+    reply "$said" ;;
+  *'queued-resources delete'* | *'tpu-vm delete'*) said=$(answer deletes '')
+    if [[ $said != !* && $said != kept ]]; then deleted; fi
+    reply "${said#kept}" ;;
+  *'tpu-vm describe'*) reply "$(answer vms "$(ready)")" ;;
+  *'worker.sh status'*)
+    said=$(answer reports 'jaxtune-status w-0 running')
+    if [[ $said == gone:* ]]; then
+      echo "${said#gone:}" >states
+      said='!ssh: connect: timed out'
+    fi
+    reply "$said" ;;
+  *'worker.sh start'* | *'worker.sh ensure'*) reply "$(answer starts "$(answer ssh '')")" ;;
   *'tpu-vm ssh'*) reply "$(answer ssh '')" ;;
   *'tpu-vm scp'*) mkdir -p sent
     for word in "$@"; do if [[ -f $word ]]; then cp -p "$word" sent/; fi; done ;;
@@ -53,7 +87,7 @@ class Cloud:
         self.folder = folder
         self.path = folder / "bin"
         self.path.mkdir(parents=True)
-        for name in ("gcloud", "kubectl", "sleep"):
+        for name in ("gcloud", "kubectl", "sleep", "date"):
             (self.path / name).write_text(_CLOUD)
             (self.path / name).chmod(0o755)
 
@@ -102,6 +136,7 @@ _VERBS = {
     "tpu-vm delete": "delete vm",
     "worker.sh setup": "setup",
     "worker.sh start": "start",
+    "worker.sh ensure": "ensure",
     "worker.sh stop": "stop",
 }
 

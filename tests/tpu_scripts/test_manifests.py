@@ -144,12 +144,60 @@ def test_secrets_are_named_not_written(cloud: Cloud) -> None:
 
 def test_kubectl_gets_the_manifest(cloud: Cloud) -> None:
     assert cloud.run(*GKE, *V5E, *TRAIN).returncode == 0
-    assert cloud.calls == ["kubectl apply -f -"]
+    assert kubectl(cloud) == ["get jobset tune", "apply -f -"]
     assert yaml.safe_load((cloud.folder / "stdin").read_text()) == manifest(cloud, *V5E)
-    cloud.answers("kubectl", '!no matches for kind "JobSet"')
+    for question in ("kubectl", "jobsets"):
+        cloud.answers(question, '!no matches for kind "JobSet"')
+        done = cloud.run(*GKE, *V5E, *TRAIN)
+        assert done.returncode == 2
+        assert "Is JobSet installed" in done.stderr
+
+
+def kubectl(cloud: Cloud) -> list[str]:
+    return [" ".join(call.split()[1:4]) for call in cloud.calls]
+
+
+@pytest.mark.parametrize("state", ["Completed", "Suspended Failed"])
+def test_a_jobset_that_has_ended_is_made_anew(cloud: Cloud, state: str) -> None:
+    cloud.answers("jobsets", f"tune {state} ")
+    done = cloud.run(*GKE, *V5E, *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert "tune has ended and is made anew" in done.stderr
+    assert kubectl(cloud) == ["get jobset tune", "delete jobset tune", "apply -f -"]
+
+
+@pytest.mark.parametrize("state", ["", "StartupPolicyCompleted "])
+def test_a_jobset_that_has_not_ended_is_left(cloud: Cloud, state: str) -> None:
+    cloud.answers("jobsets", f"tune {state}")
     done = cloud.run(*GKE, *V5E, *TRAIN)
     assert done.returncode == 2
-    assert "Is JobSet installed" in done.stderr
+    assert "tune is there and has not ended" in done.stderr
+    assert kubectl(cloud) == ["get jobset tune"]
+
+
+def test_a_pod_has_room_for_a_model(cloud: Cloud) -> None:
+    found = manifest(cloud, *V5E)
+    resources = pod(found)["containers"][0]["resources"]
+    assert resources["requests"] == {"ephemeral-storage": "60Gi"}
+    # the limit of the sidecar would be one for the pod
+    annotations = job(found)["template"]["metadata"]["annotations"]
+    assert annotations["gke-gcsfuse/ephemeral-storage-limit"] == "0"
+    found = manifest(cloud, *V5E, "--disk_gib", "0")
+    assert pod(found)["containers"][0]["resources"] == {"limits": {"google.com/tpu": 4}}
+    assert schema_errors(found) == []
+
+
+def test_every_slice_adds_restarts(cloud: Cloud) -> None:
+    for words, restarts in [((), 20), (("--node_count", "3"), 60), (("--max_restarts", "7"), 7)]:
+        assert manifest(cloud, *V5E, *words)["spec"]["failurePolicy"]["maxRestarts"] == restarts
+
+
+def test_a_secret_among_the_arguments_is_refused(cloud: Cloud) -> None:
+    done = cloud.run(*GKE, *V5E, "--print", *TRAIN, "hf_verysecret", HF_TOKEN="hf_verysecret")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "HF_TOKEN stands among the arguments" in done.stderr
+    assert "--secret names the Secret" in done.stderr
+    assert "hf_verysecret" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -161,6 +209,9 @@ def test_kubectl_gets_the_manifest(cloud: Cloud) -> None:
         ((*V5E, "--chips_per_node=5"), "--chips_per_node 5 does not divide the 16 chips"),
         ((*V5E, "--spot", "--reservation=r"), "choose one"),
         ((*V5E, "--image", 'x"\ny: z'), "--image: missing, or with unusual characters"),
+        ((*V5E, "--disk_gib", "much"), "--disk_gib: a whole number"),
+        (("--accelerator_type=v6e-8", "--node_count=2"), "v6e-8 is a single VM"),
+        (("--accelerator_type=v5p-8", "--topology=2x2x1", "--node_count=2"), "is a single VM"),
         ((*V5E, "--secret", "a b"), "--secret: missing, or with unusual"),
         (V5E, "what to train is missing"),
         ((*V5E, "--", "a\nb"), "an argument has a control character"),
@@ -208,6 +259,12 @@ def test_slurm_asks_for_one_process_a_gpu() -> None:
     assert max(directives) < first  # sbatch reads none after the first command
 
 
+def test_slurm_tasks_have_their_cores(cloud: Cloud) -> None:
+    done = cloud.run("slurm.sh", "--dry_run", "--config", "c", PYTHON="p", SLURM_CPUS_PER_TASK="8")
+    ran = "srun --kill-on-bad-exit=0 --cpus-per-task=8 p -m jaxtune.train --config c"
+    assert done.stdout == f"+ {ran}\n"
+
+
 @pytest.mark.parametrize("code", [0, 2, 75])
 def test_slurm_puts_a_stopped_job_back(cloud: Cloud, code: int) -> None:
     for name in ("srun", "scontrol"):
@@ -230,6 +287,7 @@ def test_dockerfile_is_linted_and_copies_what_the_build_needs() -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     text = (ROOT / "Dockerfile").read_text()
+    assert "\nARG EXTRA=tpu,gcs\n" in text  # as setup.sh installs: gs:// for data and output
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     for line in re.findall(r"^COPY (.*)", text, re.M):
         for source in shlex.split(line)[:-1]:

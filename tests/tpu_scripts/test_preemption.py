@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import pytest
 from fake_cloud import ABSENT, Cloud, hours_ago
 
@@ -20,39 +23,33 @@ def ended(*codes: int) -> str:
 
 
 def test_from_nothing_through_a_preemption_to_the_end(cloud: Cloud) -> None:
-    cloud.answers(
-        "states",
-        # looked for by resume, looked for by create, queued, there
-        *(ABSENT, ABSENT, "WAITING_FOR_RESOURCES|||||", ACTIVE),
-        # bare; setup, launch; running
-        *(ACTIVE, ACTIVE, ACTIVE, ACTIVE),
-        # taken away; deleted; gone
-        *("SUSPENDING|||||", "SUSPENDED|||||", ABSENT, ABSENT),
-        *("PROVISIONING|||||", ACTIVE),
-    )
-    cloud.answers("vms", ABSENT, ABSENT, *["READY"] * 5, ABSENT, ABSENT, "READY")
-    cloud.answers("reports", BARE, RUNNING, BARE, RUNNING, ended(0, 0))
+    cloud.answers("lives", f"WAITING_FOR_RESOURCES|||||;{ACTIVE}", f"PROVISIONING|||||;{ACTIVE}")
+    gone = "gone:SUSPENDING|||||"
+    cloud.answers("reports", BARE, RUNNING, gone, BARE, RUNNING, ended(0, 0))
     done = cloud.run(*WORDS, *TRAIN)
     assert done.returncode == 0, done.stderr
-    once = ["create", "setup", "start"]
-    assert cloud.verbs() == [*once, "delete", "delete", *once, "delete"]
-    assert "tune: SUSPENDED" in done.stderr
+    once = ["create", "setup", "start", "delete"]
+    assert cloud.verbs() == [*once, *once]
+    for state in ("WAITING_FOR_RESOURCES", "ACTIVE", "SUSPENDING", "PROVISIONING"):
+        assert f"tune: {state}" in done.stderr
     assert "run 'train' is done." in done.stderr
+    # a connection to a VM that is gone ends, or nobody looks at the clock any more
+    told = [call for call in cloud.calls if "tpu-vm ssh" in call or "tpu-vm scp" in call]
+    assert len(told) > 8
+    assert all("-oServerAliveInterval=30" in call for call in told)
 
 
 def test_a_vm_preempted_under_an_active_request(cloud: Cloud) -> None:
-    cloud.answers("states", ACTIVE, ABSENT, ABSENT, ACTIVE)
-    cloud.answers("vms", "PREEMPTED", ABSENT, ABSENT, "READY")
+    cloud.answers("lives", ACTIVE)
+    cloud.answers("states", ACTIVE)
+    cloud.answers("vms", "PREEMPTED")
     cloud.answers("reports", ended(0))
     assert cloud.run(*WORDS, *TRAIN).returncode == 0
     assert cloud.verbs() == ["delete", "create", "delete"]
 
 
 def test_taken_away_before_it_was_used(cloud: Cloud) -> None:
-    cloud.answers(
-        "states", ABSENT, ABSENT, "SUSPENDED|||||", "SUSPENDED|||||", ABSENT, ABSENT, ACTIVE
-    )
-    cloud.answers("vms", *[ABSENT] * 4, "READY")
+    cloud.answers("lives", "PROVISIONING|||||;SUSPENDED|||||", ACTIVE)
     cloud.answers("reports", ended(0))
     done = cloud.run(*WORDS, *TRAIN)
     assert done.returncode == 0, done.stderr
@@ -70,7 +67,6 @@ def test_75_is_launched_again(cloud: Cloud) -> None:
 @pytest.mark.parametrize(
     ("codes", "code", "message"),
     [
-        ((2, 2), 2, "refuses its input (exit 2)"),
         ((3, 134), 3, "has diverged (exit 3)"),
         ((0, 3), 3, "has diverged (exit 3)"),
     ],
@@ -112,15 +108,60 @@ def test_other_exits_are_tried_so_often(cloud: Cloud) -> None:
     assert "--config c.yaml --max_steps 3" in started
 
 
-def test_a_crash_that_was_a_preemption_is_no_failure(cloud: Cloud) -> None:
-    # the peers of a host that goes abort, and only then the slice says so: four times in a row
-    once = (ACTIVE, "SUSPENDED|||||", ABSENT, ABSENT, ACTIVE)
-    cloud.answers("states", *once * 4, ACTIVE)
-    cloud.answers("vms", *("READY", ABSENT, ABSENT, "READY") * 4, "READY")
-    cloud.answers("reports", *[ended(134, 134)] * 4, ended(0, 0))
+@pytest.mark.parametrize("code", [134, 75, 2])
+def test_an_end_that_was_a_preemption_is_no_failure(cloud: Cloud, code: int) -> None:
+    # the peers of a host that goes end, and only then the slice says so: four times in a row
+    cloud.answers("lives", *[f"{ACTIVE};SUSPENDED|||||"] * 4, ACTIVE)
+    cloud.answers("reports", *[ended(code, code)] * 4, ended(0, 0))
     done = cloud.run(*WORDS, *TRAIN)
     assert done.returncode == 0, done.stderr
-    assert cloud.verbs().count("create") == 4
+    assert cloud.verbs() == ["create", "delete"] * 5
+
+
+def test_bad_input_is_left_for_a_person(cloud: Cloud) -> None:
+    cloud.answers("states", ACTIVE)
+    cloud.answers("reports", ended(2, 2))
+    cloud.answers("ssh", "the last line of the log")
+    done = cloud.run(*WORDS, *TRAIN)
+    assert done.returncode == 2
+    assert "refuses its input (exit 2)" in done.stderr
+    assert "the last line of the log" in done.stderr
+    assert cloud.verbs() == []  # --delete_when_done or not: a result may wait there for its copy
+    assert "tune is not deleted after exit 2" in done.stderr
+    assert "is still there and costs. Fetch what you want" in done.stderr
+
+
+@pytest.mark.parametrize("code", [75, 1])
+def test_what_trained_for_a_while_may_fail_again(cloud: Cloud, code: int) -> None:
+    cloud.answers("states", ACTIVE)
+    words = (*WORDS, "--poll_seconds", "3600", "--max_hours", "100")
+    cloud.answers("reports", *[*[RUNNING] * 3, ended(code, code)] * 4, ended(0, 0))
+    done = cloud.run(*words, *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == [*["start"] * 4, "delete"]
+
+
+def test_75_over_and_over_is_a_failure(cloud: Cloud) -> None:
+    # a host that cannot be joined, whenever it is tried
+    cloud.answers("states", ACTIVE)
+    cloud.answers("reports", ended(75, 75))
+    done = cloud.run(*WORDS, *TRAIN)
+    assert done.returncode == 1
+    assert "has failed 3 times (exit 75)" in done.stderr
+    assert cloud.verbs() == ["start", "start", "delete"]
+
+
+def test_workers_that_were_not_started_are(cloud: Cloud) -> None:
+    cloud.answers("states", ACTIVE)
+    absent = "jaxtune-status w-1 absent"
+    cloud.answers(
+        "reports",
+        *(f"jaxtune-status w-0 running;{absent}", f"jaxtune-status w-0 exit 2;{absent}"),
+        *(RUNNING, ended(0, 0)),
+    )
+    assert cloud.run(*WORDS, *TRAIN).returncode == 0
+    # `ensure`: where it runs that is no error; what one says that was alone is not believed
+    assert cloud.verbs() == ["ensure", "setup", "start", "delete"]
 
 
 def test_what_cannot_be_set_up_does_not_cost_for_ever(cloud: Cloud) -> None:
@@ -134,6 +175,16 @@ def test_what_cannot_be_set_up_does_not_cost_for_ever(cloud: Cloud) -> None:
     assert "could not be set up or launched 3 times in a row" in done.stderr
 
 
+def test_what_launching_cannot_do_setting_up_may(cloud: Cloud) -> None:
+    # a VM that was started anew: its run is lost, and its bucket cannot be mounted
+    cloud.answers("states", ACTIVE)
+    cloud.answers("reports", ended(137), ended(137), RUNNING, ended(0))
+    cloud.answers("starts", "!nothing is mounted at /mnt/jaxtune", "")
+    done = cloud.run(*WORDS, *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["start", "setup", "start", "delete"]
+
+
 def test_no_answer_is_waited_for(cloud: Cloud) -> None:
     cloud.answers("states", "!UNAVAILABLE: no route", ACTIVE)
     cloud.answers("vms", "!UNAVAILABLE: no route", "READY")
@@ -142,29 +193,241 @@ def test_no_answer_is_waited_for(cloud: Cloud) -> None:
     assert cloud.verbs() == ["delete"]
 
 
-def test_refused_by_quota(cloud: Cloud) -> None:
-    cloud.answers("creates", "!RESOURCE_EXHAUSTED: Quota limit exceeded.")
+def test_a_new_slice_that_never_answers_does_not_cost_for_ever(cloud: Cloud) -> None:
+    cloud.answers("lives", ACTIVE)
+    cloud.answers("reports", "!ssh: connect: timed out")
+    done = cloud.run(*WORDS, "--poll_seconds", "400", *TRAIN)
+    assert done.returncode == 1
+    assert "have not answered for 30 minutes, and nothing was launched" in done.stderr
+    assert cloud.verbs() == ["create", "delete"]
+    assert cloud.calls.count("sleep 400") == 5
+
+
+def test_a_run_that_does_not_answer_may_be_going_on(cloud: Cloud) -> None:
+    cloud.answers("lives", ACTIVE)
+    cloud.answers("reports", BARE, *["!ssh: connect: timed out"] * 12, ended(0))
+    done = cloud.run(*WORDS, "--poll_seconds", "300", *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["create", "setup", "start", "delete"]
+
+
+@pytest.mark.parametrize("why", ["RESOURCE_EXHAUSTED: Quota limit exceeded.", "PERMISSION_DENIED"])
+def test_refused_for_good(cloud: Cloud, why: str) -> None:
+    cloud.answers("creates", f"!{why}")
     done = cloud.run(*WORDS, *TRAIN)
     assert done.returncode == 2
-    assert "the quota of this project has no room" in done.stderr
+    assert why in done.stderr
     assert cloud.verbs() == ["create"]
 
 
-def test_requests_that_fail_are_tried_so_often(cloud: Cloud) -> None:
-    cloud.answers("states", "FAILED|||||no capacity")
+@pytest.mark.parametrize(
+    "why", ["UNAVAILABLE: x", "RESOURCE_EXHAUSTED: Quota 'requests per minute'"]
+)
+def test_not_asked_for_just_now(cloud: Cloud, why: str) -> None:
+    cloud.answers("lives", ACTIVE)
+    cloud.answers("creates", f"!{why}", f"!{why}", "")
+    cloud.answers("reports", ended(0))
+    done = cloud.run(*WORDS, *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == [*["create"] * 3, "delete"]
+    (cloud.folder / "calls").unlink()
+    cloud.answers("creates", f"!{why}")
     done = cloud.run(*WORDS, *TRAIN)
     assert done.returncode == 1
-    assert cloud.verbs() == ["delete"] * 3
+    assert "could not be asked for 3 times in a row" in done.stderr
+    assert cloud.verbs() == ["create"] * 3
+
+
+def test_no_answer_before_asking(cloud: Cloud) -> None:
+    # resume's look says it is gone, that of create is not answered
+    cloud.answers("states", ABSENT, "!UNAVAILABLE: no route", ABSENT, ABSENT, ACTIVE)
+    cloud.answers("reports", ended(0))
+    done = cloud.run(*WORDS, *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["create", "delete"]
+
+
+def test_a_slice_that_shows_late_is_not_asked_for_twice(cloud: Cloud) -> None:
+    cloud.answers("states", ABSENT, "PROVISIONING|||||", ACTIVE)
+    cloud.answers("reports", ended(0))
+    done = cloud.run(*WORDS, *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["delete"]
+
+
+def test_requests_that_fail_are_tried_so_often(cloud: Cloud) -> None:
+    # no capacity until the request lapses: the usual end of one for spot
+    cloud.answers("lives", "WAITING_FOR_RESOURCES|||||;FAILED|||||no capacity")
+    done = cloud.run(*WORDS, *TRAIN)
+    assert done.returncode == 1
+    assert cloud.verbs() == ["create", "delete"] * 3
     assert "3 requests failed: no capacity" in done.stderr
 
 
+def test_a_request_that_failed_is_made_again(cloud: Cloud) -> None:
+    cloud.answers("lives", *["FAILED|||||no capacity"] * 2, ACTIVE)
+    cloud.answers("reports", ended(0))
+    done = cloud.run(*WORDS, *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["create", "delete"] * 3
+
+
 def test_max_hours_delete_the_slice(cloud: Cloud) -> None:
-    cloud.answers("states", f"ACTIVE|{hours_ago(5)}|v5litepod-16|||")
-    cloud.answers("vms", "READY")
-    done = cloud.run(*WORDS, "--max_hours", "4", *TRAIN)
+    # an hour is left when the script begins; the clock goes on with every look
+    cloud.answers("states", f"ACTIVE|{hours_ago(3)}|v5litepod-16|||")
+    done = cloud.run(*WORDS, "--max_hours", "4", "--poll_seconds", "1300", *TRAIN)
     assert done.returncode == 75
     assert "--max_hours 4 are over; deleting it" in done.stderr
     assert cloud.verbs() == ["delete"]
+    assert cloud.calls.count("sleep 1300") == 3
+
+
+def test_max_hours_count_while_it_waits(cloud: Cloud) -> None:
+    cloud.answers("lives", "WAITING_FOR_RESOURCES|||||")
+    done = cloud.run(*WORDS, "--max_hours", "1", "--poll_seconds", "1200", *TRAIN)
+    assert done.returncode == 75
+    assert cloud.verbs() == ["create", "delete"]
+
+
+def test_past_max_hours_nothing_is_asked_for(cloud: Cloud) -> None:
+    cloud.answers("states", f"ACTIVE|{hours_ago(0.9)}|v5litepod-16|||")
+    cloud.answers("lives", ACTIVE)
+    cloud.answers("reports", "gone:SUSPENDED|||||")
+    done = cloud.run(*WORDS, "--max_hours", "1", "--poll_seconds", "300", *TRAIN)
+    assert done.returncode == 75
+    assert "--max_hours 1 are over; it is not asked for again" in done.stderr
+    assert cloud.verbs() == ["delete"]
+
+
+@pytest.mark.parametrize(("words", "label"), [((), "72"), (("--max_hours", "72"), "24")])
+def test_the_hours_on_the_slice_hold(cloud: Cloud, words: tuple[str, ...], label: str) -> None:
+    cloud.answers("states", f"ACTIVE|{hours_ago(30)}|v5litepod-16||{label}|")
+    cloud.answers("lives", ACTIVE)
+    cloud.answers("reports", RUNNING, "gone:SUSPENDED|||||", ended(0))
+    done = cloud.run(*WORDS, *words, *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["delete", "create", "delete"]
+    # and go over to the next one
+    assert any("create" in call and "jaxtune_max_hours=72" in call for call in cloud.calls)
+
+
+def test_what_is_past_its_hours_already_is_not_deleted_unasked(cloud: Cloud) -> None:
+    cloud.answers("states", f"ACTIVE|{hours_ago(30)}|v5litepod-16|||")
+    done = cloud.run(*WORDS, *TRAIN)
+    assert done.returncode == 2
+    assert "was asked for 30.0 hours ago and is PAST ITS --max_hours 24" in done.stderr
+    assert "AND COSTS" in done.stderr
+    assert cloud.verbs() == []
+
+
+def test_a_delete_that_fails_is_repeated(cloud: Cloud) -> None:
+    cloud.answers("states", ACTIVE)
+    cloud.answers("reports", ended(0))
+    cloud.answers("deletes", "!UNAVAILABLE: try again", "kept", "")
+    done = cloud.run(*WORDS, *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["delete"] * 3
+
+
+@pytest.mark.parametrize(
+    ("age", "reports", "code"), [(0, ended(0), 1), (0, ended(3), 3), (3.9, RUNNING, 1)]
+)
+def test_what_cannot_be_deleted_is_shouted(
+    cloud: Cloud, age: float, reports: str, code: int
+) -> None:
+    cloud.answers("states", f"ACTIVE|{hours_ago(age)}|v5litepod-16|||")
+    cloud.answers("reports", reports)
+    cloud.answers("deletes", "!UNAVAILABLE: try again")
+    done = cloud.run(*WORDS, "--max_hours", "4", "--poll_seconds", "400", *TRAIN)
+    assert done.returncode == code
+    assert cloud.verbs() == ["delete"] * 20
+    assert "NOT DELETED, it is still there (ACTIVE) AND MAY COST" in done.stderr
+
+
+OURS_NOT = ("resume.sh", "--name", "tune", "--zone", "us-west4-a", "--package", "jaxtune[tpu]")
+
+
+def test_a_vm_of_somebody_else_is_used_and_left(cloud: Cloud) -> None:
+    cloud.answers("vms", f"READY|{hours_ago(72)}|v5litepod-16")
+    cloud.answers("reports", BARE, RUNNING, ended(0, 0))
+    done = cloud.run(*OURS_NOT, *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs() == ["setup", "start"]
+    assert "tune is still there and costs" in done.stderr
+
+
+def test_a_vm_of_somebody_else_outlives_max_hours(cloud: Cloud) -> None:
+    # counted from the start of the script: its age is nothing to us
+    cloud.answers("vms", f"READY|{hours_ago(72)}|v5litepod-16")
+    done = cloud.run(*OURS_NOT, "--max_hours", "1", "--poll_seconds", "1300", *TRAIN)
+    assert done.returncode == 75
+    assert "not asked for by these scripts and is left as it is, AND COSTS" in done.stderr
+    assert cloud.verbs() == []
+    assert cloud.calls.count("sleep 1300") == 3
+
+
+def test_a_vm_of_somebody_else_is_not_to_be_deleted_when_done(cloud: Cloud) -> None:
+    cloud.answers("vms", f"READY|{hours_ago(1)}|v5litepod-16")
+    done = cloud.run(*OURS_NOT, "--delete_when_done", *TRAIN)
+    assert done.returncode == 2
+    assert "--delete_when_done: tune was not asked for by these scripts" in done.stderr
+    assert cloud.verbs() == []
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("STOPPED", "Start it yourself"),
+        ("STOPPING", "Start it yourself"),
+        ("PREEMPTED", "Delete it"),
+    ],
+)
+def test_a_vm_of_somebody_else_that_does_not_run(cloud: Cloud, state: str, message: str) -> None:
+    cloud.answers("vms", f"{state}|{hours_ago(2)}|v5litepod-8")
+    done = cloud.run(*OURS_NOT, "--accelerator_type", "v5e-8", *TRAIN)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert cloud.verbs() == []
+
+
+def test_what_somebody_stopped_is_not_deleted(cloud: Cloud) -> None:
+    cloud.answers("states", ACTIVE)
+    cloud.answers("vms", "STOPPED")
+    done = cloud.run(*WORDS, *TRAIN)
+    assert done.returncode == 2
+    assert "tune is STOPPED: somebody stopped it" in done.stderr
+    assert cloud.verbs() == []
+
+
+def test_after_a_preemption_the_same_commit_is_sent(cloud: Cloud) -> None:
+    git = shutil.which("git")
+    (cloud.path / "git").write_text(
+        f'#!/bin/bash\nprintf "%s\\n" "git $*" >>"$CLOUD/calls"\nexec {git} "$@"\n'
+    )
+    (cloud.path / "git").chmod(0o755)
+    cloud.answers("lives", ACTIVE, ACTIVE)
+    cloud.answers("reports", BARE, "gone:SUSPENDED|||||", BARE, ended(0))
+    words = [word for word in WORDS if word not in ("--package", "jaxtune[tpu]")]
+    done = cloud.run(*words, *TRAIN)
+    assert done.returncode == 0, done.stderr
+    sent = [call.split()[-1] for call in cloud.calls if " archive " in call]
+    assert len(sent) == 2
+    assert sent[0] == sent[1]
+    assert re.fullmatch("[0-9a-f]{40}", sent[0])  # not HEAD, which may be another one by then
+    done = cloud.run(*words, "--commit", "no-such-commit", *TRAIN)
+    assert done.returncode == 2
+    assert "no commit 'no-such-commit' here" in done.stderr
+
+
+def test_what_is_wrong_is_said_before_it_costs(cloud: Cloud) -> None:
+    for words, message in [
+        (("--copy", "gone.jsonl", *TRAIN), "no such file: gone.jsonl"),
+        ((*TRAIN, "hf_verysecret"), "HF_TOKEN stands among the arguments"),
+    ]:
+        done = cloud.run(*WORDS, *words, HF_TOKEN="hf_verysecret")
+        assert done.returncode == 2
+        assert message in done.stderr
+    assert cloud.calls == []
 
 
 def test_a_vm_of_somebody_else_cannot_be_asked_for_again(cloud: Cloud) -> None:

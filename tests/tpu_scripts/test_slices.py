@@ -30,16 +30,18 @@ def test_create_waits_through_the_queue(cloud: Cloud) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("code", "answer", "message"),
     [
-        ("!RESOURCE_EXHAUSTED: Quota limit 'TPUS' has been exceeded.", "no room for 16 chips"),
-        ("!PERMISSION_DENIED: tpu.nodes.create", "not created. gcloud says: ERROR: PERMISSION"),
+        (2, "!RESOURCE_EXHAUSTED: Quota limit 'TPUS' has been exceeded.", "no room for 16 chips"),
+        (2, "!PERMISSION_DENIED: tpu.nodes.create", "not created. gcloud says: ERROR: PERMISSION"),
+        (2, "!INVALID_ARGUMENT: no such type", "not created. gcloud says: ERROR: INVALID"),
+        (75, "!UNAVAILABLE: try again", "not created. gcloud says: ERROR: UNAVAILABLE"),
     ],
 )
-def test_create_passes_on_a_refusal(cloud: Cloud, answer: str, message: str) -> None:
+def test_create_passes_on_a_refusal(cloud: Cloud, code: int, answer: str, message: str) -> None:
     cloud.answers("creates", answer)
     done = cloud.run(*CREATE)
-    assert done.returncode == 2
+    assert done.returncode == code
     assert message in done.stderr
     assert answer[1:20] in done.stderr
 
@@ -180,10 +182,47 @@ def test_delete_wants_the_name_typed(cloud: Cloud, typed: str, code: int) -> Non
 def test_delete_looks_again(cloud: Cloud) -> None:
     cloud.answers("states", f"ACTIVE|{hours_ago(1)}|v5litepod-16|||")
     cloud.answers("vms", "READY")
+    cloud.answers("deletes", "kept")
     done = cloud.run("delete.sh", *SLICE, "--yes")
-    assert cloud.verbs() == ["delete"]
+    assert cloud.verbs() == ["delete"] * 5
     assert done.returncode == 2
-    assert "tune is still there (ACTIVE)" in done.stderr
+    assert "NOT DELETED, it is still there (ACTIVE) AND MAY COST" in done.stderr
+    cloud.answers("deletes", "!UNAVAILABLE: try again", "")
+    done = cloud.run("delete.sh", *SLICE, "--yes")
+    assert done.returncode == 0, done.stderr
+    assert "gcloud has not deleted it" in done.stderr
+    assert "tune: deleted." in done.stderr
+
+
+@pytest.mark.parametrize("words", [(), ("--price_per_chip_hour", "1")])
+def test_a_type_that_these_scripts_do_not_make_can_be_deleted(
+    cloud: Cloud, words: tuple[str, ...]
+) -> None:
+    for made, said in [("v3-8", "1 x v3-8 = 4 chips"), ("v9x-2x2", "1 x v9x-2x2, requested 2.0")]:
+        cloud.answers("vms", f"READY|{hours_ago(2)}|{made}")
+        assert said in cloud.run("status.sh", *SLICE, *words).stderr
+        done = cloud.run("delete.sh", *SLICE, "--yes", *words)
+        assert done.returncode == 0, done.stderr
+        assert "tune: deleted." in done.stderr
+    assert cloud.verbs() == ["delete vm", "delete vm"]
+
+
+@pytest.mark.parametrize(
+    ("vms", "state"),
+    [
+        (("PREEMPTED", "REPAIRING"), "PREEMPTED"),
+        (("REPAIRING", "PREEMPTED"), "PREEMPTED"),
+        (("!UNAVAILABLE: no route", "CREATING"), "UNKNOWN"),
+        (("CREATING", "READY"), "CREATING"),
+        (("STOPPED", "!UNAVAILABLE: no route"), "STOPPED"),
+    ],
+)
+def test_the_worst_vm_decides(cloud: Cloud, vms: tuple[str, ...], state: str) -> None:
+    cloud.answers("states", "ACTIVE||v5litepod-16|2||")
+    cloud.answers("vms", *vms)
+    done = cloud.run("status.sh", *SLICE)
+    assert f"tune: {state}" in done.stderr
+    assert ("no route" in done.stderr) == (state == "UNKNOWN")
 
 
 def test_delete_says_when_it_cannot_know(cloud: Cloud) -> None:
