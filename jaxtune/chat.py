@@ -67,6 +67,12 @@ class ChatOptions(command.Options):
     serve_queue: int = Field(
         64, ge=1, description="requests that may wait for one; more are refused with 429"
     )
+    serve_length: int | None = Field(
+        None,
+        ge=2,
+        description="longest prompt and answer together, in tokens; as long as the "
+        "model takes and memory allows unless given",
+    )
     serve_seconds: float = Field(
         300.0, gt=0, description="longest time from a request to the end of its answer"
     )
@@ -289,7 +295,7 @@ def _serve(models: Mapping[str, Model], words: Words, options: ChatOptions, take
         slots=options.serve_slots, queue=options.serve_queue, seconds=options.serve_seconds
     )
     defaults = Defaults(sampling(_drawn(options)), options.max_new_tokens)
-    start(models, words, defaults, limits, taken)
+    start(models, words, defaults, limits, taken, length=options.serve_length)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ _READERS = 1  # threads that make ids of prompts: with two, who asked later coul
 
 
 class Served(NamedTuple):
-    """A name in /v1/models. Both functions make the ids that are fed, and raise `JaxtuneError`;
-    `template` is that of conversations."""
+    """A name in /v1/models. `positions` are those of a prompt and its answer. Both functions make
+    the ids that are fed, and raise `JaxtuneError`; `template` is that of conversations."""
 
     name: str
     positions: int
@@ -185,8 +185,8 @@ class _Room:
         if left < 1 or (most or 1) > left:
             raise Refused(
                 400,
-                f"the prompt has {len(ids)} tokens and {most or 'at least 1'} are asked for; the "
-                f"model has {model.positions} positions. Shorten the conversation or ask for less.",
+                f"the prompt has {len(ids)} tokens and {most or 'at least 1'} are asked for; "
+                f"there are {model.positions} positions. Shorten the prompt or ask for less.",
                 param="messages" if isinstance(asked, ChatAsked) else "prompt",
                 code="context_length_exceeded",
             )

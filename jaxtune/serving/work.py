@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from jaxtune import memory
+from jaxtune.command import note
 from jaxtune.config import JaxtuneError
 from jaxtune.serving.protocol import BROKEN, BUSY, Refused
 
@@ -53,6 +55,10 @@ class Engine(Protocol):
     def cancel(self, request: int) -> None: ...
 
     def step(self, most: int | None = None) -> Iterable[Piece]: ...
+
+    def give_up(self) -> int:
+        """After a step that raised for want of memory: the request that is ended for it."""
+        ...
 
 
 class Wanted(NamedTuple):
@@ -155,7 +161,8 @@ class Desk:
     # -- the thread that computes --
 
     def run(self) -> None:
-        """Until closed. What an engine raises ends it, after every request has been told."""
+        """Until closed. What an engine raises ends it, after every request has been told; but for
+        want of memory one request is ended, and the others go on."""
         try:
             while not (self._closing and self._all_told()):
                 self._hear(block=not self._has_work())
@@ -239,7 +246,16 @@ class Desk:
 
     def _step(self, name: str) -> None:
         running = self._running[name]
-        for piece in self._engines[name].step(_STEPS):
+        try:
+            pieces = self._engines[name].step(_STEPS)
+        except Exception as error:
+            if not memory.is_exhausted(error):
+                raise
+            job = running.pop(self._engines[name].give_up())
+            job.done = True
+            job.deliver(self._too_large(job.wanted))
+            return
+        for piece in pieces:
             job = running[piece.request]
             if piece.answer is not None:
                 del running[piece.request]
@@ -247,6 +263,19 @@ class Desk:
                 assert job.began is not None
                 self._mean_seconds += 0.1 * (time.monotonic() - job.began - self._mean_seconds)
             job.deliver(Event(piece.text, piece.answer))
+
+    def _too_large(self, wanted: Wanted) -> Refused:
+        asked = f"{len(wanted.prompt)} tokens and an answer of up to {wanted.max_new_tokens}"
+        note(
+            f"out of memory on a device: a request of {asked} is ended, the others go on. "
+            "A smaller --serve_length or fewer --serve_slots leave more room."
+        )
+        return Refused(
+            503,
+            f"there is no memory for {asked}. Shorten the prompt or ask for less.",
+            kind=BROKEN,
+            code="out_of_memory",
+        )
 
     def _drop(self, job: Job) -> None:
         """Out of the queue, or out of its place."""

@@ -46,8 +46,13 @@ class Piece(NamedTuple):
     answer: Said | None
 
 
+class JaxRuntimeError(RuntimeError):
+    """JAX's, by which a want of memory is known."""
+
+
 class Echo:
-    """Says the characters of its prompt, one a step; remembers in which order it was asked."""
+    """Says the characters of its prompt, one a step; remembers in which order it was asked. It has
+    no memory for a prompt that begins with `enormous`."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
@@ -86,6 +91,8 @@ class Echo:
         if self.broken:
             raise RuntimeError("no memory for 'a secret question'")
         time.sleep(self.seconds)
+        if self._enormous():
+            raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
         pieces = []
         for number, (text, said, most_tokens) in list(self.going.items()):
             said += 1
@@ -96,6 +103,14 @@ class Echo:
             if answer:
                 del self.going[number]
         return pieces
+
+    def give_up(self) -> int:
+        number = self._enormous()[0]
+        del self.going[number]
+        return number
+
+    def _enormous(self) -> list[int]:
+        return [number for number, (text, *_) in self.going.items() if text.startswith("enormous")]
 
 
 def chat_ids(

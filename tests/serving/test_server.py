@@ -106,7 +106,7 @@ def test_refusals(echo: Running) -> None:
     assert "differ" in error(echo.chat("Hi", max_tokens=1, max_completion_tokens=2), 400)["message"]
     long = error(echo.chat("x" * POSITIONS), 400)
     assert long["code"] == "context_length_exceeded"
-    assert f"the model has {POSITIONS} positions" in long["message"]
+    assert f"there are {POSITIONS} positions" in long["message"]
     assert error(echo.chat("Hi", max_tokens=POSITIONS), 400)["code"] == "context_length_exceeded"
     assert "no tokens" in error(echo.chat(""), 400)["message"]
     assert "cannot be said" in error(echo.chat("unspeakable"), 400)["message"]
@@ -312,6 +312,15 @@ def test_a_model_that_fails_is_told_without_what_was_said(
         assert error(found.chat("a secret question"), 500)["type"] == "server_error"
     shown = capfd.readouterr()
     assert "secret" not in shown.out + shown.err
+
+
+def test_want_of_memory_is_told_and_the_server_lives_on(echo: Running) -> None:
+    said = error(echo.chat("enormous"), 503)
+    assert (said["type"], said["code"]) == ("server_error", "out_of_memory")
+    body = {"model": "model", "prompt": "enormous", "stream": True}
+    with echo.client.stream("POST", "/v1/completions", json=body) as response:
+        assert events(response)[-1]["error"]["code"] == "out_of_memory"
+    assert echo.chat("Hello").status_code == 200
 
 
 def test_a_mistake_of_ours_is_500_and_says_where_not_what(

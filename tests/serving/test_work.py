@@ -217,3 +217,22 @@ def test_a_model_that_fails_ends_it_after_everybody_was_told(office: Any) -> Non
     for asked in ("one", "two"):
         assert here.came[asked][-1].status == 500
         assert "secret" not in str(here.came[asked][-1])
+
+
+def test_want_of_memory_ends_the_request_it_was_for(
+    office: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = office({"m": Echo()}, slots=3)
+    for name in ("before", "enormous secret", "after"):
+        here.ask(name)
+    here.thread.start()
+    here.wait("before", "enormous secret", "after")
+    refused = here.came["enormous secret"][-1]
+    assert refused.status == 503
+    assert "no memory for 15 tokens and an answer of up to 99" in str(refused)
+    assert (here.text("before"), here.text("after")) == ("before", "after")
+    assert not here.failed
+    assert here.desk.counts() == (0, 0)
+    said = capsys.readouterr().err
+    assert "--serve_length" in said
+    assert "secret" not in said
