@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from jaxtune.model.sampling import Sampling
 
 _BODY_SECONDS = 20.0  # for a client to send what it has announced
+_SPARE = 64  # requests beyond those that may wait or be answered: pages, /health, refusals
 _READERS = 1  # threads that make ids of prompts: with two, who asked later could come earlier
 
 
@@ -84,7 +85,32 @@ def application(
         exception_handlers={HTTPException: _no_such},  # type: ignore[dict-item]
     )
     app.router.redirect_slashes = False
-    return Guard(app, door)
+    return Guard(_Crowd(app, desk.places + _SPARE), door)
+
+
+class _Crowd:
+    """Of those the guard lets in, `most` requests at a time; connections that ask nothing do not
+    count."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app, self._most, self._count = app, most, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._count >= self._most:
+            full = Refused(
+                503,
+                f"{self._count} requests are here already, which is the limit. Ask again later.",
+                kind=BROKEN,
+                code="overloaded",
+                headers={"Retry-After": "1"},
+            )
+            await as_response(full)(scope, receive, send)
+            return
+        self._count += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._count -= 1
 
 
 class _Room:
