@@ -42,3 +42,15 @@ def test_names_are_shown_as_text() -> None:
     assert "<img" not in text
     assert "\u202e" not in text
     assert "&lt;img src=x" in text
+
+
+def test_any_number_that_the_api_takes_can_be_sent() -> None:
+    """A browser refuses what lies between two steps."""
+    text, _ = page("model", ["model"], key=False)
+    fields = dict(re.findall(r'<input id="(\w+)" type="number" ([^>]*)placeholder', text))
+    assert set(fields) == {"temperature", "top_p", "seed", "max_tokens"}
+    for name in ("temperature", "top_p"):
+        assert 'step="any"' in fields[name]
+    assert 'min="0.01"' not in fields["top_p"]
+    for name in ("seed", "max_tokens"):
+        assert 'step="1"' in fields[name]
