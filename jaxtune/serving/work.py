@@ -71,7 +71,8 @@ class Wanted(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """`slots` answers are made at the same time by each model, and `queue` requests may wait.
+    """`slots` answers are made at the same time by each model, and `queue` requests may wait for
+    one of them, those that find one free not counted.
     `seconds` are those from the question to the end of its answer, waiting included; `grace`
     those that answers have to end in when the server is told to stop."""
 
@@ -110,7 +111,8 @@ class Desk:
         self._waiting: dict[str, deque[Job]] = {name: deque() for name in engines}
         self._running: dict[str, dict[int, Job]] = {name: {} for name in engines}
         self._count = threading.Lock()
-        self._asked = 0  # waiting, also those that are still in the inbox
+        # By model, those that wait, are still in the inbox, or are answered.
+        self._here = dict.fromkeys(engines, 0)
         self._closing = False
         self._close_by = math.inf
         self._mean_seconds = 1.0  # of an answer, for Retry-After
@@ -127,9 +129,10 @@ class Desk:
         if self._closing:
             raise stopping()
         with self._count:
-            if self._asked >= self.limits.queue:
+            self._here[wanted.model] += 1
+            if self._beyond_slots() > self.limits.queue:
+                self._here[wanted.model] -= 1
                 raise self._busy()
-            self._asked += 1
         job = Job(wanted, deliver, time.monotonic() + self.limits.seconds)
         self._inbox.put(("ask", job))
         return job
@@ -146,13 +149,20 @@ class Desk:
 
     def counts(self) -> tuple[int, int]:
         """How many requests wait, and how many are being answered."""
-        return self._asked, sum(map(len, self._running.values()))
+        answered = sum(map(len, self._running.values()))
+        return max(0, sum(self._here.values()) - answered), answered
+
+    def _beyond_slots(self) -> int:
+        """How many have to wait: a request is none of them while its model has a free slot, also
+        before the thread that computes has come to it."""
+        return sum(max(0, here - self.limits.slots) for here in self._here.values())
 
     def _busy(self) -> Refused:
-        waits = self._asked * self._mean_seconds / self.limits.slots
+        wait = self._beyond_slots()
+        waits = wait * self._mean_seconds / self.limits.slots
         return Refused(
             429,
-            f"{self._asked} requests wait already, which is the limit. Ask again later.",
+            f"{wait} requests wait already, which is the limit. Ask again later.",
             kind=BUSY,
             code="rate_limit_exceeded",
             headers={"Retry-After": str(max(1, min(60, round(waits))))},
@@ -227,7 +237,6 @@ class Desk:
             waiting, running = self._waiting[name], self._running[name]
             while waiting and len(running) < self.limits.slots:
                 job = waiting.popleft()
-                self._no_longer_waits()
                 wanted = job.wanted
                 try:
                     number = engine.ask(
@@ -238,7 +247,7 @@ class Desk:
                         template=wanted.template,
                     )
                 except JaxtuneError as error:
-                    job.done = True
+                    self._leaves(job)
                     job.deliver(Refused(400, str(error)))
                     continue
                 job.number, job.began = number, time.monotonic()
@@ -252,14 +261,14 @@ class Desk:
             if not memory.is_exhausted(error):
                 raise
             job = running.pop(self._engines[name].give_up())
-            job.done = True
+            self._leaves(job)
             job.deliver(self._too_large(job.wanted))
             return
         for piece in pieces:
             job = running[piece.request]
             if piece.answer is not None:
                 del running[piece.request]
-                job.done = True
+                self._leaves(job)
                 assert job.began is not None
                 self._mean_seconds += 0.1 * (time.monotonic() - job.began - self._mean_seconds)
             job.deliver(Event(piece.text, piece.answer))
@@ -281,18 +290,18 @@ class Desk:
         """Out of the queue, or out of its place."""
         if job.done:
             return
-        job.done = True
+        self._leaves(job)
         name = job.wanted.model
         if job.number is None:
             self._waiting[name].remove(job)
-            self._no_longer_waits()
         else:
             del self._running[name][job.number]
             self._engines[name].cancel(job.number)
 
-    def _no_longer_waits(self) -> None:
+    def _leaves(self, job: Job) -> None:
+        job.done = True
         with self._count:
-            self._asked -= 1
+            self._here[job.wanted.model] -= 1
 
 
 def stopping() -> Refused:

@@ -112,16 +112,31 @@ def test_models_do_not_wait_for_each_other(office: Any) -> None:
 
 def test_the_queue_has_an_end(office: Any) -> None:
     here = office({"m": Echo()}, slots=1, queue=2)
-    here.ask("one")
-    here.ask("two")
+    for name in ("in the slot", "one", "two"):
+        here.ask(name)
     with pytest.raises(Refused, match="2 requests wait already") as caught:
         here.ask("three")
     assert caught.value.status == 429
     assert 1 <= int(caught.value.headers["Retry-After"]) <= 60
     here.thread.start()
-    here.wait("one", "two")
+    here.wait("in the slot", "one", "two")
     here.ask("four")  # there is room again
     here.wait("four")
+
+
+def test_who_finds_a_slot_free_does_not_wait(office: Any) -> None:
+    """As many as come at once, before the first of them has been seen; a slot of another model is
+    none."""
+    here = office({"m": Echo(0.01), "n": Echo()}, slots=8, queue=1)
+    names = [f"at once {i}" for i in range(9)]
+    for name in names:
+        here.ask(name)
+    with pytest.raises(Refused, match="1 requests wait already"):
+        here.ask("one too many")
+    here.ask("of the other", "n")
+    here.thread.start()
+    here.wait(*names, "of the other")
+    assert here.desk.counts() == (0, 0)
 
 
 def test_time_is_limited_also_for_those_who_wait(office: Any) -> None:
