@@ -51,7 +51,10 @@ class ChatOptions(command.Options):
         1.0, gt=0, description="above 1 makes tokens that were said less likely; 1 is off"
     )
     sample_seed: int = Field(
-        0, ge=0, description="the same seed draws the same answers, however many are made at once"
+        0,
+        ge=0,
+        description="the same seed draws the same answers, however many are made at once; a server "
+        "that is given none draws one for each request",
     )
     history: str | None = Field(
         None, description="file of the lines typed, read and written; none is kept otherwise"
@@ -294,7 +297,8 @@ def _serve(models: Mapping[str, Model], words: Words, options: ChatOptions, take
     limits = Limits(
         slots=options.serve_slots, queue=options.serve_queue, seconds=options.serve_seconds
     )
-    defaults = Defaults(sampling(_drawn(options)), options.max_new_tokens)
+    seeded = "sample_seed" in options.model_fields_set
+    defaults = Defaults(sampling(_drawn(options)), options.max_new_tokens, seeded)
     start(models, words, defaults, limits, taken, length=options.serve_length)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import sys
 import time
 import traceback
@@ -56,10 +57,12 @@ class Served(NamedTuple):
 
 
 class Defaults(NamedTuple):
-    """What holds where a request says nothing."""
+    """What holds where a request says nothing. Without `seed_given` the seed of `sampling` is
+    nobody's wish, and every request that draws has one of its own."""
 
     sampling: Sampling
     max_new_tokens: int
+    seed_given: bool = False
 
 
 def application(
@@ -222,6 +225,8 @@ class _Room:
             given["seed"] %= 2**64
         try:
             sampling = replace(self._defaults.sampling, **given)
+            if sampling.temperature > 0 and "seed" not in given and not self._defaults.seed_given:
+                sampling = replace(sampling, seed=secrets.randbits(64))
         except JaxtuneError as error:
             raise Refused(400, str(error)) from None
         most = most or min(self._defaults.max_new_tokens, left)

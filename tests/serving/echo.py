@@ -141,13 +141,19 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    engines: Mapping[str, Echo], *, key: str | None = None, loopback: bool = True, **limits: Any
+    engines: Mapping[str, Echo],
+    *,
+    key: str | None = None,
+    loopback: bool = True,
+    seed_given: bool = False,
+    **limits: Any,
 ) -> Iterator[Running]:
     desk = Desk(engines, Limits(**{"seconds": 20.0, "grace": 0.5, "slots": 4, **limits}))
     served = [Served(name, POSITIONS, chat_ids, lambda text: [*map(ord, text)]) for name in engines]
     taken = Taken(*bind(Address("127.0.0.1", 0)), key)
     at = taken.address
-    app = application(served, desk, Defaults(Drawn(), 64), Door(loopback, key), "echo")
+    defaults = Defaults(Drawn(), 64, seed_given)
+    app = application(served, desk, defaults, Door(loopback, key), "echo")
     failed: list[BaseException] = []
 
     def go() -> None:

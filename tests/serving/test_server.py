@@ -103,6 +103,21 @@ def test_settings_reach_the_engine_and_the_rest_is_the_default(echo: Running) ->
     assert echo.engines["model"].settings[-1][0] == 3  # no more positions are left
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_a_draw_without_a_seed_is_another_one_unless_the_server_was_given_one(given: bool) -> None:
+    engine = Echo()
+
+    def seeds(**more: Any) -> list[int]:
+        for _ in range(4):
+            assert found.chat("Hi", **more).status_code == 200
+        return [sampling.seed for _, sampling, _ in engine.settings[-4:]]
+
+    with running({"model": engine}, seed_given=given) as found:
+        assert len(set(seeds(temperature=1))) == (1 if given else 4)
+        assert seeds(temperature=1, seed=7) == [7] * 4
+        assert seeds() == [0] * 4  # nothing is drawn
+
+
 def test_refusals(echo: Running) -> None:
     assert error(echo.chat("Hi", n=2), 400)["param"] == "n"
     assert "differ" in error(echo.chat("Hi", max_tokens=1, max_completion_tokens=2), 400)["message"]
