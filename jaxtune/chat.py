@@ -51,7 +51,10 @@ class ChatOptions(command.Options):
         1.0, gt=0, description="above 1 makes tokens that were said less likely; 1 is off"
     )
     sample_seed: int = Field(
-        0, ge=0, description="the same seed draws the same answers, however many are made at once"
+        0,
+        ge=0,
+        description="the same seed draws the same answers, however many are made at once; a server "
+        "that is given none draws one for each request",
     )
     history: str | None = Field(
         None, description="file of the lines typed, read and written; none is kept otherwise"
@@ -66,6 +69,12 @@ class ChatOptions(command.Options):
     )
     serve_queue: int = Field(
         64, ge=1, description="requests that may wait for one; more are refused with 429"
+    )
+    serve_length: int | None = Field(
+        None,
+        ge=2,
+        description="longest prompt and answer together, in tokens; as long as the "
+        "model takes and memory allows unless given",
     )
     serve_seconds: float = Field(
         300.0, gt=0, description="longest time from a request to the end of its answer"
@@ -288,8 +297,9 @@ def _serve(models: Mapping[str, Model], words: Words, options: ChatOptions, take
     limits = Limits(
         slots=options.serve_slots, queue=options.serve_queue, seconds=options.serve_seconds
     )
-    defaults = Defaults(sampling(_drawn(options)), options.max_new_tokens)
-    start(models, words, defaults, limits, taken)
+    seeded = "sample_seed" in options.model_fields_set
+    defaults = Defaults(sampling(_drawn(options)), options.max_new_tokens, seeded)
+    start(models, words, defaults, limits, taken, length=options.serve_length)
 
 
 if __name__ == "__main__":

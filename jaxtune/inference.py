@@ -412,6 +412,13 @@ class Answering:
         self._engine.cancel(request)
         self._texts.pop(request, None)
 
+    def give_up(self) -> int:
+        """After a `step` that raised for want of memory: the request that is ended, so that the
+        others can go on. See `Engine.give_up`."""
+        request = self._engine.give_up()
+        del self._texts[request]
+        return request
+
     def step(self, most: int | None = None) -> list[Piece]:
         """Some work, with what came of it: prompts read, or up to `most` tokens of each answer."""
         events = self._engine.step() if most is None else self._engine.step(most)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from jaxtune.config import ConfigError
 
 _ERRORS = ("JaxRuntimeError", "XlaRuntimeError")
-_CODE = "RESOURCE_EXHAUSTED"
+# The second is what several devices of a CPU say, as an internal error.
+_SAID = ("RESOURCE_EXHAUSTED", "Out of memory allocating")
 
 
 @contextlib.contextmanager
@@ -35,7 +36,7 @@ def is_exhausted(error: BaseException | None) -> bool:
 def _exhausted(error: BaseException) -> str | None:
     """The first line of what XLA says, None where it is about something else: messages between
     hosts, or a kernel's scratch memory, which no setting makes smaller."""
-    if type(error).__name__ not in _ERRORS or _CODE not in str(error):
+    if type(error).__name__ not in _ERRORS or not any(each in str(error) for each in _SAID):
         return None
     text = str(error).lower()
     about = any(word in text for word in ("memory", "alloc", "hbm")) and "vmem" not in text

@@ -29,6 +29,7 @@ def test_xla_is_quoted_with_what_it_wanted() -> None:
         ("RESOURCE_EXHAUSTED: Failed to allocate request for 2.0GiB", True),
         ("RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory: 20M", False),
         ("RESOURCE_EXHAUSTED: Received message larger than max (5 vs. 4)", False),
+        ("INTERNAL: Error dispatching computation: Out of memory allocating 9 bytes.", True),
         ("INTERNAL: out of memory", False),
     ],
 )  # fmt: skip

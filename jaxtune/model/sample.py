@@ -163,6 +163,22 @@ class Engine:
             return self._read(outgrown or self._admitted())
         return self._advance(max(1, min(most, MOST_STEPS)))
 
+    def give_up(self) -> int:
+        """After a `step` that raised for want of memory: ends one request, whose number this is.
+        All others are read again, into room that is made anew.
+
+        It is the one that may become longest, of those that have no answer yet if there are any:
+        the room that could not be had was for them.
+        """
+        unread = [text for text in self._at.values() if len(text.tokens) == text.prompt]
+        ended = max(unread or self._at.values(), key=lambda text: text.prompt + text.limit)
+        self._slots = None  # what failed may have consumed them
+        for slot, text in sorted(self._at.items(), key=lambda item: -item[1].request):
+            self._leave(slot)
+            if text.request != ended.request:
+                self._waiting.appendleft(text)
+        return ended.request
+
     def _check(self, prompt: Sequence[int], max_new_tokens: int, name: str) -> None:
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")

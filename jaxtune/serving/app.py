@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 import sys
 import time
 import traceback
@@ -40,12 +41,13 @@ if TYPE_CHECKING:
     from jaxtune.model.sampling import Sampling
 
 _BODY_SECONDS = 20.0  # for a client to send what it has announced
+_SPARE = 64  # requests beyond those that may wait or be answered: pages, /health, refusals
 _READERS = 1  # threads that make ids of prompts: with two, who asked later could come earlier
 
 
 class Served(NamedTuple):
-    """A name in /v1/models. Both functions make the ids that are fed, and raise `JaxtuneError`;
-    `template` is that of conversations."""
+    """A name in /v1/models. `positions` are those of a prompt and its answer. Both functions make
+    the ids that are fed, and raise `JaxtuneError`; `template` is that of conversations."""
 
     name: str
     positions: int
@@ -55,10 +57,12 @@ class Served(NamedTuple):
 
 
 class Defaults(NamedTuple):
-    """What holds where a request says nothing."""
+    """What holds where a request says nothing. Without `seed_given` the seed of `sampling` is
+    nobody's wish, and every request that draws has one of its own."""
 
     sampling: Sampling
     max_new_tokens: int
+    seed_given: bool = False
 
 
 def application(
@@ -84,7 +88,32 @@ def application(
         exception_handlers={HTTPException: _no_such},  # type: ignore[dict-item]
     )
     app.router.redirect_slashes = False
-    return Guard(app, door)
+    return Guard(_Crowd(app, desk.places + _SPARE), door)
+
+
+class _Crowd:
+    """Of those the guard lets in, `most` requests at a time; connections that ask nothing do not
+    count."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app, self._most, self._count = app, most, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._count >= self._most:
+            full = Refused(
+                503,
+                f"{self._count} requests are here already, which is the limit. Ask again later.",
+                kind=BROKEN,
+                code="overloaded",
+                headers={"Retry-After": "1"},
+            )
+            await as_response(full)(scope, receive, send)
+            return
+        self._count += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._count -= 1
 
 
 class _Room:
@@ -185,8 +214,8 @@ class _Room:
         if left < 1 or (most or 1) > left:
             raise Refused(
                 400,
-                f"the prompt has {len(ids)} tokens and {most or 'at least 1'} are asked for; the "
-                f"model has {model.positions} positions. Shorten the conversation or ask for less.",
+                f"the prompt has {len(ids)} tokens and {most or 'at least 1'} are asked for; "
+                f"there are {model.positions} positions. Shorten the prompt or ask for less.",
                 param="messages" if isinstance(asked, ChatAsked) else "prompt",
                 code="context_length_exceeded",
             )
@@ -196,6 +225,8 @@ class _Room:
             given["seed"] %= 2**64
         try:
             sampling = replace(self._defaults.sampling, **given)
+            if sampling.temperature > 0 and "seed" not in given and not self._defaults.seed_given:
+                sampling = replace(sampling, seed=secrets.randbits(64))
         except JaxtuneError as error:
             raise Refused(400, str(error)) from None
         most = most or min(self._defaults.max_new_tokens, left)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxtune.config import DataError
+from jaxtune.config import DataError, JaxtuneError
 from jaxtune.data.formats import to_noun
-from jaxtune.data.schema import Conversation
+from jaxtune.data.schema import Conversation, Message
 
 if TYPE_CHECKING:
     from jaxtune.inference import Model, Words
@@ -20,7 +20,8 @@ def chat_ids(
     tools: Sequence[Mapping[str, Any]],
 ) -> list[int]:
     """Of messages as OpenAI has them. Raises `DataError` and `ConfigError` for what the model's
-    template cannot show: an answer at the end, tools that it does not read, a role it lacks."""
+    template cannot show: an answer at the end, tools or calls of them that it does not read, a role
+    it lacks."""
     from jaxtune.inference import prompt_ids
 
     said = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
@@ -33,7 +34,22 @@ def chat_ids(
     ids = prompt_ids(model, words, noun)
     if noun.tools and ids == prompt_ids(model, words, noun._replace(tools=None)):
         raise DataError("the template of this model reads no tools. Leave tools out.")
+    if any("tool_calls" in m.extra for m in noun.messages):
+        without = noun._replace(messages=tuple(map(_without_calls, noun.messages)))
+        try:
+            unread = ids == prompt_ids(model, words, without)
+        except JaxtuneError:  # it refuses an answer that says nothing and calls nothing
+            unread = False
+        if unread:
+            raise DataError(
+                "the template of this model shows no tool calls. Say in content what was called."
+            )
     return ids
+
+
+def _without_calls(message: Message) -> Message:
+    extra = {name: value for name, value in message.extra.items() if name != "tool_calls"}
+    return message._replace(extra=extra)
 
 
 def text_ids(model: Model, words: Words, text: str) -> list[int]:

@@ -61,7 +61,7 @@ def check(door: Door, path: str, headers: Headers) -> None:
     if door.loopback and not is_loopback(name):
         raise Refused(403, "Host: this server answers to localhost alone.", code="host")
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != hosts[0].lower():
+    if origin is not None and _place(origin) != hosts[0].lower():
         raise Refused(403, "Origin: pages of other sites may not ask this server.", code="origin")
     if door.key is not None and path not in OPEN:
         kind, _, given = headers.get("authorization", "").partition(" ")
@@ -86,6 +86,14 @@ def _name(host: str) -> str | None:
     except ValueError:
         return None
     return parts.hostname
+
+
+def _place(origin: str) -> str | None:
+    """`http://localhost:8000` -> localhost:8000; None for what is no address."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
 
 
 class Guard:

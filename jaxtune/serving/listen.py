@@ -23,7 +23,6 @@ from jaxtune.serving.work import Desk
 
 KEY = "JAXTUNE_API_KEY"
 _LOOPBACK = "127.0.0.1"
-_SPARE = 64  # connections beyond those that may wait or be answered: pages, /health, refusals
 
 
 class Address(NamedTuple):
@@ -120,10 +119,12 @@ def serve(app: ASGIApp, desk: Desk, taken: Taken, models: str) -> None:
     returns. `models` are named in the announcement."""
     import uvicorn
 
+    from jaxtune.serving.lines import lines
+
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            http="h11",
+            http=lines(),
             ws="none",
             lifespan="off",
             loop="asyncio",
@@ -133,7 +134,6 @@ def serve(app: ASGIApp, desk: Desk, taken: Taken, models: str) -> None:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=desk.places + _SPARE,
             timeout_keep_alive=30,
             timeout_graceful_shutdown=2,
         )

@@ -13,6 +13,7 @@
     name, said: [], log: sections[i].querySelector(".said"), state: sections[i].querySelector(".state"),
   }));
   let stopper = null;
+  let retries = 0;  // of the question asked last
 
   const add = (voice, kind, text) => {
     voice.log.querySelector(".empty")?.remove();
@@ -35,11 +36,15 @@
     return !wrong;
   };
 
+  const any = () => Math.floor(Math.random() * Number.MAX_SAFE_INTEGER);
+
   const settings = () => {
     const given = {};
     for (const name of ["temperature", "top_p", "seed", "max_tokens"]) {
       if (at(name).value !== "") given[name] = Number(at(name).value);
     }
+    // A retry is another draw: with the next seed where one is typed, as in the terminal.
+    if (retries) given.seed = given.seed === undefined ? any() : given.seed + retries;
     return given;
   };
 
@@ -149,6 +154,7 @@
     const asked = question.value.trim();
     if (stopper || asked === "" || !valid()) return;
     question.value = "";
+    retries = 0;
     ask(asked);
   });
   question.addEventListener("keydown", (event) => {
@@ -171,6 +177,7 @@
       while (mine?.nextSibling) mine.nextSibling.remove();
       mine?.remove();
     }
+    retries += 1;
     ask(asked);
   });
   at("new").addEventListener("click", () => {

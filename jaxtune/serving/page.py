@@ -16,8 +16,8 @@ from jaxtune.draw.markup import STYLE, escaped
 
 # name of the field in a request, its label, what may be typed, what stands there while nothing is
 _NUMBERS = (
-    ("temperature", "Temperature", 'min="0" step="0.1"', "default"),
-    ("top_p", "Top p", 'min="0.01" max="1" step="0.01"', "default"),
+    ("temperature", "Temperature", 'min="0" step="any"', "default"),
+    ("top_p", "Top p", 'min="0" max="1" step="any"', "default"),
     ("seed", "Seed", 'min="0" step="1"', "default"),
     ("max_tokens", "Longest answer", 'min="1" step="1"', "tokens"),
 )

@@ -12,6 +12,7 @@ from jaxtune.serving.app import Defaults, Served, application
 from jaxtune.serving.asked import chat_ids, text_ids
 from jaxtune.serving.guard import Door
 from jaxtune.serving.listen import Taken, serve
+from jaxtune.serving.room import longest_text
 from jaxtune.serving.work import Desk, Limits
 
 if TYPE_CHECKING:
@@ -19,24 +20,36 @@ if TYPE_CHECKING:
 
 
 def start(
-    models: Mapping[str, Model], words: Words, defaults: Defaults, limits: Limits, taken: Taken
+    models: Mapping[str, Model],
+    words: Words,
+    defaults: Defaults,
+    limits: Limits,
+    taken: Taken,
+    *,
+    length: int | None = None,
 ) -> None:
-    """Until a signal. A model alone whose adapter is not merged is served beside its base."""
+    """Until a signal. A model alone whose adapter is not merged is served beside its base.
+    `length`: the longest text, prompt and answer; None is what there is room for. Raises
+    `ConfigError` where no model has so many positions."""
     names = list(models)
     title = "/".join(Path(models[names[-1]].name).parts[-2:])
     if len(models) == 1 and models[names[0]].lora is not None:
         models = {"base": models[names[0]].without_adapters(), "adapter": models[names[0]]}
+    longest = longest_text(list(models.values()), limits.slots, length)
     served = [
         Served(
             name,
-            model.spec.max_positions,
+            min(longest, model.spec.max_positions),
             partial(chat_ids, model, words),
             partial(text_ids, model, words),
             words.template,
         )
         for name, model in models.items()
     ]
-    engines = {n: Answering(model, words, slots=limits.slots) for n, model in models.items()}
+    engines = {
+        name: Answering(model, words, slots=limits.slots, max_length=longest)
+        for name, model in models.items()
+    }
     desk = Desk(engines, limits)
     door = Door(taken.address.loopback, taken.key)
     serve(application(served, desk, defaults, door, title), desk, taken, ", ".join(models))

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from jaxtune import memory
+from jaxtune.command import note
 from jaxtune.config import JaxtuneError
 from jaxtune.serving.protocol import BROKEN, BUSY, Refused
 
@@ -54,6 +56,10 @@ class Engine(Protocol):
 
     def step(self, most: int | None = None) -> Iterable[Piece]: ...
 
+    def give_up(self) -> int:
+        """After a step that raised for want of memory: the request that is ended for it."""
+        ...
+
 
 class Wanted(NamedTuple):
     model: str
@@ -65,7 +71,8 @@ class Wanted(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """`slots` answers are made at the same time by each model, and `queue` requests may wait.
+    """`slots` answers are made at the same time by each model, and `queue` requests may wait for
+    one of them, those that find one free not counted.
     `seconds` are those from the question to the end of its answer, waiting included; `grace`
     those that answers have to end in when the server is told to stop."""
 
@@ -104,7 +111,8 @@ class Desk:
         self._waiting: dict[str, deque[Job]] = {name: deque() for name in engines}
         self._running: dict[str, dict[int, Job]] = {name: {} for name in engines}
         self._count = threading.Lock()
-        self._asked = 0  # waiting, also those that are still in the inbox
+        # By model, those that wait, are still in the inbox, or are answered.
+        self._here = dict.fromkeys(engines, 0)
         self._closing = False
         self._close_by = math.inf
         self._mean_seconds = 1.0  # of an answer, for Retry-After
@@ -121,9 +129,10 @@ class Desk:
         if self._closing:
             raise stopping()
         with self._count:
-            if self._asked >= self.limits.queue:
+            self._here[wanted.model] += 1
+            if self._beyond_slots() > self.limits.queue:
+                self._here[wanted.model] -= 1
                 raise self._busy()
-            self._asked += 1
         job = Job(wanted, deliver, time.monotonic() + self.limits.seconds)
         self._inbox.put(("ask", job))
         return job
@@ -140,13 +149,20 @@ class Desk:
 
     def counts(self) -> tuple[int, int]:
         """How many requests wait, and how many are being answered."""
-        return self._asked, sum(map(len, self._running.values()))
+        answered = sum(map(len, self._running.values()))
+        return max(0, sum(self._here.values()) - answered), answered
+
+    def _beyond_slots(self) -> int:
+        """How many have to wait: a request is none of them while its model has a free slot, also
+        before the thread that computes has come to it."""
+        return sum(max(0, here - self.limits.slots) for here in self._here.values())
 
     def _busy(self) -> Refused:
-        waits = self._asked * self._mean_seconds / self.limits.slots
+        wait = self._beyond_slots()
+        waits = wait * self._mean_seconds / self.limits.slots
         return Refused(
             429,
-            f"{self._asked} requests wait already, which is the limit. Ask again later.",
+            f"{wait} requests wait already, which is the limit. Ask again later.",
             kind=BUSY,
             code="rate_limit_exceeded",
             headers={"Retry-After": str(max(1, min(60, round(waits))))},
@@ -155,7 +171,8 @@ class Desk:
     # -- the thread that computes --
 
     def run(self) -> None:
-        """Until closed. What an engine raises ends it, after every request has been told."""
+        """Until closed. What an engine raises ends it, after every request has been told; but for
+        want of memory one request is ended, and the others go on."""
         try:
             while not (self._closing and self._all_told()):
                 self._hear(block=not self._has_work())
@@ -220,7 +237,6 @@ class Desk:
             waiting, running = self._waiting[name], self._running[name]
             while waiting and len(running) < self.limits.slots:
                 job = waiting.popleft()
-                self._no_longer_waits()
                 wanted = job.wanted
                 try:
                     number = engine.ask(
@@ -231,7 +247,7 @@ class Desk:
                         template=wanted.template,
                     )
                 except JaxtuneError as error:
-                    job.done = True
+                    self._leaves(job)
                     job.deliver(Refused(400, str(error)))
                     continue
                 job.number, job.began = number, time.monotonic()
@@ -239,31 +255,53 @@ class Desk:
 
     def _step(self, name: str) -> None:
         running = self._running[name]
-        for piece in self._engines[name].step(_STEPS):
+        try:
+            pieces = self._engines[name].step(_STEPS)
+        except Exception as error:
+            if not memory.is_exhausted(error):
+                raise
+            job = running.pop(self._engines[name].give_up())
+            self._leaves(job)
+            job.deliver(self._too_large(job.wanted))
+            return
+        for piece in pieces:
             job = running[piece.request]
             if piece.answer is not None:
                 del running[piece.request]
-                job.done = True
+                self._leaves(job)
                 assert job.began is not None
                 self._mean_seconds += 0.1 * (time.monotonic() - job.began - self._mean_seconds)
             job.deliver(Event(piece.text, piece.answer))
+
+    def _too_large(self, wanted: Wanted) -> Refused:
+        asked = f"{len(wanted.prompt)} tokens and an answer of up to {wanted.max_new_tokens}"
+        note(
+            f"out of memory on a device: a request of {asked} is ended, the others go on. "
+            "A smaller --serve_length or fewer --serve_slots leave more room."
+        )
+        return Refused(
+            503,
+            f"there is no memory for {asked}. Shorten the prompt or ask for less.",
+            kind=BROKEN,
+            code="out_of_memory",
+        )
 
     def _drop(self, job: Job) -> None:
         """Out of the queue, or out of its place."""
         if job.done:
             return
-        job.done = True
+        self._leaves(job)
         name = job.wanted.model
         if job.number is None:
             self._waiting[name].remove(job)
-            self._no_longer_waits()
         else:
             del self._running[name][job.number]
             self._engines[name].cancel(job.number)
 
-    def _no_longer_waits(self) -> None:
+    def _leaves(self, job: Job) -> None:
+        job.done = True
         with self._count:
-            self._asked -= 1
+            self._here[job.wanted.model] -= 1
 
 
 def stopping() -> Refused:

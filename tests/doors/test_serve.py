@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -152,7 +153,7 @@ def test_what_the_client_raises(both: Server) -> None:
         ask(model="gpt-4", messages=HI)
     with pytest.raises(openai.BadRequestError, match="presence_penalty: cannot be served"):
         ask(model="tuned", messages=HI, presence_penalty=1)
-    with pytest.raises(openai.BadRequestError, match="the model has 256 positions"):
+    with pytest.raises(openai.BadRequestError, match="there are 256 positions"):
         ask(model="tuned", messages=[{"role": "user", "content": "laptop " * 300}])
     with pytest.raises(openai.BadRequestError, match="256 positions"):
         ask(model="tuned", messages=HI, max_tokens=256)
@@ -162,6 +163,27 @@ def test_what_the_client_raises(both: Server) -> None:
     with pytest.raises(openai.BadRequestError, match="reads no tools"):
         ask(model="tuned", messages=HI, tools=[tool])
     assert ask(model="tuned", messages=HI).choices[0].message.content == SAID
+
+
+def test_a_request_there_is_no_memory_for_ends_alone(parrot: Any, tmp_path: Path) -> None:
+    """A model with more positions than any machine has room for; only so many are served."""
+    folder = shutil.copytree(parrot.folder, tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "max_position_embeddings": 2_000_000_000})
+    )
+    model = ("--model_name_or_path", folder, "--serve_length", 1_900_000_000)
+    with server(*model) as found:
+        ask = found.client().chat.completions.create
+        with pytest.raises(openai.BadRequestError, match="there are 1900000000 positions"):
+            ask(model="model", messages=HI, max_tokens=1_900_000_000)
+        for _ in range(2):
+            with pytest.raises(openai.InternalServerError, match="no memory for") as caught:
+                ask(model="model", messages=HI, max_tokens=1_800_000_000)
+            assert (caught.value.status_code, caught.value.code) == (503, "out_of_memory")
+            assert ask(model="model", messages=HI).choices[0].message.content == SAID
+        assert found.end(signal.SIGTERM) == 0
+        assert "--serve_length" in found.said
 
 
 def test_many_at_a_time(both: Server) -> None:

@@ -1,5 +1,6 @@
 """An engine of slots: whatever its neighbours, slots and calls, a request gets its own answer."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 from model.conftest import LIMIT, SPEC
 from scipy import stats
 
-from jaxtune import mesh
+from jaxtune import memory, mesh
 from jaxtune.config import ConfigError, DataError
 from jaxtune.model import decoder
+from jaxtune.model import slots as device
 from jaxtune.model.decoder import Params
 from jaxtune.model.lora import Lora
 from jaxtune.model.sample import Engine, generate
@@ -305,3 +307,59 @@ def test_refusals(params: Params) -> None:
         small.submit([1] * 8, max_new_tokens=1, number=3)
     small.submit([1] * 6, max_new_tokens=9)
     assert [len(answer) for answer in answers(small).values()] == [2]
+
+
+@pytest.mark.parametrize("where", ["empty", "longer", "read", "advance"])
+def test_without_memory_one_is_given_up_and_the_others_go_on(
+    params: Params, alone: list[list[int]], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that asks for most of those that came last; also where what failed has consumed the
+    slots: the others are read again, with what they have said."""
+    engine = Engine(SPEC, {"params": params}, dtype=jnp.float32, slots=6)
+    requests: dict[int, int] = {}
+    found: dict[int, list[int]] = {}
+
+    def submit(i: int) -> None:
+        options: Any = {"max_new_tokens": LONGEST[i], "sampling": MIXED[i], "number": i}
+        requests[engine.submit(PROMPTS[i], **options)] = i
+
+    def step() -> None:
+        for event in engine.step(2):
+            found.setdefault(event.request, []).extend(event.tokens)
+
+    def run() -> None:
+        while engine.busy:
+            step()
+
+    def fails(*args: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        getattr(device, where)(*args, **options)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    begun = [] if where == "empty" else [0, 1, 3]
+    for i in begun:
+        submit(i)
+        step()
+    for i in (4, 7):
+        submit(i)
+    large = engine.submit(PROMPTS[2], max_new_tokens=100)
+    monkeypatch.setattr(device, where, fails)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        run()
+    assert engine.give_up() == large
+    run()
+    assert [found[request] for request in requests] == [alone[i] for i in requests.values()]
+
+
+def test_an_allocation_that_is_refused_leaves_an_engine_that_answers(
+    params: Params, alone: list[list[int]]
+) -> None:
+    """A real one, of more bytes than any machine has."""
+    spec = dataclasses.replace(SPEC, max_positions=2**31 - 1)
+    engine = Engine(spec, {"params": params}, dtype=jnp.float32, slots=8)
+    large = engine.submit(PROMPTS[0], max_new_tokens=2**31 - 100)
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        engine.step()
+    assert memory.is_exhausted(caught.value)
+    assert engine.give_up() == large
+    assert asked(engine) == alone

@@ -46,8 +46,13 @@ class Piece(NamedTuple):
     answer: Said | None
 
 
+class JaxRuntimeError(RuntimeError):
+    """JAX's, by which a want of memory is known."""
+
+
 class Echo:
-    """Says the characters of its prompt, one a step; remembers in which order it was asked."""
+    """Says the characters of its prompt, one a step; remembers in which order it was asked. It has
+    no memory for a prompt that begins with `enormous`."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
@@ -86,6 +91,8 @@ class Echo:
         if self.broken:
             raise RuntimeError("no memory for 'a secret question'")
         time.sleep(self.seconds)
+        if self._enormous():
+            raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
         pieces = []
         for number, (text, said, most_tokens) in list(self.going.items()):
             said += 1
@@ -96,6 +103,14 @@ class Echo:
             if answer:
                 del self.going[number]
         return pieces
+
+    def give_up(self) -> int:
+        number = self._enormous()[0]
+        del self.going[number]
+        return number
+
+    def _enormous(self) -> list[int]:
+        return [number for number, (text, *_) in self.going.items() if text.startswith("enormous")]
 
 
 def chat_ids(
@@ -126,13 +141,19 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    engines: Mapping[str, Echo], *, key: str | None = None, loopback: bool = True, **limits: Any
+    engines: Mapping[str, Echo],
+    *,
+    key: str | None = None,
+    loopback: bool = True,
+    seed_given: bool = False,
+    **limits: Any,
 ) -> Iterator[Running]:
     desk = Desk(engines, Limits(**{"seconds": 20.0, "grace": 0.5, "slots": 4, **limits}))
     served = [Served(name, POSITIONS, chat_ids, lambda text: [*map(ord, text)]) for name in engines]
     taken = Taken(*bind(Address("127.0.0.1", 0)), key)
     at = taken.address
-    app = application(served, desk, Defaults(Drawn(), 64), Door(loopback, key), "echo")
+    defaults = Defaults(Drawn(), 64, seed_given)
+    app = application(served, desk, defaults, Door(loopback, key), "echo")
     failed: list[BaseException] = []
 
     def go() -> None:

@@ -58,6 +58,12 @@ def test_what_a_client_may_send() -> None:
     )
 
 
+def test_a_stop_may_be_long_and_there_may_be_sixteen() -> None:
+    for stop in ("a text that is longer than sixteen characters", ["x" * 99] * 16):
+        expected = (stop,) if isinstance(stop, str) else tuple(stop)
+        assert parse(ChatAsked, json.dumps(chat(stop=stop)).encode()).stops == expected
+
+
 @pytest.mark.parametrize(
     ("more", "param", "said"),
     [
@@ -77,6 +83,8 @@ def test_what_a_client_may_send() -> None:
         ({"max_tokens": True}, "max_tokens", "valid integer"),
         ({"seed": 2**64}, "seed", "less than"),
         ({"stop": ["x"] * 17}, "stop", "at most 16"),
+        ({"stop": 3}, "stop", "valid"),
+        ({"stop": ["x", 3]}, "stop.1", "valid string"),
         ({"stop": ""}, "stop", "empty text"),
         ({"stream": "yes"}, "stream", "valid boolean"),
         ({"n": 2}, "n", "expected 1, or leave it out"),

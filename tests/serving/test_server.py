@@ -13,6 +13,8 @@ import httpx
 import pytest
 from echo import POSITIONS, Echo, Running, running
 
+from jaxtune.serving import app, lines
+
 
 def error(response: httpx.Response, status: int) -> dict[str, Any]:
     assert response.status_code == status, response.text
@@ -101,12 +103,27 @@ def test_settings_reach_the_engine_and_the_rest_is_the_default(echo: Running) ->
     assert echo.engines["model"].settings[-1][0] == 3  # no more positions are left
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_a_draw_without_a_seed_is_another_one_unless_the_server_was_given_one(given: bool) -> None:
+    engine = Echo()
+
+    def seeds(**more: Any) -> list[int]:
+        for _ in range(4):
+            assert found.chat("Hi", **more).status_code == 200
+        return [sampling.seed for _, sampling, _ in engine.settings[-4:]]
+
+    with running({"model": engine}, seed_given=given) as found:
+        assert len(set(seeds(temperature=1))) == (1 if given else 4)
+        assert seeds(temperature=1, seed=7) == [7] * 4
+        assert seeds() == [0] * 4  # nothing is drawn
+
+
 def test_refusals(echo: Running) -> None:
     assert error(echo.chat("Hi", n=2), 400)["param"] == "n"
     assert "differ" in error(echo.chat("Hi", max_tokens=1, max_completion_tokens=2), 400)["message"]
     long = error(echo.chat("x" * POSITIONS), 400)
     assert long["code"] == "context_length_exceeded"
-    assert f"the model has {POSITIONS} positions" in long["message"]
+    assert f"there are {POSITIONS} positions" in long["message"]
     assert error(echo.chat("Hi", max_tokens=POSITIONS), 400)["code"] == "context_length_exceeded"
     assert "no tokens" in error(echo.chat(""), 400)["message"]
     assert "cannot be said" in error(echo.chat("unspeakable"), 400)["message"]
@@ -136,8 +153,6 @@ def test_too_large_a_body(echo: Running, announced: bool) -> None:
 
 
 def test_a_body_that_does_not_come(echo: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jaxtune.serving import app
-
     monkeypatch.setattr(app, "_BODY_SECONDS", 0.2)
     parts = urlsplit(echo.url)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {parts.netloc}\r\n"
@@ -146,6 +161,73 @@ def test_a_body_that_does_not_come(echo: Running, monkeypatch: pytest.MonkeyPatc
         line.sendall(head.encode())
         assert b" 408 " in line.recv(65536).split(b"\r\n")[0]
     assert echo.chat("Hello").status_code == 200
+
+
+def closed(line: socket.socket) -> bool:
+    """Whether the server hangs up without a word, soon."""
+    line.settimeout(5)
+    with contextlib.suppress(ConnectionError):
+        return line.recv(1) == b""
+    return True
+
+
+def test_a_head_that_does_not_come(echo: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a new connection, on one that was answered before, and behind a body refused early."""
+    monkeypatch.setattr(lines, "_HEAD_SECONDS", 0.3)
+    parts = urlsplit(echo.url)
+    place = (parts.hostname, parts.port)
+    head = f"GET /health HTTP/1.1\r\nHost: {parts.netloc}\r\n".encode()
+    for sent in (b"", b"GET", head):
+        with socket.create_connection(place) as line:
+            line.sendall(sent)
+            assert closed(line)
+    early = head.replace(b"GET /health", b"POST /v1/completions") + b"Content-Length: 99\r\n\r\n{"
+    for sent, status, then in ((head + b"\r\n", b"200", head), (early, b"415", b" ")):
+        with socket.create_connection(place, timeout=5) as line:
+            line.sendall(sent)
+            got = b""
+            while not got.endswith(b"}"):
+                got += line.recv(65536)
+            assert got.startswith(b"HTTP/1.1 " + status)
+            line.sendall(then)
+            assert closed(line)
+
+
+def test_connections_without_a_request_block_nobody(
+    echo: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that has waited longest is closed where there are too many."""
+    parts = urlsplit(echo.url)
+    place = (parts.hostname, parts.port)
+    with contextlib.ExitStack() as stack:
+        for _ in range(echo.desk.places + 64):
+            stack.enter_context(socket.create_connection(place))
+        assert echo.chat("Hello").status_code == 200
+    monkeypatch.setattr(lines, "_IDLE", 5)
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(socket.create_connection(place)) for _ in range(20)]
+        assert closed(held[0])
+        assert httpx.get(f"{echo.url}/health").status_code == 200
+
+
+def test_too_many_requests_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the guard refuses do not count."""
+    monkeypatch.setattr(app, "_SPARE", 0)
+    with running({"model": Echo()}, slots=1, queue=1, key="sesame") as found:
+        parts = urlsplit(found.url)
+        place, right = (parts.hostname, parts.port), {"Authorization": "Bearer sesame"}
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {parts.netloc}\r\n"
+        head += "Content-Type: application/json\r\nContent-Length: 100\r\n"
+        with contextlib.ExitStack() as stack:
+            for key in ("guess", "sesame", "guess", "sesame"):
+                line = stack.enter_context(socket.create_connection(place))
+                line.sendall(f"{head}Authorization: Bearer {key}\r\n\r\n{{".encode())
+            found.wait(lambda: httpx.get(f"{found.url}/health").status_code == 503)
+            full = found.client.get("/v1/models", headers=right)
+            assert error(full, 503)["code"] == "overloaded"
+            assert full.headers["retry-after"] == "1"
+            assert error(found.client.get("/v1/models"), 401)
+        found.wait(lambda: found.client.get("/v1/models", headers=right).status_code == 200)
 
 
 def raw(url: str, request: bytes) -> bytes:
@@ -219,7 +301,7 @@ def test_the_host_header_names_this_machine(echo: Running) -> None:
 def test_pages_of_other_sites_may_not_ask(echo: Running) -> None:
     own = urlsplit(echo.url).netloc
     assert ask_as(echo.url, own, Origin=echo.url) == 200
-    for other in ("https://evil.example", "null", "http://127.0.0.1:1"):
+    for other in ("https://evil.example", "null", "http://127.0.0.1:1", "http://["):
         assert ask_as(echo.url, own, Origin=other) == 403, other
     asked = echo.client.options("/v1/chat/completions", headers={"Origin": echo.url})
     assert not [name for name in asked.headers if name.startswith("access-control")]
@@ -312,6 +394,15 @@ def test_a_model_that_fails_is_told_without_what_was_said(
         assert error(found.chat("a secret question"), 500)["type"] == "server_error"
     shown = capfd.readouterr()
     assert "secret" not in shown.out + shown.err
+
+
+def test_want_of_memory_is_told_and_the_server_lives_on(echo: Running) -> None:
+    said = error(echo.chat("enormous"), 503)
+    assert (said["type"], said["code"]) == ("server_error", "out_of_memory")
+    body = {"model": "model", "prompt": "enormous", "stream": True}
+    with echo.client.stream("POST", "/v1/completions", json=body) as response:
+        assert events(response)[-1]["error"]["code"] == "out_of_memory"
+    assert echo.chat("Hello").status_code == 200
 
 
 def test_a_mistake_of_ours_is_500_and_says_where_not_what(

@@ -112,16 +112,31 @@ def test_models_do_not_wait_for_each_other(office: Any) -> None:
 
 def test_the_queue_has_an_end(office: Any) -> None:
     here = office({"m": Echo()}, slots=1, queue=2)
-    here.ask("one")
-    here.ask("two")
+    for name in ("in the slot", "one", "two"):
+        here.ask(name)
     with pytest.raises(Refused, match="2 requests wait already") as caught:
         here.ask("three")
     assert caught.value.status == 429
     assert 1 <= int(caught.value.headers["Retry-After"]) <= 60
     here.thread.start()
-    here.wait("one", "two")
+    here.wait("in the slot", "one", "two")
     here.ask("four")  # there is room again
     here.wait("four")
+
+
+def test_who_finds_a_slot_free_does_not_wait(office: Any) -> None:
+    """As many as come at once, before the first of them has been seen; a slot of another model is
+    none."""
+    here = office({"m": Echo(0.01), "n": Echo()}, slots=8, queue=1)
+    names = [f"at once {i}" for i in range(9)]
+    for name in names:
+        here.ask(name)
+    with pytest.raises(Refused, match="1 requests wait already"):
+        here.ask("one too many")
+    here.ask("of the other", "n")
+    here.thread.start()
+    here.wait(*names, "of the other")
+    assert here.desk.counts() == (0, 0)
 
 
 def test_time_is_limited_also_for_those_who_wait(office: Any) -> None:
@@ -217,3 +232,22 @@ def test_a_model_that_fails_ends_it_after_everybody_was_told(office: Any) -> Non
     for asked in ("one", "two"):
         assert here.came[asked][-1].status == 500
         assert "secret" not in str(here.came[asked][-1])
+
+
+def test_want_of_memory_ends_the_request_it_was_for(
+    office: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = office({"m": Echo()}, slots=3)
+    for name in ("before", "enormous secret", "after"):
+        here.ask(name)
+    here.thread.start()
+    here.wait("before", "enormous secret", "after")
+    refused = here.came["enormous secret"][-1]
+    assert refused.status == 503
+    assert "no memory for 15 tokens and an answer of up to 99" in str(refused)
+    assert (here.text("before"), here.text("after")) == ("before", "after")
+    assert not here.failed
+    assert here.desk.counts() == (0, 0)
+    said = capsys.readouterr().err
+    assert "--serve_length" in said
+    assert "secret" not in said
