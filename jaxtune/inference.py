@@ -153,6 +153,24 @@ def open_mesh(config: Config) -> Mesh:
     return make_mesh(config.mesh.model_dump())
 
 
+def positions(name: str, config: Config) -> int:
+    """How many tokens the model `name` has room for, prompt and answer; reads no weights."""
+    from jaxtune.hf.adapter_read import open_adapter
+    from jaxtune.hf.folders import is_adapter
+    from jaxtune.hf.load import open_model
+    from jaxtune.weights import checkpoint_of, is_checkpoint, run_config
+
+    revision = config.revision
+    if is_checkpoint(name):
+        own = run_config(checkpoint_of(Path(name))[0], Config())
+        assert own.model_name_or_path is not None
+        name, revision = own.model_name_or_path, own.revision
+    elif is_adapter(name):
+        adapter = open_adapter(name)
+        name, revision = adapter.base, adapter.revision
+    return open_model(name, revision=revision, weights=False).spec.max_positions
+
+
 def load_model(name: str, config: Config, words: Words, mesh: Mesh, *, merge: bool = True) -> Model:
     """Weights in the computation's dtype, spread over `mesh`.
 

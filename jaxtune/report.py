@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     return command.execute("report", description, ReportOptions, run, argv)
 
 
-def _lying_there(files: RunFiles) -> list[tuple[str, Mapping[str, Any]]]:
+def _lying_there(files: RunFiles) -> list[tuple[str, dict[str, Any]]]:
     """The evaluation in the run directory. Nobody asked for it: that it cannot be read, as while it
     is made, is a note."""
     from jaxtune.reporting.files import EVALUATION, read_evaluation
