@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from jaxtune.talk.voices import Settings
 
 
+_KINDS = {bool: "true or false", int: "a number", float: "a number"}  # of JSON, beside objects
+
+
 class ChatOptions(command.Options):
     prompt: str | None = Field(None, description="ask this and leave")
     prompts: str | None = Field(
@@ -168,28 +171,44 @@ def _asked(options: ChatOptions) -> list[Asked] | None:
 
 def _read(path: str) -> Iterator[Asked]:
     from jaxtune.data import sources
+    from jaxtune.data.readers import EmptyError
+
+    try:
+        for record in sources.read(sources.find(path)):
+            yield _prompt_of(record.where, record.fields)
+    except EmptyError:
+        raise DataError(
+            f"{path}: there is no prompt in it. Expected an object for each, with 'prompt' (text) "
+            "or 'messages' (a list)."
+        ) from None
+
+
+def _prompt_of(where: str, fields: Mapping[str, Any]) -> Asked:
     from jaxtune.data.formats import to_noun
     from jaxtune.data.schema import Conversation, Message
 
-    for record in sources.read(sources.find(path)):
-        where, fields = record.where, record.fields
-        prompt = fields.get("prompt")
-        if isinstance(prompt, str) and prompt.strip():
-            yield Asked(prompt, Conversation((Message("user", prompt),)))
-            continue
-        given = prompt if isinstance(prompt, list) else fields.get("messages")
-        if given is None:
+    prompt = fields.get("prompt")
+    if isinstance(prompt, str) and prompt.strip():
+        return Asked(prompt, Conversation((Message("user", prompt),)))
+    given = prompt if isinstance(prompt, list) else fields.get("messages")
+    if given is None:
+        if not isinstance(prompt, str | None):
             raise DataError(
-                f"{where}: expected 'prompt' (text) or 'messages' (a list); the record has: "
-                f"{', '.join(fields) or 'nothing'}{', prompt empty' if prompt == '' else ''}."
+                f"{where}: 'prompt' is {_KINDS.get(type(prompt), 'an object')}; expected text, or "
+                "a list of messages."
             )
-        tools = {"tools": fields["tools"]} if fields.get("tools") else {}
-        noun = to_noun("messages", {"messages": given, **tools}, {}, where)
-        if not isinstance(noun, Conversation):
-            raise DataError(f"{where}: {': '.join(filter(None, noun))}.")
-        if noun.messages[-1].role == "assistant":
-            raise DataError(f"{where}: ends with an answer. End it with what is to be answered.")
-        yield Asked(given, noun)
+        empty = isinstance(prompt, str) and not prompt.strip()
+        raise DataError(
+            f"{where}: expected 'prompt' (text) or 'messages' (a list); the record has: "
+            f"{', '.join(fields) or 'nothing'}{', prompt empty' if empty else ''}."
+        )
+    tools = {"tools": fields["tools"]} if fields.get("tools") else {}
+    noun = to_noun("messages", {"messages": given, **tools}, {}, where)
+    if not isinstance(noun, Conversation):
+        raise DataError(f"{where}: {', '.join(filter(None, noun))}.")
+    if noun.messages[-1].role == "assistant":
+        raise DataError(f"{where}: ends with an answer. End it with what is to be answered.")
+    return Asked(given, noun)
 
 
 def _rows(

@@ -63,8 +63,20 @@ def run(config: Config, options: ConvertOptions | None = None) -> Result:
     given = fetched(options.run_or_checkpoint, options.step)
     options = options.model_copy(update={"run_or_checkpoint": given})
     source, step = checkpoint_of(Path(options.run_or_checkpoint), options.step)
+    _check_one(source)
     with _made_for(options.out_dir) as out:
         return _convert(config, options, source, step, out)
+
+
+def _check_one(source: Path) -> None:
+    """Refuses RUN/checkpoints, which is no one of them."""
+    if source.name != "checkpoints" or not (source.parent / "config.yaml").is_file():
+        return
+    steps = sorted(int(each.name) for each in source.iterdir() if each.name.isdigit())
+    raise ConfigError(
+        f"{source}: holds the checkpoints of a run. Give {source.parent}, or one of them: "
+        f"{source}/STEP (there are: {', '.join(map(str, steps)) or 'none'})."
+    )
 
 
 @contextlib.contextmanager

@@ -116,9 +116,22 @@ def _run(config: Config, options: EvaluateOptions) -> Result:
 
     from jaxtune.evaluating.general import open_general
     from jaxtune.evaluating.measured import measure
-    from jaxtune.evaluating.questions import entries_of, open_column, open_data, questions_of
+    from jaxtune.evaluating.questions import (
+        entries_of,
+        open_column,
+        open_data,
+        questions_of,
+        that_fit,
+    )
     from jaxtune.evaluating.summary import Groups, summaries
-    from jaxtune.inference import check_base, load_model, open_mesh, open_words, resolved
+    from jaxtune.inference import (
+        check_base,
+        load_model,
+        open_mesh,
+        open_words,
+        positions,
+        resolved,
+    )
     from jaxtune.model.sampling import Sampling
     from jaxtune.scoring.intervals import Bootstrap
     from jaxtune.weights import fetched
@@ -135,14 +148,16 @@ def _run(config: Config, options: EvaluateOptions) -> Result:
     dataset = open_data(config, entries, words)
     column = None if options.by is None else open_column(dataset, entries, options.by)
     general = None if options.general is None else open_general(config, options.general, words)
-    questions = questions_of(entries, dataset, words, options.generate)
-    note(f"evaluation: {len(dataset)} examples of {', '.join(dict.fromkeys(dataset.names))}")
-
-    # 2. Public benchmarks, while no device is taken.
     assert config.model_name_or_path is not None
     names = {"tuned" if options.base else "model": config.model_name_or_path}
     if options.base is not None:
         names = {"base": options.base, **names}
+    every = questions = questions_of(entries, dataset, words, options.generate)
+    if every:  # of both models the same
+        questions = that_fit(every, min(positions(name, config) for name in names.values()))
+    note(f"evaluation: {len(dataset)} examples of {', '.join(dict.fromkeys(dataset.names))}")
+
+    # 2. Public benchmarks, while no device is taken.
     benchmarks = _benchmarks(names, options)
 
     # 3. One model after the other, so that only one is in memory.
@@ -170,6 +185,9 @@ def _run(config: Config, options: EvaluateOptions) -> Result:
     scores = summaries(found, groups, how)
     for name, rows in benchmarks.items():
         scores[name]["harness"] = rows
+    if every:
+        for part in scores.values():
+            part["questions_left_out"] = len(every) - len(questions)
 
     # 5. The answer.
     *base, result = scores.values()

@@ -109,9 +109,10 @@ def resolved(config: Config) -> Config:
         config = config.model_copy(update={"model_name_or_path": name})
     if is_checkpoint(name):
         own = run_config(checkpoint_of(Path(name))[0], Config())
-        tokenizer = own.tokenizer_name or own.model_name_or_path
+        # In a written config.yaml every field counts as given, also a tokenizer_name of null.
+        tokenizer = config.tokenizer_name or own.tokenizer_name or own.model_name_or_path
         given = {field: getattr(config, field) for field in config.model_fields_set}
-        return own.model_copy(update={"tokenizer_name": tokenizer, **given})
+        return own.model_copy(update={**given, "tokenizer_name": tokenizer})
     if is_adapter(name) and config.tokenizer_name is None:
         adapter = open_adapter(name)
         beside = (adapter.folder / "tokenizer.json").is_file()
@@ -152,6 +153,24 @@ def open_mesh(config: Config) -> Mesh:
     return make_mesh(config.mesh.model_dump())
 
 
+def positions(name: str, config: Config) -> int:
+    """How many tokens the model `name` has room for, prompt and answer; reads no weights."""
+    from jaxtune.hf.adapter_read import open_adapter
+    from jaxtune.hf.folders import is_adapter
+    from jaxtune.hf.load import open_model
+    from jaxtune.weights import checkpoint_of, is_checkpoint, run_config
+
+    revision = config.revision
+    if is_checkpoint(name):
+        own = run_config(checkpoint_of(Path(name))[0], Config())
+        assert own.model_name_or_path is not None
+        name, revision = own.model_name_or_path, own.revision
+    elif is_adapter(name):
+        adapter = open_adapter(name)
+        name, revision = adapter.base, adapter.revision
+    return open_model(name, revision=revision, weights=False).spec.max_positions
+
+
 def load_model(name: str, config: Config, words: Words, mesh: Mesh, *, merge: bool = True) -> Model:
     """Weights in the computation's dtype, spread over `mesh`.
 
@@ -175,7 +194,8 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh, *, merge: bo
     if random:
         note(f"{name}: no weights there; random ones of seed {config.seed}, as training began")
     params = base_params(model, config, placed, dtype)
-    return _to_be_asked(Model(name, model.spec, params, stop_ids(words, model), dtype, mesh))
+    stops = stop_ids(config, words, model)
+    return _to_be_asked(Model(name, model.spec, params, stops, dtype, mesh))
 
 
 def _to_be_asked(model: Model) -> Model:
@@ -225,7 +245,7 @@ def _load_trained(name: str, config: Config, words: Words, mesh: Mesh, merge: bo
         model, lora, leaves = on_model(adapter, model)
     check_experts(model.spec.experts, mesh)
     placed = param_shardings(model.spec, mesh, dtype)
-    stops = stop_ids(words, model)
+    stops = stop_ids(config, words, model)
     if lora is not None and not merge:
         lora = replace(lora, dropout=0.0, base="none", double_quant=False)  # the base as it is
         where = shardings(
@@ -244,9 +264,12 @@ def _load_trained(name: str, config: Config, words: Words, mesh: Mesh, merge: bo
     return Model(name, model.spec, params, stops, dtype, mesh)
 
 
-def stop_ids(words: Words, model: HfModel) -> frozenset[int]:
-    """What ends an answer: the template's end of a turn, and what the model's files say."""
-    return frozenset({words.template.stop_id, *model.eos_ids})
+def stop_ids(config: Config, words: Words, model: HfModel) -> frozenset[int]:
+    """What ends an answer: the ends of a turn that were trained, of the template and of data sets
+    with one of their own, as in an exported model; and what the model's files say."""
+    from jaxtune.data.asked import stop_ids as trained
+
+    return frozenset({*trained(config, words.tokenizer, words.template), *model.eos_ids})
 
 
 def prompt_ids(model: Model, words: Words, asked: Conversation) -> list[int]:

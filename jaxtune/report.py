@@ -2,9 +2,9 @@
 
     python -m jaxtune.report RUN_DIR [--evaluation FILE.json ...] [--card] [--png]
 
-Needs no model and no device. Reads RUN_DIR/metrics.jsonl, samples.jsonl and config.yaml, and the
-data that the config names; writes RUN_DIR/report.html. The run may still be going. Flags overrule
-the run's config: `--dataset FILE` where the data has moved.
+Needs no model and no device. Reads RUN_DIR/metrics.jsonl, samples.jsonl, config.yaml and
+evaluation.json, and the data that the config names; writes RUN_DIR/report.html. The run may still
+be going. Flags overrule the run's config: `--dataset FILE` where the data has moved.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class ReportOptions(command.Options):
         None, description="the output_dir of a training run; default: output_dir"
     )
     evaluation: tuple[str, ...] = Field(
-        (), description="files that 'evaluate --json' printed; shown with their answers"
+        (),
+        description="files that 'evaluate --json' printed; shown with their answers; default: "
+        "RUN_DIR/evaluation.json, if it is there",
     )
     card: bool = Field(
         False, description="also puts the last evaluation into the model card, RUN_DIR/hf/README.md"
@@ -71,6 +73,8 @@ def run(config: Config, options: ReportOptions | None = None) -> Result:
         raise ConfigError("RUN_DIR is missing. Usage: jaxtune report RUN_DIR [--flags]")
     files = read_run(Path(fetched(run_dir, checkpoint=False)))
     evaluations = [(Path(name).name, read_evaluation(Path(name))) for name in options.evaluation]
+    if not evaluations:
+        evaluations = _lying_there(files)
     if options.card and not evaluations:
         raise ConfigError("card: there is no evaluation to put there. Give --evaluation FILE.json.")
 
@@ -105,6 +109,22 @@ def run(config: Config, options: ReportOptions | None = None) -> Result:
 def main(argv: list[str] | None = None) -> int:
     description = (__doc__ or "").split("\n\n")[0]
     return command.execute("report", description, ReportOptions, run, argv)
+
+
+def _lying_there(files: RunFiles) -> list[tuple[str, dict[str, Any]]]:
+    """The evaluation in the run directory. Nobody asked for it: that it cannot be read, as while it
+    is made, is a note."""
+    from jaxtune.reporting.files import EVALUATION, read_evaluation
+
+    file = files.folder / EVALUATION
+    if not file.exists():
+        return []
+    try:
+        return [(EVALUATION, read_evaluation(file))]
+    except ConfigError as error:
+        note(f"evaluation: left out: {error}")
+        files.notes.append(f"{EVALUATION} cannot be read, so it is left out here.")
+        return []
 
 
 def _data(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxtune import hosts
 from jaxtune.data.schema import Conversation, Message
-from jaxtune.inference import Model, Words, answer, prompt_ids, stop_ids
+from jaxtune.inference import Model, Words, answer, prompt_ids
 from jaxtune.rows import keep_rows_up_to
 from jaxtune.tree import merge
 
@@ -43,13 +43,14 @@ class Samples:
         mesh: Mesh,
         dtype: Any,
         *,
+        stop_ids: frozenset[int],
         resumed_at: int,
         due: bool = False,
     ) -> None:
         self.path = run_dir / "samples.jsonl"
         self._prompts, self._words = prompts, words
         self._model, self._adapters = model, adapters
-        self._mesh, self._dtype = mesh, dtype
+        self._mesh, self._dtype, self._stop_ids = mesh, dtype, stop_ids
         asked = self._with({})
         chats = (Conversation((Message("user", prompt),)) for prompt in prompts)
         self._ids = [prompt_ids(asked, words, chat) for chat in chats]
@@ -70,8 +71,8 @@ class Samples:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _with(self, params: Any) -> Model:
-        name, spec, stops = self._model.name, self._model.spec, stop_ids(self._words, self._model)
-        return Model(name, spec, params, stops, self._dtype, self._mesh)
+        name, spec = self._model.name, self._model.spec
+        return Model(name, spec, params, self._stop_ids, self._dtype, self._mesh)
 
     def _params(self, variables: Any) -> Any:
         """Whole parameters; adapters are merged into the unquantised base, read once more."""

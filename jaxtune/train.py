@@ -383,19 +383,21 @@ def _samples(
     """What answers `sample_prompts` at every evaluation."""
     if not config.sample_prompts:
         return None
-    from jaxtune.inference import Words
+    from jaxtune.inference import Words, stop_ids
     from jaxtune.learn.program import compute_dtype
     from jaxtune.mesh import platform_of
     from jaxtune.samples import Samples
 
+    words = Words(material.tokenizer, material.template)
     return Samples(
         run_dir,
         config.sample_prompts,
-        Words(material.tokenizer, material.template),
+        words,
         model,
         adapters,
         mesh,
         compute_dtype(config.dtype, platform_of(mesh)),
+        stop_ids=stop_ids(config, words, model),
         resumed_at=start,
         due=due,
     )

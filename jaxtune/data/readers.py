@@ -54,6 +54,10 @@ class Record(NamedTuple):
         return f"{self.file}:{self.line}"
 
 
+class EmptyError(DataError):
+    """A file holds no record."""
+
+
 def read(file: File) -> Iterator[Record]:
     """The records of a file in order. Raises `DataError` at the first thing that is none."""
     empty = True
@@ -65,7 +69,7 @@ def read(file: File) -> Iterator[Record]:
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file.name}: cannot be read: {error}.") from None
     if empty:
-        raise DataError(f"{file.name}: the file is empty: there is nothing to train in it.")
+        raise EmptyError(f"{file.name}: the file is empty: there is nothing to train in it.")
 
 
 Found = Iterator[tuple[int, dict[str, Any]]]
@@ -168,7 +172,7 @@ def _json_list(file: File, stream: IO[bytes]) -> Found:
     try:
         window.skip("[")
         if window.peek() == "]":
-            raise DataError(f"{file.name}: the list is empty. Expected JSON objects.")
+            raise EmptyError(f"{file.name}: the list is empty. Expected JSON objects.")
         while True:
             window.peek()
             line = window.line()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from jaxtune.draw.markup import Markup, escaped
 
 _ANSWERS, _OPEN = 50, 8  # of an evaluation file that are shown; those not folded away
 _PROMPTS, _STEPS = 20, 8  # of samples.jsonl
-_LONGEST = 4000  # letters of a text; a difference takes time quadratic in its words
+_LONGEST = 4000  # letters of a text
+_MOST_WORK = 1_000_000  # pairs of equal words looked at for a difference, about 0.3 seconds
 _LONG = 400  # letters with their marks, from which a text scrolls
 _ALIKE = 0.3  # below this share of common words two answers are shown as they are
 
@@ -24,19 +26,20 @@ def difference(before: str, after: str) -> tuple[Markup, Markup]:
     """Both texts as HTML: what only the first has in `<del>`, what only the second has in `<ins>`.
 
     Words and the blanks between them are compared. Texts with little in common stay plain: marks
-    everywhere would show nothing.
+    everywhere would show nothing. So do texts that repeat a few words so often that comparing them
+    would take minutes, as answers do that loop.
 
     >>> difference("a red fox", "a blue fox")[1]
     'a <ins>blue</ins> fox'
     """
     before, after = _cut(before), _cut(after)
     old, new = _words(before), _words(after)
-    found = difflib.SequenceMatcher(None, old, new, autojunk=False)
-    shared = _letters(old[i] for a, _, n in found.get_matching_blocks() for i in range(a, a + n))
+    found = _opcodes(old, new)
+    shared = _letters(w for what, a, b, *_ in found if what == "equal" for w in old[a:b])
     if 2 * shared < _ALIKE * (_letters(old) + _letters(new)):
         return Markup(escaped(before)), Markup(escaped(after))
     left, right = "", ""
-    for what, a, b, c, d in found.get_opcodes():
+    for what, a, b, c, d in found:
         gone, come = escaped("".join(old[a:b])), escaped("".join(new[c:d]))
         left += gone if what == "equal" or not gone else f"<del>{gone}</del>"
         right += come if what == "equal" or not come else f"<ins>{come}</ins>"
@@ -148,6 +151,53 @@ def _more(there: int, shown: int, what: str, where: str) -> str:
     if there <= shown:
         return ""
     return f'<p class="empty">The first {shown} of {there:,} {what}; {where} has all.</p>'
+
+
+class _TooMuchWork(Exception):
+    pass
+
+
+class _Matcher(difflib.SequenceMatcher[str]):
+    """Gives up after `_MOST_WORK`: of words that repeat the work grows with the third power. Blanks
+    begin no match, they only go on with one, or every pair of them would be looked at."""
+
+    def __init__(self, old: Sequence[str], new: Sequence[str]) -> None:
+        super().__init__(str.isspace, old, new, autojunk=False)
+        there = Counter(new)
+        pairs = (0 if word.isspace() else there[word] for word in old)
+        self._pairs = [0, *itertools.accumulate(pairs)]  # of all words before each
+        self._work = 0
+
+    def find_longest_match(
+        self, alo: int = 0, ahi: int | None = None, blo: int = 0, bhi: int | None = None
+    ) -> difflib.Match:
+        self._work += self._pairs[-1 if ahi is None else ahi] - self._pairs[alo]
+        if self._work > _MOST_WORK:
+            raise _TooMuchWork
+        return super().find_longest_match(alo, ahi, blo, bhi)
+
+
+def _opcodes(old: list[str], new: list[str]) -> list[tuple[str, int, int, int, int]]:
+    """`SequenceMatcher.get_opcodes`, where what both begin and end with costs nothing; nothing in
+    common where it would be too much work."""
+    begin = _alike(old, new)
+    end = _alike(old[begin:][::-1], new[begin:][::-1])
+    before, after = len(old) - end, len(new) - end
+    try:
+        middle = _Matcher(old[begin:before], new[begin:after]).get_opcodes()
+    except _TooMuchWork:
+        return [("replace", 0, len(old), 0, len(new))]
+    return [
+        ("equal", 0, begin, 0, begin),
+        *((what, a + begin, b + begin, c + begin, d + begin) for what, a, b, c, d in middle),
+        ("equal", before, len(old), after, len(new)),
+    ]
+
+
+def _alike(old: list[str], new: list[str]) -> int:
+    """How many words both begin with."""
+    pairs = zip(old, new, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _words(text: str) -> list[str]:

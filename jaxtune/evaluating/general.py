@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from jaxtune.command import note
 from jaxtune.config import Config, DataError, DatasetConfig
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ def open_general(config: Config, path: str, words: Words) -> General:
         windows += [(document, at, min(at + length + 1, size)) for at in range(0, size - 1, length)]
     if not windows:
         raise DataError(f"{path}: no text in it has two tokens, so there is nothing to predict.")
+    if len({document for document, _, _ in windows}) == 1:
+        note(
+            f"{path}: is one document, so its loss has no interval. Blank lines end a document of "
+            ".txt; in .jsonl each row is one."
+        )
     return General(path, texts, tuple(windows), length)
 
 

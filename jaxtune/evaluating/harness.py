@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -43,9 +44,10 @@ def folder_of(name: str) -> str:
     return str(folder)
 
 
-def run(name: str, tasks: Sequence[str], more: Sequence[str]) -> dict[str, dict[str, float]]:
-    """{task: {metric: value}} with standard errors as `METRIC_stderr`. `tasks` are names that the
-    harness knows or YAML files of tasks; `more` are its own flags.
+def run(name: str, tasks: Sequence[str], more: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """{task: {metric: value}} with standard errors as `METRIC_stderr`; None for what is not
+    finite. `tasks` are names that the harness knows or YAML files of tasks; `more` are its own
+    flags.
 
     Raises `ConfigError` with the end of what it said when it fails.
     """
@@ -75,11 +77,11 @@ def run(name: str, tasks: Sequence[str], more: Sequence[str]) -> dict[str, dict[
         return _results(json.loads(files[-1].read_text(encoding="utf-8")))
 
 
-def _results(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def _results(found: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """`acc,none` is `acc`: only another filter than none stays in the name."""
     return {
         task: {
-            key.removesuffix(",none"): float(value)
+            key.removesuffix(",none"): float(value) if math.isfinite(value) else None
             for key, value in scores.items()
             if isinstance(value, int | float) and not isinstance(value, bool) and "," in key
         }

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from jaxtune.command import note
 from jaxtune.config import Config
 from jaxtune.evaluating import general as texts
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Measured(NamedTuple):
-    """`losses` and `general` are scores of the examples and of the windows of general text, with
+    """`losses` and `general` are scores of the examples and of the documents of general text, with
     how many tokens of each were predicted; `answers` of the questions."""
 
     losses: Mapping[str, Score]
@@ -59,7 +61,8 @@ def measure(
     found = _each(model, eval_rows(dataset, rows, packing=config.packing), len(dataset))
     plain = None
     if general is not None:
-        plain = _each(model, texts.batches(general, rows), len(general.windows))
+        windows = _each(model, texts.batches(general, rows), len(general.windows))
+        plain = _by_document(windows, general)
     said: list[Said] = []
     if questions:
         note(f"{model.name}: answering {len(questions)} questions")
@@ -122,6 +125,16 @@ def _each(
     with jax.set_mesh(model.mesh):
         variables = {"params": model.params}
         return each_example(losses, variables, batches, count=count, mesh=model.mesh)
+
+
+def _by_document(found: Examples, general: General) -> Examples:
+    """Windows of one document are no independent witnesses: their sums are added up."""
+    documents = [document for document, _, _ in general.windows]
+    _, of_window = np.unique(documents, return_inverse=True)
+    return found._replace(**{
+        name: np.bincount(of_window, sums).astype(sums.dtype)
+        for name, sums in found._asdict().items()
+    })  # fmt: skip
 
 
 def _scores(found: Examples) -> dict[str, Score]:

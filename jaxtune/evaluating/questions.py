@@ -125,6 +125,36 @@ def questions_of(
     return tuple(found)
 
 
+def that_fit(questions: Sequence[Question], positions: int) -> tuple[Question, ...]:
+    """Those that leave a model of so many positions one for its answer; says which do not.
+
+    Raises `DataError` when none does.
+    """
+    from jaxtune.data.encode import encode_prompt
+
+    sizes = [
+        len(
+            encode_prompt(
+                q.words.template, q.words.tokenizer, q.asked.messages, tools=q.asked.tools
+            )
+        )
+        for q in questions
+    ]
+    fit = tuple(q for q, size in zip(questions, sizes, strict=True) if size < positions)
+    if len(fit) == len(questions):
+        return fit
+    of = Counter(q.dataset for q, size in zip(questions, sizes, strict=True) if size >= positions)
+    said = (
+        f"{len(questions) - len(fit)} of {len(questions)} questions are too long for "
+        f"{positions} positions ({', '.join(f'{name}: {n}' for name, n in of.items())}); the "
+        f"longest has {max(sizes)} tokens"
+    )
+    if not fit:
+        raise DataError(f"generate: {said}. Set generate 0, or give shorter conversations.")
+    note(f"generate: {said}. They are left out")
+    return fit
+
+
 def _conversations(
     entry: DatasetConfig, name: str, first: dict[int, int], words: Words
 ) -> Iterator[Question]:

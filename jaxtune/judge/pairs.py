@@ -54,19 +54,22 @@ def judge(
     endpoint: Endpoint, rubric: str, pairs: Sequence[Pair], *, concurrency: int
 ) -> list[Outcome]:
     """Of each pair in order; `concurrency` requests at a time. Raises nothing: what was answered
-    so far is worth more than one request that failed."""
+    so far is worth more than one request that failed. When interrupted it asks for nothing more."""
     prompts = [
         _prompt(rubric, order)
         for pair in pairs
         for order in (pair, pair._replace(base=pair.tuned, tuned=pair.base))
     ]
     same = [pair.base.strip() == pair.tuned.strip() for pair in pairs]
-    with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(concurrency)
+    try:
         futures = [
             None if same[number // 2] else pool.submit(_verdict, endpoint, prompt)
             for number, prompt in enumerate(prompts)
         ]
         verdicts = [None if future is None else future.result() for future in futures]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     return [
         Outcome(0.5) if same[i] else outcome(verdicts[2 * i], verdicts[2 * i + 1])
         for i in range(len(pairs))

@@ -15,6 +15,7 @@ from jaxtune.reporting import starts
 from jaxtune.rows import from_json
 from jaxtune.untrusted import parse_json, reason
 
+EVALUATION = "evaluation.json"  # where `report` looks for what `evaluate --json` printed
 Row = dict[str, Any]
 # What a row of these kinds must have beside kind and step; every number may be null.
 _NUMBERS = {"train": ("loss",), "eval": ("eval_loss",)}

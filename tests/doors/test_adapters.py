@@ -190,6 +190,20 @@ def test_a_run_a_checkpoint_and_an_adapter_are_evaluated_alike(root: Path, tuned
     assert evaluated(root / "base", root) > merged + 0.01
 
 
+def test_answers_end_as_any_data_set_was_trained(root: Path, tuned: Path) -> None:
+    """Whatever its template is: of a base, an adapter, a checkpoint."""
+    own = {"path": str(root / "data.jsonl"), "template": f"{TEMPLATE}<|endoftext|>"}
+    for name in (root / "base", tuned / "adapter", tuned / "checkpoints" / "4"):
+        asked = {"model_name_or_path": str(name), "template": TEMPLATE}
+        ends = []
+        for more in ({}, {"datasets": [own]}):
+            config = inference.resolved(load(overrides={**asked, **more}))
+            words, mesh = inference.open_words(config), inference.open_mesh(config)
+            ends.append(inference.load_model(str(name), config, words, mesh).stop_ids)
+        assert ends[1] == {*ends[0], *words.tokenizer.encode("<|endoftext|>")}, name
+        assert ends[1] != ends[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["adapter", "checkpoints/4"])
 def test_adapters_beside_the_weights_answer_as_merged(root: Path, tuned: Path, source: str) -> None:

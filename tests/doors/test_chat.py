@@ -195,8 +195,14 @@ def test_refusals(parrot: Any, tmp_path: Path, copy_without: Callable[..., Path]
     assert "prompt and prompts exclude each other" in refusal(capsys, *model, *both)
     assert "is for the answers to --prompts" in refusal(capsys, *model, "--output", "out.jsonl")
     assert "no such file" in refusal(capsys, *model, "--prompts", tmp_path / "nothing.jsonl")
-    assert "the file is empty" in of_file("\n")
+    assert f"{prompts}: there is no prompt in it" in of_file("\n")
+    assert "there is no prompt in it" in of_file("")
     assert f"{prompts}:2: expected 'prompt'" in of_file('{"prompt": "Hi"}\n{"text": "Hi"}\n')
+    said = of_file('{"prompt": 3}\n')
+    assert f"{prompts}:1: 'prompt' is a number; expected text, or a list of messages" in said
+    assert "'prompt' is true or false" in of_file('{"prompt": false, "id": 3}\n')
+    assert "'prompt' is an object" in of_file('{"prompt": {}}\n')
+    assert "prompt empty" in of_file('{"prompt": " "}\n')
     assert "prompt empty" in of_file('{"prompt": ""}\n')
     assert f"{prompts}:1: role 'me'" in of_file('{"messages": [{"role": "me", "content": "a"}]}\n')
     answered = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -1,6 +1,7 @@
 """The convert door: a run's checkpoint or a model folder becomes a folder others load."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -82,6 +83,21 @@ def test_a_run_without_an_export_is_asked_by_its_newest_checkpoint(run_dir, caps
         load_tokenizer(str(run_dir))
 
 
+def test_a_checkpoint_asked_with_the_config_of_its_run_has_the_tokenizer_of_its_base(run_dir):
+    """Every field of a config.yaml counts as given; a tokenizer that is not named is none."""
+    step = str(run_dir / "checkpoints" / "1")
+    asked = {"model_name_or_path": step}
+    found = [
+        resolved(load(run_dir / "config.yaml", overrides=asked)),
+        resolved(load(overrides=asked)),
+    ]
+    for config in found:
+        assert config.model_name_or_path == step
+        assert config.tokenizer_name == str(run_dir.parent / "base")
+    given = resolved(load(overrides={**asked, "tokenizer_name": "other"}))
+    assert given.tokenizer_name == "other"
+
+
 @pytest.mark.parametrize("way", ["flag", "path"])
 def test_one_checkpoint_in_another_dtype(run_dir, tmp_path, way):
     out = tmp_path / "out"
@@ -91,6 +107,14 @@ def test_one_checkpoint_in_another_dtype(run_dir, tmp_path, way):
     assert {str(tensor.dtype) for tensor in open_model(out).tensors.values()} == {"bfloat16"}
     _equal_to_base_times(out, 2)
     assert "| loss | 2 |" in (out / "README.md").read_text()
+
+
+def test_half_a_line_of_a_killed_run_is_left_out(run_dir, tmp_path):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 2, "lo')
+    assert convert.main([str(run), str(tmp_path / "out")]) == 0
+    assert "| loss | 1 |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_model_folder_is_saved_anew(run_dir, tmp_path):
@@ -125,6 +149,11 @@ def test_a_mistake_is_told(run_dir, tmp_path, capsys):
         ([str(run_dir / "checkpoints" / "1"), out, "--step", "2"], "is step 1, but --step is 2"),
         ([str(base), out, "--step", "1"], "--step 1, but there are no checkpoints in it"),
         ([str(moved), out], "no config.json there"),
+        (
+            [str(run_dir / "checkpoints"), out],
+            f"holds the checkpoints of a run. Give {run_dir}, or",
+        ),
+        ([f"{run_dir}/checkpoints/", out], f"{run_dir}/checkpoints/STEP (there are: 1, 2)"),
         ([str(run_dir), str(tmp_path / "full")], "holds files that are no exported model"),
         ([str(run_dir), str(base)], "is the model being read"),
         ([str(run_dir), out, "--model_name_or_path", "/gone"], "/gone: no such folder"),

@@ -304,6 +304,54 @@ def test_general_text_is_read_in_windows(parrot: Any, contrary: Any, tmp_path: P
     )
 
 
+def test_the_witnesses_of_general_text_are_its_documents(
+    parrot: Any, contrary: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To these models a window is no context, so however a document is cut the interval stays."""
+    general = tmp_path / "general.txt"
+    texts = ["It is late. " * 40, "Yes, you can return it. " * 9, "A laptop? " * 20, "Sorry. " * 30]
+    general.write_text("\n\n".join(texts))
+    data = write(tmp_path / "d.jsonl", ROWS)
+    options = {"general": str(general), "base": str(contrary.folder)}
+    short, long = (
+        scores(parrot, data, options=options, max_length=n)["general"] for n in (32, 128)
+    )
+    assert short["eval_tokens_trained"] == long["eval_tokens_trained"]
+    for key in ("eval_loss", "eval_token_accuracy"):
+        assert short["intervals"][key] == pytest.approx(long["intervals"][key], rel=1e-5)
+        ends = (part["difference"][key]["interval"] for part in (short, long))
+        assert next(ends) == pytest.approx(next(ends), rel=1e-4)
+    assert not short["difference"]["eval_loss"]["clear"]  # four are too few
+    assert "one document" not in capsys.readouterr().err
+    general.write_text(texts[0])
+    found = scores(parrot, data, options=options, max_length=32)["general"]
+    assert set(found["intervals"].values()) == {None}
+    assert found["difference"]["eval_loss"]["interval"] is None
+    assert "is one document, so its loss has no interval" in capsys.readouterr().err
+
+
+def test_questions_that_are_too_long_are_left_out_for_both_and_counted(
+    parrot: Any, contrary: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A conversation whose first answer is an example, and whose last question is too long."""
+    long = dialogue("Hello.", "Yes", "Is it late? " * 99, "No")
+    data = write(tmp_path / "d.jsonl", [ROWS[0], long, ROWS[1]])
+    options = {"generate": 3, "base": str(contrary.folder)}
+    found = scores(parrot, data, options=options, truncation="truncate", max_length=64)
+    said = capsys.readouterr().err
+    assert "generate: 1 of 3 questions are too long for 256 positions (d: 1)" in said
+    for row in (found, found["base"]):
+        assert (row["questions"], row["questions_left_out"]) == (2, 1)
+        assert [each["reference"] for each in row["generations"]] == [
+            ROWS[0]["messages"][1]["content"],
+            ROWS[1]["messages"][1]["content"],
+        ]
+    write(data, [long])
+    argv = ("--model_name_or_path", parrot.folder, "--dataset", data, "--generate", 1)
+    refused = refusal(capsys, *argv, "--truncation", "truncate", "--max_length", 64)
+    assert "generate: 1 of 1 questions are too long for 256 positions" in refused
+
+
 def test_each_data_set_and_all_together(parrot: Any, tmp_path: Path) -> None:
     entries = [
         {"path": str(write(tmp_path / "a.jsonl", ROWS[:2])), "name": "desk"},

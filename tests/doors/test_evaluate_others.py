@@ -175,7 +175,8 @@ def test_what_the_harness_says(
         "out = pathlib.Path(words[words.index('--output_path') + 1]) / 'model'\n"
         "out.mkdir()\n"
         "scores = {'alias': 'x', 'acc,none': 0.5, 'acc_stderr,none': 0.1, 'f1,strict': 1,\n"
-        "          'f1_stderr,strict': 'N/A', 'sample_len': 8, 'words': len(words)}\n"
+        "          'f1_stderr,strict': 'N/A', 'sample_len': 8, 'words': len(words),\n"
+        "          'perplexity,none': float('inf'), 'perplexity_stderr,none': float('nan')}\n"
         "(out / 'results_1.json').write_text(json.dumps({'results': {' '.join(words): scores}}))\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(stand_in))
@@ -188,9 +189,14 @@ def test_what_the_harness_says(
     found = json.loads(capsys.readouterr().out)
     for row, folder in ((found, parrot.folder), (found["base"], contrary.folder)):
         ((words, scores),) = row["harness"].items()
-        assert scores == {"acc": 0.5, "acc_stderr": 0.1, "f1,strict": 1.0}
+        assert scores == {
+            "acc": 0.5, "acc_stderr": 0.1, "f1,strict": 1.0,
+            "perplexity": None, "perplexity_stderr": None,
+        }  # fmt: skip
         assert words.startswith(f"run --model hf --model_args pretrained={folder} --tasks one two ")
         assert words.endswith("--limit 5")
+    assert evaluate.main(argv) == 0
+    assert " perplexity not finite " in " ".join(capsys.readouterr().out.split())
     bad = [word if word != "one" else "bad" for word in argv]
     assert "lm_eval ended with 1: Traceback | no such task: bad" in refusal(capsys, *bad)
 

@@ -285,6 +285,31 @@ def test_answers_with_their_differences(folder: Path) -> None:
         assert text in page.text
 
 
+def test_an_evaluation_in_the_run_directory_is_shown_by_itself(folder: Path, capsys: Any) -> None:
+    row = {"prompt": "Q?", "reference": "a blue fox", "response": "a blue fox"}
+    base = {"eval_loss": 2.0, "generations": [{**row, "response": "a red fox"}]}
+    found = {"eval_loss": 1.5, "generations": [row], "base": base}
+    own, other = folder / "evaluation.json", folder / "e.json"
+    assert "Answers in" not in page_of(folder).text
+    own.write_text(json.dumps(found))
+    page = page_of(folder)
+    for text in ("Answers in evaluation.json", "\u22120.5000", "base", "tuned"):
+        assert text in page.text
+    other.write_text(json.dumps(found))
+    assert "Answers in evaluation.json" not in page_of(folder, "--evaluation", str(other)).text
+    (folder / "hf").mkdir()
+    (folder / "hf" / "README.md").write_text("# tuned\n\n## Data\n")
+    page_of(folder, "--card")
+    assert "2.000" in (folder / "hf" / "README.md").read_text()
+    capsys.readouterr()
+    for broken in ("", '{"loss": 1}'):
+        own.write_text(broken)
+        assert "evaluation.json cannot be read, so it is left out here." in page_of(folder).text
+        assert f"evaluation: left out: {own}: " in capsys.readouterr().err
+    assert report.main([str(folder), "--card"]) == 2
+    assert "card: there is no evaluation to put there" in capsys.readouterr().err
+
+
 def test_an_answer_is_marked_as_it_was_scored(folder: Path) -> None:
     """What it thought is shown, and was not compared; older files do not say."""
     row = {"prompt": "Q?", "reference": "<think>a</think>fox", "response": "<think>b</think>fox"}

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from jaxtune.draw.answers import difference, samples
 from jaxtune.draw.curves import charts, curves
 from jaxtune.draw.evaluated import evaluation_tables
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_number_that_no_chart_names_has_its_own() -> None:
@@ -39,6 +45,49 @@ def test_many_rows_are_all_on_the_chart_and_thinned_in_the_table() -> None:
 )
 def test_differences(before: str, after: str, left: str, right: str) -> None:
     assert difference(before, after) == (left, right)
+
+
+LOOPS = [
+    ("a " * 2000, "a b " * 1000),
+    ("!" * 4000, "!?" * 2000),
+    ("and " * 1000, "and the " * 500),
+    ("0 " * 1000, "0 1 " * 500),
+    ("I am a good man. " * 235, "I am a good dog and a man. " * 148),
+    ("the the of " * 360, "the of of the " * 280),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), LOOPS, ids=lambda text: text[:9])
+def test_answers_that_loop_are_compared_within_a_bound(
+    before: str, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are shown as they are; what both begin and end with is compared at no cost."""
+    steps: list[int] = []
+    whole = difflib.SequenceMatcher.find_longest_match
+
+    def counted(self: Any, alo: int = 0, ahi: Any = None, *more: Any) -> Any:
+        steps.append(sum(len(self.b2j.get(word, ())) for word in self.a[alo:ahi]))
+        assert sum(steps) <= 1_000_000, "the work is not bounded"
+        return whole(self, alo, ahi, *more)
+
+    monkeypatch.setattr(difflib.SequenceMatcher, "find_longest_match", counted)
+    left, right = difference(before, after)
+    for text in (left, right):
+        assert "<del>" not in text
+        assert "<ins>" not in text
+    steps.clear()
+    half = before[:1990]
+    assert difference(f"{half} yes {half}", f"{half} no {half}") == (
+        f"{half} <del>yes</del> {half}",
+        f"{half} <ins>no</ins> {half}",
+    )
+
+
+def test_long_answers_without_loops_are_compared() -> None:
+    text = (ROOT / "README.md").read_text()[:3900]
+    one_more = text.replace(" the ", " THE ")
+    left, right = difference(text, one_more)
+    assert left.count("<del>the</del>") == right.count("<ins>THE</ins>") == text.count(" the ") > 9
 
 
 def test_samples_keep_the_first_and_the_last() -> None:

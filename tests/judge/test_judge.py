@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 import traceback
@@ -73,6 +75,28 @@ def test_what_is_no_verdict_is_counted_and_not_guessed() -> None:
         found = pairs.judge(endpoint(judge.url), RUBRIC, PAIRS, concurrency=1)
     assert [outcome.why for outcome in found] == ["unparseable", "unparseable", "", "", ""]
     assert [outcome.points for outcome in found] == [None, None, 0.5, 0.5, 0.5]
+
+
+def test_an_interrupt_is_the_last_request() -> None:
+    """Those on their way end by themselves; none is sent after it, and it waits for none."""
+    many = [Pair("Q", "right", f"a{n}", f"b{n}") for n in range(50)]
+    held = threading.Event()
+
+    def interrupts(number: int, a: str, b: str) -> str:
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        if number >= 4:
+            held.wait(timeout=60)
+        return likes_the_first(number, a, b)
+
+    with serving(interrupts) as judge:
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                pairs.judge(endpoint(judge.url, timeout=60.0), RUBRIC, many, concurrency=2)
+        finally:
+            held.set()
+        time.sleep(0.2)
+        assert len(judge.seen) <= 6  # two at a time
 
 
 def test_busy_and_broken_replies_are_asked_for_again() -> None:
