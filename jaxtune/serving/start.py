@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxtune.capacity import longest_text
 from jaxtune.inference import Answering
 from jaxtune.serving.app import Defaults, Served, application
 from jaxtune.serving.asked import chat_ids, text_ids
 from jaxtune.serving.guard import Door
 from jaxtune.serving.listen import Taken, serve
-from jaxtune.serving.room import longest_text
 from jaxtune.serving.work import Desk, Limits
 
 if TYPE_CHECKING:
