@@ -157,6 +157,7 @@ first=yes # nothing is known yet
 fresh=no  # yes: it was asked for here, and nothing was launched on it
 quiet=''  # since when it does not answer
 failures=0 refused=0 misses=0
+asked=0 # how often in a row, without its having been seen
 before='' said=''
 while true; do
   slice ABSENT
@@ -187,19 +188,19 @@ while true; do
     fi
     exit "$STOPPED"
   fi
+  if [[ $what != absent ]]; then asked=0; fi
   case $what in
   absent)
+    if ((asked >= most)); then
+      say "$NAME: it was asked for $asked times in a row and is not there."
+      exit 1
+    fi
     code=0
     create || code=$?
-    if ((code == 0)); then
+    if ((code == 0 || code == STOPPED)); then
+      asked=$((asked + 1))
+      if ((code)); then say "$NAME: not asked for; trying again ($asked of $most)."; fi
       misses=0 fresh=yes quiet=''
-    elif ((code == STOPPED)); then
-      misses=$((misses + 1))
-      if ((misses >= most)); then
-        say "$NAME: it could not be asked for $misses times in a row."
-        exit 1
-      fi
-      say "$NAME: not asked for; trying again ($misses of $most)."
       pause "$seconds"
     else
       slice ABSENT # it may be there all the same, a little later than the look above

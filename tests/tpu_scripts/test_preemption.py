@@ -200,7 +200,7 @@ def test_a_new_slice_that_never_answers_does_not_cost_for_ever(cloud: Cloud) -> 
     assert done.returncode == 1
     assert "have not answered for 30 minutes, and nothing was launched" in done.stderr
     assert cloud.verbs() == ["create", "delete"]
-    assert cloud.calls.count("sleep 400") == 5
+    assert cloud.calls.count("sleep 400") == 6
 
 
 def test_a_run_that_does_not_answer_may_be_going_on(cloud: Cloud) -> None:
@@ -234,7 +234,16 @@ def test_not_asked_for_just_now(cloud: Cloud, why: str) -> None:
     cloud.answers("creates", f"!{why}")
     done = cloud.run(*WORDS, *TRAIN)
     assert done.returncode == 1
-    assert "could not be asked for 3 times in a row" in done.stderr
+    assert "was asked for 3 times in a row and is not there" in done.stderr
+    assert cloud.verbs() == ["create"] * 3
+
+
+def test_what_is_asked_for_and_never_there(cloud: Cloud) -> None:
+    done = cloud.run(
+        *WORDS, *TRAIN
+    )  # queued without a complaint, and somebody deletes it each time
+    assert done.returncode == 1
+    assert "was asked for 3 times in a row and is not there" in done.stderr
     assert cloud.verbs() == ["create"] * 3
 
 
