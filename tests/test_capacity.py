@@ -17,7 +17,7 @@ from jaxtune.config import ConfigError
 from jaxtune.hf.load import open_model
 from jaxtune.mesh import make_mesh
 
-MODEL = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model"
+MODEL = Path(__file__).resolve().parents[1] / "configs" / "quickstart" / "model"
 
 
 def model(positions: int) -> Any:
