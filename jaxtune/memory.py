@@ -37,6 +37,6 @@ def _exhausted(error: BaseException) -> str | None:
     hosts, or a kernel's scratch memory, which no setting makes smaller."""
     if type(error).__name__ not in _ERRORS or _CODE not in str(error):
         return None
-    text = str(error).lower()
-    about = any(word in text for word in ("memory", "alloc", "hbm")) and "vmem" not in text
-    return str(error).partition("\n")[0] if about else None
+    said = str(error).partition("\n")[0]
+    about = any(word in said.lower() for word in ("memory", "alloc", "hbm"))
+    return said if about and "vmem" not in said.lower() else None
