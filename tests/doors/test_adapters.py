@@ -308,7 +308,7 @@ def test_a_conversation_turns_the_adapter_off_and_on(
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             for name in names:
                 body = {"model": name, "messages": [{"role": "user", "content": question}]}
-                said = (await client.post("/v1/chat/completions", json=body, timeout=60)).json()
+                said = (await client.post("/v1/chat/completions", json=body, timeout=300)).json()
                 served[name] = printable(said["choices"][0]["message"]["content"]) + "\n"
 
     def serve(app: Any, desk: work.Desk, taken: Any, models: str) -> None:

@@ -65,7 +65,7 @@ class Server:
 
     def end(self, number: int) -> int:
         self.process.send_signal(number)
-        code = self.process.wait(timeout=60)
+        code = self.process.wait(timeout=300)
         self.rest.join(timeout=10)
         return code
 
@@ -225,7 +225,7 @@ def test_a_signal_lets_answers_end_and_leaves_with_0(parrot: Any) -> None:
         ) as response:
             found.process.send_signal(signal.SIGTERM)
             came = [line for line in response.iter_lines() if line]
-        assert found.process.wait(timeout=60) == 0
+        assert found.process.wait(timeout=300) == 0
         said = "".join(
             json.loads(line[6:])["choices"][0]["delta"].get("content", "") for line in came[:-1]
         )

@@ -303,7 +303,7 @@ def test_the_same_in_a_process_of_its_own(folder):
     os.mkfifo(folder / "config.json")
     done = subprocess.run(
         [sys.executable, "-m", "jaxtune.convert", str(folder), str(folder.parent / "out")],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("jaxtune convert: ")

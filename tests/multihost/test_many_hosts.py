@@ -167,7 +167,7 @@ def test_hosts_that_would_not_run_the_same_say_what_differs(material: Path, tmp_
         for flag, value in {**files, "--learning_rate": "0.05"}.items()
     )
     hosts = runs.start(runs.flags(material, tmp_path / "out"), hosts=2, devices=2, before=before)
-    assert [host.end(100) for host in hosts] == [2, 2], hosts[0].stderr + hosts[1].stderr
+    assert [host.end(300) for host in hosts] == [2, 2], hosts[0].stderr + hosts[1].stderr
     for host in hosts:
         assert "hosts: they are not about to run the same: " in host.stderr
         assert "learning_rate is 0.05 on host 1 and 0.01 on host 0" in host.stderr
@@ -197,7 +197,7 @@ def test_the_others_hear_why_a_host_has_ended(
     before: str, code: int, said: str, material: Path, tmp_path: Path
 ) -> None:
     hosts = runs.start(runs.flags(material, tmp_path / "out"), hosts=2, devices=2, before=before)
-    assert [host.end(100) for host in hosts] == [code, code], hosts[0].stderr + hosts[1].stderr
+    assert [host.end(300) for host in hosts] == [code, code], hosts[0].stderr + hosts[1].stderr
     assert f"jaxtune train: host 1 of 2: {said}" in hosts[1].stderr
     assert f"host 1 has ended, so this one does too. It said: {said}" in hosts[0].stderr
     assert "BLAMED" not in hosts[1].stderr
@@ -212,7 +212,7 @@ def test_sample_prompts_on_two_hosts_are_answered_as_on_one(material: Path, tmp_
         more = {"sample_prompts": prompts, "max_steps": 6, "eval_steps": 3, "export": "false"}
         split = {"mesh.data": 1, "mesh.fsdp": 2}
         hosts = runs.start(runs.flags(material, out, **more, **split), hosts=count, devices=2)
-        assert [host.end(100) for host in hosts] == [0] * count, [host.stderr for host in hosts]
+        assert [host.end(300) for host in hosts] == [0] * count, [host.stderr for host in hosts]
         found.append((out / "samples.jsonl").read_text().splitlines())
     assert [json.loads(row)["step"] for row in found[1]] == [3, 3, 6, 6]
     assert found[0] == found[1]
@@ -226,7 +226,7 @@ def test_answers_on_two_hosts_are_those_of_one(material: Path, alone: Path) -> N
                 str(material / "eval.jsonl"), "--max_length", "64", "--json", "--generate", "4",
                 "--max_new_tokens", "8"]  # fmt: skip
         hosts = runs.start(argv, hosts=count, devices=2, door="evaluate")
-        assert [host.end(100) for host in hosts] == [0] * count, [host.stderr for host in hosts]
+        assert [host.end(300) for host in hosts] == [0] * count, [host.stderr for host in hosts]
         assert not any(host.stdout for host in hosts[1:])
         found.append([row["response"] for row in json.loads(hosts[0].stdout)["generations"]])
     assert len(found[0]) == 4

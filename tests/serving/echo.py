@@ -171,7 +171,7 @@ def running(
     finally:
         found.client.close()
         desk.close()
-        thread.join(timeout=15)
+        thread.join(timeout=60)
         assert not thread.is_alive(), "the server does not end"
     if not any(engine.broken for engine in engines.values()):
         assert not failed

@@ -95,7 +95,7 @@ def sent(script: str) -> list[Any]:
     text, _ = page("model", ["model"], key=False)
     own = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)[0]
     program = f"{BROWSER}{own}\n(async () => {{ {script}; console.log(JSON.stringify(sent)); }})();"
-    done = subprocess.run(["node", "-e", program], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["node", "-e", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

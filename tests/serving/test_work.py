@@ -67,7 +67,7 @@ def office() -> Iterator[Any]:
     for each in made:
         each.desk.close()
         if each.thread.ident is not None:
-            each.thread.join(timeout=10)
+            each.thread.join(timeout=60)
             assert not each.thread.is_alive()
 
 
@@ -195,7 +195,7 @@ def test_closing_lets_answers_end(office: Any) -> None:
         time.sleep(0.001)
     here.desk.close()
     here.wait("a" * 30, "b" * 30)
-    here.thread.join(timeout=5)
+    here.thread.join(timeout=60)
     assert not here.thread.is_alive()
     assert here.text("b" * 30) == "b" * 30
     with pytest.raises(Refused, match="stopping") as caught:
@@ -214,7 +214,7 @@ def test_closing_tells_those_who_cannot_end(office: Any, again: bool) -> None:
     here.desk.close()
     if again:
         here.desk.close()
-    here.thread.join(timeout=5)
+    here.thread.join(timeout=60)
     assert not here.thread.is_alive()
     for asked in ("a" * 10_000, "waits"):
         assert "stopping" in str(here.came[asked][-1])
@@ -227,7 +227,7 @@ def test_a_model_that_fails_ends_it_after_everybody_was_told(office: Any) -> Non
     here.ask("one")
     here.ask("two")
     here.thread.start()
-    here.thread.join(timeout=5)
+    here.thread.join(timeout=60)
     assert isinstance(here.failed[0], RuntimeError)
     for asked in ("one", "two"):
         assert here.came[asked][-1].status == 500

@@ -73,7 +73,7 @@ def ended(
     flags = runs.flags(material, Path("/nowhere"), output_dir=run, **split, **options)
     before = APART.format(disks=str(disks), kill=kill, who=who) + more
     processes = runs.start(flags, hosts=hosts, devices=4, before=before)
-    return [p.end(100) for p in processes], [p.stderr for p in processes]
+    return [p.end(300) for p in processes], [p.stderr for p in processes]
 
 
 def assert_same_run(run: str, calm: Path) -> None:

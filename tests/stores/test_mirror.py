@@ -211,7 +211,7 @@ else:
 def killed_at(url: str, folder: Path, what: str, at: int) -> bool:
     """Whether a process that copies was killed at its object `at`, or ended before."""
     words = [sys.executable, "-c", KILLED, url, str(folder), what, str(at)]
-    code = subprocess.run(words, check=False, timeout=60).returncode
+    code = subprocess.run(words, check=False, timeout=300).returncode
     assert code in (0, -9)
     return code == -9
 

@@ -60,7 +60,7 @@ class Terminal:
 
     def left(self) -> int:
         self.until("left")
-        return self.process.wait(timeout=20)
+        return self.process.wait(timeout=60)
 
     def _more(self, seconds: float) -> bool:
         ready, _, _ = select.select([self.ours], [], [], max(0, seconds))
@@ -137,7 +137,7 @@ def test_ctrl_c_ends_an_answer_and_twice_leaves(terminal: Callable[..., Terminal
     here.ctrl_c(until="Ctrl-C once more leaves")
     here.until("> ")
     here.ctrl_c(until="left")
-    assert here.process.wait(timeout=20) == 0
+    assert here.process.wait(timeout=60) == 0
 
 
 def test_ctrl_c_just_when_an_answer_ends_loses_nothing(terminal: Callable[..., Terminal]) -> None:
@@ -162,7 +162,7 @@ def test_ctrl_c_twice_in_an_answer_leaves(terminal: Callable[..., Terminal]) -> 
     here.until("Ctrl-C once more leaves")
     here.until("> ")
     here.ctrl_c(until="left")
-    assert here.process.wait(timeout=20) == 0
+    assert here.process.wait(timeout=60) == 0
 
 
 def test_a_history_file_when_asked_for(terminal: Callable[..., Terminal], tmp_path: Path) -> None:
