@@ -204,12 +204,17 @@ def test_the_others_hear_why_a_host_has_ended(
 
 
 @pytest.mark.slow
-def test_sample_prompts_on_two_hosts_are_answered_as_on_one(material: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora", [0, 2])
+def test_sample_prompts_on_two_hosts_are_answered_as_on_one(
+    lora: int, material: Path, alone: Path, tmp_path: Path
+) -> None:
     found = []
     for count in (1, 2):
         out = tmp_path / str(count)
         prompts = json.dumps(["Where is number 3?", "Where is the very last number of them?"])
         more = {"sample_prompts": prompts, "max_steps": 6, "eval_steps": 3, "export": "false"}
+        if lora:
+            more |= {"lora.r": lora, "init": "pretrained", "model_name_or_path": alone / "hf"}
         split = {"mesh.data": 1, "mesh.fsdp": 2}
         hosts = runs.start(runs.flags(material, out, **more, **split), hosts=count, devices=2)
         assert [host.end(300) for host in hosts] == [0] * count, [host.stderr for host in hosts]
