@@ -650,7 +650,7 @@ def test_a_best_step_that_is_gone_or_of_other_data_is_forgotten(
     said = capsys.readouterr().err
     assert "the best step 2, eval_loss 1.0000, is kept nowhere any more" in said
     assert read_meta(out)["standing"] == {
-        "best_step": 8, "best_loss": 2.0, "since_best": 0, "skipped": 0
+        "best_step": 8, "best_loss": 2.0, "since_best": 0, "skipped": 0, "due": False
     }  # fmt: skip
 
     # Other data, on which nothing was measured before.
