@@ -14,6 +14,7 @@ import ctypes
 import faulthandler
 import itertools
 import os
+import re
 import signal
 import sys
 import threading
@@ -31,6 +32,7 @@ _SILENT_BEATS = 4
 _ENDED_SECONDS = 10.0  # host 0, which keeps the store, stays for the others to read why it ends
 _HOST, _ENDED = "jaxtune/host/", "jaxtune/ended/"
 _STACKS = "stacks"
+_STATUS = re.compile("(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 
 
 class Beat(NamedTuple):
@@ -258,11 +260,14 @@ def _lost(silent: list[int], step: int) -> str:
 
 
 def _of_runtime(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, came from XLA."""
+    """Whether an error, or what caused it, came from XLA: as its own, or as a `ValueError` that
+    begins with a status, as a collective fails when it is called for the first time."""
     import jax
 
     while error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError):
+            return True
+        if isinstance(error, ValueError) and _STATUS.match(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

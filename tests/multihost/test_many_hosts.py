@@ -187,7 +187,8 @@ def test_hosts_that_would_not_run_the_same_say_what_differs(material: Path, tmp_
          "if HOST == 1: assemble.build = build", 130, "interrupted."),
         ("from jaxtune import loop, watch\n"
          "import jax.numpy\n"
-         "watch.Watch._blame = lambda *_: print('BLAMED', file=sys.stderr)\n"
+         "blamed = lambda *_: print('BLAMED', file=sys.stderr)\n"
+         "if HOST == 1: watch.Watch._blame = blamed\n"
          "def step(*_): jax.numpy.zeros(2**45).block_until_ready()\n"
          "if HOST == 1: loop.Loop._next = step", 2, "out of memory on a device: RESOURCE_"),
     ],
