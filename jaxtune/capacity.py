@@ -7,11 +7,10 @@ answered grows with its length, and all slots of a model are as long as the long
 from __future__ import annotations
 
 import bisect
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxtune import memory
 from jaxtune.command import note
 from jaxtune.config import ConfigError
 
@@ -75,12 +74,4 @@ def _free_bytes(model: Model) -> float:
     stats = [device.memory_stats() or {} for device in devices]
     if all("bytes_limit" in found for found in stats):
         return min(found["bytes_limit"] - found["bytes_in_use"] for found in stats)
-    return _host_bytes() / len(devices)
-
-
-def _host_bytes() -> int:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (memory.available_bytes() or memory.machine_bytes()) / len(devices)

@@ -1,16 +1,32 @@
-"""What is said where the memory of a device does not suffice. Knows no JAX: the error is known by
-its name, so that a door that never used a device imports nothing."""
+"""How much memory this machine has, and what is said where that of a device does not suffice. Knows
+no JAX: the error is known by its name, so that a door that never used a device imports nothing."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from jaxtune.config import ConfigError
 
 _ERRORS = ("JaxRuntimeError", "XlaRuntimeError")
 # The second is what several devices of a CPU say, as an internal error.
 _SAID = ("RESOURCE_EXHAUSTED", "Out of memory allocating")
+
+
+def machine_bytes() -> int:
+    """All that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_bytes() -> int | None:
+    """What of it a new process could use; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
+    except (OSError, StopIteration):
+        return None
 
 
 @contextlib.contextmanager

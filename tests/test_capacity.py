@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtune import capacity
+from jaxtune import memory
 from jaxtune.capacity import longest_text
 from jaxtune.config import ConfigError
 from jaxtune.hf.load import open_model
@@ -40,7 +40,7 @@ def test_else_a_third_of_free_memory_holds_all_slots_of_all_models(
     for stack in large.spec.stacks:
         for layer in stack.pattern:
             position += stack.repeats * layer.kv_heads * layer.head_dim * 2 * 4
-    monkeypatch.setattr(capacity, "_host_bytes", lambda: 3 * 8 * position * 10 * 1024)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 3 * 8 * position * 10 * 1024)
     assert longest_text([large], 8, None) == 10 * 1024
     assert "at most 10240 tokens of the model's 100000000" in capsys.readouterr().err
     assert longest_text([large], 16, None) == 5 * 1024

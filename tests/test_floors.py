@@ -54,7 +54,18 @@ ROOMS: dict[str, set[str]] = {
         *("config", "stores", "chips", "data", "spec", "mesh", "model", "learn", "hf", "weights"),
     },
     "planning": {
-        *("config", "chips", "compiled", "assemble", "spec", "tree", "mesh", "data", "model"),
+        *(
+            "config",
+            "memory",
+            "chips",
+            "compiled",
+            "assemble",
+            "spec",
+            "tree",
+            "mesh",
+            "data",
+            "model",
+        ),
         *("ops", "learn", "hf", "weights"),
     },
     "reporting": {"config", "command", "untrusted", "rows", "data", "draw"},
@@ -75,7 +86,7 @@ ROOMS: dict[str, set[str]] = {
         *("weights", "inference"),
     },
     "talk": {"config", "command", "data", "draw", "model", "inference"},
-    "capacity": {"config", "command", "mesh", "model", "inference"},
+    "capacity": {"config", "command", "memory", "mesh", "model", "inference"},
     "serving": {
         "config",
         "command",

@@ -14,12 +14,10 @@ from typing import NamedTuple
 
 from jaxtune.data import jinja
 from jaxtune.data.encode import encode
-from jaxtune.data.schema import Conversation, Dropped, Message
+from jaxtune.data.schema import Conversation, Dropped
 from jaxtune.data.spans import render
-from jaxtune.data.template import Template
+from jaxtune.data.template import ASKED, SAID, Template
 from jaxtune.data.tokenizer import Tokenizer
-
-_ASKED, _SAID = Message("user", "jaxtuneasks"), Message("assistant", "jaxtunesays")
 
 
 class Around(NamedTuple):
@@ -37,11 +35,11 @@ def around(template: Template, tokenizer: Tokenizer) -> Around:
     """Learnt from an answer as it is trained: blanks as this tokenizer gives them back, and other
     text where the template would write it twice. Nothing where the template takes it out of content
     itself, as that of a reasoning model does with an empty reasoning."""
-    ids = answer_ids(template, tokenizer, Conversation((_ASKED, _SAID)))
+    ids = answer_ids(template, tokenizer, Conversation((ASKED, SAID)))
     if ids is None:
         return Around()
     said = text_of(tokenizer, ids, behind=template.stop_id)
-    before, found, behind = said.partition(_SAID.content)
+    before, found, behind = said.partition(SAID.content)
     if not found or ((before + behind).strip() and _takes_out(template, said)):
         return Around()
     return Around(before, behind)
@@ -70,8 +68,6 @@ def text_of(tokenizer: Tokenizer, ids: Sequence[int], *, behind: int) -> str:
 def _takes_out(template: Template, said: str) -> bool:
     """Whether the template writes the same for what was said as for its content."""
     try:
-        return template.text((_ASKED, _SAID._replace(content=said))) == template.text(
-            (_ASKED, _SAID)
-        )
+        return template.text((ASKED, SAID._replace(content=said))) == template.text((ASKED, SAID))
     except jinja.TemplateFailed:
         return False

@@ -31,6 +31,10 @@ from jaxtune.data.turns import Setting
 DATE = datetime.date(2024, 7, 26)
 
 
+# A turn that is rendered to see what a template makes of one.
+ASKED, SAID = Message("user", "jaxtuneasks"), Message("assistant", "jaxtunesays")
+
+
 class Asked(NamedTuple):
     """What a template was resolved from."""
 
@@ -298,7 +302,7 @@ def _foreign(template: str, tokenizer: Tokenizer) -> tuple[str, str]:
 
 def _probed(template: Template, tokenizer: Tokenizer, stop: str | None) -> Template:
     """Learns how a foreign template ends an answer, by rendering one."""
-    asked, said = Message("user", "jaxtuneasks"), Message("assistant", "jaxtunesays")
+    asked, said = ASKED, SAID
     try:
         text = dataclasses.replace(template, system_prompt="").text((asked, said))
     except jinja.TemplateFailed as error:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from jaxtune import memory
 from jaxtune.assemble import set_compiler_flags
 from jaxtune.chips import Slice
 from jaxtune.config import ConfigError
@@ -74,7 +75,7 @@ def hardware(slice: Slice, *, compiles: bool) -> Hardware:
     else:
         devices = _stand_ins(slice)
     per_chip = max(1, len(devices) // slice.chips)
-    limit = _host_bytes() if slice.platform == "cpu" else slice.chip.hbm // per_chip
+    limit = memory.machine_bytes() if slice.platform == "cpu" else slice.chip.hbm // per_chip
     hosts = len({device.process_index for device in devices})
     return Hardware(slice, devices, per_chip, limit, hosts, slice.platform == "tpu" and compiles)
 
@@ -115,7 +116,3 @@ def _stand_ins(slice: Slice) -> Sequence[StandIn]:
         )
         for number in range(slice.chips * chip.devices)
     ]
-
-
-def _host_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtune import assemble
+from jaxtune import assemble, memory
 from jaxtune.config import Config, ConfigError, dump
 from jaxtune.planning import estimate, timing
 from jaxtune.planning.advice import changed
@@ -261,12 +261,8 @@ def _ratio(candidate: Candidate, known: Sequence[tuple[float, Candidate]]) -> fl
 def workers() -> int:
     """How many compilers this machine holds beside each other."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 1
-    return max(1, min(cores or 1, 1024 * free // PROCESS_BYTES))
+    free = memory.available_bytes()
+    return 1 if free is None else max(1, min(cores or 1, free // PROCESS_BYTES))
 
 
 def _start(
