@@ -177,7 +177,7 @@ def _nearest_in(model: type[pydantic.BaseModel], loc: tuple[int | str, ...]) -> 
 YAML_FAILS = (RecursionError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 
 
-class _Loader(yaml.SafeLoader):
+class _SafeLoader(yaml.SafeLoader):
     """Refuses a key that is there twice, of which the last would count."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -193,7 +193,7 @@ class _Loader(yaml.SafeLoader):
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        values = _SafeLoader(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the config: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

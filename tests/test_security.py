@@ -97,6 +97,15 @@ def test_only_what_the_package_brings_is_rendered_without_the_sandbox() -> None:
         jinja.render(free, [], **how)
 
 
+def test_a_strangers_config_makes_no_objects(tmp_path: Path) -> None:
+    trace = tmp_path / "it-ran"
+    file = tmp_path / "c.yaml"
+    file.write_text(f"seed: !!python/object/apply:os.mkdir [{str(trace)!r}]\n")
+    with pytest.raises(config.ConfigError, match=r"c\.yaml:1: not valid YAML"):
+        config.load(str(file))
+    assert not trace.exists()
+
+
 def test_a_dataset_with_a_script_is_not_run(tmp_path: Path) -> None:
     folder = tmp_path / "stranger"
     folder.mkdir()
