@@ -4,7 +4,8 @@ The floor plan; imports only go down, siblings never import each other (`tests/t
 
     floor 5  doors    train  preview  plan  convert  evaluate  chat  report     `jaxtune <door>`
     floor 4  talk  serving              a conversation in the terminal | over HTTP
-             inference  capacity        a model asked | how long a text it has room for
+             inference  answering       a model opened | and asked
+             capacity                   how long a text it has room for
              samples                    a model asked while it is trained
              assemble  planning         a program made | what it costs
              loop  incident             steps and what is between | a step that went wrong

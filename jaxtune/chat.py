@@ -26,8 +26,9 @@ from jaxtune.command import note
 from jaxtune.config import Config, ConfigError, DataError
 
 if TYPE_CHECKING:
+    from jaxtune.answering import Answer
     from jaxtune.data.schema import Conversation
-    from jaxtune.inference import Answer, Model, Words
+    from jaxtune.inference import Model, Words
     from jaxtune.serving.listen import Taken
     from jaxtune.talk.voices import Settings
 
@@ -215,7 +216,7 @@ def _rows(
     models: Mapping[str, Model], words: Words, asked: list[Asked], options: ChatOptions
 ) -> list[Mapping[str, Any]]:
     """One object per prompt, in order; the base's answer under "base"."""
-    from jaxtune.inference import answer, prompt_ids
+    from jaxtune.answering import answer, prompt_ids
     from jaxtune.talk.voices import sampling
 
     by_model = {

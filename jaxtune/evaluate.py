@@ -124,14 +124,7 @@ def _run(config: Config, options: EvaluateOptions) -> Result:
         that_fit,
     )
     from jaxtune.evaluating.summary import Groups, summaries
-    from jaxtune.inference import (
-        check_base,
-        load_model,
-        open_mesh,
-        open_words,
-        positions,
-        resolved,
-    )
+    from jaxtune.inference import check_base, load_model, open_mesh, open_words, positions, resolved
     from jaxtune.model.sampling import Sampling
     from jaxtune.scoring.intervals import Bootstrap
     from jaxtune.weights import fetched

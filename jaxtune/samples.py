@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxtune import hosts
+from jaxtune.answering import answer, prompt_ids
 from jaxtune.data.schema import Conversation, Message
-from jaxtune.inference import Model, Words, answer, prompt_ids
+from jaxtune.inference import Model, Words
 from jaxtune.rows import keep_rows_up_to
 from jaxtune.tree import merge
 

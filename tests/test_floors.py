@@ -79,13 +79,13 @@ ROOMS: dict[str, set[str]] = {
     },
     "samples": {
         *("config", "hosts", "rows", "tree", "mesh", "data", "model", "learn", "hf", "weights"),
-        "inference",
+        *("inference", "answering"),
     },
     "evaluating": {
         *("config", "command", "mesh", "data", "draw", "scoring", "judge", "model", "learn"),
-        *("weights", "inference"),
+        *("weights", "inference", "answering"),
     },
-    "talk": {"config", "command", "data", "draw", "model", "inference"},
+    "talk": {"config", "command", "data", "draw", "model", "inference", "answering"},
     "capacity": {"config", "command", "memory", "mesh", "model", "inference"},
     "serving": {
         "config",
@@ -96,8 +96,10 @@ ROOMS: dict[str, set[str]] = {
         "draw",
         "model",
         "inference",
+        "answering",
         "weights",
     },
+    "answering": {"config", "data", "model", "weights", "inference"},
     "inference": {
         *("config", "command", "spec", "tree", "mesh", "data", "model", "learn", "hf", "weights"),
         "stores",

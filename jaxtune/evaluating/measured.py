@@ -16,9 +16,10 @@ from jaxtune.scoring.answers import Said, answer_scores
 from jaxtune.scoring.measure import Score, exp_of_ratio, ratio
 
 if TYPE_CHECKING:
+    from jaxtune.answering import Answer
     from jaxtune.data.pipeline import Dataset
     from jaxtune.evaluating.general import General
-    from jaxtune.inference import Answer, Model, Words
+    from jaxtune.inference import Model, Words
     from jaxtune.judge.pairs import Outcome
     from jaxtune.learn.evaluation import Examples
     from jaxtune.model.sampling import Sampling
@@ -152,7 +153,7 @@ def _said(
     max_new_tokens: int,
     sampling: Sampling,
 ) -> list[Said]:
-    from jaxtune.inference import answer, prompt_ids
+    from jaxtune.answering import answer, prompt_ids
 
     prompts = [prompt_ids(model, question.words, question.asked) for question in questions]
     answers: list[Answer] = answer(

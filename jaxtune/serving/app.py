@@ -36,8 +36,8 @@ from jaxtune.serving.protocol import BROKEN, ChatAsked, Ended, Refused, Reply, T
 from jaxtune.serving.work import Desk, Event, Job, Wanted
 
 if TYPE_CHECKING:
+    from jaxtune.answering import Answer
     from jaxtune.data.template import Template
-    from jaxtune.inference import Answer
     from jaxtune.model.sampling import Sampling
 
 _BODY_SECONDS = 20.0  # for a client to send what it has announced

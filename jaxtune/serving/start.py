@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxtune.answering import Answering
 from jaxtune.capacity import longest_text
-from jaxtune.inference import Answering
 from jaxtune.serving.app import Defaults, Served, application
 from jaxtune.serving.asked import chat_ids, text_ids
 from jaxtune.serving.guard import Door

@@ -22,8 +22,8 @@ from jaxtune.config import JaxtuneError
 from jaxtune.serving.protocol import BROKEN, BUSY, Refused
 
 if TYPE_CHECKING:
+    from jaxtune.answering import Answer, Piece
     from jaxtune.data.template import Template
-    from jaxtune.inference import Answer, Piece
     from jaxtune.model.sampling import Sampling
 
 # Tokens that every answer is taken further before others are looked at: who waits, who has gone.
@@ -38,7 +38,7 @@ class Event(NamedTuple):
 
 
 class Engine(Protocol):
-    """A model that answers several requests at a time: `inference.Answering`."""
+    """A model that answers several requests at a time: `answering.Answering`."""
 
     def ask(
         self,

@@ -70,7 +70,7 @@ def voices(models: Mapping[str, Model], words: Words) -> list[Voice]:
 
 def _say(model: Model, words: Words) -> Say:
     def say(messages: Sequence[Message], settings: Settings) -> Generator[str, None, Ended]:
-        from jaxtune.inference import stream
+        from jaxtune.answering import stream
 
         most = settings.max_new_tokens
         found = yield from stream(

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtune import chat, convert, evaluate, inference, train
+from jaxtune import answering, chat, convert, evaluate, inference, train
 from jaxtune.config import Config, ConfigError, load
 from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.draw.terminal import printable
@@ -219,8 +219,8 @@ def test_adapters_beside_the_weights_answer_as_merged(root: Path, tuned: Path, s
     )
     prompts = [words.tokenizer.encode(f"Q: Where is {i}?\nA: ") for i in (3, 12)]
 
-    def asked(model: inference.Model) -> list[inference.Answer]:
-        return inference.answer(model, words, prompts, max_new_tokens=12)
+    def asked(model: inference.Model) -> list[answering.Answer]:
+        return answering.answer(model, words, prompts, max_new_tokens=12)
 
     base = inference.load_model(str(root / "base"), config, words, mesh)
     found = asked(beside)

@@ -18,7 +18,7 @@ import sacrebleu
 from data.chat_templates import THINKING
 from transformers import AutoTokenizer
 
-from jaxtune import evaluate, inference, preview, train
+from jaxtune import answering, evaluate, inference, preview, train
 from jaxtune.config import ConfigError, load
 from jaxtune.evaluate import EvaluateOptions
 from jaxtune.mesh import make_mesh
@@ -390,9 +390,9 @@ def thinks(monkeypatch: pytest.MonkeyPatch, said: Sequence[str]) -> list[Any]:
     def answer(model: Any, words: Any, prompts: Any, *, templates: Any, **more: Any) -> Any:
         given.extend(templates)
         encode = words.tokenizer.encode
-        return [inference.Answer(text, True, len(encode(text))) for text in said]
+        return [answering.Answer(text, True, len(encode(text))) for text in said]
 
-    monkeypatch.setattr(inference, "answer", answer)
+    monkeypatch.setattr(answering, "answer", answer)
     return given
 
 

@@ -13,7 +13,7 @@ import pytest
 from judge.server import likes_the_first, likes_the_longer, serving
 from scipy.stats import binomtest
 
-from jaxtune import evaluate, inference
+from jaxtune import answering, evaluate
 from jaxtune.config import ConfigError, load
 from jaxtune.evaluate import EvaluateOptions
 from jaxtune.evaluating import harness
@@ -70,9 +70,9 @@ def test_a_judge_sees_no_thinking(
 ) -> None:
     def answer(model: Any, words: Any, prompts: Any, **more: Any) -> Any:
         said = "Sorry." if model.name == str(contrary.folder) else "It is allowed."
-        return [inference.Answer(f"<think>\nHm.\n</think>\n\n{said}", True, 9) for _ in prompts]
+        return [answering.Answer(f"<think>\nHm.\n</think>\n\n{said}", True, 9) for _ in prompts]
 
-    monkeypatch.setattr(inference, "answer", answer)
+    monkeypatch.setattr(answering, "answer", answer)
     with serving(likes_the_longer) as server:
         found = judged(parrot, contrary, data, server.url)
     assert found["judge"]["wins"] == 8

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxtune import inference
+from jaxtune import answering, inference
+from jaxtune.answering import Answer, Answering, answer, prompt_ids, stream
 from jaxtune.config import ConfigError, DataError, load
 from jaxtune.data.content import Around
 from jaxtune.data.schema import Conversation, Message
 from jaxtune.data.tokenizer import load_tokenizer
-from jaxtune.inference import Answer, Answering, answer, load_model, prompt_ids, stream
+from jaxtune.inference import load_model
 from jaxtune.model.sampling import Sampling
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model"
@@ -55,7 +56,7 @@ def test_text_in_any_pieces_ends_before_the_first_stop_string() -> None:
             # What the string that came first in tokens leaves.
             expected = tokenizer.decode(ids[:made])
             expected = expected[: min(at for s in stop if (at := expected.find(s)) >= 0)]
-        said = inference._Text(tokenizer, BEHIND, tuple(stop), Around())
+        said = answering._Text(tokenizer, BEHIND, tuple(stop), Around())
         found, shown, at = None, "", 0
         while found is None:
             size = int(rng.integers(1, 6))

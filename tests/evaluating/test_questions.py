@@ -11,6 +11,7 @@ import pytest
 from data.chat_templates import THINKING, THINKING_KEY, TOOL_CALLING
 from data.made import NAMES, adds_bos, byte_level_backend, save, sentencepiece_backend
 
+from jaxtune.answering import _Text
 from jaxtune.config import DataError, DatasetConfig
 from jaxtune.data.content import around
 from jaxtune.data.encode import encode_prompt
@@ -18,7 +19,7 @@ from jaxtune.data.pipeline import Dataset, open_dataset
 from jaxtune.data.template import resolve
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evaluating.questions import Question, questions_of
-from jaxtune.inference import Words, _Text
+from jaxtune.inference import Words
 from jaxtune.scoring.answers import Said, answer_scores
 
 # The generation prompt begins the reasoning, and answers are written with it.

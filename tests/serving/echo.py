@@ -33,7 +33,7 @@ class Drawn:
 
 
 class Said(NamedTuple):
-    """`inference.Answer`, without JAX."""
+    """`answering.Answer`, without JAX."""
 
     text: str
     stopped: bool

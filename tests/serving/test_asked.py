@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jaxtune import inference
+from jaxtune import answering
 from jaxtune.config import DataError
 from jaxtune.serving.asked import chat_ids
 
@@ -37,7 +37,7 @@ def ids(
             raise DataError("an empty answer")
         return [*map(ord, text)]
 
-    monkeypatch.setattr(inference, "prompt_ids", prompt_ids)
+    monkeypatch.setattr(answering, "prompt_ids", prompt_ids)
     nothing: Any = None
     return chat_ids(nothing, nothing, messages, tools)
 

@@ -13,13 +13,13 @@ import pytest
 from data.chat_templates import BRACKETS_MERGING, TRIMMING_DATED
 from data.made import NAMES, adds_bos, byte_level_backend, save, sentencepiece_backend
 
+from jaxtune.answering import Answer, _Text
 from jaxtune.data.content import around, text_of
 from jaxtune.data.encode import encode, encode_prompt
 from jaxtune.data.schema import Conversation, Dropped, Message
 from jaxtune.data.spans import render
 from jaxtune.data.template import Template, resolve
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.inference import Answer, _Text
 from jaxtune.talk import conversation
 
 TURNS = ("Name a prime.", "Seven, I think.", "Another?", "Eleven.")
