@@ -6,7 +6,6 @@ python slow.py [HISTORY_FILE]
 from __future__ import annotations
 
 import fcntl
-import signal
 import sys
 import termios
 import time
@@ -30,8 +29,6 @@ def say(messages: Sequence[Message], settings: Settings) -> Generator[str, None,
 
 if __name__ == "__main__":
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C on it is a signal here
-    # A shell's background job ignores it, and so would we if the tests are one.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     history = sys.argv[1] if len(sys.argv) > 1 else None
     converse([Voice("model", say)], Settings(), history=history)
     print("left")
