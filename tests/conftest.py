@@ -7,13 +7,17 @@ import itertools
 import os
 import signal
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tiny programs: compiling them well would take longer than running them badly.
-for flag in ("xla_force_host_platform_device_count=8", "xla_backend_optimization_level=0"):
+FLAGS = ["xla_force_host_platform_device_count=8", "xla_backend_optimization_level=0"]
+if version("jaxlib").startswith("0.10."):  # two thirds of the compiler's time; XLA ends of a flag
+    FLAGS.append("xla_cpu_use_fusion_emitters=false")  # that it does not know, as later ones do
+for flag in FLAGS:
     flags = os.environ.get("XLA_FLAGS", "")
     if flag.partition("=")[0] not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --{flag}".strip()
