@@ -7,31 +7,27 @@ import itertools
 import os
 import signal
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
+
+import children
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Tiny programs: compiling them well would take longer than running them badly.
-FLAGS = ["xla_force_host_platform_device_count=8", "xla_backend_optimization_level=0"]
-if version("jaxlib").startswith("0.10."):  # two thirds of the compiler's time; XLA ends of a flag
-    FLAGS.append("xla_cpu_use_fusion_emitters=false")  # that it does not know, as later ones do
-for flag in FLAGS:
-    flags = os.environ.get("XLA_FLAGS", "")
-    if flag.partition("=")[0] not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --{flag}".strip()
+for flag in children.flags(devices=8):
+    given = os.environ.get("XLA_FLAGS", "")
+    if flag.partition("=")[0] not in given:
+        os.environ["XLA_FLAGS"] = f"{given} --{flag}".strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # What a shell starts in the background is deaf to Ctrl-C, with all that it starts; tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
+jax.config.update("jax_compilation_cache_dir", str(children.CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_rank_promotion", "raise")

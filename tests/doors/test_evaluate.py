@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import sacrebleu
+from children import environment
 from data.chat_templates import THINKING
 from transformers import AutoTokenizer
 
@@ -505,7 +505,7 @@ def test_one_process_one_device_one_object(parrot: Any, data: Path, tmp_path: Pa
         [sys.executable, "-m", "jaxtune.evaluate", "--config", str(config), "--dataset", str(data),
          "--generate", "5", "--json"],
         capture_output=True, text=True, timeout=240, check=False, cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"},
+        env=environment(devices=1),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

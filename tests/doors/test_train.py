@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from children import environment
 
 from jaxtune import chat, evaluate, lock, loop, samples, train
 from jaxtune.config import ConfigError, Diverged, load
@@ -30,8 +31,6 @@ from jaxtune.tree import named
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "configs" / "quickstart" / "model"
 # What depends on the clock and the machine.
-# Tiny programs: compiling them well would take longer than running them badly.
-FAST = "--xla_backend_optimization_level=0"
 CLOCK = ("tokens_per_second", "mfu", "step_seconds", "data_wait", "memory_peak_bytes")
 PLACES = ("Paris", "Rome", "Oslo", "Cairo", "Lima", "Quito", "Delhi", "Seoul")
 
@@ -95,12 +94,9 @@ def in_process(
 ) -> subprocess.CompletedProcess[str]:
     """The door in a process of its own, on some devices, after some Python lines."""
     code = f"import sys\n{before}\nfrom jaxtune import train\nsys.exit(train.main(sys.argv[1:]))"
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST}"}
-    env["JAX_COMPILATION_CACHE_DIR"] = str(ROOT / ".jax_cache")
-    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     return subprocess.run(
         [sys.executable, "-c", code, *argv],
-        capture_output=True, text=True, timeout=240, env=env, check=False,
+        capture_output=True, text=True, timeout=240, env=environment(devices), check=False,
     )  # fmt: skip
 
 

@@ -1,12 +1,12 @@
 """Two processes that see half of the devices each: load and export as one."""
 
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+from children import environment
 from golden.cases import tensors, write_folder
 from safetensors.numpy import load_file
 
@@ -75,14 +75,13 @@ def test_each_host_reads_its_share_and_the_first_writes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     hosts = [
         subprocess.Popen(
             [sys.executable, "-c", HOST, port, process, source, out],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
+            env=environment(devices=1),
             cwd=Path(__file__).resolve().parents[2],
         )
         for process in ("0", "1")

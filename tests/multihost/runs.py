@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -12,6 +11,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
+
+from children import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "configs" / "quickstart" / "model"
@@ -70,15 +71,7 @@ class Host:
     def __init__(self, argv: Sequence[str], *, devices: int, before: str = "", door: str = "train"):
         code = f"import sys\n{before}\nfrom jaxtune import {door} as door\n"
         code += "sys.exit(door.main(sys.argv[1:]))"
-        env = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-            "--xla_backend_optimization_level=0",
-            "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "PYTHONPATH": str(ROOT),
-        }
+        env = {**environment(devices), "PYTHONPATH": str(ROOT)}
         self._out: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
         self._err: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
         self.process = subprocess.Popen(
