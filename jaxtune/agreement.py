@@ -1,4 +1,4 @@
-"""Whether the hosts of a run are about to run the same.
+"""Whether the hosts of a run, or of an evaluation, are about to do the same.
 
 Each host reads its own config, data and model, and makes its own rows of a batch: where one of them
 has others, the run trains on what nobody asked for, or waits for ever. So all is compared, part by
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxtune import __version__, hosts
@@ -98,6 +99,44 @@ def parts_of(
     }
 
 
+def asked_parts(
+    config: Config,
+    options: Mapping[str, Any],
+    models: Sequence[str],
+    datasets: Sequence[Dataset],
+    prompts: Sequence[Sequence[int]],
+) -> dict[str, str]:
+    """What decides about an evaluation's numbers; `options` are those of its door."""
+    import jax
+
+    return {
+        "jaxtune": __version__,
+        "jax": jax.__version__,
+        **_knobs(config),
+        **{name: json.dumps(value) for name, value in options.items()},
+        "what is evaluated on": _short([[data.names, data.fingerprint] for data in datasets]),
+        "what is asked": _short([list(map(int, ids)) for ids in prompts]),
+        **{f"model {i}": _asked(name, config) for i, name in enumerate(models)},
+    }
+
+
+def _asked(name: str, config: Config) -> str:
+    """A model folder or an adapter by samples of its weights, a checkpoint by its step."""
+    from jaxtune.hf.adapter_read import on_model, open_adapter
+    from jaxtune.hf.folders import is_adapter
+    from jaxtune.hf.load import open_model
+    from jaxtune.tree import named
+    from jaxtune.weights import checkpoint_of, is_checkpoint
+
+    if is_checkpoint(name):
+        return f"step {checkpoint_of(Path(name))[1]}"
+    if is_adapter(name):
+        adapter = open_adapter(name)
+        model, lora, leaves = on_model(adapter, open_model(adapter.base, revision=adapter.revision))
+        return _short([_base(model), repr(lora), _digest_of(named(leaves))])
+    return _base(open_model(name, revision=config.revision, weights=config.init == "pretrained"))
+
+
 def _knobs(config: Config) -> dict[str, str]:
     values = config.model_dump(mode="json")
     for entries in ("datasets", "eval_datasets"):
@@ -123,8 +162,12 @@ def _adapter(adapters: Adapters | None) -> str:
         return "none"
     from jaxtune.tree import named
 
+    return _digest_of(named(adapters.start))
+
+
+def _digest_of(arrays: Mapping[str, Any]) -> str:
     found = hashlib.sha256()
-    for name, array in sorted(named(adapters.start).items()):
+    for name, array in sorted(arrays.items()):
         found.update(name.encode() + array.tobytes())
     return found.hexdigest()[:12]
 

@@ -22,6 +22,8 @@ from jaxtune.command import note
 from jaxtune.config import Config, ConfigError
 
 if TYPE_CHECKING:
+    from jaxtune.data.pipeline import Dataset
+    from jaxtune.evaluating.general import General
     from jaxtune.evaluating.measured import Measured
     from jaxtune.evaluating.questions import Question
     from jaxtune.judge.endpoint import Endpoint
@@ -148,6 +150,8 @@ def _run(config: Config, options: EvaluateOptions) -> Result:
     every = questions = questions_of(entries, dataset, words, options.generate)
     if every:  # of both models the same
         questions = that_fit(every, min(positions(name, config) for name in names.values()))
+    if hosts.count() > 1:
+        _check_same(config, options, names, dataset, general, questions)
     note(f"evaluation: {len(dataset)} examples of {', '.join(dict.fromkeys(dataset.names))}")
 
     # 2. Public benchmarks, while no device is taken.
@@ -193,6 +197,27 @@ def _run(config: Config, options: EvaluateOptions) -> Result:
     else:
         _show(scores, questions, config.model_name_or_path)
     return Result(result)
+
+
+def _check_same(
+    config: Config,
+    options: EvaluateOptions,
+    names: Mapping[str, str],
+    dataset: Dataset,
+    general: General | None,
+    questions: Sequence[Question],
+) -> None:
+    """Whether all hosts evaluate the same. Raises `ConfigError`."""
+    from jaxtune.agreement import asked_parts, check_same
+    from jaxtune.data.encode import encode_prompt
+
+    given = options.model_dump(mode="json", exclude={"dataset", "base", "general", "as_json"})
+    prompts = [
+        encode_prompt(q.words.template, q.words.tokenizer, q.asked.messages, tools=q.asked.tools)
+        for q in questions
+    ]
+    datasets = [dataset] if general is None else [dataset, general.texts]
+    check_same(asked_parts(config, given, list(names.values()), datasets, prompts))
 
 
 def main(argv: list[str] | None = None) -> int:

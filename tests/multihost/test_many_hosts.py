@@ -239,6 +239,28 @@ def test_answers_on_two_hosts_are_those_of_one(material: Path, alone: Path) -> N
     assert found[0] == found[1]
 
 
+def test_hosts_that_would_evaluate_other_things_say_so(
+    material: Path, alone: Path, tmp_path: Path
+) -> None:
+    """Host 1 has another answer in a file of the same name, and asks more questions."""
+    rows = [json.loads(line) for line in (material / "eval.jsonl").read_text().splitlines()]
+    rows[0]["output"] = "In Bonn"
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--model_name_or_path", str(alone / "hf"), "--dataset", str(material / "eval.jsonl"),
+            "--max_length", "64", "--generate", "2"]  # fmt: skip
+    before = "".join(
+        f"if HOST == 1: sys.argv[sys.argv.index({flag!r}) + 1] = {str(value)!r}\n"
+        for flag, value in {"--dataset": tmp_path / "eval.jsonl", "--generate": 3}.items()
+    )
+    hosts = runs.start(argv, hosts=2, devices=2, door="evaluate", before=before)
+    assert [host.end() for host in hosts] == [2, 2], hosts[0].stderr + hosts[1].stderr
+    for host in hosts:
+        assert "generate is 3 on host 1 and 2 on host 0" in host.stderr
+        assert "what is evaluated on is" in host.stderr
+        assert "what is asked is" in host.stderr
+        assert "model 0" not in host.stderr
+
+
 def test_evaluation_on_two_hosts_is_printed_by_one(material: Path, alone: Path) -> None:
     argv = ["--model_name_or_path", str(alone / "hf"), "--dataset", str(material / "eval.jsonl"),
             "--max_length", "64", "--packing", "false", "--json"]  # fmt: skip
