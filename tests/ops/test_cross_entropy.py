@@ -42,15 +42,19 @@ def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def linear_cross_entropy(  # type: ignore[no-untyped-def]
     hidden, kernel, targets, weights, *, block=None, z_loss=0.0, compact=True, **head
 ) -> Sums:
-    return cross_entropy.linear_cross_entropy(
-        hidden,
-        Head(kernel, **head),
-        targets,
-        weights,
-        block=block,
-        z_loss=z_loss,
-        compact=compact,
-    )
+    @jax.jit  # one program in place of one for each operation
+    def run(hidden, kernel, targets, weights):  # type: ignore[no-untyped-def]
+        return cross_entropy.linear_cross_entropy(
+            hidden,
+            Head(kernel, **head),
+            targets,
+            weights,
+            block=block,
+            z_loss=z_loss,
+            compact=compact,
+        )
+
+    return run(hidden, kernel, targets, weights)
 
 
 def plain(hidden, kernel, targets, weights, *, z_loss=0.0, scale=1.0, softcap=None):  # type: ignore[no-untyped-def]
