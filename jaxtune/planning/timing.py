@@ -23,6 +23,7 @@ KEPT_SHARE = 0.5  # and what is written for the backward pass and read there
 EXCHANGE_PASSES = 14  # over activations, for each sum over `tensor`: nothing is fused across it
 STATE_PASSES = 3.5  # as long as state takes to be read and written once: norms, update, casts
 MIXTURE_PASSES = 62  # over a token's copy for each of its experts: sorted, and summed in f32
+FORWARD_SHARE = 0.25  # of such vector work, in layers that the backward pass does not reach
 NEARLY_FULL = 0.92  # of the memory
 LANES = 128  # numbers of a vector register's row; a head of 64 fills half of it
 
@@ -115,11 +116,15 @@ def vectors(work: Work, speed: Speed) -> float:
     """Seconds of one device's vector units: norms, rope and the layouts around the attention
     kernel, by the numbers of heads, which fill whole lanes; and the kernel's partial sums."""
     each = 0.0
-    for layer in work.spec.layers:
-        lanes = -(-layer.head_dim // LANES) * LANES / work.sizes["tensor"]
-        parts = estimate.partial_sums(work, layer)
-        each += speed.heads * (layer.heads + layer.kv_heads * work.sizes["context"]) * lanes
-        each += speed.partials * parts * layer.heads * lanes
+    for i, stack in enumerate(work.spec.stacks):
+        reached = work.backward.reaches(i)
+        for layer in stack.pattern:
+            lanes = -(-layer.head_dim // LANES) * LANES / work.sizes["tensor"]
+            heads = layer.heads + layer.kv_heads * work.sizes["context"]
+            found = speed.heads * heads * lanes * (1 if reached else FORWARD_SHARE)
+            if reached:
+                found += speed.partials * estimate.partial_sums(work, layer) * layer.heads * lanes
+            each += stack.repeats * found
     tokens = work.tokens_per_step / work.devices
     return 1e-9 * tokens * each
 
@@ -127,7 +132,12 @@ def vectors(work: Work, speed: Speed) -> float:
 def routing(work: Work) -> float:
     """Bytes that pass while tokens go to their experts and back; where they travel, also the sums
     in f32 of the experts' gradients, which every round adds to."""
-    chosen = sum(layer.moe.per_token for layer in work.spec.layers if layer.moe is not None)
+    chosen = sum(
+        stack.repeats * layer.moe.per_token * (1 if work.backward.reaches(i) else FORWARD_SHARE)
+        for i, stack in enumerate(work.spec.stacks)
+        for layer in stack.pattern
+        if layer.moe is not None
+    )
     tokens = work.tokens_per_step / work.devices
     passing = MIXTURE_PASSES * chosen * tokens * work.item * work.spec.width
     if work.lora or (peers := work.sizes["expert"]) == 1:

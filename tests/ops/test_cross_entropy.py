@@ -409,7 +409,8 @@ def test_a_kernel_cut_along_its_width_is_gathered_by_blocks(
     expected, slopes = jax.value_and_grad(sums_of, (0, 1))(hidden, stored, targets, weights)
     assert float(jnp.sum(values)) == pytest.approx(float(expected), rel=1e-6)
     for mine, slope in zip(gradients, slopes, strict=True):
-        np.testing.assert_allclose(mine, slope, atol=5e-6)
+        # Numbers up to seven, summed over other blocks: some ten units in the last place.
+        np.testing.assert_allclose(mine, slope, rtol=2e-6, atol=5e-6)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
