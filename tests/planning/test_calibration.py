@@ -62,8 +62,10 @@ def test_memory_and_time_are_those_of_the_compiler(figures: dict[str, Any]) -> N
     if not figures["fits"]:
         assert ratio > 0.85
         return
-    # Of adapters' small products the compiler leaves more or less for later.
-    assert ratio == pytest.approx(1, abs=0.08 if work.lora else 0.05)
+    # Of adapters' small products the compiler leaves more or less for later; of layers that are not
+    # trained it keeps the cast weights up to the backward pass, or not.
+    off = 0.08 if work.lora else 0.05
+    assert 1 - off <= ratio <= 1 + (off if work.reached == work.spec.stacks else 0.20)
     slice = found.hardware.slice
     seconds = timing.of_estimate(work, found.held, slice, found.hardware.per_chip).step
     assert seconds / figures["seconds"] == pytest.approx(1, abs=0.12)
