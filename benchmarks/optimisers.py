@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtune.config.defaults import METHODS
 from jaxtune.learn.optim import Hyper, optimiser
 from jaxtune.learn.partial import part
 from jaxtune.learn.state import init_opt_state
-from jaxtune.methods import METHODS
 from jaxtune.model import decoder
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack
 from jaxtune.tree import split

@@ -23,7 +23,7 @@ from jaxtune.config import (
     load,
     shard_bytes,
 )
-from jaxtune.knobs import LoraConfig
+from jaxtune.config.fields import LoraConfig
 
 # Names, defaults: the contract's table.
 CONTRACT = {

@@ -14,7 +14,7 @@ import optax
 import pytest
 from golden import optimisers as golden
 
-from jaxtune import methods
+from jaxtune.config import defaults
 from jaxtune.learn import muon, optim
 from jaxtune.learn.matrices import Dims, dims, is_hidden, is_matrix
 from jaxtune.learn.state import abstract_state, init_opt_state, state_shardings
@@ -176,7 +176,7 @@ def test_bfloat16_state_holds_first_moments_alone(key: str, bytes_each: int | No
 
 def test_state_is_float32_for_bfloat16_parameters() -> None:
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), arrays(golden.start()))
-    for method in methods.METHODS:
+    for method in defaults.METHODS:
         made = optim.optimiser(optim.Hyper(method, momentum=0.9), unnamed(AXES))
         state = jax.jit(lambda p, made=made: init_opt_state(made, p))(params)
         shapes = abstract_state(jax.eval_shape(lambda: params), made).opt_state
@@ -187,7 +187,7 @@ def test_state_is_float32_for_bfloat16_parameters() -> None:
 
 def test_weight_decay_skips_norms_and_biases_where_layers_are_stacked() -> None:
     start, none = arrays(golden.start()), jax.tree.map(jnp.zeros_like, arrays(golden.start()))
-    for method in methods.METHODS:
+    for method in defaults.METHODS:
         made = optim.optimiser(optim.Hyper(method, weight_decay=0.5), unnamed(AXES))
         update = jax.jit(
             lambda p, made=made: made.update(none, made.init(p), p, jnp.float32(0.1))[0]
@@ -236,7 +236,7 @@ def test_the_rules_are_total() -> None:
         dims("x/kernel", ("mlp", "heads", "head_dim"))
     with pytest.raises(ValueError, match="optim 'adam'; there are: adamw, adafactor"):
         optim.optimiser(optim.Hyper("adam"), {})
-    assert set(optim.METHODS) == set(methods.METHODS)
+    assert set(optim.METHODS) == set(defaults.METHODS)
     assert dims("router/kernel", ("layers", "embed", "expert")) == Dims((0,), (1,), (2,))
     assert dims("q/b", ("layers", None, "heads", "head_dim")) == Dims((0,), (1,), (2, 3))
     assert dims("o/a", ("layers", "heads", "head_dim", None)) == Dims((0,), (1, 2), (3,))

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from golden import schedules as golden
 
-from jaxtune import methods
-from jaxtune.config import ConfigError
+from jaxtune.config import ConfigError, defaults
 from jaxtune.learn import schedules
 
 STORED = json.loads(golden.FILE.read_text())
@@ -77,9 +76,9 @@ def test_the_stored_rates_are_those_of_transformers() -> None:
 
 
 def test_every_schedule_and_option_that_can_be_configured_is_tested() -> None:
-    assert {kind for _, kind, *_ in golden.cases()} == set(methods.SCHEDULES)
-    assert set(methods.SCHEDULES) == set(schedules.AFTER_WARMUP)
-    for kind, names in methods.SCHEDULES.items():
+    assert {kind for _, kind, *_ in golden.cases()} == set(defaults.SCHEDULES)
+    assert set(defaults.SCHEDULES) == set(schedules.AFTER_WARMUP)
+    for kind, names in defaults.SCHEDULES.items():
         used = {name for _, k, options, *_ in golden.cases() if k == kind for name in options}
         assert used <= set(names)
         assert set(names) - used <= {"num_cycles"}

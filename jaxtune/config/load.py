@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
-from jaxtune import knobs
-from jaxtune.aliases import ALIASES
-from jaxtune.knobs import (
+from jaxtune.config import fields
+from jaxtune.config.aliases import ALIASES
+from jaxtune.config.fields import (
     DatasetConfig,
     HostsConfig,
     ProportionsConfig,
@@ -73,7 +73,7 @@ class Diverged(JaxtuneError):
     """Loss or gradients became non-finite; the parameters before that step are kept."""
 
 
-class Config(knobs.Config):
+class Config(fields.Config):
     """All of a run. `Config(...)` understands what `load` does: `dataset`, aliases, dotted names.
     Raises `ConfigError`.
 

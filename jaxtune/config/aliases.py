@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jaxtune import methods
+from jaxtune.config import defaults
 
 
 class Alias(NamedTuple):
@@ -41,7 +41,7 @@ def _one_dataset(value: Any) -> Any:
 
 
 def _optimiser(value: Any) -> Any:
-    return methods.SAME.get(str(value), value)
+    return defaults.SAME.get(str(value), value)
 
 
 def _scheduler(value: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from jaxtune import methods
+from jaxtune.config import defaults
 
 _MOST_STEPS = 2**31  # steps are counted in int32
 
@@ -500,7 +500,7 @@ class Config(_Strict):
     @pydantic.field_validator("optim", mode="before")
     @classmethod
     def _known(cls, name: Any) -> Any:
-        if reason := methods.advice(str(name)):
+        if reason := defaults.advice(str(name)):
             raise ValueError(reason)
         return name
 
@@ -549,27 +549,27 @@ class Config(_Strict):
                 raise ValueError(f"{name}: frozen weights need init: pretrained")
 
     def _optimiser_agrees(self) -> None:
-        for name, owners in methods.ONLY_OF.items():
+        for name, owners in defaults.ONLY_OF.items():
             if getattr(self, name) is not None and self.optim not in owners:
                 raise ValueError(f"{name} is of optim {' and '.join(owners)}, not {self.optim}")
-        keeps = methods.METHODS[self.optim].first_moment and self.momentum != 0
+        keeps = defaults.METHODS[self.optim].first_moment and self.momentum != 0
         if self.optim_state_dtype != "float32" and not keeps:
             raise ValueError(
                 f"optim_state_dtype is of first moments, and {self.optim} keeps none"
                 + (" without momentum" if self.optim == "sgd" else "; leave it at float32")
             )
-        if self.optim == "schedule_free" and self.lr_scheduler_type not in methods.STEADY:
+        if self.optim == "schedule_free" and self.lr_scheduler_type not in defaults.STEADY:
             raise ValueError(
                 "optim schedule_free averages in place of a falling learning rate; "
-                f"lr_scheduler_type is {' or '.join(methods.STEADY)}, not {self.lr_scheduler_type}"
+                f"lr_scheduler_type is {' or '.join(defaults.STEADY)}, not {self.lr_scheduler_type}"
             )
 
     def _schedule_agrees(self) -> None:
         kind, given = self.lr_scheduler_type, self.lr_scheduler_kwargs
         names = [name for name, value in given.model_dump().items() if value is not None]
         for name in names:
-            if name not in methods.SCHEDULES[kind]:
-                known = ", ".join(methods.SCHEDULES[kind]) or "none"
+            if name not in defaults.SCHEDULES[kind]:
+                known = ", ".join(defaults.SCHEDULES[kind]) or "none"
                 raise ValueError(
                     f"lr_scheduler_kwargs.{name} is no option of {kind}; it has: {known}"
                 )
@@ -595,6 +595,6 @@ def method_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     lora = values.get("lora")
     rank = lora.get("r", 0) if isinstance(lora, Mapping) else getattr(lora, "r", 0)
     adapted = str(rank) not in ("0", "None") or values.get("adapter_name_or_path") is not None
-    found = methods.defaults(str(values.get("optim", "adamw")), lora=adapted)
+    found = defaults.defaults(str(values.get("optim", "adamw")), lora=adapted)
     fields = Config.model_fields
     return {n: v for n, v in found.items() if n not in values and v != fields[n].default}

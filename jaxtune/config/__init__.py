@@ -1,0 +1,43 @@
+"""The config: one strict frozen model, read from YAML and flags. Knows no JAX."""
+
+from jaxtune.config.load import (
+    ALIASES,
+    YAML_FAILS,
+    Config,
+    ConfigError,
+    DataError,
+    DatasetConfig,
+    Diverged,
+    HostsConfig,
+    JaxtuneError,
+    ModelError,
+    ProportionsConfig,
+    dump,
+    field_names,
+    label,
+    load,
+    nearest,
+    parse_model,
+    shard_bytes,
+)
+
+__all__ = [
+    "ALIASES",
+    "YAML_FAILS",
+    "Config",
+    "ConfigError",
+    "DataError",
+    "DatasetConfig",
+    "Diverged",
+    "HostsConfig",
+    "JaxtuneError",
+    "ModelError",
+    "ProportionsConfig",
+    "dump",
+    "field_names",
+    "label",
+    "load",
+    "nearest",
+    "parse_model",
+    "shard_bytes",
+]
