@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jaxtune import memory
-from jaxtune.command import note
+from jaxtune.cli import note
 from jaxtune.config import ConfigError
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import command, memory
-from jaxtune.command import note
+from jaxtune import cli, memory
+from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _KINDS = {bool: "true or false", int: "a number", float: "a number"}  # of JSON, beside objects
 
 
-class ChatOptions(command.Options):
+class ChatOptions(cli.Options):
     prompt: str | None = Field(None, description="ask this and leave")
     prompts: str | None = Field(
         None, description='.jsonl file, each line with "prompt" or "messages"'
@@ -149,7 +149,7 @@ def _run(
 
 def main(argv: list[str] | None = None) -> int:
     description = (__doc__ or "").split("\n\n")[0]
-    return command.execute("chat", description, ChatOptions, run, argv)
+    return cli.execute("chat", description, ChatOptions, run, argv)
 
 
 # -- prompts in, answers out ---------------------------------------------------------------------

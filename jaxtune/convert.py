@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import command, stores
-from jaxtune.command import note
+from jaxtune import cli, stores
+from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, dump, shard_bytes
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from jaxtune.weights import Restored
 
 
-class ConvertOptions(command.Options):
+class ConvertOptions(cli.Options):
     run_or_checkpoint: str = Field(description="run directory, checkpoint, model folder or adapter")
     out_dir: str = Field(description="folder to write; an earlier export there is replaced")
     step: int | None = Field(None, ge=1, description="checkpoint to take; default: the newest")
@@ -118,7 +118,7 @@ def _convert(
 
 def main(argv: list[str] | None = None) -> int:
     description = (__doc__ or "").split("\n\n")[0]
-    return command.execute("convert", description, ConvertOptions, run, argv)
+    return cli.execute("convert", description, ConvertOptions, run, argv)
 
 
 def _export_run(

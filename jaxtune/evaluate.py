@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import command, hosts, memory, watch
-from jaxtune.command import note
+from jaxtune import cli, hosts, memory, watch
+from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _SHOWN = 5  # questions, spread over all
 
 
-class EvaluateOptions(command.Options):
+class EvaluateOptions(cli.Options):
     dataset: str | None = Field(
         None, description="what to evaluate on; overrules the data of the config"
     )
@@ -222,7 +222,7 @@ def _check_same(
 
 def main(argv: list[str] | None = None) -> int:
     description = (__doc__ or "").split("\n\n")[0]
-    return command.execute("evaluate", description, EvaluateOptions, run, argv)
+    return cli.execute("evaluate", description, EvaluateOptions, run, argv)
 
 
 # -- others who are asked ------------------------------------------------------------------------

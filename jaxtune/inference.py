@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxtune import stores
-from jaxtune.command import note
+from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import jax
 
 from jaxtune import hosts, incident
 from jaxtune.chips import peak_flops
-from jaxtune.command import Stopped, note
+from jaxtune.cli import Stopped, note
 from jaxtune.config import Config, Diverged
 from jaxtune.data.pipeline import Batches, Dataset, eval_batches, prefetch
 from jaxtune.data.position import counts_before, counts_of, epoch_at

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import command
-from jaxtune.command import note
+from jaxtune import cli
+from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jaxtune.planning.study import Study, Subject
 
 
-class PlanOptions(command.Options):
+class PlanOptions(cli.Options):
     topology: str | None = Field(
         None,
         description="v5e-16, v6e-8, v5p-128, v4-8, tpu7x-8, a shape (v5e:4x4), several slices "
@@ -107,7 +107,7 @@ def run(config: Config, options: PlanOptions | None = None) -> Result:
 
 def main(argv: list[str] | None = None) -> int:
     description = (__doc__ or "").split("\n\n")[0]
-    return command.execute("plan", description, PlanOptions, run, argv)
+    return cli.execute("plan", description, PlanOptions, run, argv)
 
 
 def _folder(options: PlanOptions) -> Path | None:

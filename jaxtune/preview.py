@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import command
+from jaxtune import cli
 from jaxtune.config import Config, ConfigError
 from jaxtune.reporting.data import data_report, examples, open_settings, rows
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _SHOWN, _ON_PAGE = 3, 50  # examples by default
 
 
-class PreviewOptions(command.Options):
+class PreviewOptions(cli.Options):
     examples: int | None = Field(
         None, ge=0, description="how many to show; default 3, with --html 50, with --json all"
     )
@@ -52,7 +52,7 @@ class Result(NamedTuple):
 def run(config: Config, options: PreviewOptions | None = None) -> Result:
     """Prints to stdout. Raises `ConfigError` and `DataError`."""
     options = options or PreviewOptions()
-    settings = open_settings(config, note=command.note)
+    settings = open_settings(config, note=cli.note)
     if options.as_json and not options.stats:
         for entry_name, prepared in rows(config, settings, options.examples):
             print(json.dumps(_as_object(entry_name, prepared), ensure_ascii=False))
@@ -74,7 +74,7 @@ def run(config: Config, options: PreviewOptions | None = None) -> Result:
 
 def main(argv: list[str] | None = None) -> int:
     description = (__doc__ or "").split("\n\n")[0]
-    return command.execute("preview", description, PreviewOptions, run, argv)
+    return cli.execute("preview", description, PreviewOptions, run, argv)
 
 
 def _as_object(name: str, prepared: Prepared) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _write_page(
         file.write_text(page(title, examples(config, settings, count), report), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"html {file}: cannot be written: {error.strerror}.") from None
-    command.note(f"written: {file}")
+    cli.note(f"written: {file}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import command, stores
-from jaxtune.command import note
+from jaxtune import cli, stores
+from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, DataError, ModelError
 from jaxtune.reporting.write import EXAMPLES, NAME
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jaxtune.reporting.files import RunFiles
 
 
-class ReportOptions(command.Options):
+class ReportOptions(cli.Options):
     run_dir: str | None = Field(
         None, description="the output_dir of a training run; default: output_dir"
     )
@@ -108,7 +108,7 @@ def run(config: Config, options: ReportOptions | None = None) -> Result:
 
 def main(argv: list[str] | None = None) -> int:
     description = (__doc__ or "").split("\n\n")[0]
-    return command.execute("report", description, ReportOptions, run, argv)
+    return cli.execute("report", description, ReportOptions, run, argv)
 
 
 def _lying_there(files: RunFiles) -> list[tuple[str, dict[str, Any]]]:

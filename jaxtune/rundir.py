@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxtune import hosts, lock, stores
-from jaxtune.command import note
+from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, dump
 from jaxtune.files import write_whole
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import assemble, beginning, command, hosts, memory, rundir, stores, watch
-from jaxtune.command import note
+from jaxtune import assemble, beginning, cli, hosts, memory, rundir, stores, watch
+from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, HostsConfig, dump, shard_bytes
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from jaxtune.weights import Adapters
 
 
-class TrainOptions(command.Options):
+class TrainOptions(cli.Options):
     replay_step: int | None = Field(
         None,
         ge=1,
@@ -73,7 +73,7 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
         with watch.ended_by_signals():
             return _joined(config, options or TrainOptions())
     except watch.Asked as signal:
-        raise command.Stopped(
+        raise cli.Stopped(
             f"stopped by {signal} where there was nothing to save. The same command goes on from "
             "what is saved."
         ) from None
@@ -265,7 +265,7 @@ def _run(
 
 def main(argv: list[str] | None = None) -> int:
     description = (__doc__ or "").split("\n\n")[0]
-    return command.execute("train", description, TrainOptions, run, argv)
+    return cli.execute("train", description, TrainOptions, run, argv)
 
 
 # -- before the devices ------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune import hosts, memory
-from jaxtune.command import STOPPED, Place, say
+from jaxtune.cli import STOPPED, Place, say
 from jaxtune.config import HostsConfig
 
 _BEAT_SECONDS = 2.0

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxtune import command, stores
+from jaxtune import cli, stores
 from jaxtune.config import Config, ConfigError, load
 
 if TYPE_CHECKING:
@@ -325,7 +325,7 @@ def restore(model: HfModel, run_dir: Path, step: int | None, *, dtype: str) -> R
     from jaxtune.model import decoder
     from jaxtune.tree import merge, split
 
-    meta = read_meta(run_dir, step, note=command.note)
+    meta = read_meta(run_dir, step, note=cli.note)
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1, "context": 1})
     lora = lora_from_meta(meta["lora"]) if "lora" in meta else None
     chosen = part(model.spec, **meta["part"]) if "part" in meta else None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from jaxtune import command
+from jaxtune import cli
 from jaxtune.config import (
     ALIASES,
     Config,
@@ -281,7 +281,7 @@ def test_the_resolved_config_repeats_the_run(tmp_path: Path) -> None:
     assert load(file) == config
 
 
-class Door(command.Options):
+class Door(cli.Options):
     as_json: bool = pydantic.Field(False, alias="json", description="one object")
     where: str = pydantic.Field(description="a folder")
     prompt: str | None = pydantic.Field(None, description="what is asked")
@@ -293,7 +293,7 @@ class Door(command.Options):
 
 
 def parse(*argv: str) -> tuple[Config, Door]:
-    return command.parse(argv, "door", "does.", Door)
+    return cli.parse(argv, "door", "does.", Door)
 
 
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
@@ -405,13 +405,13 @@ def test_bad_flags_are_named(argv: tuple[str, ...], message: str) -> None:
 
 @pytest.mark.parametrize(
     ("raised", "code"),
-    [(ConfigError, 2), (DataError, 2), (ModelError, 2), (Diverged, 3), (command.Stopped, 75)],
+    [(ConfigError, 2), (DataError, 2), (ModelError, 2), (Diverged, 3), (cli.Stopped, 75)],
 )
 def test_exit_codes(raised: type, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     def run(config: Config, options: Door) -> None:
         raise raised("the one message")
 
-    assert command.execute("door", "does.", Door, run, ["D"]) == code
+    assert cli.execute("door", "does.", Door, run, ["D"]) == code
     shown = capsys.readouterr()
     assert shown.err == "jaxtune door: the one message\n"
     assert shown.out == ""
@@ -423,11 +423,11 @@ def test_an_interrupt_is_one_line_and_the_other_hosts_are_told(
     def run(config: Config, options: Door) -> None:
         raise KeyboardInterrupt
 
-    assert command.execute("door", "does.", Door, run, ["D"]) == 130
+    assert cli.execute("door", "does.", Door, run, ["D"]) == 130
     assert capsys.readouterr().err == "jaxtune door: interrupted.\n"
     told = []
-    monkeypatch.setattr(command.Place, "leave", lambda code, said: told.append((code, said)))
-    command.execute("door", "does.", Door, run, ["D"])
+    monkeypatch.setattr(cli.Place, "leave", lambda code, said: told.append((code, said)))
+    cli.execute("door", "does.", Door, run, ["D"])
     assert told == [(130, "interrupted.")]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from jaxtune import command, config, train
+from jaxtune import cli, config, train
 from jaxtune.data import jinja, sources
 from jaxtune.data.template import resolve
 from jaxtune.data.tokenizer import load_tokenizer
@@ -162,7 +162,7 @@ def test_a_run_writes_no_secret_and_ordinary_permissions(
 
 
 def test_a_message_cannot_steer_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
-    assert command.execute("train", "", train.TrainOptions, train.run, ["--\x1b[2Jgone", "1"]) == 2
+    assert cli.execute("train", "", train.TrainOptions, train.run, ["--\x1b[2Jgone", "1"]) == 2
     shown = capfd.readouterr().err
     assert "\x1b" not in shown
     assert r"\x1b[2Jgone" in shown

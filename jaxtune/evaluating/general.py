@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from jaxtune.command import note
+from jaxtune.cli import note
 from jaxtune.config import Config, DataError, DatasetConfig
 
 if TYPE_CHECKING:

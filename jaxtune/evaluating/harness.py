@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtune.command import note
+from jaxtune.cli import note
 from jaxtune.config import ConfigError
 
 _LAST_LINES = 3  # of what the harness said, when it fails

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.command import note
+from jaxtune.cli import note
 from jaxtune.config import Config
 from jaxtune.evaluating import general as texts
 from jaxtune.evaluating.questions import Question

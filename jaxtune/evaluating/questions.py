@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxtune.command import note
+from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, DataError, DatasetConfig
 from jaxtune.scoring.thinking import spoken
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxtune import __version__
-from jaxtune.command import note
+from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError
 from jaxtune.reporting.files import RunFiles, read_run
 

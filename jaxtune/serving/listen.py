@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from starlette.types import ASGIApp
 
-from jaxtune.command import note
+from jaxtune.cli import note
 from jaxtune.config import ConfigError
 from jaxtune.serving.guard import is_loopback
 from jaxtune.serving.work import Desk

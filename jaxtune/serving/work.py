@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from jaxtune import memory
-from jaxtune.command import note
+from jaxtune.cli import note
 from jaxtune.config import JaxtuneError
 from jaxtune.serving.protocol import BROKEN, BUSY, Refused
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtune.command import note
+from jaxtune.cli import note
 from jaxtune.config import ConfigError, JaxtuneError
 from jaxtune.draw.terminal import printable
 from jaxtune.talk import conversation

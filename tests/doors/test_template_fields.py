@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtune import command
+from jaxtune import cli
 from jaxtune.config import Config, dump, load
 from jaxtune.data.asked import open_template, open_tokenizer, stop_ids
 from jaxtune.data.schema import Conversation, Message
@@ -22,7 +22,7 @@ ASKED = Conversation((Message("user", "Q"), Message("assistant", "A")))
 
 def text(config: Config) -> str:
     template = open_template(
-        config, open_tokenizer(config, TOKENIZER, note=command.note), note=command.note
+        config, open_tokenizer(config, TOKENIZER, note=cli.note), note=cli.note
     )
     (row,) = render(template, ASKED)
     return "".join(span.text for span in row)  # type: ignore[union-attr]
@@ -54,17 +54,17 @@ def test_the_date_is_shown_recorded_and_obeyed(
     ],
 )
 def test_add_tokens_as_a_flag(given: list[str], expected: bool | tuple[str, ...]) -> None:
-    config, _ = command.parse(given, "preview", "", command.Options)
+    config, _ = cli.parse(given, "preview", "", cli.Options)
     assert config.add_tokens == expected
 
 
 def test_every_dataset_brings_its_tokens_and_its_stop(capsys: pytest.CaptureFixture[str]) -> None:
     datasets = [{"path": "a.jsonl", "template": "phi3"}, {"path": "b.jsonl"}]
     config = load(overrides={"template": "alpaca", "add_tokens": True, "datasets": datasets})
-    tokenizer = open_tokenizer(config, TOKENIZER, note=command.note)
+    tokenizer = open_tokenizer(config, TOKENIZER, note=cli.note)
     assert list(tokenizer.added) == ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
     assert "add_tokens: <|system|> = " in capsys.readouterr().err
-    template = open_template(config, tokenizer, note=command.note)
+    template = open_template(config, tokenizer, note=cli.note)
     assert stop_ids(config, tokenizer, template) == [
         tokenizer.eos_id,
         tokenizer.added["<|end|>"],

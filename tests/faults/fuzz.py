@@ -215,7 +215,7 @@ def spoil_flags(good: Path, folder: Path, dice: random.Random) -> None:
 
 
 def read_flags(folder: Path, good: Path, dice: random.Random) -> None:
-    from jaxtune import command
+    from jaxtune import cli as command
     from jaxtune.train import TrainOptions
 
     words = json.loads((folder / "flags.json").read_text())

@@ -10,7 +10,7 @@ import pytest
 from multihost import runs
 
 from jaxtune import convert, evaluate, report, stores, train
-from jaxtune.command import BAD_INPUT, STOPPED
+from jaxtune.cli import BAD_INPUT, STOPPED
 from jaxtune.learn.mirror import steps_of
 from jaxtune.stores import join
 

@@ -12,7 +12,7 @@ from multihost import runs
 from safetensors.numpy import load
 
 from jaxtune import stores
-from jaxtune.command import BAD_INPUT
+from jaxtune.cli import BAD_INPUT
 from jaxtune.learn import digests, parts
 from jaxtune.learn.mirror import steps_of
 from jaxtune.stores import join
