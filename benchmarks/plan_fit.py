@@ -97,7 +97,7 @@ def _study(
     from jaxtune.chips import parse_slice
     from jaxtune.config import load
     from jaxtune.planning.study import Subject, study
-    from jaxtune.stores import default_folder
+    from jaxtune.storage.object_store import default_folder
 
     batch = {"per_device_train_batch_size": rows}
     config = load(overrides={"model_name_or_path": opened.name, **fields, **batch})

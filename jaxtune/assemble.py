@@ -37,7 +37,7 @@ def keep_compiled(folder: str | None) -> None:
     """
     import jax
 
-    from jaxtune.stores import default_folder
+    from jaxtune.storage.object_store import default_folder
 
     if folder == "auto":
         told: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]

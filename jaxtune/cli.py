@@ -23,7 +23,6 @@ import pydantic
 import yaml
 from pydantic.fields import FieldInfo
 
-from jaxtune import stores
 from jaxtune.config import (
     ALIASES,
     YAML_FAILS,
@@ -36,7 +35,8 @@ from jaxtune.config import (
     nearest,
     parse_model,
 )
-from jaxtune.untrusted import shown
+from jaxtune.storage import object_store
+from jaxtune.storage.safe_read import shown
 
 BUG = 1
 BAD_INPUT = 2
@@ -169,15 +169,15 @@ def parse(argv: Sequence[str], door: str, description: str, options: type[O]) ->
             raise ConfigError(f"{name.upper()} is missing. Usage: {usage} [--flags]")
     chosen.update({name: values.pop(name) for name in own if name in values})
     path = values.pop("config", None)
-    if path is not None and stores.is_url(path):
-        path = str(stores.cached([_object(path)]) / stores.name_of(path))
+    if path is not None and object_store.is_url(path):
+        path = str(object_store.cached([_object(path)]) / object_store.name_of(path))
     # Names go on as they were typed: `load` translates aliases and their values, in one place.
     config = load(path, {typed.get(name, name): value for name, value in values.items()}, note=note)
     return config, parse_model(options, chosen, where="flags")
 
 
-def _object(url: str) -> stores.Item:
-    found = stores.find(url)
+def _object(url: str) -> object_store.Item:
+    found = object_store.find(url)
     if found is None:
         raise ConfigError(f"{url}: cannot read the config: there is no such object.")
     return found

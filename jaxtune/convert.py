@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import cli, stores
+from jaxtune import cli
 from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, dump, shard_bytes
+from jaxtune.storage import object_store
 
 if TYPE_CHECKING:
     from jaxtune.data.template import Template
@@ -82,7 +83,7 @@ def _check_one(source: Path) -> None:
 @contextlib.contextmanager
 def _made_for(out_dir: str) -> Iterator[Path]:
     """The folder to write; for the URL of a store one here, which is put there at the end."""
-    if not stores.is_url(out_dir):
+    if not object_store.is_url(out_dir):
         yield Path(out_dir)
         return
     from jaxtune.learn.mirror import put_export, staging
@@ -128,7 +129,7 @@ def _export_run(
     from jaxtune.draw.card import model_card
     from jaxtune.hf.export import check_target, export_model
     from jaxtune.hf.load import open_model, with_tokens
-    from jaxtune.rows import last_rows
+    from jaxtune.storage.jsonl import last_rows
     from jaxtune.weights import restore, run_config, to_export
 
     config = run_config(run_dir, flags)
@@ -225,7 +226,7 @@ def _export_adapter(
 def _export_folder(source: str, out: Path, config: Config) -> Exported:
     from jaxtune.hf.export import check_target, export_model
     from jaxtune.hf.load import load_params, open_model
-    from jaxtune.untrusted import read_text
+    from jaxtune.storage.safe_read import read_text
 
     model = open_model(source, revision=config.revision, note=note)
     check_target(out, model)

@@ -19,12 +19,12 @@ import jax
 import numpy as np
 
 from jaxtune.data.pipeline import Batches
-from jaxtune.files import write_whole
 from jaxtune.learn.program import Program
 from jaxtune.learn.state import TrainState
 from jaxtune.learn.step import StepMetrics
 from jaxtune.mesh import put_batch, row_shards
-from jaxtune.rows import number
+from jaxtune.storage.atomic_write import write_whole
+from jaxtune.storage.jsonl import number
 
 _SHOWN = 5
 

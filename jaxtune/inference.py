@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxtune import stores
 from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError
+from jaxtune.storage import object_store
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -247,8 +247,8 @@ def stop_ids(config: Config, words: Words, model: HfModel) -> frozenset[int]:
 def _has_weights(name: str) -> bool:
     from jaxtune.hf.load import open_model
 
-    if stores.is_url(name):
-        return any(item.url.endswith(".safetensors") for item in stores.listed(name))
+    if object_store.is_url(name):
+        return any(item.url.endswith(".safetensors") for item in object_store.listed(name))
     if not Path(name).expanduser().exists():  # a hub id
         return True
     return any(open_model(name, weights=False).folder.glob("*.safetensors"))

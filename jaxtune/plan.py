@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _folder(options: PlanOptions) -> Path | None:
-    from jaxtune.stores import default_folder
+    from jaxtune.storage.object_store import default_folder
 
     return default_folder() / "plan" if options.cache else None
 

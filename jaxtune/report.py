@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import cli, stores
+from jaxtune import cli
 from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, DataError, ModelError
 from jaxtune.reporting.write import EXAMPLES, NAME
+from jaxtune.storage import object_store
 
 if TYPE_CHECKING:
     from jaxtune.draw.example import Shown
@@ -97,12 +98,12 @@ def run(config: Config, options: ReportOptions | None = None) -> Result:
         card = files.folder / "hf" / "README.md"
         write_card(card, evaluations[-1][1])
         note(f"written: {card}")
-    if stores.is_url(run_dir):
+    if object_store.is_url(run_dir):
         page_there = page if options.html is None else None
         for written in filter(None, (page_there, picture, card)):
             there = written.relative_to(files.folder).parts
-            stores.put(written, stores.join(run_dir, *there))
-            note(f"put: {stores.join(run_dir, *there)}")
+            object_store.put(written, object_store.join(run_dir, *there))
+            note(f"put: {object_store.join(run_dir, *there)}")
     return Result(page, picture, card)
 
 

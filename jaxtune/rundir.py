@@ -6,10 +6,11 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxtune import hosts, lock, stores
+from jaxtune import hosts
 from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, dump
-from jaxtune.files import write_whole
+from jaxtune.storage import lock, object_store
+from jaxtune.storage.atomic_write import write_whole
 
 if TYPE_CHECKING:
     from jaxtune.learn.mirror import Mirror
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def place_of(output_dir: str, *, reading: bool) -> Path:
     """Where this host writes: `output_dir`, or a folder of its own beside a store."""
-    if not stores.is_url(output_dir):
+    if not object_store.is_url(output_dir):
         return Path(output_dir)
     from jaxtune.learn import mirror
 
@@ -32,7 +33,7 @@ def claim(
     keeps other runs out until `end`, unless it is only read; the copy in the store, where it lies
     in one."""
     mirror = None
-    if stores.is_url(output_dir):
+    if object_store.is_url(output_dir):
         from jaxtune.learn.mirror import Mirror
 
         mirror = Mirror(output_dir, run_dir, note)

@@ -15,7 +15,7 @@ from jaxtune import hosts
 from jaxtune.answering import answer, prompt_ids
 from jaxtune.data.schema import Conversation, Message
 from jaxtune.inference import Model, Words
-from jaxtune.rows import keep_rows_up_to
+from jaxtune.storage.jsonl import keep_rows_up_to
 from jaxtune.tree import merge
 
 if TYPE_CHECKING:

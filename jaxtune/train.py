@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import assemble, beginning, cli, hosts, memory, rundir, stores, watch
+from jaxtune import assemble, beginning, cli, hosts, memory, rundir, watch
 from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, HostsConfig, dump, shard_bytes
+from jaxtune.storage import object_store
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -191,8 +192,8 @@ def _run(
         from jaxtune.learn.metrics import MetricsWriter
         from jaxtune.learn.partial import backward
         from jaxtune.loop import Loop, Plan, Standing
-        from jaxtune.rows import last_rows
         from jaxtune.spec import flops_per_token
+        from jaxtune.storage.jsonl import last_rows
         from jaxtune.weights import base_and_part
 
         evaluated = material.held_out.fingerprint if material.held_out is not None else ""
@@ -427,7 +428,9 @@ def _replay(
         if mirror is not None:
             mirror.put(path.name)
         print(incident.summary(found))
-    note(f"replayed step {step}: {path if mirror is None else stores.join(mirror.url, path.name)}")
+    note(
+        f"replayed step {step}: {path if mirror is None else object_store.join(mirror.url, path.name)}"
+    )
 
 
 # -- after the loop ------------------------------------------------------------------------------

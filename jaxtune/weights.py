@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxtune import cli, stores
+from jaxtune import cli
 from jaxtune.config import Config, ConfigError, load
+from jaxtune.storage import object_store
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -274,7 +275,7 @@ def fetched(name: str, step: int | None = None, *, checkpoint: bool = True) -> s
 
     A model's folder in a store is another name: what opens it fetches it.
     """
-    if not stores.is_url(name):
+    if not object_store.is_url(name):
         return name
     from jaxtune.learn.mirror import fetch_run
 
@@ -282,7 +283,7 @@ def fetched(name: str, step: int | None = None, *, checkpoint: bool = True) -> s
     if run and number.isdigit():
         _, step = checkpoint_of(Path("checkpoints", number), step)
         return str(fetch_run(run, step=step) / "checkpoints" / number)
-    if not stores.find(stores.join(name, "config.yaml")):
+    if not object_store.find(object_store.join(name, "config.yaml")):
         return name
     return str(fetch_run(name, step=step, checkpoint=checkpoint))
 

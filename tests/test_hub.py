@@ -19,10 +19,10 @@ import pytest
 from golden.cases import write_folder
 from huggingface_hub import errors
 
-from jaxtune import hub
 from jaxtune.config import DataError, ModelError
 from jaxtune.data import sources
 from jaxtune.hf.load import open_model
+from jaxtune.storage import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {

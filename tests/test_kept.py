@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxtune import kept, stores
 from jaxtune.config import ConfigError
+from jaxtune.storage import cache_eviction, object_store
 
 ANOTHER = """
 import sys
@@ -28,7 +28,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty place, of which this process uses nothing; 1,000 bytes may be kept."""
     monkeypatch.setenv("JAXTUNE_CACHE", str(tmp_path))
     monkeypatch.setenv("JAXTUNE_CACHE_GB", "1e-6")
-    monkeypatch.setattr(kept, "_held", {})
+    monkeypatch.setattr(cache_eviction, "_held", {})
     (tmp_path / "stores").mkdir()
     yield tmp_path / "stores"
     forget()
@@ -36,16 +36,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def forget() -> None:
     """As if this process had ended."""
-    for file in kept._held.values():
+    for file in cache_eviction._held.values():
         os.close(file)
-    kept._held.clear()
+    cache_eviction._held.clear()
 
 
 def make(place: Path, name: str, size: int, used: float) -> Path:
     folder = place / name
     folder.mkdir()
     (folder / "file").write_bytes(bytes(size))
-    kept.use(folder)
+    cache_eviction.use(folder)
     forget()
     os.utime(place / f"{name}.used", (used, used))
     return folder
@@ -58,12 +58,12 @@ def names(place: Path) -> list[str]:
 def test_what_was_used_longest_ago_goes_first(place: Path) -> None:
     for name, used in (("a", 300), ("b", 100), ("c", 200)):
         make(place, name, 300, used)
-    kept.make_room(100, [place])
+    cache_eviction.make_room(100, [place])
     assert names(place) == ["a", "b", "c"]
-    kept.make_room(101, [place])
+    cache_eviction.make_room(101, [place])
     assert names(place) == ["a", "c"]
     assert not (place / "b.used").exists()
-    kept.make_room(5000, [place])
+    cache_eviction.make_room(5000, [place])
     assert names(place) == []
 
 
@@ -77,36 +77,36 @@ def test_what_a_process_uses_stays(place: Path) -> None:
         assert other.stdout is not None
         assert other.stdout.readline() == "used\n"
         os.utime(place / "a.used", (100, 100))  # the oldest, and yet in use
-        kept.use(place / "c")
-        kept.make_room(5000, [place])
+        cache_eviction.use(place / "c")
+        cache_eviction.make_room(5000, [place])
         assert names(place) == ["a", "c"]
     finally:
         other.kill()
         other.wait()
-    kept.make_room(5000, [place])
+    cache_eviction.make_room(5000, [place])
     assert names(place) == ["c"]
 
 
 def test_what_a_killed_removal_left_goes(place: Path) -> None:
     (place / ".going-7-a").mkdir()
-    kept.make_room(1, [place])
+    cache_eviction.make_room(1, [place])
     assert list(place.iterdir()) == []
 
 
 def test_what_is_fetched_makes_room(place: Path) -> None:
     items = []
     for name in ("one", "two"):
-        stores.put_bytes(bytes(600), f"memory://kept/{name}")
-        item = stores.find(f"memory://kept/{name}")
+        object_store.put_bytes(bytes(600), f"memory://kept/{name}")
+        item = object_store.find(f"memory://kept/{name}")
         assert item is not None
         items.append(item)
-    first = stores.cached([items[0]])
+    first = object_store.cached([items[0]])
     forget()
-    second = stores.cached([items[1]])
+    second = object_store.cached([items[1]])
     assert not first.exists()
     assert (second / "two").stat().st_size == 600
-    assert stores.cached([items[1]]) == second
-    assert stores.cached([items[0]]) == first  # in use, the second stays all the same
+    assert object_store.cached([items[1]]) == second
+    assert object_store.cached([items[0]]) == first  # in use, the second stays all the same
     assert (second / "two").exists()
 
 
@@ -114,11 +114,11 @@ def test_what_is_fetched_makes_room(place: Path) -> None:
 def test_a_bound_that_is_none(place: Path, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXTUNE_CACHE_GB", given)
     with pytest.raises(ConfigError, match=f"JAXTUNE_CACHE_GB is '{given}'; expected gigabytes"):
-        kept.limit(place)
+        cache_eviction.limit(place)
 
 
 def test_half_of_the_disk_without_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
     monkeypatch.delenv("JAXTUNE_CACHE_GB")
-    assert kept.limit(place) == shutil.disk_usage(place).total / 2
+    assert cache_eviction.limit(place) == shutil.disk_usage(place).total / 2

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxtune import lock
 from jaxtune.config import ConfigError
+from jaxtune.storage import lock
 
 # Holds the lock of a folder until it is killed, and has a child of the given kind, which stays.
 ANOTHER = """

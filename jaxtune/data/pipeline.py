@@ -31,7 +31,7 @@ from jaxtune.data.spans import TrainOn
 from jaxtune.data.template import Template
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.data.workers import default_processes
-from jaxtune.stores import default_folder
+from jaxtune.storage.object_store import default_folder
 
 T = TypeVar("T")
 

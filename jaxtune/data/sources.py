@@ -17,10 +17,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxtune import hub, stores
 from jaxtune.config import ConfigError, DataError, nearest
 from jaxtune.data import readers
 from jaxtune.data.readers import READERS, File, Record
+from jaxtune.storage import hub, object_store
 
 KINDS = ", ".join(READERS)
 _NO_DATA = ("dataset_info.json", "dataset_infos.json")  # the hub's descriptions of a dataset
@@ -36,7 +36,7 @@ def find(
     choose within a dataset of the hub, `split` also within a folder. Raises `ConfigError` and
     `DataError` when nothing is there, or nothing that can be read.
     """
-    if stores.is_url(path):
+    if object_store.is_url(path):
         for field, value in (("split", split), ("revision", revision)):
             if value is not None:
                 raise ConfigError(f"datasets[].{field}: {path} is in a store. Unset it.")
@@ -101,10 +101,10 @@ def _check_kind(file: File) -> None:
 def _of_store(url: str) -> tuple[File, ...]:
     """Each kept by itself: one that has changed is fetched again, the others are not."""
     if glob.has_magic(url):
-        found = stores.matching(url)
+        found = object_store.matching(url)
     else:
-        single = stores.find(url)
-        found = _data_in(stores.listed(url), url) if single is None else [single]
+        single = object_store.find(url)
+        found = _data_in(object_store.listed(url), url) if single is None else [single]
     if not found:
         raise DataError(
             f"{url}: no data file ({KINDS}) is there in the store. Name the object, its folder, or "
@@ -112,20 +112,20 @@ def _of_store(url: str) -> tuple[File, ...]:
         )
     for item in found:
         _check_kind(File(Path(), item.url))
-    return tuple(File(stores.cached([i]) / stores.name_of(i.url), i.url) for i in found)
+    return tuple(File(object_store.cached([i]) / object_store.name_of(i.url), i.url) for i in found)
 
 
-def _data_in(items: list[stores.Item], folder: str) -> list[stores.Item]:
+def _data_in(items: list[object_store.Item], folder: str) -> list[object_store.Item]:
     """Those that lie directly in the folder and are data, as `_in_folder` has it."""
     return [
         item
         for item in items
-        if "/" not in stores.inside(item.url, folder) and _is_data(File(Path(), item.url))
+        if "/" not in object_store.inside(item.url, folder) and _is_data(File(Path(), item.url))
     ]
 
 
 def _is_data(file: File) -> bool:
-    name = stores.name_of(file.name)
+    name = object_store.name_of(file.name)
     return file.kind in READERS and name not in _NO_DATA and name[0] != "."
 
 

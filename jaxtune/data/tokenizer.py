@@ -21,10 +21,10 @@ from typing import Any
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from jaxtune import hub
 from jaxtune.config import ConfigError, ModelError
 from jaxtune.data import sentencepiece
-from jaxtune.untrusted import MAX_TABLE, read_bytes, read_object, read_text, reason
+from jaxtune.storage import hub
+from jaxtune.storage.safe_read import MAX_TABLE, read_bytes, read_object, read_text, reason
 
 _NAMED = (
     "bos_token",

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune import hub
 from jaxtune.config import ModelError
 from jaxtune.hf.load import HfModel, read_part, with_tokens
 from jaxtune.hf.peft_names import (
@@ -29,8 +28,9 @@ from jaxtune.hf.peft_names import (
 )
 from jaxtune.hf.tensors import fetch, read_header
 from jaxtune.model.lora import Lora
+from jaxtune.storage import hub
+from jaxtune.storage.safe_read import is_quick, plain, read_object, shown, some
 from jaxtune.tree import unnamed
-from jaxtune.untrusted import is_quick, plain, read_object, shown, some
 
 _FILES = (CONFIG, WEIGHTS, "tokenizer*.json", "special_tokens_map.json", "*.jinja", "README.md")
 

@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.numpy
 from jax.experimental import multihost_utils
 
-from jaxtune import __version__, hub
+from jaxtune import __version__
 from jaxtune.config import ConfigError
 from jaxtune.hf.export import Template, Tokenizer, replacing, write, write_json, write_tokenizer
 from jaxtune.hf.folders import check_replaceable
@@ -41,6 +41,7 @@ from jaxtune.hf.peft_names import (
 )
 from jaxtune.hf.tensors import fetch, read_header
 from jaxtune.model.lora import Lora
+from jaxtune.storage import hub
 from jaxtune.tree import named
 
 

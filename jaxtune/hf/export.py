@@ -37,8 +37,8 @@ from jaxtune.hf.tensors import (
     open_tensors,
     plan_shards,
 )
+from jaxtune.storage.safe_read import MAX_TABLE, read_bytes, read_object
 from jaxtune.tree import named
-from jaxtune.untrusted import MAX_TABLE, read_bytes, read_object
 
 _BEHIND = 1 << 28  # bytes that are written before they are read back together
 

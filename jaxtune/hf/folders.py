@@ -4,9 +4,9 @@ import fnmatch
 import functools
 from pathlib import Path
 
-from jaxtune import hub, stores
 from jaxtune.config import ConfigError
-from jaxtune.untrusted import plain, read_object
+from jaxtune.storage import hub, object_store
+from jaxtune.storage.safe_read import plain, read_object
 
 MODEL = "config.json"
 ADAPTER = "adapter_config.json"
@@ -32,7 +32,7 @@ _EXPORTED = (
 
 def is_adapter(name: str) -> bool:
     """Whether a folder, here or in a store, is an adapter and not a model."""
-    if stores.is_url(name):
+    if object_store.is_url(name):
         return _is_adapter_there(name)
     folder = Path(name).expanduser()
     return (folder / ADAPTER).is_file() and not (folder / MODEL).exists()
@@ -40,8 +40,8 @@ def is_adapter(name: str) -> bool:
 
 @functools.cache  # every door asks several times
 def _is_adapter_there(url: str) -> bool:
-    marks = (stores.join(url, mark) for mark in (ADAPTER, MODEL))
-    adapter, model = (stores.find(mark) is not None for mark in marks)
+    marks = (object_store.join(url, mark) for mark in (ADAPTER, MODEL))
+    adapter, model = (object_store.find(mark) is not None for mark in marks)
     return adapter and not model
 
 
@@ -49,7 +49,7 @@ def refuse_adapter(name: str) -> None:
     """Raises `ConfigError` for an adapter where a model is to be trained: it goes elsewhere."""
     if not is_adapter(name):
         return
-    there = stores.is_url(name)
+    there = object_store.is_url(name)
     folder = hub.download(name, revision=None, patterns=(ADAPTER,)) if there else Path(name)
     folder = folder.expanduser()
     base = read_object(folder / ADAPTER, folder).get("base_model_name_or_path")

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtune.config import ConfigError
 from jaxtune.hf.load import HfModel
 from jaxtune.model.lora import Lora
-from jaxtune.untrusted import open_inside
+from jaxtune.storage.safe_read import open_inside
 
 _SAMPLES, _SAMPLE = 16, 4096  # places of a file that its digest reads, and bytes at each
 

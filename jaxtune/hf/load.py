@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxtune import hub
 from jaxtune.config import ModelError
 from jaxtune.hf import mxfp4
 from jaxtune.hf.families import Family, config_dtype, family_of
@@ -27,8 +26,9 @@ from jaxtune.hf.mxfp4 import fetch
 from jaxtune.hf.tensors import DTYPES, open_tensors
 from jaxtune.model import decoder
 from jaxtune.spec import ModelSpec, parameter_count
+from jaxtune.storage import hub
+from jaxtune.storage.safe_read import plain, read_object, reason, shown, some
 from jaxtune.tree import map_named, named
-from jaxtune.untrusted import plain, read_object, reason, shown, some
 
 # What a model folder may need; weights come on top, and only as safetensors.
 _HUB_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")

@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxtune.config import ModelError
 from jaxtune.hf.moving import PAGE, Scratch, run_ahead
-from jaxtune.untrusted import (
+from jaxtune.storage.safe_read import (
     MAX_TABLE,
     open_inside,
     parse_json,

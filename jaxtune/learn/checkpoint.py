@@ -41,7 +41,7 @@ from jaxtune.learn.mirror import Mirror
 from jaxtune.learn.parts import Parts, Wanted, checkpointer, drop
 from jaxtune.learn.state import TrainState
 from jaxtune.mesh import put
-from jaxtune.stores import StoreError, join
+from jaxtune.storage.object_store import StoreError, join
 
 _DAMAGED, _REMOVED, _FETCHING = "damaged-", ".removed-", ".fetching-"
 _SHARES_SECONDS = 600  # for the digests of the other hosts, before older steps are removed

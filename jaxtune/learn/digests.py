@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from jaxtune.config import ConfigError
-from jaxtune.files import write_whole
+from jaxtune.storage.atomic_write import write_whole
 
 FOLDER = "checkpoints"  # of a run directory
 MARK = "digests-0.json"  # a step without it was never finished

@@ -19,8 +19,8 @@ import jax
 
 from jaxtune.chips import peak_flops
 from jaxtune.config import ConfigError
-from jaxtune.files import write_whole
-from jaxtune.rows import as_json, keep_rows_up_to
+from jaxtune.storage.atomic_write import write_whole
+from jaxtune.storage.jsonl import as_json, keep_rows_up_to
 
 
 class Board(Protocol):

@@ -22,12 +22,13 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxtune import hosts, kept, lock, stores
+from jaxtune import hosts
 from jaxtune.config import ConfigError
-from jaxtune.files import write_whole
 from jaxtune.learn import digests
 from jaxtune.learn.digests import FOLDER
-from jaxtune.stores import StoreError, join
+from jaxtune.storage import cache_eviction, lock, object_store
+from jaxtune.storage.atomic_write import write_whole
+from jaxtune.storage.object_store import StoreError, join
 
 SECONDS = 60.0  # between two copies of what grows
 _IDENTITY = ".run-id"
@@ -39,17 +40,17 @@ _PARTS = (FOLDER, *_MARKED, "wandb")  # wandb sends its own, or keeps it to be s
 
 def staging(url: str, host: int = 0) -> Path:
     """Where a run of that URL is made before it is copied; hosts may share a machine or a home."""
-    return stores.default_folder() / "runs" / _name(url, host)
+    return object_store.default_folder() / "runs" / _name(url, host)
 
 
 def reading(url: str, host: int = 0) -> Path:
     """Where it is read, while it may be going on."""
-    return stores.default_folder() / "read" / _name(url, host)
+    return object_store.default_folder() / "read" / _name(url, host)
 
 
 def _name(url: str, host: int) -> str:
     key = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:12]
-    return f"{stores.name_of(url)}-{key}" + (f"-host-{host}" if host else "")
+    return f"{object_store.name_of(url)}-{key}" + (f"-host-{host}" if host else "")
 
 
 class Mirror:
@@ -85,7 +86,7 @@ class Mirror:
         """Instead of `claim`, for one who only reads a run that may be going on: which steps count.
         Every host calls. Nothing is put but by `put`, and nothing removed."""
         self._only_reads = True
-        kept.use(self._folder)
+        cache_eviction.use(self._folder)
         if hosts.is_first():
             self.steps = set(steps_of(self.url))
             hosts.tell(_CLAIMED, json.dumps({"steps": sorted(self.steps)}))
@@ -94,7 +95,7 @@ class Mirror:
 
     def put(self, name: str) -> None:
         """One file of the folder. Raises `StoreError`."""
-        stores.put(self._folder / name, join(self.url, name))
+        object_store.put(self._folder / name, join(self.url, name))
 
     def _join(self, claimed: dict[str, Any]) -> None:
         """Another host: of what lies here it keeps its parts of this run's checkpoints."""
@@ -104,12 +105,14 @@ class Mirror:
         write_whole(here, claimed["identity"])
         self.steps = set(claimed["steps"])
         probe = join(self.url, f".writable-{hosts.index()}")
-        stores.put_bytes(b"", probe)
-        stores.remove([probe])
+        object_store.put_bytes(b"", probe)
+        object_store.remove([probe])
 
     def _claim(self) -> str:
         mark, here = join(self.url, _IDENTITY), self._folder / _IDENTITY
-        known = stores.read(mark).decode(errors="replace") if stores.find(mark) else None
+        known = (
+            object_store.read(mark).decode(errors="replace") if object_store.find(mark) else None
+        )
         if known is None:
             for name, marker in _MARKED.items():
                 _refuse_what_is_no_export(join(self.url, name), marker)
@@ -117,7 +120,7 @@ class Mirror:
         identity = known or secrets.token_hex(16)
         if ours != identity:
             _empty(self._folder)
-        stores.put_bytes(identity.encode(), mark)
+        object_store.put_bytes(identity.encode(), mark)
         write_whole(here, identity)
         self.steps = set(steps_of(self.url))
         self._tidy()
@@ -130,8 +133,12 @@ class Mirror:
         """Removes what killed runs left of steps that never counted."""
         place = join(self.url, FOLDER)
         known = {str(step) for step in self.steps}
-        left = (i for i in stores.listed(place) if stores.inside(i.url, place)[0].isdigit())
-        stores.remove(i.url for i in left if stores.inside(i.url, place).split("/")[0] not in known)
+        left = (
+            i for i in object_store.listed(place) if object_store.inside(i.url, place)[0].isdigit()
+        )
+        object_store.remove(
+            i.url for i in left if object_store.inside(i.url, place).split("/")[0] not in known
+        )
 
     # -- while it goes on --------------------------------------------------------------------------
 
@@ -154,8 +161,8 @@ class Mirror:
         """By its mark first: it is never there in part."""
         place = join(self.url, FOLDER, step)
         self.steps.discard(step)
-        stores.remove([join(place, digests.MARK)])
-        stores.remove(item.url for item in stores.listed(place))
+        object_store.remove([join(place, digests.MARK)])
+        object_store.remove(item.url for item in object_store.listed(place))
 
     def fetch_step(self, step: int, folder: Path) -> None:
         if self._only_reads:
@@ -195,9 +202,9 @@ class Mirror:
                     continue
                 if file.suffix == ".jsonl":
                     rows = file.read_bytes()
-                    stores.put_bytes(rows[: rows.rfind(b"\n") + 1], join(self.url, name))
+                    object_store.put_bytes(rows[: rows.rfind(b"\n") + 1], join(self.url, name))
                 else:
-                    stores.put(file, join(self.url, name))
+                    object_store.put(file, join(self.url, name))
             except FileNotFoundError:  # it was another one's, for a moment
                 continue
             self._known[name] = stamp
@@ -264,15 +271,15 @@ def put_marked(here: Path, place: str, marker: str, *, contents: bool) -> None:
     """A folder that counts with its `marker`, which is removed first and put last; what is there of
     another goes. Compared with what the store holds, by `contents` too. Raises `StoreError`."""
     names = sorted(f.relative_to(here).as_posix() for f in here.rglob("*") if f.is_file())
-    stores.remove([join(place, marker)])
-    there = [item.url for item in stores.listed(place)]
-    stores.remove(url for url in there if stores.inside(url, place) not in names)
+    object_store.remove([join(place, marker)])
+    there = [item.url for item in object_store.listed(place)]
+    object_store.remove(url for url in there if object_store.inside(url, place) not in names)
     rest = [name for name in names if name != marker]
-    stores.put_all(here, rest, place)
-    if wrong := stores.unequal(here, rest, place, contents=contents):
+    object_store.put_all(here, rest, place)
+    if wrong := object_store.unequal(here, rest, place, contents=contents):
         again = "right after it was written. Run the same command again."
         raise StoreError(f"{wrong}, {again}", passes=True)
-    stores.put_all(here, [marker], place)
+    object_store.put_all(here, [marker], place)
 
 
 def put_export(here: Path, url: str) -> None:
@@ -283,7 +290,7 @@ def put_export(here: Path, url: str) -> None:
 
 
 def _refuse_what_is_no_export(place: str, marker: str) -> None:
-    if stores.listed(place) and not stores.find(join(place, marker)):
+    if object_store.listed(place) and not object_store.find(join(place, marker)):
         raise ConfigError(
             f"{place}: holds objects that are no export (no {marker}), and an export replaces the "
             "whole folder. Choose another place."
@@ -296,15 +303,17 @@ def _refuse_what_is_no_export(place: str, marker: str) -> None:
 def steps_of(url: str) -> list[int]:
     """The steps that count in the store, damaged since or not, in order."""
     place = join(url, FOLDER)
-    names = [stores.inside(item.url, place).split("/") for item in stores.listed(place)]
+    names = [object_store.inside(item.url, place).split("/") for item in object_store.listed(place)]
     found = [int(first) for first, *rest in names if rest == [digests.MARK] and first.isdigit()]
     return sorted(found)
 
 
 def fetch_files(url: str, folder: Path) -> None:
     """The files that lie directly in a run directory: config, metrics, samples, starts."""
-    direct = [i for i in stores.listed(url) if "/" not in stores.inside(i.url, url)]
-    stores.fetch_all((i for i in direct if stores.name_of(i.url)[0] != "."), url, folder)
+    direct = [i for i in object_store.listed(url) if "/" not in object_store.inside(i.url, url)]
+    object_store.fetch_all(
+        (i for i in direct if object_store.name_of(i.url)[0] != "."), url, folder
+    )
 
 
 def fetch_step(url: str, step: int, folder: Path) -> None:
@@ -312,7 +321,7 @@ def fetch_step(url: str, step: int, folder: Path) -> None:
     place = join(url, FOLDER, step)
     coming = folder.with_name(f".fetching-{folder.name}")
     shutil.rmtree(coming, ignore_errors=True)
-    stores.fetch_all(stores.listed(place), place, coming)
+    object_store.fetch_all(object_store.listed(place), place, coming)
     shutil.rmtree(folder, ignore_errors=True)
     coming.rename(folder)
 
@@ -321,9 +330,9 @@ def fetch_run(url: str, *, step: int | None = None, checkpoint: bool = True) -> 
     """A run directory to read: its files and, with `checkpoint`, that of `step` or the newest that
     is undamaged. Raises `StoreError` for what is no run, or has no such step."""
     folder = reading(url)
-    if not stores.find(join(url, "config.yaml")):
+    if not object_store.find(join(url, "config.yaml")):
         raise StoreError(f"{url}: no run there: expected {join(url, 'config.yaml')}.")
-    kept.use(folder)
+    cache_eviction.use(folder)
     fetch_files(url, folder)
     if not checkpoint:
         return folder
@@ -346,7 +355,7 @@ def _bring(url: str, step: int, here: Path) -> None:
     """A checkpoint to read, fetched where it is not here as it is there now."""
     mark = join(url, FOLDER, step, digests.MARK)
     known_here = (here / digests.MARK).is_file() and (here / digests.MARK).read_bytes()
-    if known_here != stores.read(mark) or digests.damage(here):
-        stores.make_room(sum(i.size for i in stores.listed(join(url, FOLDER, step))))
+    if known_here != object_store.read(mark) or digests.damage(here):
+        object_store.make_room(sum(i.size for i in object_store.listed(join(url, FOLDER, step))))
         here.parent.mkdir(parents=True, exist_ok=True)
         fetch_step(url, step, here)

@@ -18,11 +18,12 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from jaxtune import hosts, stores
+from jaxtune import hosts
 from jaxtune.learn import digests
 from jaxtune.learn.digests import FOLDER
 from jaxtune.learn.mirror import Mirror
-from jaxtune.stores import StoreError, join
+from jaxtune.storage import object_store
+from jaxtune.storage.object_store import StoreError, join
 
 # What a restore is asked for: part of a checkpoint -> its tree of shapes with their shardings.
 Wanted = Mapping[str, Any]
@@ -65,8 +66,8 @@ class Parts:
         names = _own(here, first=own == 0)
         digests.write(here, host=own, hosts=hosts.count(), names=names)
         mark = digests.mark_of(own)
-        stores.put_all(here, names if own == 0 else [*names, mark], place)
-        if wrong := stores.unequal(here, names, place, contents=False):
+        object_store.put_all(here, names if own == 0 else [*names, mark], place)
+        if wrong := object_store.unequal(here, names, place, contents=False):
             again = "right after it was written. Run the same command again."
             raise StoreError(f"{wrong}, {again}", passes=True)
         put, counts = f"put-{self._puts}", f"counts-{self._puts}"
@@ -74,7 +75,7 @@ class Parts:
             self._mirror.put_files()  # the rows up to this step
             for other in range(1, hosts.count()):
                 hosts.hear(put, other)
-            stores.put_all(here, [mark], place)
+            object_store.put_all(here, [mark], place)
             hosts.tell(counts)
         else:
             hosts.tell(put)
@@ -96,12 +97,12 @@ def _own(here: Path, *, first: bool) -> list[str]:
 
 
 def _fetch(place: str, here: Path, wanted: Wanted) -> str:
-    there = {stores.inside(item.url, place): item for item in stores.listed(place)}
+    there = {object_store.inside(item.url, place): item for item in object_store.listed(place)}
     marks = [name for name in there if digests.is_mark(name)]
     here.mkdir(parents=True, exist_ok=True)
     for old in here.glob("digests-*"):
         old.unlink()
-    stores.fetch_all((there[name] for name in marks), place, here)
+    object_store.fetch_all((there[name] for name in marks), place, here)
     try:
         known = digests.known(here)
     except ValueError as error:
@@ -113,7 +114,7 @@ def _fetch(place: str, here: Path, wanted: Wanted) -> str:
 
     def bring(names: Sequence[str]) -> str:
         lacking = digests.unlike(here, names, known)
-        stores.fetch_all((there[name] for name in lacking), place, here)
+        object_store.fetch_all((there[name] for name in lacking), place, here)
         wrong = digests.unlike(here, lacking, known)
         return f"{wrong[0]}: {digests.OTHER_BYTES}" if wrong else ""
 

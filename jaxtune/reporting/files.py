@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from jaxtune.config import ConfigError, DataError
 from jaxtune.reporting import starts
-from jaxtune.rows import from_json
-from jaxtune.untrusted import parse_json, reason
+from jaxtune.storage.jsonl import from_json
+from jaxtune.storage.safe_read import parse_json, reason
 
 EVALUATION = "evaluation.json"  # where `report` looks for what `evaluate --json` printed
 Row = dict[str, Any]

@@ -18,12 +18,13 @@ import pytest
 from golden.cases import tensors, write_folder, write_tokenizer
 from safetensors.numpy import save_file
 
-from jaxtune import convert, untrusted
+from jaxtune import convert
 from jaxtune.config import ConfigError, ModelError
 from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.hf.tensors import INDEX, fetch, open_tensors
+from jaxtune.storage import safe_read
 
 CASE = "llama"
 SECRET = b"the reader's own"
@@ -477,10 +478,10 @@ def test_mutated_bytes_give_a_model_or_a_model_error(part, times, folder):
 
 
 def test_text_is_shown_short_and_plain():
-    assert untrusted.shown("a" * 500) == f"'{'a' * 79}...'"
-    assert untrusted.plain("model.layers.0") == "model.layers.0"
-    assert untrusted.plain("a\nb") == r"'a\nb'"
-    assert untrusted.some(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
+    assert safe_read.shown("a" * 500) == f"'{'a' * 79}...'"
+    assert safe_read.plain("model.layers.0") == "model.layers.0"
+    assert safe_read.plain("a\nb") == r"'a\nb'"
+    assert safe_read.some(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
 
 
 @pytest.mark.parametrize(
@@ -496,4 +497,4 @@ def test_text_is_shown_short_and_plain():
     ],
 )
 def test_a_pattern_of_a_stranger_is_only_searched_for_if_that_ends(pattern, quick):
-    assert untrusted.is_quick(pattern) is quick
+    assert safe_read.is_quick(pattern) is quick

@@ -19,7 +19,7 @@ from jaxtune.learn.evaluation import Totals, evaluate
 from jaxtune.learn.metrics import Meter, MetricsWriter, Spikes
 from jaxtune.mesh import make_mesh
 from jaxtune.ops.cross_entropy import Sums
-from jaxtune.rows import last_rows
+from jaxtune.storage.jsonl import last_rows
 
 
 def rows(path: Path) -> list[dict]:

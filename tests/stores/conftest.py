@@ -25,7 +25,7 @@ import s3fs
 from multihost import runs
 from multihost.runs import free_port
 
-from jaxtune import stores
+from jaxtune.storage import object_store
 
 SERVERS = {
     "s3": ("-m", "moto.server", "-H", "127.0.0.1", "-p"),
@@ -158,7 +158,7 @@ def wire(wires: dict[str, Wire], monkeypatch: pytest.MonkeyPatch) -> Iterator[di
     }  # fmt: skip
     for name, value in values.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(stores, "_PAUSES", (0.05, 0.1))
+    monkeypatch.setattr(object_store, "_PAUSES", (0.05, 0.1))
     # The library waits half a minute in all before it gives up.
     at_once = SimpleNamespace(sleep=lambda seconds: asyncio.sleep(0.01 * seconds))
     monkeypatch.setattr("gcsfs.retry.asyncio", at_once)
@@ -170,7 +170,7 @@ def wire(wires: dict[str, Wire], monkeypatch: pytest.MonkeyPatch) -> Iterator[di
 
 
 def _forget() -> None:
-    stores._system.cache_clear()
+    object_store._system.cache_clear()
     for system in (gcsfs.core.GCSFileSystem, s3fs.S3FileSystem):
         system.clear_instance_cache()
 
@@ -179,7 +179,7 @@ def _forget() -> None:
 def s3(wire: dict[str, Wire]) -> str:
     """The URL of a new bucket."""
     name = f"b{uuid.uuid4().hex[:12]}"
-    stores._system("s3").mkdir(name)
+    object_store._system("s3").mkdir(name)
     return f"s3://{name}"
 
 

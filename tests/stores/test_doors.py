@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from multihost import runs
 
-from jaxtune import convert, evaluate, report, stores, train
+from jaxtune import convert, evaluate, report, train
 from jaxtune.cli import BAD_INPUT, STOPPED
 from jaxtune.learn.mirror import steps_of
-from jaxtune.stores import join
+from jaxtune.storage import object_store
+from jaxtune.storage.object_store import join
 
 pytestmark = pytest.mark.slow
 
@@ -36,7 +37,7 @@ def calm(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def put_folder(folder: Path, url: str) -> None:
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    stores.put_all(folder, names, url)
+    object_store.put_all(folder, names, url)
 
 
 def flags(bucket: str) -> list[str]:
@@ -49,13 +50,16 @@ def flags(bucket: str) -> list[str]:
 
 
 def rows_of(url: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in stores.read(join(url, "metrics.jsonl")).splitlines()]
+    rows = [json.loads(line) for line in object_store.read(join(url, "metrics.jsonl")).splitlines()]
     return [{k: v for k, v in row.items() if k not in runs.CLOCK} for row in rows]
 
 
 def contents(url: str) -> dict[str, bytes]:
     """All files of an export; the card says where the run lay."""
-    found = {stores.name_of(item.url): stores.read(item.url) for item in stores.listed(url)}
+    found = {
+        object_store.name_of(item.url): object_store.read(item.url)
+        for item in object_store.listed(url)
+    }
     return {name: b"" if name == "README.md" else data for name, data in found.items()}
 
 
@@ -96,15 +100,15 @@ def test_killed_and_gone_on_with_on_an_empty_disk(
     assert steps_of(run) == [8, 12]
     assert rows_of(run) == runs.rows_of(calm)
     assert contents(join(run, "hf")) == local_contents(calm / "hf")
-    assert len(stores.read(join(run, "starts.jsonl")).splitlines()) == 2
-    assert stores.find(join(run, "report.html"))
+    assert len(object_store.read(join(run, "starts.jsonl")).splitlines()) == 2
+    assert object_store.find(join(run, "report.html"))
 
     # A flipped bit in the newest checkpoint, and once more an empty disk.
     on_an_empty_disk(tmp_path, monkeypatch, "third")
-    data = [i for i in stores.listed(join(run, "checkpoints", 12)) if i.size > 1000]
-    flipped = bytearray(stores.read(data[0].url))
+    data = [i for i in object_store.listed(join(run, "checkpoints", 12)) if i.size > 1000]
+    flipped = bytearray(object_store.read(data[0].url))
     flipped[700] ^= 4
-    stores.put_bytes(bytes(flipped), data[0].url)
+    object_store.put_bytes(bytes(flipped), data[0].url)
     host = runs.Host(flags(bucket), devices=2)
     assert host.end() == 0, host.stderr
     assert f"{run}/checkpoints/12: is damaged and not used" in host.stderr
@@ -157,7 +161,7 @@ def test_a_store_that_is_gone_for_a_while(
     host = runs.Host(flags(s3), devices=2, before="from jaxtune import stores\nstores._PAUSES=()")
     assert host.end() == STOPPED, host.stderr  # the store may answer again
     assert "/run/hf/" in host.stderr.splitlines()[-1]
-    assert not stores.find(join(run, "hf/config.json"))
+    assert not object_store.find(join(run, "hf/config.json"))
 
     wire["s3"].fault = lambda method, path: None
     host = runs.Host(flags(s3), devices=2)
@@ -166,7 +170,7 @@ def test_a_store_that_is_gone_for_a_while(
 
 
 def test_a_config_in_a_store(memory: str, capsys: pytest.CaptureFixture[str]) -> None:
-    stores.put_bytes(b"seed: no number\n", join(memory, "config.yaml"))
+    object_store.put_bytes(b"seed: no number\n", join(memory, "config.yaml"))
     assert train.main(["--config", join(memory, "config.yaml")]) == BAD_INPUT
     assert "seed" in capsys.readouterr().err
     assert train.main(["--config", join(memory, "none.yaml")]) == BAD_INPUT

@@ -11,11 +11,11 @@ import pytest
 from multihost import runs
 from safetensors.numpy import load
 
-from jaxtune import stores
 from jaxtune.cli import BAD_INPUT
 from jaxtune.learn import digests, parts
 from jaxtune.learn.mirror import steps_of
-from jaxtune.stores import join
+from jaxtune.storage import object_store
+from jaxtune.storage.object_store import join
 
 # One worker: the two cores are shared as it is.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("multihost")]
@@ -77,13 +77,13 @@ def ended(
 
 
 def assert_same_run(run: str, calm: Path) -> None:
-    rows = [json.loads(line) for line in stores.read(join(run, "metrics.jsonl")).splitlines()]
+    rows = [json.loads(line) for line in object_store.read(join(run, "metrics.jsonl")).splitlines()]
     expected = runs.rows_of(calm)
     assert [(r["kind"], r["step"]) for r in rows] == [(r["kind"], r["step"]) for r in expected]
     for row, other in zip(rows, expected, strict=True):
         loss = "loss" if row["kind"] == "train" else "eval_loss"
         assert row[loss] == pytest.approx(other[loss], abs=1e-5), row["step"]
-    ours = load(stores.read(join(run, "hf", "model.safetensors")))
+    ours = load(object_store.read(join(run, "hf", "model.safetensors")))
     for name, values in load((calm / "hf" / "model.safetensors").read_bytes()).items():
         np.testing.assert_allclose(ours[name], values, atol=1e-5, err_msg=name)
 
@@ -105,16 +105,16 @@ def test_killed_damaged_and_gone_on_with_on_empty_disks(
     assert codes == [75, -9], said
     assert steps_of(run) == [4, 8]
     place = join(run, "checkpoints", 8)
-    there = {stores.inside(item.url, place): item.url for item in stores.listed(place)}
+    there = {object_store.inside(item.url, place): item.url for item in object_store.listed(place)}
     chunks = chunks_of(list(there))
     first, second = (on_disk(tmp_path / "first" / f"host-{n}", 8) & chunks for n in (0, 1))
     assert first | second == chunks
     assert not first & second  # each wrote its own part, and has no more
     assert len(second) >= len(chunks) // 3
 
-    flipped = bytearray(stores.read(there[min(second)]))
+    flipped = bytearray(object_store.read(there[min(second)]))
     flipped[20] ^= 4
-    stores.put_bytes(bytes(flipped), there[min(second)])
+    object_store.put_bytes(bytes(flipped), there[min(second)])
     codes, said = ended(material, run, tmp_path / "second")
     assert codes == [0, 0], said
     assert "checkpoints/8: is damaged and not used" in said[0]
@@ -175,9 +175,9 @@ def test_adapters_the_best_step_and_samples(s3: str, material: Path, tmp_path: P
     assert codes == [0, 0], said
     assert "best: step 3, eval_loss 3.0000; it is exported" in said[0]
     assert steps_of(run) == [3, 9]
-    samples = stores.read(join(run, "samples.jsonl")).splitlines()
+    samples = object_store.read(join(run, "samples.jsonl")).splitlines()
     assert [json.loads(row)["step"] for row in samples] == [3, 6, 9]
-    names = {stores.name_of(item.url) for item in stores.listed(join(run, "adapter"))}
+    names = {object_store.name_of(item.url) for item in object_store.listed(join(run, "adapter"))}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names
     for step in steps_of(run):
         for disk in ("host-0", "host-1"):
@@ -197,13 +197,13 @@ def test_the_best_step_is_the_one_it_went_on_from(s3: str, material: Path, tmp_p
     assert codes == [0, 0], said
     assert "going on after step 3" in said[0]
     assert "best: step 3, eval_loss 3.0000; it is exported" in said[0]
-    assert stores.find(join(run, "hf", "config.json"))
+    assert object_store.find(join(run, "hf", "config.json"))
 
     # Looked at by two hosts, on disks of their own: the store has one file more.
-    before = {item.url: item.tag for item in stores.listed(run)}
+    before = {item.url: item.tag for item in object_store.listed(run)}
     codes, said = ended(material, run, tmp_path / "c", replay_step=8, **options)
     assert codes == [0, 0], said
-    after = {item.url: item.tag for item in stores.listed(run)}
+    after = {item.url: item.tag for item in object_store.listed(run)}
     assert f"replayed step 8: {join(run, 'step-8.json')}" in said[0]
     assert after.pop(join(run, "step-8.json"))
     assert after == before

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from jaxtune import lock, stores
 from jaxtune.config import ConfigError
 from jaxtune.learn import digests, mirror
 from jaxtune.learn.checkpoint import Checkpoints
 from jaxtune.learn.mirror import Mirror, fetch_run, steps_of
-from jaxtune.stores import StoreError, join
+from jaxtune.storage import lock, object_store
+from jaxtune.storage.object_store import StoreError, join
 
 
 def make_step(folder: Path, step: int) -> None:
@@ -70,7 +70,7 @@ def test_what_grows_is_put_by_whole_lines(run: Any) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 5}\n{"kind": "tr')
     made.close()
-    rows = stores.read(join(made.url, "metrics.jsonl")).splitlines()
+    rows = object_store.read(join(made.url, "metrics.jsonl")).splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4, 5]
 
 
@@ -83,9 +83,9 @@ def test_it_is_put_while_the_run_goes_on(
     made = opened(memory, tmp_path / "run", [])
     make_rows(tmp_path / "run", 3)
     deadline = time.monotonic() + 10
-    while not stores.find(join(memory, "metrics.jsonl")) and time.monotonic() < deadline:
+    while not object_store.find(join(memory, "metrics.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert stores.find(join(memory, "metrics.jsonl"))
+    assert object_store.find(join(memory, "metrics.jsonl"))
     made.close()
 
 
@@ -95,13 +95,13 @@ def test_the_rows_of_a_step_are_there_before_it_counts(
     made = opened(memory, tmp_path / "run", [])
     order: list[str] = []
     for name in ("put", "put_bytes"):
-        was = getattr(stores, name)
+        was = getattr(object_store, name)
 
         def noted(what: Any, url: str, was: Any = was) -> None:
             order.append(url.removeprefix(f"{memory}/"))
             was(what, url)
 
-        monkeypatch.setattr(stores, name, noted)
+        monkeypatch.setattr(object_store, name, noted)
     make_rows(tmp_path / "run", 4)
     make_step(tmp_path / "run", 4)
     made.put_step(4)
@@ -117,7 +117,7 @@ def test_a_step_is_removed_by_its_mark_first(run: Any) -> None:
     made.put_step(8)
     made.remove_step(4)
     assert steps_of(made.url) == [8]
-    assert stores.listed(join(made.url, "checkpoints", 4)) == []
+    assert object_store.listed(join(made.url, "checkpoints", 4)) == []
 
 
 # -- a folder here that is not this run's ----------------------------------------------------------
@@ -126,7 +126,7 @@ def test_a_step_is_removed_by_its_mark_first(run: Any) -> None:
 def test_a_run_that_was_removed_from_the_store_does_not_come_back(run: Any, tmp_path: Path) -> None:
     made, folder, _ = run
     made.close()
-    stores.remove(item.url for item in stores.listed(made.url))
+    object_store.remove(item.url for item in object_store.listed(made.url))
     with lock.held(folder, print):
         again = opened(made.url, folder, [])
         assert (folder / lock.NAME).exists()  # else another run would make one of its own
@@ -164,10 +164,10 @@ def test_what_is_newer_in_the_store_is_taken(run: Any, tmp_path: Path) -> None:
 
 
 def test_objects_that_are_no_export_are_not_replaced(place: str, tmp_path: Path) -> None:
-    stores.put_bytes(b"photo", join(place, "hf", "holiday.jpg"))
+    object_store.put_bytes(b"photo", join(place, "hf", "holiday.jpg"))
     with pytest.raises(ConfigError, match=r"hf: holds objects that are no export \(no config"):
         opened(place, tmp_path / "run", [])
-    assert [item.url for item in stores.listed(place)] == [join(place, "hf/holiday.jpg")]
+    assert [item.url for item in object_store.listed(place)] == [join(place, "hf/holiday.jpg")]
 
 
 # -- killed at every object ------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_a_checkpoint_killed_at_every_object(s3: str, tmp_path: Path) -> None:
 
 
 def fetch_run_without_config(url: str) -> Path:
-    stores.put_bytes(b"seed: 1\n", join(url, "config.yaml"))
+    object_store.put_bytes(b"seed: 1\n", join(url, "config.yaml"))
     return fetch_run(url)
 
 
@@ -254,14 +254,20 @@ def test_an_export_killed_at_every_object_never_loads_by_halves(s3: str, tmp_pat
     at = 0
     while True:
         for name, data in old.items():
-            stores.put_bytes(data, join(s3, "hf", name))
+            object_store.put_bytes(data, join(s3, "hf", name))
         if not killed_at(s3, tmp_path / "run", "hf", at):
             break
-        there = {stores.name_of(i.url): stores.read(i.url) for i in stores.listed(join(s3, "hf"))}
+        there = {
+            object_store.name_of(i.url): object_store.read(i.url)
+            for i in object_store.listed(join(s3, "hf"))
+        }
         assert "config.json" not in there or there == (old if at == 0 else new), at
         at += 1
     assert at >= 5
-    there = {stores.name_of(i.url): stores.read(i.url) for i in stores.listed(join(s3, "hf"))}
+    there = {
+        object_store.name_of(i.url): object_store.read(i.url)
+        for i in object_store.listed(join(s3, "hf"))
+    }
     assert there == new
 
 
@@ -306,30 +312,30 @@ def test_bytes_that_came_out_otherwise_are_noticed(
     (tmp_path / "hf").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "hf" / name).write_bytes(name.encode())
-    was = stores.put
+    was = object_store.put
 
     def damaged(file: Path, url: str) -> None:
         if file.name == "model.safetensors":
-            stores.put_bytes(file.read_bytes().upper(), url)
+            object_store.put_bytes(file.read_bytes().upper(), url)
         else:
             was(file, url)
 
-    monkeypatch.setattr(stores, "put", damaged)
+    monkeypatch.setattr(object_store, "put", damaged)
     with pytest.raises(StoreError, match=r"model\.safetensors: its bytes are not those .* right"):
         mirror.put_export(tmp_path / "hf", join(s3, "hf"))
-    assert not stores.find(join(s3, "hf/config.json"))
+    assert not object_store.find(join(s3, "hf/config.json"))
 
 
 # -- read ------------------------------------------------------------------------------------------
 
 
 def listing(url: str) -> dict[str, str]:
-    return {item.url: item.tag for item in stores.listed(url)}
+    return {item.url: item.tag for item in object_store.listed(url)}
 
 
 def test_one_who_only_looks_changes_nothing_of_a_run_that_goes_on(run: Any) -> None:
     made, _, _ = run
-    stores.put_bytes(b"half", join(made.url, "checkpoints/8/trained/d/0"))
+    object_store.put_bytes(b"half", join(made.url, "checkpoints/8/trained/d/0"))
     before = listing(made.url)
     here = mirror.reading(made.url)
     assert here != mirror.staging(made.url)
@@ -345,13 +351,13 @@ def test_one_who_only_looks_changes_nothing_of_a_run_that_goes_on(run: Any) -> N
     assert listing(made.url) == before
     (here / "step-9.json").write_text("{}")
     looking.put("step-9.json")
-    assert stores.read(join(made.url, "step-9.json")) == b"{}"
+    assert object_store.read(join(made.url, "step-9.json")) == b"{}"
 
 
 def test_where_the_only_step_is_damaged_nothing_begins_anew(run: Any) -> None:
     made, folder, _ = run
     made.close()
-    stores.put_bytes(b"other", join(made.url, "checkpoints/4/meta"))
+    object_store.put_bytes(b"other", join(made.url, "checkpoints/4/meta"))
     (folder / "checkpoints/4/meta").write_bytes(b"gone too")
     for _ in range(2):
         again = opened(made.url, folder, [])
@@ -370,7 +376,7 @@ def test_a_damaged_step_is_passed_over(run: Any) -> None:
     made, folder, _ = run
     make_step(folder, 8)
     made.put_step(8)
-    stores.put_bytes(b"other", join(made.url, "checkpoints/8/meta"))
+    object_store.put_bytes(b"other", join(made.url, "checkpoints/8/meta"))
     read = fetch_run(made.url)
     assert digests.damage(read / "checkpoints" / "8") != ""
     assert digests.damage(read / "checkpoints" / "4") == ""

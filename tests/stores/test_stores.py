@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from jaxtune import stores
 from jaxtune.config import ConfigError, DataError, ModelError
 from jaxtune.data import sources
 from jaxtune.hf.folders import is_adapter, refuse_adapter
-from jaxtune.stores import StoreError, join
+from jaxtune.storage import object_store
+from jaxtune.storage.object_store import StoreError, join
 
 ROWS = [{"instruction": f"Say {i}.", "output": str(i)} for i in range(30)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -22,50 +22,50 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 def put_files(place: str, files: dict[str, bytes]) -> None:
     for name, data in files.items():
-        stores.put_bytes(data, join(place, name))
+        object_store.put_bytes(data, join(place, name))
 
 
 def test_what_is_put_is_found_listed_and_fetched(place: str, tmp_path: Path) -> None:
     big = bytes(range(256)) * 40_000  # more than the libraries send at once without parts
     (tmp_path / "big").write_bytes(big)
-    stores.put(tmp_path / "big", join(place, "deep", "er", "big"))
+    object_store.put(tmp_path / "big", join(place, "deep", "er", "big"))
     put_files(place, {"a.txt": b"a", "empty": b""})
-    names = [item.url.removeprefix(place) for item in stores.listed(place)]
+    names = [item.url.removeprefix(place) for item in object_store.listed(place)]
     assert names == ["/a.txt", "/deep/er/big", "/empty"]
-    found = stores.find(join(place, "deep/er/big"))
+    found = object_store.find(join(place, "deep/er/big"))
     assert found is not None
     assert found.size == len(big)
-    stores.fetch(found, tmp_path / "new" / "back")
+    object_store.fetch(found, tmp_path / "new" / "back")
     assert (tmp_path / "new" / "back").read_bytes() == big
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["back"]
-    assert stores.read(join(place, "a.txt")) == b"a"
-    assert stores.find(join(place, "none")) is None
-    assert stores.find(join(place, "deep")) is None
-    assert stores.listed(join(place, "none")) == []
-    stores.remove([join(place, "a.txt"), join(place, "never-was")])
-    assert stores.find(join(place, "a.txt")) is None
+    assert object_store.read(join(place, "a.txt")) == b"a"
+    assert object_store.find(join(place, "none")) is None
+    assert object_store.find(join(place, "deep")) is None
+    assert object_store.listed(join(place, "none")) == []
+    object_store.remove([join(place, "a.txt"), join(place, "never-was")])
+    assert object_store.find(join(place, "a.txt")) is None
 
 
 @pytest.mark.parametrize("end", [b"\r", b"\n", b"\r\n", b"\n\r", b"\0"])
 def test_the_last_byte_is_there(place: str, tmp_path: Path, end: bytes) -> None:
-    stores.put_bytes(b"x" + end, join(place, "bytes"))
+    object_store.put_bytes(b"x" + end, join(place, "bytes"))
     (tmp_path / "file").write_bytes(end)
-    stores.put(tmp_path / "file", join(place, "file"))
-    assert stores.read(join(place, "bytes")) == b"x" + end
-    assert stores.read(join(place, "file")) == end
+    object_store.put(tmp_path / "file", join(place, "file"))
+    assert object_store.read(join(place, "bytes")) == b"x" + end
+    assert object_store.read(join(place, "file")) == end
 
 
 def test_a_listing_does_not_take_a_neighbour_for_a_child(place: str) -> None:
     put_files(place, {"run/a": b"1", "run-2/b": b"2"})
-    assert [item.url for item in stores.listed(join(place, "run"))] == [join(place, "run/a")]
+    assert [item.url for item in object_store.listed(join(place, "run"))] == [join(place, "run/a")]
 
 
 def test_another_content_has_another_tag(place: str) -> None:
     url = join(place, "x")
-    stores.put_bytes(b"one", url)
-    first = stores.find(url)
-    stores.put_bytes(b"two", url)
-    second = stores.find(url)
+    object_store.put_bytes(b"one", url)
+    first = object_store.find(url)
+    object_store.put_bytes(b"two", url)
+    second = object_store.find(url)
     assert first is not None
     assert second is not None
     assert first.tag != second.tag
@@ -75,20 +75,20 @@ def test_another_content_has_another_tag(place: str) -> None:
 def test_what_is_not_as_it_was_put_is_named(place: str, tmp_path: Path, name: str) -> None:
     for file in ("a.bin", "b.bin"):
         (tmp_path / file).write_bytes(file.encode() * 1000)
-    stores.put_all(tmp_path, ["a.bin", "b.bin"], place)
+    object_store.put_all(tmp_path, ["a.bin", "b.bin"], place)
     names = ["a.bin", "b.bin"]
-    assert stores.unequal(tmp_path, names, place, contents=True) == ""
+    assert object_store.unequal(tmp_path, names, place, contents=True) == ""
     data = bytearray((tmp_path / name).read_bytes())
     data[500] ^= 1
-    stores.put_bytes(bytes(data), join(place, name))
-    assert stores.unequal(tmp_path, names, place, contents=False) == ""
-    assert f"{name}: its bytes are not those" in stores.unequal(
+    object_store.put_bytes(bytes(data), join(place, name))
+    assert object_store.unequal(tmp_path, names, place, contents=False) == ""
+    assert f"{name}: its bytes are not those" in object_store.unequal(
         tmp_path, names, place, contents=True
     )
-    stores.put_bytes(bytes(data[:-1]), join(place, name))
-    assert "bytes instead of 5,000" in stores.unequal(tmp_path, names, place, contents=False)
-    stores.remove([join(place, name)])
-    assert "is not there" in stores.unequal(tmp_path, names, place, contents=False)
+    object_store.put_bytes(bytes(data[:-1]), join(place, name))
+    assert "bytes instead of 5,000" in object_store.unequal(tmp_path, names, place, contents=False)
+    object_store.remove([join(place, name)])
+    assert "is not there" in object_store.unequal(tmp_path, names, place, contents=False)
 
 
 # -- the wire breaks -------------------------------------------------------------------------------
@@ -107,8 +107,8 @@ def test_half_an_object_is_never_taken_for_whole(
     scheme: str, far: str, wire: Any, tmp_path: Path
 ) -> None:
     url = join(far, "data.jsonl")
-    stores.put_bytes(LINES * 2000, url)
-    item = stores.find(url)
+    object_store.put_bytes(LINES * 2000, url)
+    item = object_store.find(url)
     assert item is not None
     cut = [0]
 
@@ -120,11 +120,11 @@ def test_half_an_object_is_never_taken_for_whole(
 
     wire[scheme].fault = fault
     with pytest.raises(StoreError, match=r"data\.jsonl: cannot be read"):
-        stores.fetch(item, tmp_path / "data.jsonl")
+        object_store.fetch(item, tmp_path / "data.jsonl")
     assert cut[0] >= 3  # it was tried again
     assert list(tmp_path.iterdir()) == []
     wire[scheme].fault = lambda method, path: None
-    stores.fetch(item, tmp_path / "data.jsonl")
+    object_store.fetch(item, tmp_path / "data.jsonl")
     assert (tmp_path / "data.jsonl").read_bytes() == LINES * 2000
 
 
@@ -137,10 +137,10 @@ def test_a_fault_that_passes_is_not_noticed(scheme: str, far: str, wire: Any) ->
         return 503 if left[0] >= 0 else None
 
     wire[scheme].fault = fault
-    stores.put_bytes(b"x", join(far, "x"))
+    object_store.put_bytes(b"x", join(far, "x"))
     assert left[0] < 0
     wire[scheme].fault = lambda method, path: None
-    assert stores.read(join(far, "x")) == b"x"
+    assert object_store.read(join(far, "x")) == b"x"
 
 
 @SCHEMES
@@ -148,7 +148,7 @@ def test_what_is_refused_is_said_at_once(scheme: str, far: str, wire: Any) -> No
     wire[scheme].fault = lambda method, path: 403
     began, asked = time.monotonic(), len(wire[scheme].asked)
     with pytest.raises(StoreError, match=r"/x: cannot be written: .* asks for credentials"):
-        stores.put_bytes(b"x", join(far, "x"))
+        object_store.put_bytes(b"x", join(far, "x"))
     assert len(wire[scheme].asked) - asked <= 3
     assert time.monotonic() - began < 10
 
@@ -156,8 +156,8 @@ def test_what_is_refused_is_said_at_once(scheme: str, far: str, wire: Any) -> No
 @SCHEMES
 def test_a_bucket_that_is_not_there(scheme: str, wire: Any) -> None:
     with pytest.raises(StoreError, match="cannot be written: no such object, or no such bucket"):
-        stores.put_bytes(b"x", f"{scheme}://not-a-bucket-of-ours/x")
-    assert stores.listed(f"{scheme}://not-a-bucket-of-ours/x") == []
+        object_store.put_bytes(b"x", f"{scheme}://not-a-bucket-of-ours/x")
+    assert object_store.listed(f"{scheme}://not-a-bucket-of-ours/x") == []
 
 
 @pytest.mark.slow
@@ -167,18 +167,18 @@ def test_a_store_that_is_gone_fails_once_for_many(s3: str, wire: Any, tmp_path: 
     wire["s3"].fault = lambda method, path: "gone"
     began = time.monotonic()
     with pytest.raises(StoreError, match="cannot be written"):
-        stores.put_all(tmp_path, map(str, range(60)), s3)
+        object_store.put_all(tmp_path, map(str, range(60)), s3)
     assert time.monotonic() - began < 60
     assert len({path for _, path in wire["s3"].asked if path.startswith(f"/{s3[5:]}/")}) < 20
 
 
 def test_an_object_that_changes_while_it_is_read_is_refused(place: str, tmp_path: Path) -> None:
-    stores.put_bytes(b"old", join(place, "x"))
-    before = stores.find(join(place, "x"))
-    stores.put_bytes(b"new", join(place, "x"))
+    object_store.put_bytes(b"old", join(place, "x"))
+    before = object_store.find(join(place, "x"))
+    object_store.put_bytes(b"new", join(place, "x"))
     assert before is not None
     with pytest.raises(StoreError, match="was changed while it was read"):
-        stores.fetch(before, tmp_path / "x")
+        object_store.fetch(before, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -196,7 +196,7 @@ def test_an_object_that_changes_while_it_is_read_is_refused(place: str, tmp_path
 )
 def test_urls_that_name_nothing(url: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        stores.find(url)
+        object_store.find(url)
 
 
 @pytest.mark.parametrize(("scheme", "package"), [("gs", "gcsfs"), ("s3", "s3fs")])
@@ -204,22 +204,22 @@ def test_a_missing_package_is_named(
     scheme: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    stores._system.cache_clear()
+    object_store._system.cache_clear()
     extra = {"gs": "gcs", "s3": "s3"}[scheme]
     with pytest.raises(ConfigError, match=rf"{scheme}:// needs {package}.*'jaxtune\[{extra}\]'"):
-        stores.find(f"{scheme}://bucket/x")
-    stores._system.cache_clear()
+        object_store.find(f"{scheme}://bucket/x")
+    object_store._system.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["../out", "a/../../b", "a//b", "", "a\0b", "./a"])
 def test_a_name_that_would_lead_elsewhere_is_refused(name: str) -> None:
     with pytest.raises(StoreError, match="is no name for a file"):
-        stores.inside(f"gs://b/run/{name}", "gs://b/run")
+        object_store.inside(f"gs://b/run/{name}", "gs://b/run")
 
 
 @pytest.mark.parametrize("name", ["run", "/abs/run", "owner/model", "C:/x", "a:b", "./x://y"])
 def test_paths_and_ids_are_no_urls(name: str) -> None:
-    assert not stores.is_url(name)
+    assert not object_store.is_url(name)
 
 
 # -- data ------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_data_is_read_by_name_by_glob_and_by_folder(place: str) -> None:
 
 
 def test_the_same_rows_have_the_same_digest_wherever_they_lie(place: str, tmp_path: Path) -> None:
-    stores.put_bytes(LINES, join(place, "t.jsonl"))
+    object_store.put_bytes(LINES, join(place, "t.jsonl"))
     (tmp_path / "t.jsonl").write_bytes(LINES)
     there, here = sources.find(join(place, "t.jsonl")), sources.find(str(tmp_path / "t.jsonl"))
     assert sources.digest(there) == sources.digest(here)
@@ -254,7 +254,7 @@ def test_the_same_rows_have_the_same_digest_wherever_they_lie(place: str, tmp_pa
 def test_data_that_has_changed_is_fetched_anew_and_other_data_is_not(s3: str, wire: Any) -> None:
     put_files(s3, {"d/a.jsonl": LINES, "d/b.jsonl": LINES})
     sources.find(join(s3, "d"))
-    stores.put_bytes(LINES[: LINES.index(b"\n") + 1], join(s3, "d/b.jsonl"))
+    object_store.put_bytes(LINES[: LINES.index(b"\n") + 1], join(s3, "d/b.jsonl"))
     sources._of_store.cache_clear()
     asked = len(wire["s3"].asked)
     files = sources.find(join(s3, "d"))
@@ -276,7 +276,7 @@ def test_data_that_has_changed_is_fetched_anew_and_other_data_is_not(s3: str, wi
 def test_data_that_cannot_be_had(
     place: str, name: str, options: dict[str, str], error: type[Exception], text: str
 ) -> None:
-    stores.put_bytes(b"MZ", join(place, "x.exe"))
+    object_store.put_bytes(b"MZ", join(place, "x.exe"))
     with pytest.raises(error, match=text):
         sources.find(join(place, name), **options)
 
@@ -292,16 +292,16 @@ MODEL = {
 
 def test_of_a_model_only_what_is_read_is_fetched(place: str) -> None:
     put_files(place, MODEL)
-    folder = stores.download(place, ("*.json", "model*.safetensors"))
+    folder = object_store.download(place, ("*.json", "model*.safetensors"))
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["config.json", "model.safetensors", "tokenizer.json"]
-    assert stores.download(place, ("*.json", "model*.safetensors")) == folder
+    assert object_store.download(place, ("*.json", "model*.safetensors")) == folder
 
 
 def test_of_a_run_its_model_is_meant(place: str) -> None:
     put_files(place, {f"hf/{name}": data for name, data in MODEL.items()})
     put_files(place, {"config.yaml": b"", "step-3.json": b"{}", "wandb-run-id.txt": b"x"})
-    names = {path.name for path in stores.download(place, ("*.json", "*.txt")).iterdir()}
+    names = {path.name for path in object_store.download(place, ("*.json", "*.txt")).iterdir()}
     assert names == {"config.json", "tokenizer.json"}
 
 
@@ -309,10 +309,10 @@ def test_a_file_that_came_whole_is_not_fetched_again(s3: str, wire: Any) -> None
     put_files(s3, MODEL)
     wire["s3"].fault = lambda method, path: 500 if "model.safetensors" in path else None
     with pytest.raises(StoreError, match=r"model\.safetensors: cannot be read"):
-        stores.download(s3, ("*.json", "*.safetensors"))
+        object_store.download(s3, ("*.json", "*.safetensors"))
     wire["s3"].fault = lambda method, path: None
     asked = len(wire["s3"].asked)
-    folder = stores.download(s3, ("*.json", "*.safetensors"))
+    folder = object_store.download(s3, ("*.json", "*.safetensors"))
     assert (folder / "model.safetensors").read_bytes() == MODEL["model.safetensors"]
     got = [path for method, path in wire["s3"].asked[asked:] if method == "GET" and "?" not in path]
     assert got == [f"/{s3[5:]}/model.safetensors"]

@@ -13,9 +13,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxtune import stores
 from jaxtune.config import ConfigError, ModelError
-from jaxtune.untrusted import reason
+from jaxtune.storage import object_store
+from jaxtune.storage.safe_read import reason
 
 ANSWER_SECONDS = 5.0  # the hub's first answer; a route that drops packets would hang for minutes
 
@@ -32,10 +32,10 @@ def download(name: str, *, revision: str | None, patterns: Sequence[str]) -> Pat
     What lies in the cache is not fetched again, and serves alone when the hub does not answer.
     Raises `ModelError` for what is no id, unknown, gated, without `revision`, or not reachable.
     """
-    if stores.is_url(name):
+    if object_store.is_url(name):
         if revision is not None:
             raise ConfigError(f"revision: {name} is not on the hub. Unset it.")
-        return stores.download(name, patterns)
+        return object_store.download(name, patterns)
     absent = f"{name}: no such folder"
     if not is_id(name):
         raise ModelError(f"{absent}, and not a hub id (owner/name).")

@@ -26,9 +26,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from jaxtune import kept
 from jaxtune.config import ConfigError
-from jaxtune.untrusted import reason
+from jaxtune.storage import cache_eviction
+from jaxtune.storage.safe_read import reason
 
 # Scheme -> (the package that fsspec needs, our extra). `memory` is fsspec's own, within a process.
 _SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3"), "memory": ("fsspec", "s3")}
@@ -246,7 +246,7 @@ def cached(items: Sequence[Item]) -> Path:
     key = json.dumps([[item.url, item.tag, item.size] for item in items])
     folder = default_folder() / "stores" / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
-        kept.use(folder)
+        cache_eviction.use(folder)
         lacking = [item for item in items if not (folder / _plain_name(item)).is_file()]
         make_room(sum(item.size for item in lacking))
         _all(lambda item: fetch(item, folder / _plain_name(item)), lacking)
@@ -261,7 +261,7 @@ def cached(items: Sequence[Item]) -> Path:
 def make_room(needed: int) -> None:
     """Of all that was fetched to be read, so many bytes before more is; see `kept`."""
     if needed:
-        kept.make_room(needed, [default_folder() / "stores", default_folder() / "read"])
+        cache_eviction.make_room(needed, [default_folder() / "stores", default_folder() / "read"])
 
 
 def download(url: str, patterns: Sequence[str]) -> Path:

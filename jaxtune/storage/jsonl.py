@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxtune.files import write_whole
+from jaxtune.storage.atomic_write import write_whole
 
 Row = dict[str, Any]
 _WORDS = {word: float(word) for word in ("inf", "-inf", "nan")}
