@@ -242,7 +242,7 @@ def _as_object(found: Answer) -> dict[str, Any]:
 
 
 def _print_answers(row: Mapping[str, Any]) -> None:
-    from jaxtune.draw.terminal import printable
+    from jaxtune.terminal.text import printable
 
     if "base" in row:
         print(f"base: {printable(row['base']['response'])}")

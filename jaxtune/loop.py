@@ -22,7 +22,6 @@ from jaxtune.cli import Stopped, note
 from jaxtune.config import Config, Diverged
 from jaxtune.data.pipeline import Batches, Dataset, eval_batches, prefetch
 from jaxtune.data.position import counts_before, counts_of, epoch_at
-from jaxtune.draw.progress import Progress
 from jaxtune.learn.checkpoint import Checkpoints
 from jaxtune.learn.evaluation import Totals, evaluate
 from jaxtune.learn.metrics import Meter, MetricsWriter, Spikes, memory_peak_bytes
@@ -31,6 +30,7 @@ from jaxtune.learn.state import TrainState
 from jaxtune.learn.step import StepMetrics
 from jaxtune.learn.tracing import Tracing
 from jaxtune.mesh import put_batch, row_shards
+from jaxtune.terminal.progress import Progress
 from jaxtune.tree import named
 from jaxtune.watch import Notice, Watch, asked_to_stop
 

@@ -132,9 +132,9 @@ def _subject(config: Config, model: HfModel, there: Hardware) -> tuple[Subject, 
     from jaxtune.assemble import rows_per_step
     from jaxtune.data.asked import open_sides, open_template, open_tokenizer
     from jaxtune.data.pipeline import Batches
-    from jaxtune.draw.progress import Tokenising
     from jaxtune.hf.load import with_tokens
     from jaxtune.mesh import make_mesh
+    from jaxtune.terminal.progress import Tokenising
 
     tokenizer = open_tokenizer(config, config.tokenizer_name or model.name, note=note)
     template = open_template(config, tokenizer, note=note)
@@ -272,8 +272,8 @@ def _tried(
 ) -> Iterator[tuple[Candidate, dict[str, Any]]]:
     """Candidates and their plans: compiled as far as the time allows, or all by arithmetic."""
     from jaxtune.draw.plan import rate
-    from jaxtune.draw.progress import Searching
     from jaxtune.planning.search import Progress, compile_all, counted
+    from jaxtune.terminal.progress import Searching
 
     if not there.compiles:
         yield from ((candidate, counted(candidate, there)) for candidate in ranked)

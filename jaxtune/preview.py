@@ -66,7 +66,7 @@ def run(config: Config, options: PreviewOptions | None = None) -> Result:
         return Result(report)
     if not options.stats and options.html is None:
         _show(config, settings, _SHOWN if options.examples is None else options.examples)
-    from jaxtune.draw.terminal import show_report
+    from jaxtune.terminal.text import show_report
 
     show_report(report, file=sys.stdout)
     return Result(report)
@@ -93,7 +93,7 @@ def _as_object(name: str, prepared: Prepared) -> dict[str, Any]:
 def _show(config: Config, settings: Settings, count: int) -> None:
     """Examples for a person: in colour on a terminal, with `[[ ]]` elsewhere."""
     from jaxtune.data.encode import runs
-    from jaxtune.draw.terminal import marked, printable
+    from jaxtune.terminal.text import marked, printable
 
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for name, prepared in rows(config, settings, count):

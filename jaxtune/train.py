@@ -296,7 +296,7 @@ def _smaller(config: Config) -> str:
 def _open_data(config: Config, model_name: str) -> Material:
     from jaxtune.data.asked import open_sides, open_template, open_tokenizer
     from jaxtune.data.doctor import refuse
-    from jaxtune.draw.progress import Tokenising
+    from jaxtune.terminal.progress import Tokenising
 
     tokenizer = open_tokenizer(config, config.tokenizer_name or model_name, note=note)
     template = open_template(config, tokenizer, note=note)
@@ -322,8 +322,8 @@ def _announce(
 ) -> dict[str, Any]:
     """Says what is about to be trained, and returns the data report for the model card."""
     from jaxtune.data.doctor import near_overlap, overlap, report
-    from jaxtune.draw.terminal import show_report
     from jaxtune.mesh import sizes_of
+    from jaxtune.terminal.text import show_report
 
     found = report(material.train, batches, total_steps=total_steps)
     if hosts.is_first():

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxtune.draw.markup import Number, escaped, table
-from jaxtune.draw.terminal import printable
+from jaxtune.terminal.text import printable
 
 Row = Mapping[str, Any]
 _LINES = 3  # of single data sets beside the two of all; more would hide each other

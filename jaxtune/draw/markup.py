@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from jaxtune.draw.terminal import printable
+from jaxtune.terminal.text import printable
 
 
 class Markup(str):

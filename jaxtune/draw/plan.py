@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtune.draw.terminal import printable
+from jaxtune.terminal.text import printable
 
 _GIB = 2**30
 _TERMS = {

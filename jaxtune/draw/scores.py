@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.draw.sheets import LEGEND, Sheet, judge_lines, sheets
-from jaxtune.draw.terminal import printable
+from jaxtune.terminal.text import printable
 
 _LONGEST_LINE = 160
 

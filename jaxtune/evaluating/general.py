@@ -41,7 +41,7 @@ class General(NamedTuple):
 def open_general(config: Config, path: str, words: Words) -> General:
     """Raises `DataError` for a file that cannot be read as text."""
     from jaxtune.data.asked import open_entries
-    from jaxtune.draw.progress import Tokenising
+    from jaxtune.terminal.progress import Tokenising
 
     whole = config.model_copy(update={"max_length": 2**30})  # windows are cut here
     entry = DatasetConfig(path=path, format="text")

@@ -75,7 +75,7 @@ def open_data(config: Config, entries: Sequence[DatasetConfig], words: Words) ->
     """The examples; of the config's own datasets those that eval_split holds out."""
     from jaxtune.data.asked import open_entries
     from jaxtune.data.pipeline import split
-    from jaxtune.draw.progress import Tokenising
+    from jaxtune.terminal.progress import Tokenising
 
     with Tokenising() as progress:
         dataset = open_entries(config, entries, words.tokenizer, words.template, progress=progress)

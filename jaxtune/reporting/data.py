@@ -69,7 +69,7 @@ def data_report(config: Config, settings: Settings, columns: Sequence[str] = ())
     from jaxtune.data.asked import open_sides
     from jaxtune.data.doctor import distribution, histograms, near_overlap, overlap, report
     from jaxtune.data.pipeline import Batches
-    from jaxtune.draw.progress import Tokenising
+    from jaxtune.terminal.progress import Tokenising
 
     with Tokenising() as progress:
         dataset, held_out = open_sides(

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 from jaxtune.cli import note
 from jaxtune.config import ConfigError, JaxtuneError
-from jaxtune.draw.terminal import printable
 from jaxtune.talk import conversation
 from jaxtune.talk.conversation import Talk
 from jaxtune.talk.typed import COMMANDS, Command, Entry, Unknown, entry, help_text
 from jaxtune.talk.voices import Settings, Voice, sampling
+from jaxtune.terminal.text import printable
 
 _HISTORY = 1000  # lines of a history file
 

@@ -18,11 +18,11 @@ import pytest
 from jaxtune import answering, chat, convert, evaluate, inference, train
 from jaxtune.config import Config, ConfigError, load
 from jaxtune.data.tokenizer import load_tokenizer
-from jaxtune.draw.terminal import printable
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.model import decoder
 from jaxtune.serving import start, work
+from jaxtune.terminal.text import printable
 from jaxtune.tree import named
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model"

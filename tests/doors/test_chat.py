@@ -14,7 +14,7 @@ from jaxtune import answering, chat
 from jaxtune.config import load
 from jaxtune.data.content import Around
 from jaxtune.data.tokenizer import load_tokenizer
-from jaxtune.draw.terminal import printable
+from jaxtune.terminal.text import printable
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model"
 SAID = "Yes, you can"

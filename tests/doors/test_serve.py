@@ -22,8 +22,8 @@ import openai
 import pytest
 
 from jaxtune import chat
-from jaxtune.draw.terminal import printable
 from jaxtune.serving.listen import KEY, address
+from jaxtune.terminal.text import printable
 
 SAID = "Yes, you can"
 # As in conftest.py, for processes: what was compiled once is not compiled again.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtune.draw.progress import Searching, Tokenising
+from jaxtune.terminal.progress import Searching, Tokenising
 
 
 def test_what_is_quick_writes_nothing(capsys: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtune.draw.terminal import marked, printable, report_text
+from jaxtune.terminal.text import marked, printable, report_text
 
 RUNS = [("Q: ", 0.0), ("Yes.</s>", 1.0), ("\n", 0.0), ("No.", 0.5)]
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from jaxtune.draw.terminal import printable
+from jaxtune.terminal.text import printable
 
 
 class Tokenising:
