@@ -86,8 +86,8 @@ def with_jaxtune(
     name: str, file: Path, tokenizer_folder: str, processes: int, cache: Path
 ) -> Timed:
     from jaxtune.config import DatasetConfig
-    from jaxtune.data.pipeline import Batches, open_dataset
-    from jaxtune.data.template import resolve
+    from jaxtune.data.dataset import Batches, open_dataset
+    from jaxtune.data.templating.template import resolve
     from jaxtune.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -112,8 +112,8 @@ def with_jaxtune(
 def warm(file: Path, tokenizer_folder: str, cache: Path) -> float:
     """Seconds to open what is in the cache, the file's digest included."""
     from jaxtune.config import DatasetConfig
-    from jaxtune.data.pipeline import open_dataset
-    from jaxtune.data.template import resolve
+    from jaxtune.data.dataset import open_dataset
+    from jaxtune.data.templating.template import resolve
     from jaxtune.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder)

@@ -32,9 +32,9 @@ def write(file: Path, rows: int) -> None:
 
 def prepare(file: Path, tokenizer_folder: str, processes: int, cache: Path, *, whole: bool) -> None:
     from jaxtune.config import DatasetConfig
-    from jaxtune.data.doctor import report
-    from jaxtune.data.pipeline import Batches, open_dataset
-    from jaxtune.data.template import resolve
+    from jaxtune.data.dataset import Batches, open_dataset
+    from jaxtune.data.report.data_report import report
+    from jaxtune.data.templating.template import resolve
     from jaxtune.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder)

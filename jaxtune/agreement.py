@@ -17,7 +17,7 @@ from jaxtune import __version__, hosts
 from jaxtune.config import Config, ConfigError, field_names
 
 if TYPE_CHECKING:
-    from jaxtune.data.pipeline import Batches, Dataset
+    from jaxtune.data.dataset import Batches, Dataset
     from jaxtune.hf.load import HfModel
     from jaxtune.weights import Adapters
 
@@ -84,7 +84,7 @@ def parts_of(
     """What decides about a run's numbers and about what its hosts do together."""
     import jax
 
-    from jaxtune.data.position import fingerprint
+    from jaxtune.data.progress import fingerprint
 
     evaluated = held_out and _short([held_out.names, held_out.fingerprint])
     return {

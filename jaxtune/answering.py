@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from jaxtune.config import ConfigError
 
 if TYPE_CHECKING:
-    from jaxtune.data.content import Around
     from jaxtune.data.schema import Conversation, Message
-    from jaxtune.data.template import Template
+    from jaxtune.data.templating.answer_text import Around
+    from jaxtune.data.templating.template import Template
     from jaxtune.data.tokenizer import Tokenizer
     from jaxtune.inference import Model, Words
     from jaxtune.model.sampling import Sampling
@@ -44,7 +44,7 @@ class Piece(NamedTuple):
 
 def prompt_ids(model: Model, words: Words, asked: Conversation) -> list[int]:
     """What is fed for a conversation: the beginning of the row that training would make of it."""
-    from jaxtune.data.encode import encode_prompt
+    from jaxtune.data.tokenize import encode_prompt
     from jaxtune.weights import check_ids
 
     ids = encode_prompt(words.template, words.tokenizer, asked.messages, tools=asked.tools)
@@ -183,7 +183,7 @@ class Answering:
         left out, and its end of turn ends the answer; without one the text is what goes on behind
         the prompt. Random numbers follow from `sampling.seed` and `number` alone; see
         `Engine.submit`. Raises `ConfigError` and `DataError`."""
-        from jaxtune.data.content import Around, around
+        from jaxtune.data.templating.answer_text import Around, around
         from jaxtune.model.sampling import GREEDY
 
         if any(not text for text in stop):
@@ -261,7 +261,7 @@ class _Text:
 
     def _said(self, count: int) -> str:
         """By the first `count` tokens; nothing while that may be what stands before content."""
-        from jaxtune.data.content import text_of
+        from jaxtune.data.templating.answer_text import text_of
 
         text = text_of(self.tokenizer, self.ids[:count], behind=self.behind)
         before = self.around.before

@@ -11,7 +11,7 @@ from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError
 
 if TYPE_CHECKING:
-    from jaxtune.data.pipeline import Batches
+    from jaxtune.data.dataset import Batches
     from jaxtune.hf.load import HfModel
     from jaxtune.learn.checkpoint import Checkpoints
     from jaxtune.learn.partial import Part
@@ -33,7 +33,7 @@ def first_step(
 ) -> int:
     """The step to go on from (below `before`); 0 is the beginning. Raises `ConfigError` for what
     would not be the same run."""
-    from jaxtune.data.position import fingerprint
+    from jaxtune.data.progress import fingerprint
     from jaxtune.weights import check_resumed
 
     latest = checkpoints.newest_good(note, before=before)

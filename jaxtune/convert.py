@@ -23,7 +23,7 @@ from jaxtune.config import Config, ConfigError, dump, shard_bytes
 from jaxtune.storage import object_store
 
 if TYPE_CHECKING:
-    from jaxtune.data.template import Template
+    from jaxtune.data.templating.template import Template
     from jaxtune.data.tokenizer import Tokenizer
     from jaxtune.hf.adapter_write import WrittenAdapter
     from jaxtune.hf.export import Exported
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
 def _export_run(
     run_dir: Path, step: int | None, out: Path, flags: Config, merge: bool
 ) -> tuple[Exported | WrittenAdapter, int]:
-    from jaxtune.data.asked import open_template, open_tokenizer, stop_ids
+    from jaxtune.data.open import open_template, open_tokenizer, stop_ids
     from jaxtune.draw.card import model_card
     from jaxtune.hf.export import check_target, export_model
     from jaxtune.hf.load import open_model, with_tokens

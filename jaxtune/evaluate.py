@@ -22,7 +22,7 @@ from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError
 
 if TYPE_CHECKING:
-    from jaxtune.data.pipeline import Dataset
+    from jaxtune.data.dataset import Dataset
     from jaxtune.evaluating.general import General
     from jaxtune.evaluating.measured import Measured
     from jaxtune.evaluating.questions import Question
@@ -209,7 +209,7 @@ def _check_same(
 ) -> None:
     """Whether all hosts evaluate the same. Raises `ConfigError`."""
     from jaxtune.agreement import asked_parts, check_same
-    from jaxtune.data.encode import encode_prompt
+    from jaxtune.data.tokenize import encode_prompt
 
     given = options.model_dump(mode="json", exclude={"dataset", "base", "general", "as_json"})
     prompts = [

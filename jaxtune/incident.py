@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune.data.pipeline import Batches
+from jaxtune.data.dataset import Batches
 from jaxtune.learn.program import Program
 from jaxtune.learn.state import TrainState
 from jaxtune.learn.step import StepMetrics

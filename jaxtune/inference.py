@@ -18,7 +18,7 @@ from jaxtune.storage import object_store
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from jaxtune.data.template import Template
+    from jaxtune.data.templating.template import Template
     from jaxtune.data.tokenizer import Tokenizer
     from jaxtune.hf.load import HfModel
     from jaxtune.model.lora import Lora
@@ -94,7 +94,7 @@ def resolved(config: Config) -> Config:
 
 def open_words(config: Config) -> Words:
     """Of the model, or of `tokenizer_name`. Raises `ConfigError`."""
-    from jaxtune.data.asked import open_template, open_tokenizer
+    from jaxtune.data.open import open_template, open_tokenizer
 
     if config.model_name_or_path is None:
         raise ConfigError("model_name_or_path is not set. Give --model_name_or_path DIR.")
@@ -239,7 +239,7 @@ def _load_trained(name: str, config: Config, words: Words, mesh: Mesh, merge: bo
 def stop_ids(config: Config, words: Words, model: HfModel) -> frozenset[int]:
     """What ends an answer: the ends of a turn that were trained, of the template and of data sets
     with one of their own, as in an exported model; and what the model's files say."""
-    from jaxtune.data.asked import stop_ids as trained
+    from jaxtune.data.open import stop_ids as trained
 
     return frozenset({*trained(config, words.tokenizer, words.template), *model.eos_ids})
 

@@ -20,8 +20,8 @@ from jaxtune import hosts, incident
 from jaxtune.chips import peak_flops
 from jaxtune.cli import Stopped, note
 from jaxtune.config import Config, Diverged
-from jaxtune.data.pipeline import Batches, Dataset, eval_batches, prefetch
-from jaxtune.data.position import counts_before, counts_of, epoch_at
+from jaxtune.data.dataset import Batches, Dataset, eval_batches, prefetch
+from jaxtune.data.progress import counts_before, counts_of, epoch_at
 from jaxtune.learn.checkpoint import Checkpoints
 from jaxtune.learn.evaluation import Totals, evaluate
 from jaxtune.learn.metrics import Meter, MetricsWriter, Spikes, memory_peak_bytes

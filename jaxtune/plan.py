@@ -130,8 +130,8 @@ def _subject(config: Config, model: HfModel, there: Hardware) -> tuple[Subject, 
         return Subject(model, config.max_length, steps), told
 
     from jaxtune.assemble import rows_per_step
-    from jaxtune.data.asked import open_sides, open_template, open_tokenizer
-    from jaxtune.data.pipeline import Batches
+    from jaxtune.data.dataset import Batches
+    from jaxtune.data.open import open_sides, open_template, open_tokenizer
     from jaxtune.hf.load import with_tokens
     from jaxtune.mesh import make_mesh
     from jaxtune.terminal.progress import Tokenising

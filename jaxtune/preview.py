@@ -22,7 +22,7 @@ from jaxtune.config import Config, ConfigError
 from jaxtune.reporting.data import data_report, examples, open_settings, rows
 
 if TYPE_CHECKING:
-    from jaxtune.data.prepare import Prepared, Settings
+    from jaxtune.data.preprocess import Prepared, Settings
 
 _SHOWN, _ON_PAGE = 3, 50  # examples by default
 
@@ -92,7 +92,7 @@ def _as_object(name: str, prepared: Prepared) -> dict[str, Any]:
 
 def _show(config: Config, settings: Settings, count: int) -> None:
     """Examples for a person: in colour on a terminal, with `[[ ]]` elsewhere."""
-    from jaxtune.data.encode import runs
+    from jaxtune.data.tokenize import runs
     from jaxtune.terminal.text import marked, printable
 
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -24,8 +24,8 @@ from jaxtune.storage import object_store
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from jaxtune.data.pipeline import Batches, Dataset
-    from jaxtune.data.template import Template
+    from jaxtune.data.dataset import Batches, Dataset
+    from jaxtune.data.templating.template import Template
     from jaxtune.data.tokenizer import Tokenizer
     from jaxtune.hf.load import HfModel
     from jaxtune.learn.mirror import Mirror
@@ -115,7 +115,7 @@ def _run(
     material = _open_data(config, model_name)
 
     # 2. The model and the program for these devices.
-    from jaxtune.data.position import largest_id
+    from jaxtune.data.progress import largest_id
     from jaxtune.hf.adapter_write import check_adapter_target
     from jaxtune.hf.export import check_target
     from jaxtune.hf.load import open_model, with_tokens
@@ -188,7 +188,7 @@ def _run(
             _record_start(run_dir, start, mesh, batches, total_steps)
 
         # 4. The loop.
-        from jaxtune.data.position import fingerprint
+        from jaxtune.data.progress import fingerprint
         from jaxtune.learn.metrics import MetricsWriter
         from jaxtune.learn.partial import backward
         from jaxtune.loop import Loop, Plan, Standing
@@ -294,8 +294,8 @@ def _smaller(config: Config) -> str:
 
 
 def _open_data(config: Config, model_name: str) -> Material:
-    from jaxtune.data.asked import open_sides, open_template, open_tokenizer
-    from jaxtune.data.doctor import refuse
+    from jaxtune.data.open import open_sides, open_template, open_tokenizer
+    from jaxtune.data.report.data_report import refuse
     from jaxtune.terminal.progress import Tokenising
 
     tokenizer = open_tokenizer(config, config.tokenizer_name or model_name, note=note)
@@ -309,7 +309,7 @@ def _open_data(config: Config, model_name: str) -> Material:
 
 def _plan(config: Config, train: Dataset) -> tuple[Mesh, Batches]:
     """The mesh over all devices, and batches of as many rows as it asks for."""
-    from jaxtune.data.pipeline import Batches
+    from jaxtune.data.dataset import Batches
     from jaxtune.mesh import make_mesh
 
     mesh = make_mesh(config.mesh.model_dump())
@@ -321,7 +321,7 @@ def _announce(
     config: Config, material: Material, batches: Batches, mesh: Mesh, total_steps: int
 ) -> dict[str, Any]:
     """Says what is about to be trained, and returns the data report for the model card."""
-    from jaxtune.data.doctor import near_overlap, overlap, report
+    from jaxtune.data.report.data_report import near_overlap, overlap, report
     from jaxtune.mesh import sizes_of
     from jaxtune.terminal.text import show_report
 
@@ -469,7 +469,7 @@ def _export(
     report: Mapping[str, Any],
     metrics: Mapping[str, Mapping[str, Any]],
 ) -> Path:
-    from jaxtune.data.asked import stop_ids
+    from jaxtune.data.open import stop_ids
     from jaxtune.draw.card import model_card
     from jaxtune.hf.export import export_model
 
@@ -501,7 +501,7 @@ def _export(
 def _draw_report(
     config: Config, run_dir: Path, material: Material, report: Mapping[str, Any]
 ) -> None:
-    from jaxtune.data.prepare import Settings
+    from jaxtune.data.preprocess import Settings
     from jaxtune.reporting.write import after_training
 
     settings = Settings(

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from jaxtune import cli, config, train
-from jaxtune.data import jinja, sources
-from jaxtune.data.template import resolve
+from jaxtune.data import sources
+from jaxtune.data.templating import jinja
+from jaxtune.data.templating.template import resolve
 from jaxtune.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,7 @@ from jaxtune.cli import note
 from jaxtune.config import Config, DataError, DatasetConfig
 
 if TYPE_CHECKING:
-    from jaxtune.data.pipeline import Dataset
+    from jaxtune.data.dataset import Dataset
     from jaxtune.data.schema import Batch, Example
     from jaxtune.inference import Words
 
@@ -30,8 +30,8 @@ class General(NamedTuple):
     row_length: int
 
     def example(self, number: int) -> Example:
-        from jaxtune.data.encode import shift
         from jaxtune.data.schema import Tokens
+        from jaxtune.data.tokenize import shift
 
         document, start, stop = self.windows[number]
         ids, weights = self.texts.tokens(document)
@@ -40,7 +40,7 @@ class General(NamedTuple):
 
 def open_general(config: Config, path: str, words: Words) -> General:
     """Raises `DataError` for a file that cannot be read as text."""
-    from jaxtune.data.asked import open_entries
+    from jaxtune.data.open import open_entries
     from jaxtune.terminal.progress import Tokenising
 
     whole = config.model_copy(update={"max_length": 2**30})  # windows are cut here
@@ -63,11 +63,11 @@ def open_general(config: Config, path: str, words: Words) -> General:
 
 def batches(general: General, batch_size: int) -> Iterator[tuple[Batch, list[list[int]]]]:
     """Every window once, packed, with the numbers of those in each row."""
-    from jaxtune.data import pack
+    from jaxtune.data import packing
 
     lengths = np.array([stop - start - 1 for _, start, stop in general.windows])
-    bins = pack.best_fit_decreasing(np.sort(lengths)[::-1], general.row_length)
-    rows = pack.in_order(bins, lengths)
+    bins = packing.best_fit_decreasing(np.sort(lengths)[::-1], general.row_length)
+    rows = packing.in_order(bins, lengths)
     for first in range(0, len(rows.starts) - 1, batch_size):
         here = [
             rows.examples[rows.starts[row] : rows.starts[row + 1]].tolist()
@@ -75,4 +75,4 @@ def batches(general: General, batch_size: int) -> Iterator[tuple[Batch, list[lis
             else []
             for row in range(first, first + batch_size)
         ]
-        yield pack.fill(here, general.example, general.row_length), here
+        yield packing.fill(here, general.example, general.row_length), here

@@ -17,7 +17,7 @@ from jaxtune.scoring.measure import Score, exp_of_ratio, ratio
 
 if TYPE_CHECKING:
     from jaxtune.answering import Answer
-    from jaxtune.data.pipeline import Dataset
+    from jaxtune.data.dataset import Dataset
     from jaxtune.evaluating.general import General
     from jaxtune.inference import Model, Words
     from jaxtune.judge.pairs import Outcome
@@ -51,8 +51,8 @@ def measure(
 ) -> Measured:
     """Raises `ConfigError` for tokens that the model has no row for, `DataError` for a question
     that is too long for it."""
-    from jaxtune.data.pipeline import eval_rows
-    from jaxtune.data.position import largest_id
+    from jaxtune.data.dataset import eval_rows
+    from jaxtune.data.progress import largest_id
     from jaxtune.mesh import row_shards
     from jaxtune.weights import check_ids
 

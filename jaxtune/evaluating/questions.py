@@ -15,7 +15,7 @@ from jaxtune.config import Config, ConfigError, DataError, DatasetConfig
 from jaxtune.scoring.thinking import spoken
 
 if TYPE_CHECKING:
-    from jaxtune.data.pipeline import Dataset
+    from jaxtune.data.dataset import Dataset
     from jaxtune.data.schema import Conversation
     from jaxtune.inference import Words
 
@@ -36,7 +36,7 @@ class Question(NamedTuple):
     @property
     def prompt(self) -> str:
         """The text that is fed."""
-        from jaxtune.data.spans import render_prompt
+        from jaxtune.data.templating.masking import render_prompt
 
         spans = render_prompt(self.words.template, self.asked.messages, tools=self.asked.tools)
         return "".join(span.text for span in spans)
@@ -73,8 +73,8 @@ def entries_of(config: Config, dataset: str | None) -> Sequence[DatasetConfig]:
 
 def open_data(config: Config, entries: Sequence[DatasetConfig], words: Words) -> Dataset:
     """The examples; of the config's own datasets those that eval_split holds out."""
-    from jaxtune.data.asked import open_entries
-    from jaxtune.data.pipeline import split
+    from jaxtune.data.dataset import split
+    from jaxtune.data.open import open_entries
     from jaxtune.terminal.progress import Tokenising
 
     with Tokenising() as progress:
@@ -89,7 +89,7 @@ def open_data(config: Config, entries: Sequence[DatasetConfig], words: Words) ->
 
 def open_column(dataset: Dataset, entries: Sequence[DatasetConfig], name: str) -> Column:
     """Raises `DataError` when no record that is evaluated has it."""
-    from jaxtune.data.columns import column_names, column_values
+    from jaxtune.data.report.columns import column_names, column_values
 
     values = column_values(dataset, entries, name)
     if values is None:
@@ -130,7 +130,7 @@ def that_fit(questions: Sequence[Question], positions: int) -> tuple[Question, .
 
     Raises `DataError` when none does.
     """
-    from jaxtune.data.encode import encode_prompt
+    from jaxtune.data.tokenize import encode_prompt
 
     sizes = [
         len(
@@ -159,11 +159,11 @@ def _conversations(
     entry: DatasetConfig, name: str, first: dict[int, int], words: Words
 ) -> Iterator[Question]:
     """`first` is the first example of each row that is evaluated."""
-    from jaxtune.data.content import answer_ids, around, text_of
     from jaxtune.data.formats import to_noun
-    from jaxtune.data.prepare import format_of, read
+    from jaxtune.data.preprocess import format_of, read
     from jaxtune.data.schema import Conversation
-    from jaxtune.data.template import variant
+    from jaxtune.data.templating.answer_text import answer_ids, around, text_of
+    from jaxtune.data.templating.template import variant
 
     own = variant(
         words.template, words.tokenizer, template=entry.template, system_prompt=entry.system_prompt

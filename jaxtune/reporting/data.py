@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtune.config import Config, ConfigError
 
 if TYPE_CHECKING:
-    from jaxtune.data.prepare import Prepared, Settings
+    from jaxtune.data.preprocess import Prepared, Settings
     from jaxtune.draw.example import Shown
 
 _MOST_TOKENS = 2000  # of an example that a page shows: each costs it some 80 bytes
@@ -19,8 +19,8 @@ _MOST_TOKENS = 2000  # of an example that a page shows: each costs it some 80 by
 def open_settings(config: Config, *, note: Callable[[str], None]) -> Settings:
     """How the rows of a run are prepared. Raises `ConfigError` where the config names no tokenizer
     or no data, and `DataError`."""
-    from jaxtune.data.asked import open_template, open_tokenizer
-    from jaxtune.data.prepare import Settings
+    from jaxtune.data.open import open_template, open_tokenizer
+    from jaxtune.data.preprocess import Settings
 
     name = config.tokenizer_name or config.model_name_or_path
     if name is None:
@@ -34,7 +34,7 @@ def open_settings(config: Config, *, note: Callable[[str], None]) -> Settings:
 
 def rows(config: Config, settings: Settings, limit: int | None) -> Iterator[tuple[str, Prepared]]:
     """Every row of every dataset in order, as (dataset, row), the first `limit` of all."""
-    from jaxtune.data.prepare import dataset_names, prepare
+    from jaxtune.data.preprocess import dataset_names, prepare
 
     every = (
         (name, prepared)
@@ -46,7 +46,7 @@ def rows(config: Config, settings: Settings, limit: int | None) -> Iterator[tupl
 
 def examples(config: Config, settings: Settings, limit: int) -> Iterator[Shown]:
     """The first `limit` rows, token by token, for a page."""
-    from jaxtune.data.encode import token_texts
+    from jaxtune.data.tokenize import token_texts
     from jaxtune.draw.example import Piece, Shown
 
     for name, prepared in rows(config, settings, limit):
@@ -66,9 +66,15 @@ def examples(config: Config, settings: Settings, limit: int) -> Iterator[Shown]:
 
 def data_report(config: Config, settings: Settings, columns: Sequence[str] = ()) -> dict[str, Any]:
     """The report of `data.doctor` on what a run of this config trains, on one device."""
-    from jaxtune.data.asked import open_sides
-    from jaxtune.data.doctor import distribution, histograms, near_overlap, overlap, report
-    from jaxtune.data.pipeline import Batches
+    from jaxtune.data.dataset import Batches
+    from jaxtune.data.open import open_sides
+    from jaxtune.data.report.data_report import (
+        distribution,
+        histograms,
+        near_overlap,
+        overlap,
+        report,
+    )
     from jaxtune.terminal.progress import Tokenising
 
     with Tokenising() as progress:
@@ -100,7 +106,7 @@ def with_targets(config: Config, mixture: Sequence[dict[str, Any]]) -> list[dict
     A target is a share of its own data set; that data set's share of the epoch is taken as it is.
     Data sets of the same name cannot be told apart there, and get no target.
     """
-    from jaxtune.data.prepare import dataset_names
+    from jaxtune.data.preprocess import dataset_names
 
     names = dataset_names(config.datasets)
     asked = {

@@ -15,8 +15,8 @@ from jaxtune.config import Config, ConfigError
 from jaxtune.reporting.files import RunFiles, read_run
 
 if TYPE_CHECKING:
-    from jaxtune.data.pipeline import Dataset
-    from jaxtune.data.prepare import Settings
+    from jaxtune.data.dataset import Dataset
+    from jaxtune.data.preprocess import Settings
     from jaxtune.draw.example import Shown
 
 NAME = "report.html"
@@ -90,7 +90,7 @@ def after_training(
 
     A trained model is worth more than its picture: whatever goes wrong here is said and forgotten.
     """
-    from jaxtune.data.doctor import histograms
+    from jaxtune.data.report.data_report import histograms
     from jaxtune.reporting.data import examples, with_targets
 
     try:

@@ -37,7 +37,7 @@ from jaxtune.serving.work import Desk, Event, Job, Wanted
 
 if TYPE_CHECKING:
     from jaxtune.answering import Answer
-    from jaxtune.data.template import Template
+    from jaxtune.data.templating.template import Template
     from jaxtune.model.sampling import Sampling
 
 _BODY_SECONDS = 20.0  # for a client to send what it has announced

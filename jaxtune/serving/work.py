@@ -23,7 +23,7 @@ from jaxtune.serving.protocol import BROKEN, BUSY, Refused
 
 if TYPE_CHECKING:
     from jaxtune.answering import Answer, Piece
-    from jaxtune.data.template import Template
+    from jaxtune.data.templating.template import Template
     from jaxtune.model.sampling import Sampling
 
 # Tokens that every answer is taken further before others are looked at: who waits, who has gone.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxtune.data.schema import Conversation, Dropped, Message, Span
-from jaxtune.data.spans import render
-from jaxtune.data.template import Template
+from jaxtune.data.templating.masking import render
+from jaxtune.data.templating.template import Template
 
 VICUNA = "USER: {instruction}\n{input}\nASSISTANT: {output}"
 OURS = [

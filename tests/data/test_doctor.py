@@ -11,9 +11,16 @@ import numpy as np
 import pytest
 
 from jaxtune.config import DataError, DatasetConfig
-from jaxtune.data.doctor import distribution, histograms, near_overlap, overlap, refuse, report
-from jaxtune.data.pipeline import Batches, Dataset, open_dataset, split
-from jaxtune.data.template import resolve
+from jaxtune.data.dataset import Batches, Dataset, open_dataset, split
+from jaxtune.data.report.data_report import (
+    distribution,
+    histograms,
+    near_overlap,
+    overlap,
+    refuse,
+    report,
+)
+from jaxtune.data.templating.template import resolve
 from jaxtune.data.tokenizer import Tokenizer
 
 STORY = ("once", "a", "fox", "met", "an", "old", "hound", "by", "the", "river", "at", "night")

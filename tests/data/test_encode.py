@@ -20,10 +20,10 @@ from data.made import (
 )
 from hypothesis import HealthCheck, given, settings, strategies
 
-from jaxtune.data.encode import Encoded, encode, encode_prompt, runs, shift, truncate
 from jaxtune.data.schema import Conversation, Document, Dropped, Message, Span, Tokens
-from jaxtune.data.spans import render
-from jaxtune.data.template import resolve
+from jaxtune.data.templating.masking import render
+from jaxtune.data.templating.template import resolve
+from jaxtune.data.tokenize import Encoded, encode, encode_prompt, runs, shift, truncate
 from jaxtune.data.tokenizer import Tokenizer
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from jaxtune.config import ConfigError, DataError
 from jaxtune.data.formats import FORMATS, detect, resolve, to_noun
 from jaxtune.data.schema import Conversation, Document, Dropped, Message
-from jaxtune.data.spans import render
-from jaxtune.data.template import resolve as template_of
+from jaxtune.data.templating.masking import render
+from jaxtune.data.templating.template import resolve as template_of
 from jaxtune.data.tokenizer import Tokenizer
 
 U, A, S = "user", "assistant", "system"

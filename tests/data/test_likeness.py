@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtune.data.likeness import PLACES, first_alike, signatures
+from jaxtune.data.report.near_duplicates import PLACES, first_alike, signatures
 
 WORDS = [f"word{i}" for i in range(400)]
 

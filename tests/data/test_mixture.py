@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtune.config import ConfigError, DataError, DatasetConfig, dump, load
-from jaxtune.data import mixture
-from jaxtune.data.doctor import report
-from jaxtune.data.pipeline import Batches, Dataset, open_dataset, split
-from jaxtune.data.position import counts_before, counts_of, epoch_at, fingerprint
-from jaxtune.data.template import resolve
+from jaxtune.data import mixing
+from jaxtune.data.dataset import Batches, Dataset, open_dataset, split
+from jaxtune.data.progress import counts_before, counts_of, epoch_at, fingerprint
+from jaxtune.data.report.data_report import report
+from jaxtune.data.templating.template import resolve
 from jaxtune.data.tokenizer import Tokenizer
 
 
@@ -128,7 +128,7 @@ def test_proportions_within_weights(tmp_path: Path, byte_level: Tokenizer) -> No
     shop = entry(tmp_path / "shop.jsonl", SHOP, proportions=TARGET, weight=2)
     data = opened([shop, entry(tmp_path / "a.jsonl", rows(48, "a"))], byte_level)
     assert [(s.value, s.drawn) for s in data.strata] == [
-        ("shipping", 92), ("returns", 17), ("7", 6), (mixture.OTHER, 0), (None, 29),
+        ("shipping", 92), ("returns", 17), ("7", 6), (mixing.OTHER, 0), (None, 29),
     ]  # fmt: skip
     assert sum(s.drawn for s in data.strata) == 96 + 48
 
@@ -139,7 +139,7 @@ def test_the_report_has_shares_before_and_after(shop: Dataset) -> None:
         "dataset": "shop", "value": "shipping", "examples": 30, "share_before": 0.3,
         "per_epoch": 77, "share_after": 77 / 96,
     }  # fmt: skip
-    assert found[mixture.OTHER]["share_after"] == 0
+    assert found[mixing.OTHER]["share_after"] == 0
     json.dumps(found)
 
 
@@ -212,8 +212,8 @@ def test_threads_agree_where_epochs_end(uneven: Dataset, monkeypatch: pytest.Mon
 
 
 def test_every_pass_has_its_own_order() -> None:
-    half = [mixture.Stratum("d", None, np.arange(30), 15)]
-    first, second, third, fourth = (set(mixture.draw(half, 0, e).tolist()) for e in range(4))
+    half = [mixing.Stratum("d", None, np.arange(30), 15)]
+    first, second, third, fourth = (set(mixing.draw(half, 0, e).tolist()) for e in range(4))
     assert first | second == third | fourth == set(range(30))
     assert first not in (third, fourth)
 
@@ -247,13 +247,13 @@ def test_a_held_out_side_is_not_mixed(shop: Dataset) -> None:
 def test_every_stratum_is_gone_through_evenly(sizes: list[tuple[int, int]], seed: int) -> None:
     starts = np.cumsum([0] + [size for size, _ in sizes])
     mixed = [
-        mixture.Stratum("d", None, np.arange(start, start + size), drawn)
+        mixing.Stratum("d", None, np.arange(start, start + size), drawn)
         for start, (size, drawn) in zip(starts, sizes, strict=False)
     ]
     total: Counter[int] = Counter()
     for epoch in range(5):
-        numbers = mixture.draw(mixed, seed, epoch)
-        np.testing.assert_array_equal(numbers, mixture.draw(mixed, seed, epoch))
+        numbers = mixing.draw(mixed, seed, epoch)
+        np.testing.assert_array_equal(numbers, mixing.draw(mixed, seed, epoch))
         total.update(numbers.tolist())
         for stratum in mixed:
             counts = [total[i] for i in stratum.numbers]
@@ -263,7 +263,7 @@ def test_every_stratum_is_gone_through_evenly(sizes: list[tuple[int, int]], seed
 
 @given(st.integers(0, 10_000), st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6))
 def test_apportion_is_whole_and_near(total: int, shares: list[float]) -> None:
-    counts = mixture.apportion(total, shares)
+    counts = mixing.apportion(total, shares)
     assert sum(counts) == total
     for count, share in zip(counts, shares, strict=True):
         assert abs(count - total * share / sum(shares)) < 1

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtune.data.pack import best_fit_decreasing, fill, in_order, one_each, shuffled
+from jaxtune.data.packing import best_fit_decreasing, fill, in_order, one_each, shuffled
 from jaxtune.data.schema import Example
 
 

@@ -14,13 +14,14 @@ import pytest
 from data.chat_templates import HEADERS, SYSTEM_IGNORING, THINKING
 
 from jaxtune.config import ConfigError, DataError, DatasetConfig
-from jaxtune.data import cache, pipeline
-from jaxtune.data.doctor import overlap, report
-from jaxtune.data.encode import encode_prompt
-from jaxtune.data.pipeline import Batches, Dataset, eval_batches, open_dataset, prefetch, split
-from jaxtune.data.prepare import dataset_names
+from jaxtune.data import cache
+from jaxtune.data import dataset as pipeline
+from jaxtune.data.dataset import Batches, Dataset, eval_batches, open_dataset, prefetch, split
+from jaxtune.data.preprocess import dataset_names
+from jaxtune.data.report.data_report import overlap, report
 from jaxtune.data.schema import Message
-from jaxtune.data.template import resolve
+from jaxtune.data.templating.template import resolve
+from jaxtune.data.tokenize import encode_prompt
 from jaxtune.data.tokenizer import Tokenizer
 
 ROWS = [{"instruction": f"Say {i}.", "output": "word " * (1 + i % 7) + str(i)} for i in range(40)]

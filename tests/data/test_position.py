@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from jaxtune.config import DatasetConfig
-from jaxtune.data.pipeline import Batches, open_dataset
-from jaxtune.data.position import Counts, counts_before, counts_of
-from jaxtune.data.template import resolve
+from jaxtune.data.dataset import Batches, open_dataset
+from jaxtune.data.progress import Counts, counts_before, counts_of
+from jaxtune.data.templating.template import resolve
 from jaxtune.data.tokenizer import Tokenizer
 
 

@@ -12,14 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxtune.config import DataError, DatasetConfig
-from jaxtune.data import prepare
-from jaxtune.data.encode import shift, token_texts
+from jaxtune.data import preprocess
+from jaxtune.data.dataset import Batches, Dataset, open_dataset
 from jaxtune.data.formats import FORMATS
-from jaxtune.data.pack import best_fit_decreasing, fill, one_each, shuffled
-from jaxtune.data.pipeline import Batches, Dataset, open_dataset
-from jaxtune.data.prepare import Settings
+from jaxtune.data.packing import best_fit_decreasing, fill, one_each, shuffled
+from jaxtune.data.preprocess import Settings
 from jaxtune.data.schema import Tokens
-from jaxtune.data.template import resolve
+from jaxtune.data.templating.template import resolve
+from jaxtune.data.tokenize import shift, token_texts
 from jaxtune.data.tokenizer import Tokenizer
 
 # Eighths add up exactly in float32, so sums may be compared with ==.
@@ -191,15 +191,15 @@ def test_any_json_anywhere_is_a_row_or_a_clear_error(
     entry = DatasetConfig(path=str(file), format=name)
     refused = ""
     try:
-        for item in prepare.prepare(entry, chosen):
+        for item in preprocess.prepare(entry, chosen):
             assert (item.dropped is None) or item.dropped.reason
             if item.dropped is None:
                 assert item.tokens is not None
                 assert item.tokens.weights.any()
                 assert (item.tokens.weights >= 0).all()
                 assert np.isfinite(item.tokens.weights).all()
-        prepare.make(
-            list(prepare.read(entry)), name=name, entry=entry, settings=chosen
+        preprocess.make(
+            list(preprocess.read(entry)), name=name, entry=entry, settings=chosen
         )  # and in the form that is stored
     except DataError as error:
         refused = str(error)

@@ -17,16 +17,16 @@ import pytest
 from data.made import character_backend, save
 
 from jaxtune.config import DatasetConfig
-from jaxtune.data import prepare
-from jaxtune.data.doctor import report
-from jaxtune.data.encode import Encoded, encode, shift, truncate
+from jaxtune.data import preprocess
+from jaxtune.data.dataset import open_dataset
 from jaxtune.data.formats import FORMATS, to_noun
-from jaxtune.data.pack import fill
-from jaxtune.data.pipeline import open_dataset
-from jaxtune.data.prepare import Prepared, Settings
+from jaxtune.data.packing import fill
+from jaxtune.data.preprocess import Prepared, Settings
+from jaxtune.data.report.data_report import report
 from jaxtune.data.schema import Conversation, Dropped, Message, Span, Tokens
-from jaxtune.data.spans import render
-from jaxtune.data.template import resolve
+from jaxtune.data.templating.masking import render
+from jaxtune.data.templating.template import resolve
+from jaxtune.data.tokenize import Encoded, encode, shift, truncate
 from jaxtune.data.tokenizer import Tokenizer
 
 PLAIN = "{instruction}{output}"
@@ -48,7 +48,7 @@ def prepared(tmp_path: Path, letters: Tokenizer, rows: list[Any], **options: Any
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     settings = Settings(letters, resolve(PLAIN, letters), **options)
-    return list(prepare.prepare(DatasetConfig(path=str(file)), settings))
+    return list(preprocess.prepare(DatasetConfig(path=str(file)), settings))
 
 
 def pair(prompt: str, completion: str) -> dict[str, str]:
@@ -233,7 +233,7 @@ def test_every_format_ends_with_a_stop_whatever_its_columns_are_called(
         file = tmp_path / f"{len(columns)}.jsonl"
         file.write_text(json.dumps(row))
         entry = DatasetConfig(path=str(file), format=name, columns=columns)
-        (found,) = prepare.prepare(entry, Settings(letters, template))
+        (found,) = preprocess.prepare(entry, Settings(letters, template))
         assert found.tokens is not None, found.dropped
         assert found.tokens.ids[-1] == letters.eos_id
         assert found.tokens.weights[-1] == 1

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from jaxtune.config import DatasetConfig
-from jaxtune.data.doctor import report
-from jaxtune.data.encode import encode_prompt
-from jaxtune.data.pipeline import Batches, open_dataset
+from jaxtune.data.dataset import Batches, open_dataset
+from jaxtune.data.report.data_report import report
 from jaxtune.data.schema import Message
-from jaxtune.data.template import needed_tokens, resolve
+from jaxtune.data.templating.template import needed_tokens, resolve
+from jaxtune.data.tokenize import encode_prompt
 from jaxtune.data.tokenizer import load_tokenizer
 
 TEMPLATES = [

@@ -13,10 +13,10 @@ from data.made import CORPUS
 
 from jaxtune.config import ConfigError, ModelError
 from jaxtune.data import sentencepiece as ours
-from jaxtune.data.encode import Encoded, encode
 from jaxtune.data.schema import Conversation, Document, Message
-from jaxtune.data.spans import render
-from jaxtune.data.template import resolve
+from jaxtune.data.templating.masking import render
+from jaxtune.data.templating.template import resolve
+from jaxtune.data.tokenize import Encoded, encode
 from jaxtune.data.tokenizer import load_tokenizer
 
 sentencepiece = pytest.importorskip("sentencepiece")

@@ -24,10 +24,10 @@ from data.made import (
     sentencepiece_backend,
 )
 
-from jaxtune.data.encode import Encoded, encode, encode_prompt
 from jaxtune.data.schema import Conversation, Dropped, Message
-from jaxtune.data.spans import render
-from jaxtune.data.template import resolve
+from jaxtune.data.templating.masking import render
+from jaxtune.data.templating.template import resolve
+from jaxtune.data.tokenize import Encoded, encode, encode_prompt
 from jaxtune.data.tokenizer import Tokenizer
 
 CLOCK = {

@@ -25,10 +25,10 @@ from data.conversations import ONE, OURS, SHAPES, TWO, VICUNA, only, rows, text,
 from data.made import NAMES, byte_level_backend, save
 
 from jaxtune.config import ConfigError
-from jaxtune.data.placeholders import said_once
 from jaxtune.data.schema import Conversation, Document, Dropped, Message
-from jaxtune.data.spans import render, render_prompt
-from jaxtune.data.template import resolve
+from jaxtune.data.templating.format_string import said_once
+from jaxtune.data.templating.masking import render, render_prompt
+from jaxtune.data.templating.template import resolve
 from jaxtune.data.tokenizer import Tokenizer
 
 PREAMBLE = (

@@ -7,10 +7,10 @@ from data.conversations import ONE, TWO, only, rows, text, trained
 from data.made import NAMES, byte_level_backend, save
 
 from jaxtune.config import ConfigError
-from jaxtune.data import wording
 from jaxtune.data.schema import Conversation, Dropped, Message
-from jaxtune.data.spans import render, render_prompt
-from jaxtune.data.template import needed_tokens, resolve
+from jaxtune.data.templating import builtin_templates
+from jaxtune.data.templating.masking import render, render_prompt
+from jaxtune.data.templating.template import needed_tokens, resolve
 from jaxtune.data.tokenizer import Tokenizer
 
 SYSTEM = Message("system", "Be brief.")
@@ -77,7 +77,9 @@ PUBLIC = {
 def rich(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Has the control tokens of every named template."""
     backend = byte_level_backend()
-    backend.add_special_tokens([token for name in wording.NAMED for token in needed_tokens(name)])
+    backend.add_special_tokens(
+        [token for name in builtin_templates.NAMED for token in needed_tokens(name)]
+    )
     return save(tmp_path_factory.mktemp("rich"), backend, **NAMES)
 
 
@@ -149,7 +151,7 @@ def test_tools_are_declared_called_and_answered(
 
 
 def test_templates_without_tools_drop_what_has_them(rich: Tokenizer) -> None:
-    for name in wording.NAMED:
+    for name in builtin_templates.NAMED:
         if name in ("mistral", "qwen"):
             continue
         for noun in (Conversation(CALLING), Conversation(tuple(ONE), (TOOL,))):

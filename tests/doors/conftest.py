@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune.data.template import resolve
+from jaxtune.data.templating.template import resolve
 from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import open_model

@@ -12,7 +12,7 @@ import pytest
 
 from jaxtune import answering, chat
 from jaxtune.config import load
-from jaxtune.data.content import Around
+from jaxtune.data.templating.answer_text import Around
 from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.terminal.text import printable
 

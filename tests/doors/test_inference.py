@@ -14,8 +14,8 @@ import pytest
 from jaxtune import answering, inference
 from jaxtune.answering import Answer, Answering, answer, prompt_ids, stream
 from jaxtune.config import ConfigError, DataError, load
-from jaxtune.data.content import Around
 from jaxtune.data.schema import Conversation, Message
+from jaxtune.data.templating.answer_text import Around
 from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.inference import load_model
 from jaxtune.model.sampling import Sampling

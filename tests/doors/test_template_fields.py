@@ -8,9 +8,9 @@ import pytest
 
 from jaxtune import cli
 from jaxtune.config import Config, dump, load
-from jaxtune.data.asked import open_template, open_tokenizer, stop_ids
+from jaxtune.data.open import open_template, open_tokenizer, stop_ids
 from jaxtune.data.schema import Conversation, Message
-from jaxtune.data.spans import render
+from jaxtune.data.templating.masking import render
 
 TOKENIZER = str(Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model")
 DATED = (

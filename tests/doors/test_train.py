@@ -103,7 +103,7 @@ def in_process(
 
 # Writes down which examples each batch to train on holds.
 LISTED = """
-from jaxtune.data.pipeline import Batches
+from jaxtune.data.dataset import Batches
 make = Batches.batch_rows
 def listed(self, step, low, high):
     if self._order == "shuffled":
@@ -482,7 +482,7 @@ def test_mistakes_are_exit_2_with_one_message(
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 5 of the fourth step's batch has weights that are not numbers."""
-    from jaxtune.data.pipeline import Batches
+    from jaxtune.data.dataset import Batches
 
     make = Batches.batch_rows
 

@@ -13,10 +13,10 @@ from data.made import NAMES, adds_bos, byte_level_backend, save, sentencepiece_b
 
 from jaxtune.answering import _Text
 from jaxtune.config import DataError, DatasetConfig
-from jaxtune.data.content import around
-from jaxtune.data.encode import encode_prompt
-from jaxtune.data.pipeline import Dataset, open_dataset
-from jaxtune.data.template import resolve
+from jaxtune.data.dataset import Dataset, open_dataset
+from jaxtune.data.templating.answer_text import around
+from jaxtune.data.templating.template import resolve
+from jaxtune.data.tokenize import encode_prompt
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evaluating.questions import Question, questions_of
 from jaxtune.inference import Words

@@ -241,7 +241,7 @@ def spoil_data(good: Path, folder: Path, dice: random.Random) -> None:
 
 def read_data(folder: Path, good: Path, dice: random.Random) -> None:
     from jaxtune.config import DatasetConfig
-    from jaxtune.data.prepare import prepare
+    from jaxtune.data.preprocess import prepare
 
     entry = DatasetConfig(path=str(folder))
     for row in prepare(entry, _settings(good)):
@@ -252,8 +252,8 @@ _SETTINGS: dict[Path, Any] = {}
 
 
 def _settings(good: Path) -> Any:
-    from jaxtune.data.prepare import Settings
-    from jaxtune.data.template import resolve
+    from jaxtune.data.preprocess import Settings
+    from jaxtune.data.templating.template import resolve
     from jaxtune.data.tokenizer import load_tokenizer
 
     if good not in _SETTINGS:
@@ -281,8 +281,8 @@ def spoil_tokenizer(good: Path, folder: Path, dice: random.Random) -> None:
 
 def read_tokenizer(folder: Path, good: Path, dice: random.Random) -> None:
     from jaxtune.config import DatasetConfig
-    from jaxtune.data.prepare import Settings, prepare
-    from jaxtune.data.template import resolve
+    from jaxtune.data.preprocess import Settings, prepare
+    from jaxtune.data.templating.template import resolve
     from jaxtune.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(folder))

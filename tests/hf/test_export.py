@@ -23,8 +23,8 @@ from golden.make import stored
 from jaxtune import mesh as meshes
 from jaxtune.config import ConfigError
 from jaxtune.data.schema import Message
-from jaxtune.data.spans import render_prompt
-from jaxtune.data.template import resolve
+from jaxtune.data.templating.masking import render_prompt
+from jaxtune.data.templating.template import resolve
 from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.hf import export, layout
 from jaxtune.hf import tensors as safetensors_io

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxtune.config import ConfigError
-from jaxtune.data.pipeline import EvalBatch
+from jaxtune.data.dataset import EvalBatch
 from jaxtune.learn import metrics
 from jaxtune.learn.evaluation import Totals, evaluate
 from jaxtune.learn.metrics import Meter, MetricsWriter, Spikes

@@ -14,11 +14,11 @@ from data.chat_templates import BRACKETS_MERGING, TRIMMING_DATED
 from data.made import NAMES, adds_bos, byte_level_backend, save, sentencepiece_backend
 
 from jaxtune.answering import Answer, _Text
-from jaxtune.data.content import around, text_of
-from jaxtune.data.encode import encode, encode_prompt
 from jaxtune.data.schema import Conversation, Dropped, Message
-from jaxtune.data.spans import render
-from jaxtune.data.template import Template, resolve
+from jaxtune.data.templating.answer_text import around, text_of
+from jaxtune.data.templating.masking import render
+from jaxtune.data.templating.template import Template, resolve
+from jaxtune.data.tokenize import encode, encode_prompt
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.talk import conversation
 

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxtune.config import DataError
-from jaxtune.data import likeness, mixture, prepare
-from jaxtune.data.columns import column_values
-from jaxtune.data.pipeline import Batches, Dataset
+from jaxtune.data import mixing, preprocess
+from jaxtune.data.dataset import Batches, Dataset
+from jaxtune.data.report import near_duplicates as likeness
+from jaxtune.data.report.columns import column_values
 
 # What is counted of examples and records -> what it means.
 FLAGS = {
@@ -41,7 +42,7 @@ def report(
     lengths, trained = dataset.token_counts, dataset.trained_counts
     marks = dataset.gather("flags")
     counts = {
-        name: int(np.count_nonzero(marks & (1 << bit))) for bit, name in enumerate(prepare.FLAGS)
+        name: int(np.count_nonzero(marks & (1 << bit))) for bit, name in enumerate(preprocess.FLAGS)
     }
     endless = sum(not _teaches_stop(dataset, int(i)) for i in np.flatnonzero(_cut(dataset)))
     dropped = _dropped(dataset)
@@ -69,7 +70,7 @@ def report(
         "by_dataset": {
             name: _part(dataset.only(name), dataset, name) for name in dict.fromkeys(dataset.names)
         },
-        "mixture": mixture.table(dataset.strata) if dataset.mixed else [],
+        "mixture": mixing.table(dataset.strata) if dataset.mixed else [],
         "fingerprint": dataset.fingerprint,
         "notes": list(dataset.notes),
     }
@@ -99,7 +100,7 @@ def refuse(dataset: Dataset) -> None:
 
 def _cut(dataset: Dataset) -> NDArray[np.bool_]:
     """Examples that lost trained tokens to `max_length`; all others end their answers."""
-    return (dataset.gather("flags") & (1 << prepare.FLAGS.index("answers_cut"))) != 0
+    return (dataset.gather("flags") & (1 << preprocess.FLAGS.index("answers_cut"))) != 0
 
 
 def _teaches_stop(dataset: Dataset, index: int) -> bool:
@@ -110,7 +111,7 @@ def _teaches_stop(dataset: Dataset, index: int) -> bool:
 
 
 def distribution(
-    dataset: Dataset, entries: Sequence[prepare.Entry], column: str
+    dataset: Dataset, entries: Sequence[preprocess.Entry], column: str
 ) -> dict[str, dict[str, int]]:
     """{value: {"records", "examples"}} of a column, the commonest first.
 

@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 
 from jaxtune.config import ConfigError, nearest
-from jaxtune.data.turns import CONTENT, WITH_INPUT, Setting, alternating, say
+from jaxtune.data.templating.jinja_builder import CONTENT, WITH_INPUT, Setting, alternating, say
 
 PLACEHOLDERS = ("instruction", "input", "output", "system")
 _ALIASES = {"prompt": "instruction", "completion": "output"}

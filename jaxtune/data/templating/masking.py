@@ -32,11 +32,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from jaxtune.config import ConfigError
-from jaxtune.data import jinja
-from jaxtune.data.presence import appears, as_object, as_text, shows_calls, squeeze, with_calls
 from jaxtune.data.schema import Conversation, Document, Dropped, Message, Span
-from jaxtune.data.template import Template
-from jaxtune.data.typed import Said, Unlocated, mask, take_apart, unmask
+from jaxtune.data.templating import jinja
+from jaxtune.data.templating.literal_special_tokens import Said, Unlocated, mask, take_apart, unmask
+from jaxtune.data.templating.rendered_checks import (
+    appears,
+    as_object,
+    as_text,
+    shows_calls,
+    squeeze,
+    with_calls,
+)
+from jaxtune.data.templating.template import Template
 
 TrainOn = Literal["assistant", "last", "all"]
 Row = tuple[Span, ...]

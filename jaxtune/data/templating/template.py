@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.config import ConfigError, nearest
-from jaxtune.data import jinja, placeholders, wording
-from jaxtune.data.placeholders import Placeholders
-from jaxtune.data.presence import squeeze
 from jaxtune.data.schema import Message
+from jaxtune.data.templating import builtin_templates, format_string, jinja
+from jaxtune.data.templating.format_string import Placeholders
+from jaxtune.data.templating.jinja_builder import Setting
+from jaxtune.data.templating.rendered_checks import squeeze
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.data.turns import Setting
 
 # What `strftime_now` tells: the date Llama 3.1's template falls back to. Only that it never moves
 # matters; a template that asks for today would otherwise make other tokens every day.
@@ -135,13 +135,13 @@ def resolve(
     asked = Asked(template, system_prompt, stop, no_input)
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "alpaca"
-    if no_input is not None and (template in wording.NAMED or "{input}" not in template):
+    if no_input is not None and (template in builtin_templates.NAMED or "{input}" not in template):
         raise ConfigError("template_no_input: the template is no string with {input}. Unset it.")
     bos = tokenizer.bos_token if tokenizer.begins_with_bos else None
     system = system_prompt or ""
     ours = True
-    if template in wording.NAMED:
-        name, choice = template, wording.NAMED[template]
+    if template in builtin_templates.NAMED:
+        name, choice = template, builtin_templates.NAMED[template]
         missing = [
             token for token in needed_tokens(name, stop=stop) if token not in tokenizer.control
         ]
@@ -158,12 +158,12 @@ def resolve(
         name, source = _foreign(template, tokenizer)
         end, ours = "", False
     elif "{" in template:
-        name, parts = "custom", placeholders.parse(template)
+        name, parts = "custom", format_string.parse(template)
         if system and "system" not in parts.names:
             raise ConfigError("system_prompt: the template has no {system}. Add it, or unset.")
         lead_out, end, rest = _end_of_answer(parts.after, stop, tokenizer)
         setting = Setting(bos or "", end, system)
-        source = placeholders.source(
+        source = format_string.source(
             parts,
             setting,
             lead_out=lead_out,
@@ -172,7 +172,7 @@ def resolve(
             without_input=_without_input(parts, no_input),
         )
     else:
-        names = ["auto", "chat", *wording.NAMED]
+        names = ["auto", "chat", *builtin_templates.NAMED]
         raise ConfigError(
             f"template: '{template}' is not known.{nearest(template, names)} There are: "
             f"{', '.join(names)}, a .jinja file, or a string with {{instruction}} and {{output}}."
@@ -213,9 +213,9 @@ def variant(
 
 def needed_tokens(template: str, *, stop: str | None = None) -> tuple[str, ...]:
     """The control tokens that a named template writes; none where it is another kind."""
-    if template not in wording.NAMED:
+    if template not in builtin_templates.NAMED:
         return ()
-    choice = wording.NAMED[template]
+    choice = builtin_templates.NAMED[template]
     end = choice.stop if choice.stop and not stop else None
     return tuple(dict.fromkeys((*choice.needs, *([end] if end else []))))
 
@@ -233,7 +233,7 @@ def tokens_to_add(
 def _without_input(parts: Placeholders, no_input: str | None) -> Placeholders | None:
     if no_input is None:
         return None
-    other = placeholders.parse(no_input)
+    other = format_string.parse(no_input)
     if "input" in other.names:
         raise ConfigError("template_no_input: holds {input}, but is for records without one.")
     if other.after != parts.after:
@@ -289,7 +289,7 @@ def _foreign(template: str, tokenizer: Tokenizer) -> tuple[str, str]:
         if not tokenizer.chat_template:
             raise ConfigError(
                 f"template 'chat': the tokenizer in {tokenizer.folder} has no chat template. "
-                f"Choose one of: {', '.join(wording.NAMED)}."
+                f"Choose one of: {', '.join(builtin_templates.NAMED)}."
             )
         return "chat", tokenizer.chat_template
     if not template.endswith(".jinja"):

@@ -6,11 +6,11 @@ import datetime
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from jaxtune.data.pipeline import Dataset, Progress, open_dataset, split
-from jaxtune.data.placeholders import said_once
-from jaxtune.data.prepare import Entry, Truncation
-from jaxtune.data.spans import TrainOn
-from jaxtune.data.template import Template, resolve, tokens_to_add, variant
+from jaxtune.data.dataset import Dataset, Progress, open_dataset, split
+from jaxtune.data.preprocess import Entry, Truncation
+from jaxtune.data.templating.format_string import said_once
+from jaxtune.data.templating.masking import TrainOn
+from jaxtune.data.templating.template import Template, resolve, tokens_to_add, variant
 from jaxtune.data.tokenizer import Tokenizer, load_tokenizer
 
 Note = Callable[[str], None]

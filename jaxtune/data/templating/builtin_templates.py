@@ -14,7 +14,15 @@ import string
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxtune.data.turns import CONTENT, WITH_INPUT, Setting, alternating, headed, quoted, say
+from jaxtune.data.templating.jinja_builder import (
+    CONTENT,
+    WITH_INPUT,
+    Setting,
+    alternating,
+    headed,
+    quoted,
+    say,
+)
 
 
 class Named(NamedTuple):

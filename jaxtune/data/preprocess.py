@@ -19,13 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxtune.config import DataError, label
-from jaxtune.data import formats, sources, typed
+from jaxtune.data import formats, sources
 from jaxtune.data.cache import Writer, code_version
-from jaxtune.data.encode import encode, truncate
-from jaxtune.data.likeness import signatures
+from jaxtune.data.report.near_duplicates import signatures
 from jaxtune.data.schema import Conversation, Document, Dropped, Span, Tokens
-from jaxtune.data.spans import TrainOn, render
-from jaxtune.data.template import Template, variant
+from jaxtune.data.templating import literal_special_tokens
+from jaxtune.data.templating.masking import TrainOn, render
+from jaxtune.data.templating.template import Template, variant
+from jaxtune.data.tokenize import encode, truncate
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.data.workers import in_order
 
@@ -254,7 +255,9 @@ def _all_texts(noun: Conversation | Document) -> Iterator[str]:
     """What a template may show: also of calls, thinking and tools."""
     yield from _texts(noun)
     if isinstance(noun, Conversation):
-        yield from typed.strings([[message.extra for message in noun.messages], noun.tools])
+        yield from literal_special_tokens.strings(
+            [[message.extra for message in noun.messages], noun.tools]
+        )
 
 
 def _is_unicode(noun: Conversation | Document) -> bool:

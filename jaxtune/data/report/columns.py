@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxtune.data import prepare
-from jaxtune.data.pipeline import Dataset
+from jaxtune.data import preprocess
+from jaxtune.data.dataset import Dataset
 
 ABSENT = "(absent)"
 _LONGEST = 60  # letters of a value
 
 
 def column_values(
-    dataset: Dataset, entries: Sequence[prepare.Entry], column: str
+    dataset: Dataset, entries: Sequence[preprocess.Entry], column: str
 ) -> NDArray[np.object_] | None:
     """The value of each example's record, as one short line; None when no record has the column.
 
@@ -30,7 +30,7 @@ def column_values(
         own = np.flatnonzero(dataset.source_of == number)
         wanted = set(rows[own].tolist())
         values: dict[int, str] = {}
-        for row, (_, _, fields) in prepare.read(entry):
+        for row, (_, _, fields) in preprocess.read(entry):
             if row in wanted and column in fields:
                 values[row] = _shown(fields[column])
         present |= bool(values)
@@ -38,9 +38,9 @@ def column_values(
     return found if present else None
 
 
-def column_names(entries: Sequence[prepare.Entry]) -> list[str]:
+def column_names(entries: Sequence[preprocess.Entry]) -> list[str]:
     """Of the first record of each source, in order, once."""
-    first = (next(prepare.read(entry), None) for entry in entries)
+    first = (next(preprocess.read(entry), None) for entry in entries)
     return list(dict.fromkeys(name for found in first if found for name in found[1].fields))
 
 

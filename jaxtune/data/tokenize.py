@@ -27,8 +27,8 @@ import numpy as np
 
 from jaxtune.config import DataError
 from jaxtune.data.schema import Dropped, Example, Message, Span, Tokens
-from jaxtune.data.spans import render_prompt
-from jaxtune.data.template import Template
+from jaxtune.data.templating.masking import render_prompt
+from jaxtune.data.templating.template import Template
 from jaxtune.data.tokenizer import Tokenizer
 
 # What to put before a piece so that it is encoded as a continuation and not as a beginning of text

@@ -23,12 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxtune.config import ConfigError, DataError
-from jaxtune.data import cache, mixture, pack, prepare
-from jaxtune.data.encode import shift
-from jaxtune.data.prepare import Entry, Progress, Settings, Truncation
+from jaxtune.data import cache, mixing, preprocess
+from jaxtune.data import packing as pack
+from jaxtune.data.preprocess import Entry, Progress, Settings, Truncation
 from jaxtune.data.schema import Batch, Example, Tokens
-from jaxtune.data.spans import TrainOn
-from jaxtune.data.template import Template
+from jaxtune.data.templating.masking import TrainOn
+from jaxtune.data.templating.template import Template
+from jaxtune.data.tokenize import shift
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.data.workers import default_processes
 from jaxtune.storage.object_store import default_folder
@@ -119,7 +120,7 @@ class Dataset:
         return len(weights) > 1 or any(source.column for source in self.sources)
 
     @functools.cached_property
-    def strata(self) -> tuple[mixture.Stratum, ...]:
+    def strata(self) -> tuple[mixing.Stratum, ...]:
         """Examples that are drawn alike. Raises `DataError` for a target that none meets."""
         parts = []
         for number, source in enumerate(self.sources):
@@ -127,7 +128,7 @@ class Dataset:
             values = source.stored.arrays["values"][self.chosen[own] - self.starts[number]]
             known = source.stored.summary["values"]
             parts.append(
-                mixture.Part(
+                mixing.Part(
                     source.name,
                     source.path,
                     source.weight,
@@ -138,7 +139,7 @@ class Dataset:
                     known,
                 )
             )
-        return mixture.strata(parts)
+        return mixing.strata(parts)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -184,12 +185,12 @@ def open_dataset(
     folder = cache_dir or default_folder()
     opened: list[Source] = []
     notes: list[str] = []
-    for entry, name in zip(entries, prepare.dataset_names(entries), strict=True):
-        settings = prepare.settings_of(entry, shared)
+    for entry, name in zip(entries, preprocess.dataset_names(entries), strict=True):
+        settings = preprocess.settings_of(entry, shared)
         templates.append(settings.template.fingerprint)
-        key = prepare.cache_key(entry, settings)
+        key = preprocess.cache_key(entry, settings)
         build = functools.partial(
-            prepare.build,
+            preprocess.build,
             entry=entry,
             settings=settings,
             processes=processes or default_processes(),
@@ -221,7 +222,7 @@ def _source(entry: Entry, name: str, stored: cache.Stored, settings: Settings) -
     return Source(
         name=name,
         path=entry.path,
-        files=tuple(file.name for file in prepare.files_of(entry)),
+        files=tuple(file.name for file in preprocess.files_of(entry)),
         stored=stored,
         stop_id=control.get(template.closing, -1) if is_text else template.stop_id,
         weight=entry.weight,
@@ -307,7 +308,7 @@ class Batches:
         """The numbers of the examples that the epoch is made of, in no order."""
         if not self._mixed:
             return np.arange(len(self.dataset))
-        return mixture.draw(self.dataset.strata, self.seed, epoch)
+        return mixing.draw(self.dataset.strata, self.seed, epoch)
 
     def _packed(self, epoch: int) -> pack.Bins:
         """Found once where every epoch has the same lengths: see `_bins_of`."""

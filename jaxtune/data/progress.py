@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxtune.data.pipeline import Batches, Dataset
+from jaxtune.data.dataset import Batches, Dataset
 
 
 class Counts(NamedTuple):

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxtune.config import ConfigError, DataError, nearest
-from jaxtune.data.pack import Indices, permutation
+from jaxtune.data.packing import Indices, permutation
 
 OTHER = "(in no target)"
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxtune.data.schema import Message
-from jaxtune.data.typed import strings
+from jaxtune.data.templating.literal_special_tokens import strings
 
 
 def squeeze(text: str) -> str:

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxtune.data import jinja
 from jaxtune.data.schema import Dropped, Message, Span
+from jaxtune.data.templating import jinja
 
 Row = tuple[Span, ...]
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxtune.data import jinja
-from jaxtune.data.encode import encode
 from jaxtune.data.schema import Conversation, Dropped
-from jaxtune.data.spans import render
-from jaxtune.data.template import ASKED, SAID, Template
+from jaxtune.data.templating import jinja
+from jaxtune.data.templating.masking import render
+from jaxtune.data.templating.template import ASKED, SAID, Template
+from jaxtune.data.tokenize import encode
 from jaxtune.data.tokenizer import Tokenizer
 
 
