@@ -111,10 +111,10 @@ def by_jaxtune(source: Path, out: Path, param_dtype: str | None) -> Iterator[str
     import jax
     import numpy as np
 
-    from jaxtune import mesh as meshes
     from jaxtune.hf.export import export_model
     from jaxtune.hf.load import load_params, open_model
     from jaxtune.model import decoder
+    from jaxtune.parallel import mesh as meshes
 
     jax.devices()
     yield "import"

@@ -94,8 +94,8 @@ def _both(opened: Any, topology: str, fields: dict[str, Any], rows: int) -> tupl
 def _study(
     opened: Any, topology: str, fields: dict[str, Any], rows: int, *, compiles: bool = False
 ) -> Any:
-    from jaxtune.chips import parse_slice
     from jaxtune.config import load
+    from jaxtune.parallel.chips import parse_slice
     from jaxtune.planning.study import Subject, study
     from jaxtune.storage.object_store import default_folder
 

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxtune import __version__, hosts
+from jaxtune import __version__
 from jaxtune.config import Config, ConfigError, field_names
+from jaxtune.parallel import processes
 
 if TYPE_CHECKING:
     from jaxtune.data.dataset import Batches, Dataset
@@ -34,10 +35,10 @@ def check_same(parts: Mapping[str, str]) -> None:
     """`parts` are this host's: name -> value or digest. All hosts call. Raises `ConfigError` on
     every one where they are not alike."""
     own = json.dumps(parts, sort_keys=True)
-    if len(set(hosts.everyones(_digest(own)))) == 1:
+    if len(set(processes.everyones(_digest(own)))) == 1:
         return
-    hosts.tell(_TOLD, own)
-    everyones = [json.loads(hosts.hear(_TOLD, host)) for host in range(hosts.count())]
+    processes.tell(_TOLD, own)
+    everyones = [json.loads(processes.hear(_TOLD, host)) for host in range(processes.count())]
     raise ConfigError(
         f"hosts: they are not about to run the same: {'; '.join(differences(everyones))}. Start "
         "the same command on all of them, with the same files and the same versions."

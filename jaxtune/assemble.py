@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from jaxtune.chips import libtpu_args
 from jaxtune.config import Config, ConfigError
+from jaxtune.parallel.chips import libtpu_args
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -48,7 +48,7 @@ def keep_compiled(folder: str | None) -> None:
 
 def microbatches(config: Config, mesh: Mesh) -> int:
     """In a step. Raises `ConfigError` for a global_batch_size that does not divide."""
-    from jaxtune.mesh import row_shards
+    from jaxtune.parallel.mesh import row_shards
 
     if config.global_batch_size is None:
         return config.gradient_accumulation_steps
@@ -68,7 +68,7 @@ def rows_per_step(config: Config, mesh: Mesh) -> int:
 
     Raises `ConfigError` for rows that cannot be cut over `mesh.context`.
     """
-    from jaxtune.mesh import row_shards
+    from jaxtune.parallel.mesh import row_shards
 
     parts = mesh.shape["context"]
     if parts > 1 and not config.packing:
@@ -103,8 +103,8 @@ def hyper(config: Config) -> Hyper:
 def attention_of(config: Config, spec: ModelSpec, mesh: Mesh, length: int) -> tuple[str, str]:
     """The implementation that rows of `length` tokens are attended by, and why it and no other."""
     from jaxtune.learn.program import compute_dtype
-    from jaxtune.mesh import platform_of
     from jaxtune.model.decoder import attention_for
+    from jaxtune.parallel.mesh import platform_of
 
     return attention_for(
         spec,
@@ -127,7 +127,7 @@ def build(
     """The program of a run of `total_steps`, for the devices of `mesh`. Raises `ConfigError` as
     `check_experts` does."""
     from jaxtune.learn import program, schedules
-    from jaxtune.mesh import check_experts, platform_of
+    from jaxtune.parallel.mesh import check_experts, platform_of
 
     check_experts(model.spec.experts, mesh)
     dtype: Any = program.compute_dtype(config.dtype, platform_of(mesh))

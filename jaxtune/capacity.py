@@ -10,9 +10,9 @@ import bisect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jaxtune import memory
 from jaxtune.cli import note
 from jaxtune.config import ConfigError
+from jaxtune.parallel import memory
 
 if TYPE_CHECKING:
     from jaxtune.inference import Model
@@ -53,8 +53,8 @@ def _kept_bytes(model: Model, slots: int, length: int) -> float:
     """On one device, of texts that fill every slot; as if no device shared their heads."""
     import jax
 
-    from jaxtune.mesh import row_shards
     from jaxtune.model.decoder import empty_cache
+    from jaxtune.parallel.mesh import row_shards
 
     kept = jax.eval_shape(
         lambda: empty_cache(

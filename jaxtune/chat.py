@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import cli, memory
+from jaxtune import cli
 from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, DataError
+from jaxtune.parallel import memory
 
 if TYPE_CHECKING:
     from jaxtune.answering import Answer

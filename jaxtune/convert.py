@@ -245,7 +245,7 @@ def _export_folder(source: str, out: Path, config: Config) -> Exported:
 
 def _shardings(model: HfModel, dtype: str) -> Any:
     """Spread over the devices that are here, whatever mesh the run had."""
-    from jaxtune.mesh import make_mesh
+    from jaxtune.parallel.mesh import make_mesh
     from jaxtune.weights import param_shardings
 
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1, "context": 1})

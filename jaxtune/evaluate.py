@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import cli, hosts, memory, watch
+from jaxtune import cli
 from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError
+from jaxtune.parallel import heartbeat, memory, processes
 
 if TYPE_CHECKING:
     from jaxtune.data.dataset import Dataset
@@ -98,17 +99,17 @@ class Result(NamedTuple):
 def run(config: Config, options: EvaluateOptions | None = None) -> Result:
     """Prints to stdout. Raises `ConfigError`, `DataError` and `ModelError`."""
     options = options or EvaluateOptions()
-    watch.join(config.hosts)
-    if options.judge and hosts.count() > 1:
+    heartbeat.join(config.hosts)
+    if options.judge and processes.count() > 1:
         raise ConfigError("judge: is asked by one host. Evaluate there, or without it.")
-    if options.harness and hosts.count() > 1:
+    if options.harness and processes.count() > 1:
         raise ConfigError("harness: runs on one host. Evaluate there, or without it.")
     smaller = (
         f"Set a smaller per_device_eval_batch_size (now {config.per_device_eval_batch_size}) or "
         f"max_length (now {config.max_length}), dtype bfloat16, or more devices along "
         f"mesh.fsdp (now {config.mesh.fsdp}; -1 is all there are)."
     )
-    with watch.Watch(hang_seconds=0), memory.explained(smaller):
+    with heartbeat.Watch(hang_seconds=0), memory.explained(smaller):
         return _run(config, options)
 
 
@@ -150,7 +151,7 @@ def _run(config: Config, options: EvaluateOptions) -> Result:
     every = questions = questions_of(entries, dataset, words, options.generate)
     if every:  # of both models the same
         questions = that_fit(every, min(positions(name, config) for name in names.values()))
-    if hosts.count() > 1:
+    if processes.count() > 1:
         _check_same(config, options, names, dataset, general, questions)
     note(f"evaluation: {len(dataset)} examples of {', '.join(dict.fromkeys(dataset.names))}")
 
@@ -190,7 +191,7 @@ def _run(config: Config, options: EvaluateOptions) -> Result:
     *base, result = scores.values()
     if base:
         result["base"] = base[0]
-    if not hosts.is_first():
+    if not processes.is_first():
         return Result(result)
     if options.as_json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))

@@ -22,7 +22,7 @@ from jaxtune.data.dataset import Batches
 from jaxtune.learn.program import Program
 from jaxtune.learn.state import TrainState
 from jaxtune.learn.step import StepMetrics
-from jaxtune.mesh import put_batch, row_shards
+from jaxtune.parallel.mesh import put_batch, row_shards
 from jaxtune.storage.atomic_write import write_whole
 from jaxtune.storage.jsonl import number
 

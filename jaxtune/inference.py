@@ -120,7 +120,7 @@ def check_base(base: str, words: Words) -> None:
 
 
 def open_mesh(config: Config) -> Mesh:
-    from jaxtune.mesh import make_mesh
+    from jaxtune.parallel.mesh import make_mesh
 
     return make_mesh(config.mesh.model_dump())
 
@@ -153,7 +153,7 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh, *, merge: bo
     from jaxtune.hf.folders import is_adapter
     from jaxtune.hf.load import open_model
     from jaxtune.learn.program import compute_dtype
-    from jaxtune.mesh import check_experts
+    from jaxtune.parallel.mesh import check_experts
     from jaxtune.weights import base_params, is_checkpoint, param_shardings
 
     if is_checkpoint(name) or is_adapter(name):
@@ -172,8 +172,8 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh, *, merge: bo
 
 def _to_be_asked(model: Model) -> Model:
     """The same model in the layout that answers fastest; its former arrays are gone."""
-    from jaxtune.mesh import platform_of
     from jaxtune.model.unrolled import unrolled
+    from jaxtune.parallel.mesh import platform_of
 
     platform = platform_of(model.mesh)
     spec, found = unrolled(model.spec, model.variables, platform=platform, consume=True)
@@ -189,8 +189,8 @@ def _load_trained(name: str, config: Config, words: Words, mesh: Mesh, merge: bo
     from jaxtune.hf.load import load_params, open_model, with_tokens
     from jaxtune.hf.merge import merged_params
     from jaxtune.learn.program import compute_dtype
-    from jaxtune.mesh import check_experts, shardings
     from jaxtune.model import decoder
+    from jaxtune.parallel.mesh import check_experts, shardings
     from jaxtune.weights import (
         checkpoint_of,
         is_checkpoint,

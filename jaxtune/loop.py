@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxtune import hosts, incident
-from jaxtune.chips import peak_flops
+from jaxtune import incident
 from jaxtune.cli import Stopped, note
 from jaxtune.config import Config, Diverged
 from jaxtune.data.dataset import Batches, Dataset, eval_batches, prefetch
@@ -29,10 +28,12 @@ from jaxtune.learn.program import Program
 from jaxtune.learn.state import TrainState
 from jaxtune.learn.step import StepMetrics
 from jaxtune.learn.tracing import Tracing
-from jaxtune.mesh import put_batch, row_shards
+from jaxtune.parallel import processes
+from jaxtune.parallel.chips import peak_flops
+from jaxtune.parallel.heartbeat import Notice, Watch, asked_to_stop
+from jaxtune.parallel.mesh import put_batch, row_shards
 from jaxtune.terminal.progress import Progress
 from jaxtune.tree import named
-from jaxtune.watch import Notice, Watch, asked_to_stop
 
 
 class Plan(NamedTuple):
@@ -112,7 +113,7 @@ class Loop:
         if plan.held_out is None:
             self.standing = self.standing._replace(due=False)
         self._seen = counts_before(plan.batches, start)
-        self._progress = Progress(start, plan.total_steps, quiet=not hosts.is_first())
+        self._progress = Progress(start, plan.total_steps, quiet=not processes.is_first())
         self._pending: tuple[int, StepMetrics] | None = None  # a step still on the device
         self._asked: Notice = lambda: None
         self._spikes = Spikes()
@@ -258,7 +259,7 @@ class Loop:
         self.checkpoints.wait()  # so that the one being written counts too
         kept = self.checkpoints.latest()
         path = incident.path_of(self.run_dir, done)
-        if hosts.is_first():
+        if processes.is_first():
             names = list(named(self.program.abstract.trained))
             found = incident.describe(self.run_dir, done, metrics, names, self.plan.batches, kept)
             incident.write(path, found)

@@ -68,7 +68,7 @@ def run(config: Config, options: PlanOptions | None = None) -> Result:
         )
 
     # 1. The hardware: said before JAX is imported, whose devices it decides.
-    from jaxtune.chips import parse_slice
+    from jaxtune.parallel.chips import parse_slice
     from jaxtune.planning.hardware import hardware, set_environment
 
     if options.topology is None:
@@ -133,7 +133,7 @@ def _subject(config: Config, model: HfModel, there: Hardware) -> tuple[Subject, 
     from jaxtune.data.dataset import Batches
     from jaxtune.data.open import open_sides, open_template, open_tokenizer
     from jaxtune.hf.load import with_tokens
-    from jaxtune.mesh import make_mesh
+    from jaxtune.parallel.mesh import make_mesh
     from jaxtune.terminal.progress import Tokenising
 
     tokenizer = open_tokenizer(config, config.tokenizer_name or model.name, note=note)

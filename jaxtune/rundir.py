@@ -6,9 +6,9 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxtune import hosts
 from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, dump
+from jaxtune.parallel import processes
 from jaxtune.storage import lock, object_store
 from jaxtune.storage.atomic_write import write_whole
 
@@ -23,7 +23,7 @@ def place_of(output_dir: str, *, reading: bool) -> Path:
     from jaxtune.learn import mirror
 
     place = mirror.reading if reading else mirror.staging
-    return place(output_dir, hosts.index())
+    return place(output_dir, processes.index())
 
 
 def claim(
@@ -39,14 +39,14 @@ def claim(
         mirror = Mirror(output_dir, run_dir, note)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / f".writable-{hosts.index()}"
+        probe = run_dir / f".writable-{processes.index()}"
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
         raise ConfigError(
             f"output_dir {run_dir}: cannot be written: {error.strerror}. Choose another."
         ) from None
-    if not reading and (hosts.is_first() or mirror is not None):
+    if not reading and (processes.is_first() or mirror is not None):
         end.enter_context(lock.held(run_dir, note))
     if mirror is not None:
         end.callback(mirror.close)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxtune import hosts
 from jaxtune.answering import answer, prompt_ids
 from jaxtune.data.schema import Conversation, Message
 from jaxtune.inference import Model, Words
+from jaxtune.parallel import processes
 from jaxtune.storage.jsonl import keep_rows_up_to
 from jaxtune.tree import merge
 
@@ -55,7 +55,7 @@ class Samples:
         asked = self._with({})
         chats = (Conversation((Message("user", prompt),)) for prompt in prompts)
         self._ids = [prompt_ids(asked, words, chat) for chat in chats]
-        if hosts.is_first():
+        if processes.is_first():
             keep_rows_up_to(self.path, resumed_at, due=due)
 
     def __call__(
@@ -63,7 +63,7 @@ class Samples:
     ) -> None:
         asked = self._with(self._params(merge(trained, frozen)))
         found = answer(asked, self._words, self._ids, max_new_tokens=_LONGEST, between=between)
-        if not hosts.is_first():
+        if not processes.is_first():
             return
         with self.path.open("a", encoding="utf-8") as file:
             for prompt, said in zip(self._prompts, found, strict=True):

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import assemble, beginning, cli, hosts, memory, rundir, watch
+from jaxtune import assemble, beginning, cli, rundir
 from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, HostsConfig, dump, shard_bytes
+from jaxtune.parallel import heartbeat, memory, processes
 from jaxtune.storage import object_store
 
 if TYPE_CHECKING:
@@ -71,9 +72,9 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     `Diverged`, and `command.Stopped` after saving on SIGTERM or SIGINT.
     """
     try:
-        with watch.ended_by_signals():
+        with heartbeat.ended_by_signals():
             return _joined(config, options or TrainOptions())
-    except watch.Asked as signal:
+    except heartbeat.Asked as signal:
         raise cli.Stopped(
             f"stopped by {signal} where there was nothing to save. The same command goes on from "
             "what is saved."
@@ -87,12 +88,12 @@ def _joined(config: Config, options: TrainOptions) -> Result:
     model_name = _required(config)
     refuse_adapter(model_name)
     assemble.set_compiler_flags()
-    watch.join(config.hosts)
+    heartbeat.join(config.hosts)
     reading = options.replay_step is not None
     run_dir = rundir.place_of(str(config.output_dir), reading=reading)
     limit = config.hang_timeout_seconds
     with (
-        watch.Watch(hang_seconds=limit, folder=run_dir) as watching,
+        heartbeat.Watch(hang_seconds=limit, folder=run_dir) as watching,
         memory.explained(_smaller(config)),
         contextlib.ExitStack() as end,
     ):
@@ -106,7 +107,7 @@ def _run(
     model_name: str,
     run_dir: Path,
     mirror: Mirror | None,
-    watching: watch.Watch,
+    watching: heartbeat.Watch,
 ) -> Result:
     # How this run was launched is not what it is: its config can be used again anywhere.
     config = config.model_copy(update={"hosts": HostsConfig()})
@@ -137,7 +138,7 @@ def _run(
             check_adapter_target(run_dir / "adapter")
     mesh, batches = _plan(config, material.train)
     total_steps = batches.total_steps(config.num_train_epochs, config.max_steps)
-    if hosts.count() > 1:
+    if processes.count() > 1:
         from jaxtune.agreement import check_same, parts_of
 
         check_same(parts_of(config, model, adapters, batches, material.held_out, total_steps))
@@ -159,7 +160,7 @@ def _run(
     assemble.keep_compiled(config.compilation_cache_dir)
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
         if mirror is None:
-            hosts.check_shared(run_dir)
+            processes.check_shared(run_dir)
         wanted = place(program.abstract, program.shardings)
         checkpoints = Checkpoints(
             run_dir,
@@ -183,7 +184,7 @@ def _run(
         if options.replay_step is not None:
             _replay(options.replay_step, run_dir, program, batches, start, state, frozen, mirror)
             return Result(run_dir, None, options.replay_step, {})
-        if hosts.is_first():
+        if processes.is_first():
             rundir.write_config(run_dir / "config.yaml", config)
             _record_start(run_dir, start, mesh, batches, total_steps)
 
@@ -204,7 +205,7 @@ def _run(
             resumed_at=start,
             due=due,
             report_to=config.report_to,
-            quiet=not hosts.is_first(),
+            quiet=not processes.is_first(),
             settings=config.model_dump(mode="json"),
         )
         closing.callback(writer.close)
@@ -255,7 +256,7 @@ def _run(
                     variables = {"params": merged(model, adapters.lora, variables["lora"])}
                 rows = last_rows(writer.path, done if best is None else best, best=best)
                 model_dir = _export(config, run_dir, model, variables, material, report, rows)
-    if hosts.is_first():
+    if processes.is_first():
         _draw_report(config, run_dir, material, report)
     if mirror is not None:
         with watching.unlimited(f"copying to {mirror.url}"):
@@ -310,7 +311,7 @@ def _open_data(config: Config, model_name: str) -> Material:
 def _plan(config: Config, train: Dataset) -> tuple[Mesh, Batches]:
     """The mesh over all devices, and batches of as many rows as it asks for."""
     from jaxtune.data.dataset import Batches
-    from jaxtune.mesh import make_mesh
+    from jaxtune.parallel.mesh import make_mesh
 
     mesh = make_mesh(config.mesh.model_dump())
     rows = assemble.rows_per_step(config, mesh)
@@ -322,11 +323,11 @@ def _announce(
 ) -> dict[str, Any]:
     """Says what is about to be trained, and returns the data report for the model card."""
     from jaxtune.data.report.data_report import near_overlap, overlap, report
-    from jaxtune.mesh import sizes_of
+    from jaxtune.parallel.mesh import sizes_of
     from jaxtune.terminal.text import show_report
 
     found = report(material.train, batches, total_steps=total_steps)
-    if hosts.is_first():
+    if processes.is_first():
         show_report(found, short=True)
     if material.held_out is not None:
         common = overlap(material.train, material.held_out)
@@ -341,7 +342,7 @@ def _announce(
             + (f"; {alike} records say nearly the same as a trained one" if alike else "")
         )
     axes = " x ".join(f"{name} {size}" for name, size in sizes_of(mesh).items() if size > 1)
-    shared = f" of {hosts.count()} hosts" if hosts.count() > 1 else ""
+    shared = f" of {processes.count()} hosts" if processes.count() > 1 else ""
     note(
         f"training: {total_steps} steps of {batches.batch_size} rows x {batches.row_length} tokens "
         f"({batches.steps_per_epoch} steps an epoch), on {mesh.size} "
@@ -386,7 +387,7 @@ def _samples(
         return None
     from jaxtune.inference import Words, stop_ids
     from jaxtune.learn.program import compute_dtype
-    from jaxtune.mesh import platform_of
+    from jaxtune.parallel.mesh import platform_of
     from jaxtune.samples import Samples
 
     words = Words(material.tokenizer, material.template)
@@ -423,7 +424,7 @@ def _replay(
     found = incident.describe(run_dir, step, metrics, names, batches, start or None)
     found["row_losses"] = losses
     path = incident.path_of(run_dir, step)
-    if hosts.is_first():
+    if processes.is_first():
         incident.write(path, found)
         if mirror is not None:
             mirror.put(path.name)

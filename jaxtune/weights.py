@@ -63,8 +63,8 @@ def base_params(
 
 def param_shardings(spec: ModelSpec, mesh: Mesh, dtype: Any) -> Any:
     """Where plain parameters lie on `mesh`."""
-    from jaxtune.mesh import shardings
     from jaxtune.model import decoder
+    from jaxtune.parallel.mesh import shardings
 
     return shardings(decoder.axes(spec), decoder.abstract(spec, dtype), mesh)
 
@@ -193,8 +193,8 @@ def first_adapters(
 
     import jax
 
-    from jaxtune.mesh import put
     from jaxtune.model import decoder
+    from jaxtune.parallel.mesh import put
 
     if adapters.start is not None:
         return jax.tree.map(put, adapters.start, placed)
@@ -322,8 +322,8 @@ def restore(model: HfModel, run_dir: Path, step: int | None, *, dtype: str) -> R
     from jaxtune.hf.load import load_params
     from jaxtune.learn.checkpoint import read_meta, restore_trained
     from jaxtune.learn.partial import part
-    from jaxtune.mesh import make_mesh, shardings
     from jaxtune.model import decoder
+    from jaxtune.parallel.mesh import make_mesh, shardings
     from jaxtune.tree import merge, split
 
     meta = read_meta(run_dir, step, note=cli.note)

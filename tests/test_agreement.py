@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from jaxtune import agreement, hosts
+from jaxtune import agreement
 from jaxtune.config import ConfigError, load
+from jaxtune.parallel import processes
 
 
 def test_hosts_and_values_are_named_the_fewest_first() -> None:
@@ -47,9 +48,9 @@ def test_alone_nothing_is_said_and_several_hear_of_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     agreement.check_same({"seed": "1"})
-    monkeypatch.setattr(hosts, "everyones", lambda text: [text, "another"])
-    monkeypatch.setattr(hosts, "tell", lambda name, text: None)
-    monkeypatch.setattr(hosts, "hear", lambda name, host: f'{{"seed": "{host}"}}')
-    monkeypatch.setattr(hosts, "count", lambda: 2)
+    monkeypatch.setattr(processes, "everyones", lambda text: [text, "another"])
+    monkeypatch.setattr(processes, "tell", lambda name, text: None)
+    monkeypatch.setattr(processes, "hear", lambda name, host: f'{{"seed": "{host}"}}')
+    monkeypatch.setattr(processes, "count", lambda: 2)
     with pytest.raises(ConfigError, match="not about to run the same: seed is 1 on host 1 and 0"):
         agreement.check_same({"seed": "0"})

@@ -9,7 +9,7 @@ import pytest
 
 from jaxtune.assemble import keep_compiled, rows_per_step
 from jaxtune.config import ConfigError, load
-from jaxtune.mesh import check_experts, make_mesh
+from jaxtune.parallel.mesh import check_experts, make_mesh
 
 
 def rows(**fields: object) -> int:

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtune import memory
 from jaxtune.capacity import longest_text
 from jaxtune.config import ConfigError
 from jaxtune.hf.load import open_model
-from jaxtune.mesh import make_mesh
+from jaxtune.parallel import memory
+from jaxtune.parallel.mesh import make_mesh
 
 MODEL = Path(__file__).resolve().parents[1] / "configs" / "quickstart" / "model"
 

@@ -1,7 +1,7 @@
 import pytest
 
-from jaxtune.chips import CHIPS, Slice, parse_slice, peak_flops
 from jaxtune.config import ConfigError
+from jaxtune.parallel.chips import CHIPS, Slice, parse_slice, peak_flops
 
 
 @pytest.mark.parametrize(

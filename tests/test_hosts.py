@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxtune import hosts
 from jaxtune.config import ConfigError, HostsConfig, load
+from jaxtune.parallel import processes
 
 
 @pytest.mark.parametrize(
@@ -31,14 +31,14 @@ from jaxtune.config import ConfigError, HostsConfig, load
 def test_a_cluster_is_seen_in_the_environment(
     environment: dict[str, str], found: bool, tmp_path: Path
 ) -> None:
-    assert hosts.detected(environment, tmp_path) is found
+    assert processes.detected(environment, tmp_path) is found
 
 
 def test_alone_nothing_is_joined() -> None:
-    hosts.start(HostsConfig())
-    hosts.start(HostsConfig(num_processes=1))
-    assert (hosts.index(), hosts.count(), hosts.store()) == (0, 1, None)
-    assert hosts.everyones("x") == ["x"]
+    processes.start(HostsConfig())
+    processes.start(HostsConfig(num_processes=1))
+    assert (processes.index(), processes.count(), processes.store()) == (0, 1, None)
+    assert processes.everyones("x") == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -55,17 +55,17 @@ def test_alone_nothing_is_joined() -> None:
 def test_a_part_of_the_fields_is_refused(
     given: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hosts, "detected", lambda: False)
+    monkeypatch.setattr(processes, "detected", lambda: False)
     with pytest.raises(ConfigError, match=message):
-        hosts.start(HostsConfig(**given))
+        processes.start(HostsConfig(**given))
 
 
 def test_jax_s_own_variables_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "detected", lambda: False)
+    monkeypatch.setattr(processes, "detected", lambda: False)
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "h:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "3")
     with pytest.raises(ConfigError, match=r"hosts\.process_id is not set"):
-        hosts.start(HostsConfig())
+        processes.start(HostsConfig())
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxtune import memory
 from jaxtune.config import ConfigError
+from jaxtune.parallel import memory
 
 
 def test_xla_is_quoted_with_what_it_wanted() -> None:

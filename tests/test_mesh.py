@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxtune import mesh as meshes
-from jaxtune.collectives import (
+from jaxtune.config import ConfigError
+from jaxtune.parallel import mesh as meshes
+from jaxtune.parallel.collectives import (
     EVERYWHERE,
     bits,
     dealt,
@@ -27,8 +28,7 @@ from jaxtune.collectives import (
     total,
     whole_rows,
 )
-from jaxtune.config import ConfigError
-from jaxtune.mesh import (
+from jaxtune.parallel.mesh import (
     local,
     make_mesh,
     partition_spec,

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from multihost.runs import free_port
 
-from jaxtune.watch import Asked, Beat, Watch, asked_to_stop, ended_by_signals
+from jaxtune.parallel.heartbeat import Asked, Beat, Watch, asked_to_stop, ended_by_signals
 
 HANGS = """
 import sys, time
 from pathlib import Path
-from jaxtune.watch import Watch
+from jaxtune.parallel.heartbeat import Watch
 
 def never_returns():
     time.sleep(60)

@@ -53,7 +53,7 @@ def measure(
     that is too long for it."""
     from jaxtune.data.dataset import eval_rows
     from jaxtune.data.progress import largest_id
-    from jaxtune.mesh import row_shards
+    from jaxtune.parallel.mesh import row_shards
     from jaxtune.weights import check_ids
 
     for data in (dataset, *([general.texts] if general else ())):

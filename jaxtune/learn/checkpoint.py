@@ -33,14 +33,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxtune import hosts
 from jaxtune.config import ConfigError
 from jaxtune.learn import digests
 from jaxtune.learn.digests import FOLDER
 from jaxtune.learn.mirror import Mirror
 from jaxtune.learn.parts import Parts, Wanted, checkpointer, drop
 from jaxtune.learn.state import TrainState
-from jaxtune.mesh import put
+from jaxtune.parallel import processes
+from jaxtune.parallel.mesh import put
 from jaxtune.storage.object_store import StoreError, join
 
 _DAMAGED, _REMOVED, _FETCHING = "damaged-", ".removed-", ".fetching-"
@@ -73,7 +73,7 @@ class Checkpoints:
         self._latest: int | None = None
         self._sealing: threading.Thread | None = None
         self._failed: BaseException | None = None
-        if mirror is not None and hosts.count() > 1:
+        if mirror is not None and processes.count() > 1:
             assert wanted is not None
             self._parts = Parts(mirror)
             self._wanted = {"trained": wanted.trained, "opt": wanted.opt_state}
@@ -85,7 +85,7 @@ class Checkpoints:
             return
         if not reading:
             with self._explained():
-                hosts.on_first(self._tidy, "checkpoints")
+                processes.on_first(self._tidy, "checkpoints")
         self._latest = max(_counting(self.folder), default=None)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
@@ -164,7 +164,7 @@ class Checkpoints:
     def counts(self, step: int) -> bool:
         """Whether every host sees that step, here or in the store. All call."""
         seen = step in self._steps_here() | self._steps_there()
-        return all(hosts.everyones("seen" if seen else ""))
+        return all(processes.everyones("seen" if seen else ""))
 
     def _steps_here(self) -> set[int]:
         """Of these, what is in the store too is fetched where it is needed."""
@@ -187,7 +187,9 @@ class Checkpoints:
     def _damage(self, place: Path) -> str:
         """What any host finds in its share of the files; empty where all is well."""
         return _of_all(
-            functools.partial(digests.damage, place, host=hosts.index(), hosts=hosts.count())
+            functools.partial(
+                digests.damage, place, host=processes.index(), hosts=processes.count()
+            )
         )
 
     def save(
@@ -232,10 +234,10 @@ class Checkpoints:
                     self._mirror.failed(f"that steps before {step} are gone", error)
                 drop(self.folder, self._mirror.steps)
                 return
-            digests.write(place, host=hosts.index(), hosts=hosts.count())
+            digests.write(place, host=processes.index(), hosts=processes.count())
             self._latest = step
             self._copy(step, best)
-            if not hosts.is_first() or self._keep is None:
+            if not processes.is_first() or self._keep is None:
                 return
             deadline = time.monotonic() + _SHARES_SECONDS
             while not digests.complete(place):
@@ -266,7 +268,7 @@ class Checkpoints:
         for old in kept[: -self._keep] if self._keep else ():
             if old == best:
                 continue
-            if hosts.is_first():
+            if processes.is_first():
                 self._mirror.remove_step(old)
             self._mirror.steps.discard(old)
 
@@ -274,10 +276,10 @@ class Checkpoints:
         """What lies where `step` is to be written, of an earlier run that went on from before."""
         remove = functools.partial(self._remove, [step])
         if self._parts is None or self._mirror is None:
-            hosts.on_first(remove, "before saving")
+            processes.on_first(remove, "before saving")
             return
         remove()
-        hosts.on_first(functools.partial(self._mirror.remove_step, step), "before saving")
+        processes.on_first(functools.partial(self._mirror.remove_step, step), "before saving")
         self._mirror.steps.discard(step)
 
     def _check_space(self, state: TrainState, step: int) -> None:
@@ -286,13 +288,13 @@ class Checkpoints:
         shards = (s for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards)
         needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
         if self._parts is None:
-            needed = sum(map(int, hosts.everyones(str(needed))))
+            needed = sum(map(int, processes.everyones(str(needed))))
         free = shutil.disk_usage(self.folder).free
         full = "" if free >= needed else (
             f"{self.folder}: step {step} needs {needed / 1e6:,.1f} MB and the disk has "
             f"{free / 1e6:,.1f} MB free. {self._advice()}"
         )  # fmt: skip
-        if said := [text for text in hosts.everyones(full) if text]:
+        if said := [text for text in processes.everyones(full) if text]:
             raise ConfigError(said[0])
 
     def _advice(self) -> str:
@@ -393,7 +395,7 @@ class Checkpoints:
                 + ("" if self._reading else now)
             )
             if not self._reading:
-                hosts.on_first(functools.partial(self._rename, step), "damaged")
+                processes.on_first(functools.partial(self._rename, step), "damaged")
 
     def _rename(self, step: int) -> None:
         target = self.folder / f"{_DAMAGED}{step}"
@@ -427,9 +429,9 @@ def _of_all(look: Callable[[], str]) -> str:
         found, failed = look(), ""
     except ConfigError as error:
         found, failed = "", str(error)
-    if said := [text for text in hosts.everyones(failed) if text]:
+    if said := [text for text in processes.everyones(failed) if text]:
         raise ConfigError(said[0])
-    return next((text for text in hosts.everyones(found) if text), "")
+    return next((text for text in processes.everyones(found) if text), "")
 
 
 def _counting(folder: Path) -> list[int]:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from jaxtune.learn.step import EachToken, Evaluate
-from jaxtune.mesh import put_batch
+from jaxtune.parallel.mesh import put_batch
 
 
 class Part(Protocol):

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from jaxtune.chips import peak_flops
 from jaxtune.config import ConfigError
+from jaxtune.parallel.chips import peak_flops
 from jaxtune.storage.atomic_write import write_whole
 from jaxtune.storage.jsonl import as_json, keep_rows_up_to
 

@@ -22,10 +22,10 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxtune import hosts
 from jaxtune.config import ConfigError
 from jaxtune.learn import digests
 from jaxtune.learn.digests import FOLDER
+from jaxtune.parallel import processes
 from jaxtune.storage import cache_eviction, lock, object_store
 from jaxtune.storage.atomic_write import write_whole
 from jaxtune.storage.object_store import StoreError, join
@@ -75,11 +75,13 @@ class Mirror:
         """Proves that the URL can be read and written, and brings here what the run has there.
         Every host calls; which steps count is what host 0 finds.
         """
-        if hosts.is_first():
+        if processes.is_first():
             identity = self._claim()
-            hosts.tell(_CLAIMED, json.dumps({"identity": identity, "steps": sorted(self.steps)}))
+            processes.tell(
+                _CLAIMED, json.dumps({"identity": identity, "steps": sorted(self.steps)})
+            )
         else:
-            self._join(json.loads(hosts.hear(_CLAIMED, 0)))
+            self._join(json.loads(processes.hear(_CLAIMED, 0)))
         self._thread.start()
 
     def look(self) -> None:
@@ -87,11 +89,11 @@ class Mirror:
         Every host calls. Nothing is put but by `put`, and nothing removed."""
         self._only_reads = True
         cache_eviction.use(self._folder)
-        if hosts.is_first():
+        if processes.is_first():
             self.steps = set(steps_of(self.url))
-            hosts.tell(_CLAIMED, json.dumps({"steps": sorted(self.steps)}))
+            processes.tell(_CLAIMED, json.dumps({"steps": sorted(self.steps)}))
         else:
-            self.steps = set(json.loads(hosts.hear(_CLAIMED, 0))["steps"])
+            self.steps = set(json.loads(processes.hear(_CLAIMED, 0))["steps"])
 
     def put(self, name: str) -> None:
         """One file of the folder. Raises `StoreError`."""
@@ -104,7 +106,7 @@ class Mirror:
         _empty(self._folder, but=(FOLDER,) if same else ())
         write_whole(here, claimed["identity"])
         self.steps = set(claimed["steps"])
-        probe = join(self.url, f".writable-{hosts.index()}")
+        probe = join(self.url, f".writable-{processes.index()}")
         object_store.put_bytes(b"", probe)
         object_store.remove([probe])
 
@@ -124,7 +126,7 @@ class Mirror:
         write_whole(here, identity)
         self.steps = set(steps_of(self.url))
         self._tidy()
-        newest = _newest(self._folder / FOLDER) if hosts.count() == 1 else 0
+        newest = _newest(self._folder / FOLDER) if processes.count() == 1 else 0
         if newest <= max(self.steps, default=0):
             fetch_files(self.url, self._folder)
         return identity
@@ -215,17 +217,17 @@ class Mirror:
         """Everything, compared with what is there. Raises `StoreError`. No host is done before all
         are."""
         with self._one_at_a_time:
-            if hosts.is_first():
+            if processes.is_first():
                 for name, marker in _MARKED.items():
                     if (self._folder / name / marker).is_file():
                         put_marked(self._folder / name, join(self.url, name), marker, contents=True)
-            if hosts.count() == 1:
+            if processes.count() == 1:
                 for step in sorted(set(_counting(self._folder / FOLDER)) - self.steps):
                     self.put_step(step)
             self._put_files()
-        hosts.tell(_FINISHED)
-        for other in set(range(hosts.count())) - {hosts.index()}:
-            hosts.hear(_FINISHED, other)
+        processes.tell(_FINISHED)
+        for other in set(range(processes.count())) - {processes.index()}:
+            processes.hear(_FINISHED, other)
         self._note(f"{self.url}: has all of the run, compared with {self._folder}")
 
     def close(self) -> None:

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxtune import collectives
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
 from jaxtune.ops import neftune
 from jaxtune.ops.cross_entropy import Sums, TokenLosses, linear_cross_entropy, token_losses
 from jaxtune.ops.moe import balance
+from jaxtune.parallel import collectives
 from jaxtune.spec import ModelSpec
 
 

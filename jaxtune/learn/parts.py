@@ -18,10 +18,10 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from jaxtune import hosts
 from jaxtune.learn import digests
 from jaxtune.learn.digests import FOLDER
 from jaxtune.learn.mirror import Mirror
+from jaxtune.parallel import processes
 from jaxtune.storage import object_store
 from jaxtune.storage.object_store import StoreError, join
 
@@ -62,9 +62,9 @@ class Parts:
         """The part of the step that Orbax wrote to `here`; returns once the step counts. From any
         thread. Raises `StoreError`; then the others wait until this host ends them."""
         self._puts += 1
-        own, place = hosts.index(), join(self._mirror.url, FOLDER, step)
+        own, place = processes.index(), join(self._mirror.url, FOLDER, step)
         names = _own(here, first=own == 0)
-        digests.write(here, host=own, hosts=hosts.count(), names=names)
+        digests.write(here, host=own, hosts=processes.count(), names=names)
         mark = digests.mark_of(own)
         object_store.put_all(here, names if own == 0 else [*names, mark], place)
         if wrong := object_store.unequal(here, names, place, contents=False):
@@ -73,13 +73,13 @@ class Parts:
         put, counts = f"put-{self._puts}", f"counts-{self._puts}"
         if own == 0:
             self._mirror.put_files()  # the rows up to this step
-            for other in range(1, hosts.count()):
-                hosts.hear(put, other)
+            for other in range(1, processes.count()):
+                processes.hear(put, other)
             object_store.put_all(here, [mark], place)
-            hosts.tell(counts)
+            processes.tell(counts)
         else:
-            hosts.tell(put)
-            hosts.hear(counts, 0)
+            processes.tell(put)
+            processes.hear(counts, 0)
         self._mirror.steps.add(step)
 
     def fetch(self, step: int, here: Path, wanted: Wanted) -> str:

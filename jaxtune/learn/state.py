@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtune.learn.optim import Optimiser
-from jaxtune.mesh import replicated
+from jaxtune.parallel.mesh import replicated
 from jaxtune.tree import named
 
 

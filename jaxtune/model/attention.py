@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxtune import collectives, mesh
 from jaxtune.model.layers import Build, Projection, RMSNorm, weight
 from jaxtune.ops import rope
 from jaxtune.ops.attention import OPAQUE, Share, attend
 from jaxtune.ops.decoding import attend_slots
+from jaxtune.parallel import collectives, mesh
 from jaxtune.spec import LayerSpec
 
 

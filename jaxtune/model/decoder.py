@@ -34,7 +34,6 @@ from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from jaxtune import collectives, mesh
 from jaxtune.config import ConfigError
 from jaxtune.model import lora as adapters
 from jaxtune.model.attention import Attention, KeyValues, Places
@@ -54,6 +53,7 @@ from jaxtune.ops import cross_entropy, rope
 from jaxtune.ops.attention import choose
 from jaxtune.ops.cross_entropy import Head
 from jaxtune.ops.moe import Load
+from jaxtune.parallel import collectives, mesh
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec
 from jaxtune.tree import named
 

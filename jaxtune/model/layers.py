@@ -17,10 +17,10 @@ from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from jaxtune import collectives, mesh
 from jaxtune.model import lora as adapters
 from jaxtune.model import quantise
 from jaxtune.model.lora import Lora
+from jaxtune.parallel import collectives, mesh
 
 WEIGHT_AXES = {
     "D": "embed",

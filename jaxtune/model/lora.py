@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxtune import collectives
+from jaxtune.parallel import collectives
 
 COLLECTION = "lora"
 

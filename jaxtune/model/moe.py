@@ -16,7 +16,6 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
-from jaxtune import collectives, mesh
 from jaxtune.model import quantise
 from jaxtune.model.layers import (
     ACTIVATIONS,
@@ -28,6 +27,7 @@ from jaxtune.model.layers import (
     weight,
 )
 from jaxtune.ops import moe
+from jaxtune.parallel import collectives, mesh
 from jaxtune.spec import LayerSpec
 
 LOADS = "loads"  # the collection in which a layer leaves its `ops.moe.Load`, where it is mutable

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.mesh import constrain
 from jaxtune.model import decoder
 from jaxtune.model.decoder import Cache, Params
 from jaxtune.model.lora import Lora
 from jaxtune.model.sampling import Settings, choose
 from jaxtune.ops.cross_entropy import logits
+from jaxtune.parallel.mesh import constrain
 from jaxtune.spec import ModelSpec
 
 MOST_STEPS = 32  # tokens of a row in one call of `advance`

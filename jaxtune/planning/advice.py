@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from jaxtune.chips import larger
 from jaxtune.config import Config, ConfigError, load
+from jaxtune.parallel.chips import larger
 from jaxtune.planning.hardware import hardware
 from jaxtune.planning.study import Study, study
 

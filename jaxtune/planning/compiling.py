@@ -65,7 +65,7 @@ def arguments(program: Program, *, rows: int, length: int) -> tuple[Any, Any, An
     from jax.sharding import NamedSharding
 
     from jaxtune.data.schema import Batch
-    from jaxtune.mesh import partition_spec
+    from jaxtune.parallel.mesh import partition_spec
     from jaxtune.tree import split
 
     def placed(leaf: Any, where: Any) -> Any:

@@ -22,8 +22,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtune import assemble, memory
+from jaxtune import assemble
 from jaxtune.config import Config, ConfigError, dump
+from jaxtune.parallel import memory
 from jaxtune.planning import estimate, timing
 from jaxtune.planning.advice import changed
 from jaxtune.planning.estimate import Work
@@ -131,7 +132,7 @@ def remat_names() -> tuple[str, ...]:
 
 
 def _rows_of_step(config: Config, there: Hardware) -> int:
-    from jaxtune.mesh import make_mesh
+    from jaxtune.parallel.mesh import make_mesh
 
     return assemble.rows_per_step(config, make_mesh(config.mesh.model_dump(), there.devices))
 

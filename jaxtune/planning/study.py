@@ -111,7 +111,7 @@ def _built(
 
     from jaxtune.learn.partial import backward
     from jaxtune.learn.program import compute_dtype
-    from jaxtune.mesh import make_mesh, platform_of, sizes_of
+    from jaxtune.parallel.mesh import make_mesh, platform_of, sizes_of
     from jaxtune.weights import adapters_of, part_of
 
     model, adapters = adapters_of(config, subject.model, note=lambda message: None)

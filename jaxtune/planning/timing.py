@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jaxtune.chips import DCN_RATE, HOST_RATE, Slice
+from jaxtune.parallel.chips import DCN_RATE, HOST_RATE, Slice
 from jaxtune.planning import estimate
 from jaxtune.planning.compiling import Read
 from jaxtune.planning.estimate import Work

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from jaxtune import memory
 from jaxtune.cli import note
 from jaxtune.config import JaxtuneError
+from jaxtune.parallel import memory
 from jaxtune.serving.protocol import BROKEN, BUSY, Refused
 
 if TYPE_CHECKING:

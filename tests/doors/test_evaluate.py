@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from jaxtune import answering, evaluate, inference, preview, train
 from jaxtune.config import ConfigError, load
 from jaxtune.evaluate import EvaluateOptions
-from jaxtune.mesh import make_mesh
+from jaxtune.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "configs" / "quickstart" / "model"

@@ -16,7 +16,7 @@ from jaxtune import assemble, convert, train
 from jaxtune.config import Config, ConfigError, load
 from jaxtune.learn import program
 from jaxtune.learn.optim import Hyper
-from jaxtune.mesh import make_mesh
+from jaxtune.parallel.mesh import make_mesh
 from jaxtune.tree import named
 
 # Two layers: the second alone is stack_1 then.

@@ -85,7 +85,7 @@ def make_good(folder: Path) -> Path:
     from jaxtune.hf.load import load_params, open_model
     from jaxtune.learn.checkpoint import Checkpoints
     from jaxtune.learn.state import TrainState
-    from jaxtune.mesh import make_mesh
+    from jaxtune.parallel.mesh import make_mesh
 
     model = write_tokenizer(write_folder("llama", folder / "model"))
     (model / "chat_template.jinja").write_text(

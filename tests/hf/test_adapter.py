@@ -19,9 +19,9 @@ from jaxtune.hf import adapter_read, adapter_write, identity, load, merge, peft_
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import HfModel, load_params, open_model
 from jaxtune.hf.targets import resolve_targets
-from jaxtune.mesh import make_mesh
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
+from jaxtune.parallel.mesh import make_mesh
 from jaxtune.tree import map_named, named
 from jaxtune.weights import param_shardings
 

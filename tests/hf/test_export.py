@@ -20,7 +20,6 @@ import safetensors.numpy
 from golden.cases import CASES, TEXTS, tensors, write_folder, write_tokenizer
 from golden.make import stored
 
-from jaxtune import mesh as meshes
 from jaxtune.config import ConfigError
 from jaxtune.data.schema import Message
 from jaxtune.data.templating.masking import render_prompt
@@ -32,6 +31,7 @@ from jaxtune.hf.export import check_target, export_model
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.hf.tensors import open_tensors
 from jaxtune.model import decoder
+from jaxtune.parallel import mesh as meshes
 from jaxtune.tree import map_named
 
 CARD = "---\nlibrary_name: transformers\n---\n# A model\n"

@@ -12,11 +12,11 @@ import pytest
 import safetensors.numpy
 from golden.cases import CASES, tensors, write_folder
 
-from jaxtune import mesh as meshes
 from jaxtune.config import ModelError
 from jaxtune.hf import load
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.model import decoder
+from jaxtune.parallel import mesh as meshes
 from jaxtune.tree import named
 
 SHARDED = {"data": 1, "fsdp": 4, "tensor": 2, "context": 1}

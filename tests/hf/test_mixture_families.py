@@ -9,12 +9,12 @@ import pytest
 from golden.cases import tensors, write_folder
 from safetensors.numpy import load_file, save_file
 
-from jaxtune import mesh as meshes
 from jaxtune.config import ModelError
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.hf.mxfp4 import fetch
 from jaxtune.model import decoder
+from jaxtune.parallel import mesh as meshes
 from jaxtune.tree import named
 
 PACKED = ("gate_up_proj", "down_proj")

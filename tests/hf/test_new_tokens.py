@@ -6,9 +6,9 @@ import pytest
 import safetensors.numpy
 from golden.cases import CASES, tensors, write_folder
 
-from jaxtune import mesh as meshes
 from jaxtune.hf.load import load_params, open_model, with_tokens
 from jaxtune.model import decoder
+from jaxtune.parallel import mesh as meshes
 from jaxtune.tree import named
 
 UNTIED = "llama-biases"

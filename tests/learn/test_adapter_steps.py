@@ -15,10 +15,10 @@ from test_step import SPEC, Batch, assert_bytes, one_per_row
 from jaxtune.learn import optim, program, schedules
 from jaxtune.learn.state import TrainState
 from jaxtune.learn.step import StepMetrics
-from jaxtune.mesh import make_mesh, put_batch
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
 from jaxtune.model.quantise import quantise
+from jaxtune.parallel.mesh import make_mesh, put_batch
 from jaxtune.spec import ModelSpec, MoeSpec
 from jaxtune.tree import named, unnamed
 

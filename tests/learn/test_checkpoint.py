@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtune import hosts
 from jaxtune.config import ConfigError
 from jaxtune.learn import checkpoint, digests, optim
 from jaxtune.learn.checkpoint import Checkpoints, restore_trained
 from jaxtune.learn.state import TrainState, abstract_state, init_opt_state, state_shardings
-from jaxtune.mesh import make_mesh
+from jaxtune.parallel import processes
+from jaxtune.parallel.mesh import make_mesh
 
 META = {"fingerprint": "abc", "total_steps": 9}
 OPTIMISER = optim.optimiser(optim.Hyper(), {"w": {"kernel": ("embed", None)}})
@@ -135,7 +135,7 @@ def test_a_disk_that_hosts_share_takes_the_parts_of_all_of_them(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 * needed))
     checkpoints._check_space(state, 1)
-    monkeypatch.setattr(hosts, "everyones", lambda text: [text] * 8)
+    monkeypatch.setattr(processes, "everyones", lambda text: [text] * 8)
     with pytest.raises(ConfigError, match=r"step 1 needs .* MB and the disk has"):
         checkpoints._check_space(state, 1)
     checkpoints.close()
@@ -277,7 +277,7 @@ def test_what_cannot_be_read_is_not_damaged(
 def test_one_host_that_cannot_read_stops_all(monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"failed": ["", "/run/4/d/0: cannot be read: Input/output error."], "found": ["", "x"]}
     told = iter(said.values())
-    monkeypatch.setattr(hosts, "everyones", lambda text: next(told))
+    monkeypatch.setattr(processes, "everyones", lambda text: next(told))
     with pytest.raises(ConfigError, match="/run/4/d/0: cannot be read"):
         checkpoint._of_all(lambda: "")
 

@@ -16,7 +16,7 @@ import pytest
 
 from jaxtune import compiled
 from jaxtune.learn import optim, program, schedules
-from jaxtune.mesh import make_mesh
+from jaxtune.parallel.mesh import make_mesh
 from jaxtune.planning.compiling import arguments
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack
 

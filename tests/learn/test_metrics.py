@@ -17,8 +17,8 @@ from jaxtune.data.dataset import EvalBatch
 from jaxtune.learn import metrics
 from jaxtune.learn.evaluation import Totals, evaluate
 from jaxtune.learn.metrics import Meter, MetricsWriter, Spikes
-from jaxtune.mesh import make_mesh
 from jaxtune.ops.cross_entropy import Sums
+from jaxtune.parallel.mesh import make_mesh
 from jaxtune.storage.jsonl import last_rows
 
 

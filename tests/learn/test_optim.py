@@ -18,9 +18,9 @@ from jaxtune.config import defaults
 from jaxtune.learn import muon, optim
 from jaxtune.learn.matrices import Dims, dims, is_hidden, is_matrix
 from jaxtune.learn.state import abstract_state, init_opt_state, state_shardings
-from jaxtune.mesh import make_mesh, shardings
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
+from jaxtune.parallel.mesh import make_mesh, shardings
 from jaxtune.spec import LayerSpec, ModelSpec, MoeSpec, RopeSpec, Stack
 from jaxtune.tree import named, unnamed
 

@@ -16,9 +16,9 @@ from jaxtune import compiled
 from jaxtune.config import ConfigError
 from jaxtune.learn import optim, program
 from jaxtune.learn.partial import backward, part, share
-from jaxtune.mesh import make_mesh, put_batch
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
+from jaxtune.parallel.mesh import make_mesh, put_batch
 from jaxtune.spec import (
     LayerSpec,
     ModelSpec,

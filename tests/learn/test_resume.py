@@ -13,8 +13,8 @@ from test_step import SPEC, Batch, assert_bytes, one_per_row
 
 from jaxtune.learn import optim, program, schedules
 from jaxtune.learn.checkpoint import Checkpoints
-from jaxtune.mesh import make_mesh, put_batch
 from jaxtune.model import decoder
+from jaxtune.parallel.mesh import make_mesh, put_batch
 from jaxtune.tree import named
 
 HYPER = {

@@ -13,9 +13,9 @@ import pytest
 from jaxtune.learn import optim, program, schedules
 from jaxtune.learn.state import HOST, TrainState
 from jaxtune.learn.step import StepMetrics, eval_step, gradient, train_step
-from jaxtune.mesh import make_mesh, put_batch
 from jaxtune.model import decoder
 from jaxtune.ops.cross_entropy import Sums
+from jaxtune.parallel.mesh import make_mesh, put_batch
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack
 from jaxtune.tree import named
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from model.conftest import FANCY, ODD, PLAIN, SPEC, Rows
 
-from jaxtune import mesh
 from jaxtune.config import ConfigError
 from jaxtune.model import decoder
 from jaxtune.model.decoder import Params, forward
+from jaxtune.parallel import mesh
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack, parameter_count
 from jaxtune.tree import named
 

@@ -11,7 +11,6 @@ import pytest
 from model.conftest import LIMIT, SPEC
 from scipy import stats
 
-from jaxtune import memory, mesh
 from jaxtune.config import ConfigError, DataError
 from jaxtune.model import decoder
 from jaxtune.model import slots as device
@@ -20,6 +19,7 @@ from jaxtune.model.lora import Lora
 from jaxtune.model.sample import Engine, generate
 from jaxtune.model.sampling import GREEDY, Sampling
 from jaxtune.model.unrolled import unrolled
+from jaxtune.parallel import memory, mesh
 from jaxtune.tree import named
 
 rng = np.random.default_rng(2)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune import mesh as meshes
 from jaxtune.model import decoder
 from jaxtune.model.sample import generate
 from jaxtune.ops.cross_entropy import linear_cross_entropy
 from jaxtune.ops.moe import balance
+from jaxtune.parallel import mesh as meshes
 from jaxtune.spec import LayerSpec, ModelSpec, MoeSpec, RopeSpec, Stack, parameter_count
 from jaxtune.tree import named
 

@@ -12,10 +12,10 @@ from golden.cases import TEXTS, write_folder
 
 from jaxtune.config import Config
 from jaxtune.hf.load import load_params, open_model
-from jaxtune.mesh import make_mesh, shardings
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
 from jaxtune.model.quantise import dequantise, leaves, quantise
+from jaxtune.parallel.mesh import make_mesh, shardings
 from jaxtune.tree import named, unnamed
 from jaxtune.weights import base_params
 

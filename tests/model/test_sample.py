@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from model.conftest import SPEC
 
-from jaxtune import mesh
 from jaxtune.config import ConfigError, DataError
 from jaxtune.model import decoder, sample, slots
 from jaxtune.model.decoder import Params
 from jaxtune.model.sample import Generation, generate, stream
 from jaxtune.model.sampling import Sampling
+from jaxtune.parallel import mesh
 
 rng = np.random.default_rng(1)
 PROMPTS = [rng.integers(0, SPEC.vocab, n).tolist() for n in (3, 17, 1, 9, 16, 4, 2)]

@@ -11,9 +11,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from jaxtune import mesh
 from jaxtune.ops import cross_entropy
 from jaxtune.ops.cross_entropy import Head, Sums
+from jaxtune.parallel import mesh
 
 B, T, D, V = 2, 7, 6, 19
 BLOCKS = [None, 5, 50]  # all at once, a last one that overlaps, more than there are

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxtune.chips import parse_slice
 from jaxtune.config import load
 from jaxtune.hf.load import open_model
 from jaxtune.model import decoder
+from jaxtune.parallel.chips import parse_slice
 from jaxtune.planning import estimate, timing
 from jaxtune.planning.estimate import Work
 from jaxtune.planning.hardware import hardware

@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import pytest
 
-from jaxtune.chips import larger, parse_slice
 from jaxtune.compiled import axes_along, group_of
 from jaxtune.config import ConfigError, load
 from jaxtune.hf.load import open_model
-from jaxtune.mesh import SIZES
+from jaxtune.parallel.chips import larger, parse_slice
+from jaxtune.parallel.mesh import SIZES
 from jaxtune.planning import advice, compiling, estimate, search, timing
 from jaxtune.planning.hardware import hardware
 from jaxtune.planning.study import Study, Subject, by_kind, figures, study

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jaxtune.chips import CHIPS, parse_slice
+from jaxtune.parallel.chips import CHIPS, parse_slice
 from jaxtune.planning.hardware import hardware
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ import json, sys
 from jaxtune.planning.hardware import hardware, set_environment
 set_environment()
 import jax
-from jaxtune.chips import parse_slice
+from jaxtune.parallel.chips import parse_slice
 from jaxtune.planning.compiling import too_large
 
 def refusal(device):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxtune.chips import CHIPS, parse_slice
 from jaxtune.config import load
 from jaxtune.hf.load import open_model
+from jaxtune.parallel.chips import CHIPS, parse_slice
 from jaxtune.planning.hardware import hardware
 from jaxtune.planning.study import Subject, figures, study
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxtune.mesh import (
+from jaxtune.parallel.mesh import (
     AXES,
     MANUAL,
     ROWS,

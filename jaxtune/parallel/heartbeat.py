@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtune import hosts, memory
 from jaxtune.cli import STOPPED, Place, say
 from jaxtune.config import HostsConfig
+from jaxtune.parallel import memory, processes
 
 _BEAT_SECONDS = 2.0
 _SILENT_BEATS = 4
@@ -46,11 +46,11 @@ class Beat(NamedTuple):
 
 def join(asked: HostsConfig) -> None:
     """Joins the other processes (`hosts.start`), and says who speaks. Every door begins so."""
-    hosts.start(asked, before=_answer_aborts)
-    if hosts.count() == 1 or Place.name:
+    processes.start(asked, before=_answer_aborts)
+    if processes.count() == 1 or Place.name:
         return
-    Place.name = f"host {hosts.index()} of {hosts.count()}: "
-    Place.quiet = not hosts.is_first()
+    Place.name = f"host {processes.index()} of {processes.count()}: "
+    Place.quiet = not processes.is_first()
     Place.leave = _leave
     _keep_stdout()
 
@@ -67,7 +67,7 @@ class Watch:
         self._since: float | None = None  # set while hanging counts
         self._number = 0
         self._closed = threading.Event()
-        self._store = hosts.store()
+        self._store = processes.store()
         self.peers: dict[int, Beat] = {}
         self._thread = threading.Thread(target=self._run, name="jaxtune-watch", daemon=True)
 
@@ -107,7 +107,7 @@ class Watch:
     def _exchange(self, store: Any) -> None:
         self._number += 1
         step, doing = self._now
-        own = f"{_HOST}{hosts.index()}"
+        own = f"{_HOST}{processes.index()}"
         store.key_value_set(own, f"{self._number} {step} {doing}", allow_overwrite=True)
         for key, value in store.key_value_dir_get(_HOST):
             host = int(key.rpartition("/")[2])
@@ -117,7 +117,7 @@ class Watch:
                 self.peers[host] = Beat(int(number), int(at), said, time.monotonic())
         for key, value in store.key_value_dir_get(_ENDED):
             host, (code, stacks, said) = int(key.rpartition("/")[2]), value.split("\n", 2)
-            if host != hosts.index():
+            if host != processes.index():
                 if stacks == _STACKS:
                     self._show_stacks()
                 _exit(int(code), f"host {host} has ended, so this one does too. It said: {said}")
@@ -125,7 +125,7 @@ class Watch:
     def silent(self, *, beats: int = _SILENT_BEATS) -> list[int]:
         """The other hosts of which nothing was heard for so many beats while others were; of
         several the ones that fell silent first, since those after them may have ended for it."""
-        own = hosts.index()
+        own = processes.index()
         heard = {host: beat.heard for host, beat in self.peers.items()}
         limit = max(heard.values(), default=0.0) - beats * _BEAT_SECONDS
         quiet = {host: at for host, at in heard.items() if at < limit and host != own}
@@ -158,7 +158,7 @@ class Watch:
         """Every thread's stack to stderr, and into a file where there is room; says where."""
         faulthandler.dump_traceback(sys.__stderr__ or 2)
         if self._folder is not None:
-            path = self._folder / f"stacks-host-{hosts.index()}.txt"
+            path = self._folder / f"stacks-host-{processes.index()}.txt"
             with contextlib.suppress(OSError), path.open("w") as file:
                 faulthandler.dump_traceback(file)
                 return str(path)
@@ -192,12 +192,12 @@ class _State:
 
 def _leave(code: int, said: str) -> None:
     """Ends this host without waiting for the others, and lets them know why."""
-    store: Any = hosts.store()
+    store: Any = processes.store()
     with contextlib.suppress(Exception):
         _tell(store, code, said)
         deadline = time.monotonic() + _ENDED_SECONDS
-        while hosts.is_first() and time.monotonic() < deadline:
-            if len(store.key_value_dir_get(_ENDED)) == hosts.count():
+        while processes.is_first() and time.monotonic() < deadline:
+            if len(store.key_value_dir_get(_ENDED)) == processes.count():
                 break
             time.sleep(0.2)
     _flush()
@@ -208,11 +208,11 @@ def _exit(code: int, message: str, *, stacks: bool = False) -> None:
     """From a thread; the main one may hang in a call that never returns. With `stacks` the other
     hosts show theirs too."""
     say(f"jaxtune: {Place.name}{message}")
-    store = hosts.store()
+    store = processes.store()
     with contextlib.suppress(Exception):
         if store is not None:
             _tell(store, code, message, stacks=stacks)
-    if hosts.count() > 1 and hosts.is_first():
+    if processes.count() > 1 and processes.is_first():
         time.sleep(2 * _BEAT_SECONDS)
     _flush()
     os._exit(code)
@@ -221,7 +221,7 @@ def _exit(code: int, message: str, *, stacks: bool = False) -> None:
 def _tell(store: Any, code: int, message: str, *, stacks: bool = False) -> None:
     """Leaves for the other hosts what `Watch._exchange` reads."""
     told = f"{code}\n{_STACKS if stacks else ''}\n{message}"
-    store.key_value_set(f"{_ENDED}{hosts.index()}", told)
+    store.key_value_set(f"{_ENDED}{processes.index()}", told)
 
 
 def _flush() -> None:
@@ -242,7 +242,7 @@ def _answer_aborts() -> None:
 
 def _on_abort(number: int) -> None:
     if not Place.name:
-        os.write(2, f"jaxtune: {hosts.LATE}\n".encode())
+        os.write(2, f"jaxtune: {processes.LATE}\n".encode())
         os._exit(STOPPED)
     watch = _State.watch
     silent = watch.silent(beats=2) if watch is not None else []
@@ -293,7 +293,7 @@ def ended_by_signals() -> Iterator[None]:
 
     def end(number: int, frame: Any) -> None:
         restore()
-        if hosts.count() > 1:
+        if processes.count() > 1:
             raise KeyboardInterrupt
         raise Asked(signal.Signals(number).name)
 
@@ -330,7 +330,7 @@ def asked_to_stop(note: Callable[[str], None]) -> Iterator[Notice]:
     as usual.
     """
     asked: list[str] = []
-    many = hosts.count() > 1
+    many = processes.count() > 1
 
     def remember(number: int, frame: Any) -> None:
         if asked and number == signal.SIGINT:
