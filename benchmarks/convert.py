@@ -47,7 +47,7 @@ SHARD_BYTES = 1_000_000_000
 def make(folder: Path, billions: float, dtype: str) -> None:
     import numpy as np
 
-    from jaxtune.hf.families import family_of
+    from jaxtune.hf.family.registry import family_of
     from jaxtune.hf.layout import place
     from jaxtune.hf.load import layer_numbers
     from jaxtune.hf.tensors import INDEX, ShardWriter, index_of, plan_shards

@@ -123,9 +123,9 @@ def asked_parts(
 
 def _asked(name: str, config: Config) -> str:
     """A model folder or an adapter by samples of its weights, a checkpoint by its step."""
-    from jaxtune.hf.adapter_read import on_model, open_adapter
     from jaxtune.hf.folders import is_adapter
     from jaxtune.hf.load import open_model
+    from jaxtune.hf.peft.read import on_model, open_adapter
     from jaxtune.tree import named
     from jaxtune.weights import checkpoint_of, is_checkpoint
 
@@ -153,7 +153,7 @@ def _knobs(config: Config) -> dict[str, str]:
 
 def _base(model: HfModel) -> str:
     """By its shape and samples of its weights."""
-    from jaxtune.hf.identity import digests
+    from jaxtune.hf.peft.base_identity import digests
 
     return _short([repr(model.spec), digests(model)])
 

@@ -25,9 +25,9 @@ from jaxtune.storage import object_store
 if TYPE_CHECKING:
     from jaxtune.data.templating.template import Template
     from jaxtune.data.tokenizer import Tokenizer
-    from jaxtune.hf.adapter_write import WrittenAdapter
     from jaxtune.hf.export import Exported
     from jaxtune.hf.load import HfModel
+    from jaxtune.hf.peft.write import WrittenAdapter
     from jaxtune.weights import Restored
 
 
@@ -97,8 +97,8 @@ def _made_for(out_dir: str) -> Iterator[Path]:
 def _convert(
     config: Config, options: ConvertOptions, source: Path, step: int | None, out: Path
 ) -> Result:
-    from jaxtune.hf.adapter_write import WrittenAdapter
     from jaxtune.hf.folders import is_adapter
+    from jaxtune.hf.peft.write import WrittenAdapter
 
     if (source / "checkpoints").is_dir():
         exported, step = _export_run(source, step, out, config, options.merge_lora)
@@ -172,7 +172,7 @@ def _export_run(
 def _write_adapter(
     out: Path, restored: Restored, tokenizer: Tokenizer | None, template: Template | None
 ) -> WrittenAdapter:
-    from jaxtune.hf.adapter_write import write_adapter
+    from jaxtune.hf.peft.write import write_adapter
 
     if restored.lora is None:
         raise ConfigError(
@@ -193,11 +193,11 @@ def _export_adapter(
 ) -> Exported | WrittenAdapter:
     """Of an adapter in PEFT's format, beside its base or the one that `model_name_or_path` says."""
     from jaxtune.data.tokenizer import load_tokenizer
-    from jaxtune.hf.adapter_read import on_model, open_adapter
-    from jaxtune.hf.adapter_write import write_adapter
     from jaxtune.hf.export import check_target, export_model
     from jaxtune.hf.load import open_model
-    from jaxtune.hf.merge import merged
+    from jaxtune.hf.peft.merge import merged
+    from jaxtune.hf.peft.read import on_model, open_adapter
+    from jaxtune.hf.peft.write import write_adapter
 
     adapter = open_adapter(source)
     name = config.model_name_or_path or adapter.base

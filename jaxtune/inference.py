@@ -63,8 +63,8 @@ def resolved(config: Config) -> Config:
     """The config to ask a model with: for RUN/checkpoints/STEP that of the run, and for an adapter
     the tokenizer that lies beside it, or its base's. Flags stand above both. A run that exported
     nothing is its newest checkpoint."""
-    from jaxtune.hf.adapter_read import open_adapter
     from jaxtune.hf.folders import is_adapter
+    from jaxtune.hf.peft.read import open_adapter
     from jaxtune.weights import checkpoint_of, fetched, is_checkpoint, run_config, unexported
 
     name = config.model_name_or_path
@@ -127,9 +127,9 @@ def open_mesh(config: Config) -> Mesh:
 
 def positions(name: str, config: Config) -> int:
     """How many tokens the model `name` has room for, prompt and answer; reads no weights."""
-    from jaxtune.hf.adapter_read import open_adapter
     from jaxtune.hf.folders import is_adapter
     from jaxtune.hf.load import open_model
+    from jaxtune.hf.peft.read import open_adapter
     from jaxtune.weights import checkpoint_of, is_checkpoint, run_config
 
     revision = config.revision
@@ -185,9 +185,9 @@ def _load_trained(name: str, config: Config, words: Words, mesh: Mesh, merge: bo
     beside them."""
     import jax
 
-    from jaxtune.hf.adapter_read import on_model, open_adapter
     from jaxtune.hf.load import load_params, open_model, with_tokens
-    from jaxtune.hf.merge import merged_params
+    from jaxtune.hf.peft.merge import merged_params
+    from jaxtune.hf.peft.read import on_model, open_adapter
     from jaxtune.learn.program import compute_dtype
     from jaxtune.model import decoder
     from jaxtune.parallel.mesh import check_experts, shardings

@@ -79,7 +79,7 @@ class Samples:
         """Whole parameters; adapters are merged into the unquantised base, read once more."""
         if self._adapters is None:
             return variables["params"]
-        from jaxtune.hf.merge import merged_params
+        from jaxtune.hf.peft.merge import merged_params
         from jaxtune.weights import param_shardings
 
         placed = param_shardings(self._model.spec, self._mesh, self._dtype)

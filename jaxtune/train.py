@@ -117,9 +117,9 @@ def _run(
 
     # 2. The model and the program for these devices.
     from jaxtune.data.progress import largest_id
-    from jaxtune.hf.adapter_write import check_adapter_target
     from jaxtune.hf.export import check_target
     from jaxtune.hf.load import open_model, with_tokens
+    from jaxtune.hf.peft.write import check_adapter_target
     from jaxtune.learn.partial import share
     from jaxtune.weights import adapters_of, check_ids, part_of
 
@@ -244,7 +244,7 @@ def _run(
             trained = state.trained
 
         # 5. The export.
-        from jaxtune.hf.merge import merged
+        from jaxtune.hf.peft.merge import merged
         from jaxtune.tree import merge
 
         model_dir = adapter_dir = None
@@ -444,7 +444,7 @@ def _export_adapter(
     variables: Mapping[str, Any],
     material: Material,
 ) -> Path:
-    from jaxtune.hf.adapter_write import write_adapter
+    from jaxtune.hf.peft.write import write_adapter
 
     written = write_adapter(
         run_dir / "adapter",

@@ -119,8 +119,8 @@ def adapters_of(
 
     New tokens (`with_tokens`) get trained rows. Raises `ConfigError` and `ModelError`.
     """
-    from jaxtune.hf.adapter_read import on_model, open_adapter
-    from jaxtune.hf.targets import resolve_targets
+    from jaxtune.hf.peft.read import on_model, open_adapter
+    from jaxtune.hf.peft.targets import resolve_targets
     from jaxtune.model.lora import Lora
 
     asked = config.lora
@@ -209,7 +209,7 @@ def first_adapters(
 
 def base_and_part(model: HfModel, adapters: Adapters | None, chosen: Part | None) -> dict[str, Any]:
     """What a checkpoint that holds not all parameters says of itself and of its base."""
-    from jaxtune.hf.identity import base_meta, lora_meta
+    from jaxtune.hf.peft.base_identity import base_meta, lora_meta
 
     if adapters is not None:
         return {"lora": lora_meta(adapters.lora), "base": base_meta(model)}
@@ -228,7 +228,7 @@ def check_resumed(
 ) -> None:
     """Refuses to go on with other adapters, another part of the parameters, or beside another base.
     Raises `ConfigError`."""
-    from jaxtune.hf.identity import check_base, lora_from_meta
+    from jaxtune.hf.peft.base_identity import check_base, lora_from_meta
 
     before = lora_from_meta(meta["lora"]) if "lora" in meta else None
     now = None if adapters is None else adapters.lora
@@ -317,9 +317,9 @@ def run_config(run_dir: Path, flags: Config) -> Config:
 
 def restore(model: HfModel, run_dir: Path, step: int | None, *, dtype: str) -> Restored:
     """What a run's checkpoint trained, spread over the devices that are here."""
-    from jaxtune.hf.adapter_read import with_token_rows
-    from jaxtune.hf.identity import check_base, lora_from_meta
     from jaxtune.hf.load import load_params
+    from jaxtune.hf.peft.base_identity import check_base, lora_from_meta
+    from jaxtune.hf.peft.read import with_token_rows
     from jaxtune.learn.checkpoint import read_meta, restore_trained
     from jaxtune.learn.partial import part
     from jaxtune.model import decoder
@@ -353,7 +353,7 @@ def restore(model: HfModel, run_dir: Path, step: int | None, *, dtype: str) -> R
 
 def to_export(restored: Restored) -> Any:
     """The whole parameters as `export_model` takes them, adapters merged."""
-    from jaxtune.hf.merge import merged
+    from jaxtune.hf.peft.merge import merged
 
     if restored.lora is None:
         return restored.trained["params"]

@@ -24,7 +24,6 @@ from jaxtune.config import ConfigError
 from jaxtune.hf.folders import CHAT_TEMPLATE, MODEL, TOKENIZER, check_replaceable
 from jaxtune.hf.layout import Index, Placed
 from jaxtune.hf.load import HfModel
-from jaxtune.hf.moving import Scratch, once, run_ahead
 from jaxtune.hf.tensors import (
     CODES,
     INDEX,
@@ -37,6 +36,7 @@ from jaxtune.hf.tensors import (
     open_tensors,
     plan_shards,
 )
+from jaxtune.hf.transpose import Scratch, once, run_ahead
 from jaxtune.storage.safe_read import MAX_TABLE, read_bytes, read_object
 from jaxtune.tree import named
 

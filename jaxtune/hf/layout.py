@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxtune.hf.moving import empty, move
+from jaxtune.hf.transpose import empty, move
 
 BLOCK = 1 << 21  # values read or written at a time: large runs for a disk, little memory
 Index = tuple[slice, ...]

@@ -18,12 +18,12 @@ import numpy as np
 
 from jaxtune.config import ModelError
 from jaxtune.hf import mxfp4
-from jaxtune.hf.families import Family, config_dtype, family_of
-from jaxtune.hf.family.wrapped import WRAPPERS, Wrapper
+from jaxtune.hf.family.multimodal import WRAPPERS, Wrapper
+from jaxtune.hf.family.registry import Family, config_dtype, family_of
 from jaxtune.hf.layout import Index, Placed, place
-from jaxtune.hf.moving import run_ahead
 from jaxtune.hf.mxfp4 import fetch
 from jaxtune.hf.tensors import DTYPES, open_tensors
+from jaxtune.hf.transpose import run_ahead
 from jaxtune.model import decoder
 from jaxtune.spec import ModelSpec, parameter_count
 from jaxtune.storage import hub

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxtune.config import ModelError
-from jaxtune.hf.moving import PAGE, Scratch, run_ahead
+from jaxtune.hf.transpose import PAGE, Scratch, run_ahead
 from jaxtune.storage.safe_read import (
     MAX_TABLE,
     open_inside,

@@ -169,8 +169,8 @@ def _sharded(model: Path, out: Path) -> None:
 def _adapter(out: Path, model: Any) -> None:
     import jax
 
-    from jaxtune.hf.adapter_write import write_adapter
-    from jaxtune.hf.targets import resolve_targets
+    from jaxtune.hf.peft.targets import resolve_targets
+    from jaxtune.hf.peft.write import write_adapter
     from jaxtune.model import decoder
     from jaxtune.model.lora import Lora
 
@@ -333,8 +333,8 @@ def spoil_adapter(good: Path, folder: Path, dice: random.Random) -> None:
 
 
 def read_adapter(folder: Path, good: Path, dice: random.Random) -> None:
-    from jaxtune.hf.adapter_read import on_model, open_adapter
     from jaxtune.hf.load import open_model
+    from jaxtune.hf.peft.read import on_model, open_adapter
 
     on_model(open_adapter(str(folder)), open_model(good / "model"))
 

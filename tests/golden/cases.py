@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 from safetensors.numpy import save_file
 
-from jaxtune.hf.families import family_of
+from jaxtune.hf.family.registry import family_of
 from jaxtune.hf.layout import place
 from jaxtune.hf.load import layer_numbers
 from jaxtune.model import decoder

@@ -15,10 +15,12 @@ from golden.cases import TEXTS, write_folder
 from safetensors.numpy import load_file, save_file
 
 from jaxtune.config import ConfigError, ModelError
-from jaxtune.hf import adapter_read, adapter_write, identity, load, merge, peft_names
+from jaxtune.hf import load
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import HfModel, load_params, open_model
-from jaxtune.hf.targets import resolve_targets
+from jaxtune.hf.peft import base_identity, merge, names, write
+from jaxtune.hf.peft import read as adapter_read
+from jaxtune.hf.peft.targets import resolve_targets
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
 from jaxtune.parallel.mesh import make_mesh
@@ -110,17 +112,17 @@ def test_what_was_read_is_written_as_peft_wrote_it(
 ) -> None:
     adapter = adapter_read.open_adapter(str(GOLDEN / kind))
     lora, collection = adapter_read.read_adapter(adapter, base)
-    adapter_write.write_adapter(
+    write.write_adapter(
         tmp_path / "out", model=base, lora=lora, adapters=collection, tokenizer=None, template=None
     )
     ours, theirs = (
-        load_file(folder / peft_names.WEIGHTS) for folder in (tmp_path / "out", GOLDEN / kind)
+        load_file(folder / names.WEIGHTS) for folder in (tmp_path / "out", GOLDEN / kind)
     )
     assert ours.keys() == theirs.keys()
     for name, values in theirs.items():
         np.testing.assert_array_equal(ours[name], values, err_msg=name)
-    said = json.loads((tmp_path / "out" / peft_names.CONFIG).read_text())
-    stored = json.loads((GOLDEN / kind / peft_names.CONFIG).read_text())
+    said = json.loads((tmp_path / "out" / names.CONFIG).read_text())
+    stored = json.loads((GOLDEN / kind / names.CONFIG).read_text())
     for key in ("r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "peft_type"):
         assert said[key] == stored[key], key
     assert said["trainable_token_indices"] == stored["trainable_token_indices"]
@@ -153,9 +155,7 @@ def test_peft_loads_ours_and_gives_our_logits(case: str, lora: Lora, tmp_path: P
     fresh = decoder.init_adapters(model.spec, lora, params, jax.random.key(0))
     moved = map_named(_moved, fresh)
     out = tmp_path / "adapter"
-    adapter_write.write_adapter(
-        out, model=model, lora=lora, adapters=moved, tokenizer=None, template=None
-    )
+    write.write_adapter(out, model=model, lora=lora, adapters=moved, tokenizer=None, template=None)
     theirs = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
@@ -254,13 +254,13 @@ def test_targets_that_match_nothing_or_some_layers(
 def _changed(tmp_path: Path, config: dict[str, Any], drop: str = "", add: str = "") -> Path:
     folder = tmp_path / "changed"
     shutil.copytree(GOLDEN / "lora", folder)
-    file = folder / peft_names.CONFIG
+    file = folder / names.CONFIG
     file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
-    tensors = load_file(folder / peft_names.WEIGHTS)
+    tensors = load_file(folder / names.WEIGHTS)
     tensors = {name: values for name, values in tensors.items() if not drop or drop not in name}
     if add:
         tensors[add] = np.zeros((3, 32), np.float32)
-    save_file(tensors, folder / peft_names.WEIGHTS)
+    save_file(tensors, folder / names.WEIGHTS)
     return folder
 
 
@@ -293,23 +293,23 @@ def test_another_models_adapter_and_a_pickle_are_refused(base: HfModel, tmp_path
     with pytest.raises(ModelError, match="It is another model's adapter"):
         adapter_read.read_adapter(golden, other)
     folder = _changed(tmp_path, {})
-    (folder / peft_names.WEIGHTS).rename(folder / "adapter_model.bin")
+    (folder / names.WEIGHTS).rename(folder / "adapter_model.bin")
     with pytest.raises(ModelError, match=r"Pickled adapters .* are never read"):
         adapter_read.open_adapter(str(folder))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "a.tex").write_text("")
     with pytest.raises(ConfigError, match="holds files that are no adapter"):
-        adapter_write.check_adapter_target(tmp_path / "thesis")
+        write.check_adapter_target(tmp_path / "thesis")
 
 
 def test_digests_tell_two_trainings_of_one_architecture_apart(tmp_path: Path) -> None:
     folder = write_folder("llama", tmp_path / "a")
-    first = identity.digests(open_model(folder))
-    assert first == identity.digests(open_model(folder))
+    first = base_identity.digests(open_model(folder))
+    assert first == base_identity.digests(open_model(folder))
     tensors = load_file(folder / "model.safetensors")
     tensors = {name: values * np.float32(1.001) for name, values in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert identity.digests(open_model(folder)) != first
+    assert base_identity.digests(open_model(folder)) != first
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from golden.cases import CASES, TEXTS, write_folder
 
 from jaxtune.config import ModelError
-from jaxtune.hf.families import FAMILIES, config_dtype, family_of, stacked
+from jaxtune.hf.family.registry import FAMILIES, config_dtype, family_of, stacked
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.model import decoder
 from jaxtune.spec import LayerSpec, Stack

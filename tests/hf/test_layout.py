@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxtune.hf import export
-from jaxtune.hf.families import FAMILIES
+from jaxtune.hf.family.registry import FAMILIES
 from jaxtune.hf.layout import Placed, Row, place
 
 PATTERNS = sorted(

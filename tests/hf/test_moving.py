@@ -10,15 +10,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxtune.hf import moving
-from jaxtune.hf.moving import PAGE, Scratch, empty, move, run_ahead
+from jaxtune.hf import transpose
+from jaxtune.hf.transpose import PAGE, Scratch, empty, move, run_ahead
 
 ORDERS = [(0, 1), (1, 0), (2, 0, 1), (1, 2, 0), (0, 2, 1), (2, 1, 0), (1, 3, 0, 2), (0, 3, 2, 1)]
 
 
 @pytest.mark.parametrize("tile", [(8, 8), (24, 16), (256, 512)])
 def test_a_move_is_an_assignment(monkeypatch, tile):
-    monkeypatch.setattr(moving, "_TILE", tile)
+    monkeypatch.setattr(transpose, "_TILE", tile)
     rng = np.random.default_rng(0)
     dtypes = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
     for trial in range(80):
@@ -52,7 +52,7 @@ def test_a_system_without_huge_pages_gives_memory_all_the_same(monkeypatch):
         def madvise(self, *advice):
             raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(moving.mmap, "mmap", Refusing)
+    monkeypatch.setattr(transpose.mmap, "mmap", Refusing)
     found = empty((1100, 2000), np.dtype(np.float32))
     found[...] = 1
     assert found.ctypes.data % 64 == 0
@@ -72,8 +72,8 @@ def test_memory_used_again_begins_where_it_is_asked_to():
 @pytest.mark.parametrize("shape", [(3, 500, 300), (300, 2, 9, 20), (40, 30, 20, 10)])
 def test_a_tile_is_what_a_move_holds(shape, monkeypatch):
     """Of one large matrix as of many small ones."""
-    held, turn, most = [], moving._turn, math.prod(moving._TILE)
-    monkeypatch.setattr(moving, "_turn", lambda t, v: (held.append(v.size), turn(t, v)))
+    held, turn, most = [], transpose._turn, math.prod(transpose._TILE)
+    monkeypatch.setattr(transpose, "_turn", lambda t, v: (held.append(v.size), turn(t, v)))
     values = np.arange(math.prod(shape), dtype=np.float32).reshape(shape).swapaxes(-1, -2)
     target = np.empty(values.shape, np.float32)
     move(target, values)
@@ -85,7 +85,7 @@ def test_a_tile_is_what_a_move_holds(shape, monkeypatch):
 def test_every_order_goes_by_tiles(monkeypatch):
     """Whichever axis of the target is the contiguous one, if it is not the source's."""
     tiled = []
-    monkeypatch.setattr(moving, "_by_tiles", lambda t, v: tiled.append((t.strides, v.strides)))
+    monkeypatch.setattr(transpose, "_by_tiles", lambda t, v: tiled.append((t.strides, v.strides)))
     across, along = np.empty((30, 40), np.float32), np.empty((40, 30), np.float32).T
     move(across, along)
     move(along, across)

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jaxtune import mesh as meshes
 from jaxtune.hf import load
 from jaxtune.hf.export import export_model
-from jaxtune.hf.merge import merged, merged_params
+from jaxtune.hf.peft.merge import merged, merged_params
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
 from jaxtune.weights import Adapters, first_adapters

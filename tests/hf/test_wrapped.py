@@ -12,11 +12,11 @@ from golden.cases import CASES, TEXTS, tensors, write_folder
 from golden.make import stored
 
 from jaxtune.config import ModelError
-from jaxtune.hf import adapter_read, adapter_write, peft_names
 from jaxtune.hf.export import export_model
-from jaxtune.hf.families import family_of
+from jaxtune.hf.family.registry import family_of
 from jaxtune.hf.load import load_params, open_model
-from jaxtune.hf.targets import resolve_targets
+from jaxtune.hf.peft import names, read, write
+from jaxtune.hf.peft.targets import resolve_targets
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
 from jaxtune.tree import map_named, named
@@ -150,7 +150,7 @@ def _logits(model, collection=None, lora=None, text=TEXTS[1]):
 
 
 def _written(out, model, lora, collection):
-    adapter_write.write_adapter(
+    write.write_adapter(
         out, model=model, lora=lora, adapters=collection, tokenizer=None, template=None
     )
     return out
@@ -166,14 +166,14 @@ def _equal(collection, expected):
 def _renamed(folder, out, begins):
     """The adapter as if its modules began otherwise, in tensors and patterns."""
     shutil.copytree(folder, out)
-    values = safetensors.numpy.load_file(folder / peft_names.WEIGHTS)
+    values = safetensors.numpy.load_file(folder / names.WEIGHTS)
     for one, other in begins:
-        one, other = peft_names.PREFIX + one, peft_names.PREFIX + other
+        one, other = names.PREFIX + one, names.PREFIX + other
         values = {
             other + name.removeprefix(one) if name.startswith(one) else name: value
             for name, value in values.items()
         }
-    safetensors.numpy.save_file(values, out / peft_names.WEIGHTS)
+    safetensors.numpy.save_file(values, out / names.WEIGHTS)
     return out
 
 
@@ -182,11 +182,11 @@ def test_an_adapter_has_the_names_of_the_whole_model(tmp_path):
     model = open_model(_write(tmp_path / "both", *V5))
     moved = _adapters(model, ADAPTED)
     folder = _written(tmp_path / "adapter", model, ADAPTED, moved)
-    tensors = safetensors.numpy.load_file(folder / peft_names.WEIGHTS)
+    tensors = safetensors.numpy.load_file(folder / names.WEIGHTS)
     begins = ("base_model.model.model.language_model.", "base_model.model.lm_head.")
     assert {begin for name in tensors for begin in begins if name.startswith(begin)} == {*begins}
     assert all(name.startswith(begins) for name in tensors)
-    said = json.loads((folder / peft_names.CONFIG).read_text())
+    said = json.loads((folder / names.CONFIG).read_text())
     assert len(said["target_modules"]) == 3 * 7
     assert all(name.startswith("model.language_model.layers.") for name in said["target_modules"])
     assert said["trainable_token_indices"] == {"embed_tokens": [9, 60], "lm_head": [9, 60]}
@@ -197,7 +197,7 @@ def test_an_adapter_has_the_names_of_the_whole_model(tmp_path):
     older = _renamed(folder, tmp_path / "v4", ((whole, "language_model.model."), head))
     alone = _renamed(folder, tmp_path / "text", ((whole, "model."),))
     for each in (folder, older, alone):
-        _, found = adapter_read.read_adapter(adapter_read.open_adapter(str(each)), model)
+        _, found = read.read_adapter(read.open_adapter(str(each)), model)
         _equal(found, moved)
 
 
@@ -205,11 +205,11 @@ def test_scales_go_by_the_names_in_the_file(tmp_path):
     model = open_model(_write(tmp_path / "both", *V5))
     lora = Lora(r=2, alpha=4.0)
     folder = _written(tmp_path / "adapter", model, lora, _adapters(model, lora))
-    file = folder / peft_names.CONFIG
+    file = folder / names.CONFIG
     pattern = {"alpha_pattern": {r"model\.language_model\..*\.q_proj": 8.0}}
-    plainly = adapter_read.read_adapter(adapter_read.open_adapter(str(folder)), model)[1]
+    plainly = read.read_adapter(read.open_adapter(str(folder)), model)[1]
     file.write_text(json.dumps({**json.loads(file.read_text()), **pattern}))
-    scaled = adapter_read.read_adapter(adapter_read.open_adapter(str(folder)), model)[1]
+    scaled = read.read_adapter(read.open_adapter(str(folder)), model)[1]
     before, after = named(plainly), named(scaled)
     for name, values in after.items():
         twice = "/q/b" in name
@@ -227,11 +227,11 @@ def test_adapters_of_the_other_half_are_refused(tmp_path):
     model = open_model(_write(tmp_path / "both", *V5))
     lora = Lora(r=2, alpha=4.0)
     folder = _written(tmp_path / "adapter", model, lora, _adapters(model, lora))
-    values = safetensors.numpy.load_file(folder / peft_names.WEIGHTS)
+    values = safetensors.numpy.load_file(folder / names.WEIGHTS)
     values["base_model.model.model.vision_tower.q_proj.lora_A.weight"] = np.zeros((2, 8))
-    safetensors.numpy.save_file(values, folder / peft_names.WEIGHTS)
+    safetensors.numpy.save_file(values, folder / names.WEIGHTS)
     with pytest.raises(ModelError, match=r"vision_tower\.q_proj\.lora_A\.weight have no place in"):
-        adapter_read.read_adapter(adapter_read.open_adapter(str(folder)), model)
+        read.read_adapter(read.open_adapter(str(folder)), model)
 
 
 def _gemma3(transformers):
@@ -342,9 +342,9 @@ def test_an_adapter_that_peft_made_of_the_whole_model(whole, tmp_path):
                 values += 0.05 * torch.randn(values.shape)
     adapted.save_pretrained(tmp_path / "adapter")
     model = open_model(tmp_path / "base")
-    adapter = adapter_read.open_adapter(str(tmp_path / "adapter"))
+    adapter = read.open_adapter(str(tmp_path / "adapter"))
     assert adapter.base == str(tmp_path / "base")
-    lora, collection = adapter_read.read_adapter(adapter, model)
+    lora, collection = read.read_adapter(adapter, model)
     ours = _logits(model, collection, lora)
     np.testing.assert_allclose(ours, _their_logits(adapted), rtol=0, atol=1e-4)
     assert np.abs(ours - _logits(model)).max() > 0.1

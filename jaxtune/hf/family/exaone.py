@@ -1,5 +1,6 @@
 """EXAONE 4: norms after each part; where layers slide, the others know no positions."""
 
+from jaxtune.hf.family.config_keys import Config, layer_types, optional_size, size
 from jaxtune.hf.family.family import (
     ATTENTION,
     GATED_MLP,
@@ -10,7 +11,6 @@ from jaxtune.hf.family.family import (
     Ropes,
     layer,
 )
-from jaxtune.hf.family.read import Config, layer_types, optional_size, size
 from jaxtune.hf.family.rope import ALL
 from jaxtune.spec import LayerSpec
 

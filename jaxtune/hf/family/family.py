@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtune.config import ModelError
-from jaxtune.hf.family.read import Config, activation, number, optional_size, size
+from jaxtune.hf.family.config_keys import Config, activation, number, optional_size, size
 from jaxtune.hf.family.rope import RopeKeys
 from jaxtune.hf.layout import Row
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack

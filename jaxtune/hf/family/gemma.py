@@ -2,6 +2,16 @@
 
 from typing import Any
 
+from jaxtune.hf.family.config_keys import (
+    Config,
+    activation,
+    layer_types,
+    number,
+    optional_number,
+    optional_size,
+    refuse,
+    size,
+)
 from jaxtune.hf.family.family import (
     ATTENTION,
     GATED_MLP,
@@ -17,16 +27,6 @@ from jaxtune.hf.family.family import (
     layer_rows,
 )
 from jaxtune.hf.family.llama import DECODER, biases
-from jaxtune.hf.family.read import (
-    Config,
-    activation,
-    layer_types,
-    number,
-    optional_number,
-    optional_size,
-    refuse,
-    size,
-)
 from jaxtune.hf.family.rope import ALL, RopeKeys
 from jaxtune.spec import LayerSpec
 

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from jaxtune.hf.family.config_keys import Config, size
 from jaxtune.hf.family.family import (
     ATTENTION,
     GATED_MLP,
@@ -14,7 +15,6 @@ from jaxtune.hf.family.family import (
     layer_rows,
 )
 from jaxtune.hf.family.phi import GATE_UP
-from jaxtune.hf.family.read import Config, size
 from jaxtune.hf.family.rope import ALL, RopeKeys
 from jaxtune.spec import LayerSpec
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from jaxtune.hf.family.config_keys import Config, number, size
 from jaxtune.hf.family.family import MLP_BIAS, OUT_BIAS, QKV_BIAS, Family, Ropes, layer
 from jaxtune.hf.family.llama import DECODER, biases
-from jaxtune.hf.family.read import Config, number, size
 from jaxtune.hf.family.rope import ALL
 from jaxtune.spec import LayerSpec
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jaxtune.hf.family.config_keys import Config, layer_types, number, optional_size, size
 from jaxtune.hf.family.family import (
     ATTENTION,
     GATED_MLP,
@@ -15,7 +16,6 @@ from jaxtune.hf.family.family import (
     Ropes,
     layer,
 )
-from jaxtune.hf.family.read import Config, layer_types, number, optional_size, size
 from jaxtune.hf.family.rope import ALL, RopeKeys
 from jaxtune.spec import LayerSpec
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jaxtune.hf.family.config_keys import Config, layer_types, number, optional_size, refuse, size
 from jaxtune.hf.family.family import (
     ATTENTION,
     FULL_NORMS,
@@ -17,7 +18,6 @@ from jaxtune.hf.family.family import (
     layer_rows,
 )
 from jaxtune.hf.family.llama import biases
-from jaxtune.hf.family.read import Config, layer_types, number, optional_size, refuse, size
 from jaxtune.hf.family.rope import ALL, RopeKeys
 from jaxtune.hf.layout import Row
 from jaxtune.spec import LayerSpec, MoeSpec

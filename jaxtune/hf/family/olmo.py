@@ -1,5 +1,6 @@
 """OLMo 2 and 3: norms after each part, and over all heads of queries and keys together."""
 
+from jaxtune.hf.family.config_keys import Config, layer_types, optional_size, size
 from jaxtune.hf.family.family import (
     ATTENTION,
     FULL_NORMS,
@@ -13,7 +14,6 @@ from jaxtune.hf.family.family import (
     layer,
 )
 from jaxtune.hf.family.llama import biases
-from jaxtune.hf.family.read import Config, layer_types, optional_size, size
 from jaxtune.hf.family.rope import ALL, RopeKeys
 from jaxtune.spec import LayerSpec
 

@@ -1,5 +1,6 @@
 """Phi-3 and Phi-4: Llama with queries, keys and values in one tensor, gate and up in another."""
 
+from jaxtune.hf.family.config_keys import Config, optional_size, size
 from jaxtune.hf.family.family import (
     ATTENTION,
     GATED_MLP,
@@ -10,7 +11,6 @@ from jaxtune.hf.family.family import (
     layer,
     layer_rows,
 )
-from jaxtune.hf.family.read import Config, optional_size, size
 from jaxtune.hf.family.rope import ALL, RopeKeys
 from jaxtune.spec import LayerSpec
 

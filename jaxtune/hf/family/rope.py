@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jaxtune.hf.family.read import Config, number, optional_number, size
+from jaxtune.hf.family.config_keys import Config, number, optional_number, size
 from jaxtune.spec import RopeSpec
 
 ALL = ""  # the type of layer of a family whose layers share one rope

@@ -1,8 +1,8 @@
 """SmolLM3: Llama in which every fourth layer knows no positions."""
 
+from jaxtune.hf.family.config_keys import Config, layer_types, size
 from jaxtune.hf.family.family import MLP_BIAS, OUT_BIAS, QKV_BIAS, Family, Ropes, layer
 from jaxtune.hf.family.llama import DECODER, biases
-from jaxtune.hf.family.read import Config, layer_types, size
 from jaxtune.hf.family.rope import ALL, RopeKeys
 from jaxtune.spec import LayerSpec
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jaxtune.hf.family.config_keys import Config, number, optional_size, size
 from jaxtune.hf.family.family import (
     ATTENTION,
     OUT_BIAS,
@@ -13,7 +14,6 @@ from jaxtune.hf.family.family import (
     layer,
     layer_rows,
 )
-from jaxtune.hf.family.read import Config, number, optional_size, size
 from jaxtune.hf.family.rope import ALL
 from jaxtune.hf.layout import Row
 from jaxtune.spec import LayerSpec

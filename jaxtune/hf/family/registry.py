@@ -20,9 +20,9 @@ from jaxtune.hf.family import (
     smollm,
     starcoder,
 )
+from jaxtune.hf.family.config_keys import Config, config_dtype
 from jaxtune.hf.family.family import Family, stacked
-from jaxtune.hf.family.read import Config, config_dtype
-from jaxtune.hf.family.wrapped import WRAPPERS
+from jaxtune.hf.family.multimodal import WRAPPERS
 
 __all__ = ["FAMILIES", "Config", "Family", "config_dtype", "family_of", "stacked"]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from jaxtune.config import ModelError
-from jaxtune.hf.family.read import Config
+from jaxtune.hf.family.config_keys import Config
 
 T = TypeVar("T")
 

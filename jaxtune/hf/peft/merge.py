@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxtune.hf.adapter_write import on_host
 from jaxtune.hf.layout import Index
 from jaxtune.hf.load import HfModel, load_params, read_part
-from jaxtune.hf.peft_names import adapted
+from jaxtune.hf.peft.names import adapted
+from jaxtune.hf.peft.write import on_host
 from jaxtune.model.lora import Lora, merged_kernel
 from jaxtune.tree import unnamed
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from jaxtune.config import ConfigError, nearest
 from jaxtune.hf.load import HfModel
-from jaxtune.hf.peft_names import modules_of, spellings
+from jaxtune.hf.peft.names import modules_of, spellings
 
 ALL = "all-linear"
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxtune.config import ModelError
 from jaxtune.hf.load import HfModel, read_part, with_tokens
-from jaxtune.hf.peft_names import (
+from jaxtune.hf.peft.names import (
     CONFIG,
     MAGNITUDE,
     PREFIX,

@@ -20,9 +20,9 @@ from jaxtune import __version__
 from jaxtune.config import ConfigError
 from jaxtune.hf.export import Template, Tokenizer, replacing, write, write_json, write_tokenizer
 from jaxtune.hf.folders import check_replaceable
-from jaxtune.hf.identity import digests
 from jaxtune.hf.load import HfModel
-from jaxtune.hf.peft_names import (
+from jaxtune.hf.peft.base_identity import digests
+from jaxtune.hf.peft.names import (
     CONFIG,
     MAGNITUDE,
     PREFIX,
