@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.config.defaults import METHODS
-from jaxtune.learn.optim import Hyper, optimiser
-from jaxtune.learn.partial import part
-from jaxtune.learn.state import init_opt_state
 from jaxtune.model import decoder
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack
+from jaxtune.training.optim.optim import Hyper, optimiser
+from jaxtune.training.state import init_opt_state
+from jaxtune.training.trainable import part
 from jaxtune.tree import split
 
 SPEC = ModelSpec(

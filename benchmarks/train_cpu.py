@@ -71,7 +71,7 @@ def write(folder: Path, file: Path, tokenizer_folder: str, options: argparse.Nam
 
 def train_jaxtune(folder: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
     from jaxtune import config, train
-    from jaxtune.loop import Loop
+    from jaxtune.training.loop import Loop
 
     spent, run = {}, Loop.run
 

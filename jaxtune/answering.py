@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 def prompt_ids(model: Model, words: Words, asked: Conversation) -> list[int]:
     """What is fed for a conversation: the beginning of the row that training would make of it."""
     from jaxtune.data.tokenize import encode_prompt
-    from jaxtune.weights import check_ids
+    from jaxtune.training.initial_weights import check_ids
 
     ids = encode_prompt(words.template, words.tokenizer, asked.messages, tools=asked.tools)
     check_ids(max(ids, default=0), model.name, model.spec, words.tokenizer)

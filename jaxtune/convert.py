@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jaxtune.hf.export import Exported
     from jaxtune.hf.load import HfModel
     from jaxtune.hf.peft.write import WrittenAdapter
-    from jaxtune.weights import Restored
+    from jaxtune.training.initial_weights import Restored
 
 
 class ConvertOptions(cli.Options):
@@ -59,7 +59,7 @@ def run(config: Config, options: ConvertOptions | None = None) -> Result:
             "convert: nothing says what to convert, and where to. Give "
             "ConvertOptions(run_or_checkpoint=..., out_dir=...)."
         )
-    from jaxtune.weights import checkpoint_of, fetched
+    from jaxtune.training.initial_weights import checkpoint_of, fetched
 
     given = fetched(options.run_or_checkpoint, options.step)
     options = options.model_copy(update={"run_or_checkpoint": given})
@@ -86,7 +86,7 @@ def _made_for(out_dir: str) -> Iterator[Path]:
     if not object_store.is_url(out_dir):
         yield Path(out_dir)
         return
-    from jaxtune.learn.mirror import put_export, staging
+    from jaxtune.training.checkpoint.remote import put_export, staging
 
     place = staging(out_dir)
     yield place
@@ -130,7 +130,7 @@ def _export_run(
     from jaxtune.hf.export import check_target, export_model
     from jaxtune.hf.load import open_model, with_tokens
     from jaxtune.storage.jsonl import last_rows
-    from jaxtune.weights import restore, run_config, to_export
+    from jaxtune.training.initial_weights import restore, run_config, to_export
 
     config = run_config(run_dir, flags)
     name = config.model_name_or_path
@@ -246,7 +246,7 @@ def _export_folder(source: str, out: Path, config: Config) -> Exported:
 def _shardings(model: HfModel, dtype: str) -> Any:
     """Spread over the devices that are here, whatever mesh the run had."""
     from jaxtune.parallel.mesh import make_mesh
-    from jaxtune.weights import param_shardings
+    from jaxtune.training.initial_weights import param_shardings
 
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1, "context": 1})
     return param_shardings(model.spec, mesh, dtype)

@@ -130,7 +130,7 @@ def _run(config: Config, options: EvaluateOptions) -> Result:
     from jaxtune.inference import check_base, load_model, open_mesh, open_words, positions, resolved
     from jaxtune.model.sampling import Sampling
     from jaxtune.scoring.intervals import Bootstrap
-    from jaxtune.weights import fetched
+    from jaxtune.training.initial_weights import fetched
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, seed=config.seed)
     judge = _open_judge(options)
@@ -209,8 +209,8 @@ def _check_same(
     questions: Sequence[Question],
 ) -> None:
     """Whether all hosts evaluate the same. Raises `ConfigError`."""
-    from jaxtune.agreement import asked_parts, check_same
     from jaxtune.data.tokenize import encode_prompt
+    from jaxtune.training.host_consistency import asked_parts, check_same
 
     given = options.model_dump(mode="json", exclude={"dataset", "base", "general", "as_json"})
     prompts = [

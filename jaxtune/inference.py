@@ -65,7 +65,13 @@ def resolved(config: Config) -> Config:
     nothing is its newest checkpoint."""
     from jaxtune.hf.folders import is_adapter
     from jaxtune.hf.peft.read import open_adapter
-    from jaxtune.weights import checkpoint_of, fetched, is_checkpoint, run_config, unexported
+    from jaxtune.training.initial_weights import (
+        checkpoint_of,
+        fetched,
+        is_checkpoint,
+        run_config,
+        unexported,
+    )
 
     name = config.model_name_or_path
     if name is None:
@@ -74,7 +80,7 @@ def resolved(config: Config) -> Config:
         name = fetched(name)
         config = config.model_copy(update={"model_name_or_path": name})
     elif unexported(name):
-        from jaxtune.learn.checkpoint import read_meta
+        from jaxtune.training.checkpoint.checkpoints import read_meta
 
         name = f"{name}/checkpoints/{read_meta(Path(name))['step']}"
         note(f"{config.model_name_or_path}: has no exported model; asking {name}")
@@ -130,7 +136,7 @@ def positions(name: str, config: Config) -> int:
     from jaxtune.hf.folders import is_adapter
     from jaxtune.hf.load import open_model
     from jaxtune.hf.peft.read import open_adapter
-    from jaxtune.weights import checkpoint_of, is_checkpoint, run_config
+    from jaxtune.training.initial_weights import checkpoint_of, is_checkpoint, run_config
 
     revision = config.revision
     if is_checkpoint(name):
@@ -152,9 +158,9 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh, *, merge: bo
     """
     from jaxtune.hf.folders import is_adapter
     from jaxtune.hf.load import open_model
-    from jaxtune.learn.program import compute_dtype
     from jaxtune.parallel.mesh import check_experts
-    from jaxtune.weights import base_params, is_checkpoint, param_shardings
+    from jaxtune.training.initial_weights import base_params, is_checkpoint, param_shardings
+    from jaxtune.training.program import compute_dtype
 
     if is_checkpoint(name) or is_adapter(name):
         return _to_be_asked(_load_trained(name, config, words, mesh, merge))
@@ -188,16 +194,16 @@ def _load_trained(name: str, config: Config, words: Words, mesh: Mesh, merge: bo
     from jaxtune.hf.load import load_params, open_model, with_tokens
     from jaxtune.hf.peft.merge import merged_params
     from jaxtune.hf.peft.read import on_model, open_adapter
-    from jaxtune.learn.program import compute_dtype
     from jaxtune.model import decoder
     from jaxtune.parallel.mesh import check_experts, shardings
-    from jaxtune.weights import (
+    from jaxtune.training.initial_weights import (
         checkpoint_of,
         is_checkpoint,
         param_shardings,
         restore,
         run_config,
     )
+    from jaxtune.training.program import compute_dtype
 
     dtype = compute_dtype(config.dtype)
     if is_checkpoint(name):

@@ -129,12 +129,12 @@ def _subject(config: Config, model: HfModel, there: Hardware) -> tuple[Subject, 
         told = [f"rows of max_length, {config.max_length}, taken to be full.{said}"]
         return Subject(model, config.max_length, steps), told
 
-    from jaxtune.assemble import rows_per_step
     from jaxtune.data.dataset import Batches
     from jaxtune.data.open import open_sides, open_template, open_tokenizer
     from jaxtune.hf.load import with_tokens
     from jaxtune.parallel.mesh import make_mesh
     from jaxtune.terminal.progress import Tokenising
+    from jaxtune.training.build import rows_per_step
 
     tokenizer = open_tokenizer(config, config.tokenizer_name or model.name, note=note)
     template = open_template(config, tokenizer, note=note)

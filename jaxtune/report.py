@@ -65,7 +65,7 @@ def run(config: Config, options: ReportOptions | None = None) -> Result:
     """Raises `ConfigError` and `DataError`; data that cannot be read is said on the page."""
     from jaxtune.reporting.files import read_evaluation, read_run
     from jaxtune.reporting.write import write_card, write_page
-    from jaxtune.weights import fetched
+    from jaxtune.training.initial_weights import fetched
 
     # 1. The run, and what it is asked to be shown with.
     options = options or ReportOptions()
@@ -133,7 +133,7 @@ def _data(
 ) -> tuple[Mapping[str, Any] | str, list[Shown], str | None]:
     """The data report and the examples, or why there are none; and the base of the run."""
     from jaxtune.reporting.data import data_report, examples, open_settings
-    from jaxtune.weights import run_config
+    from jaxtune.training.initial_weights import run_config
 
     if files.config is None:
         return "The run directory has no config.yaml, which would name the data.", [], None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from jaxtune.hf.load import HfModel
-    from jaxtune.weights import Adapters
+    from jaxtune.training.initial_weights import Adapters
 
 _LONGEST = 256  # tokens of an answer
 
@@ -80,7 +80,7 @@ class Samples:
         if self._adapters is None:
             return variables["params"]
         from jaxtune.hf.peft.merge import merged_params
-        from jaxtune.weights import param_shardings
+        from jaxtune.training.initial_weights import param_shardings
 
         placed = param_shardings(self._model.spec, self._mesh, self._dtype)
         lora = self._adapters.lora

@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import Field
 
-from jaxtune import assemble, beginning, cli, rundir
+from jaxtune import cli
 from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, HostsConfig, dump, shard_bytes
 from jaxtune.parallel import heartbeat, memory, processes
 from jaxtune.storage import object_store
+from jaxtune.training import build as assemble
+from jaxtune.training import resume
+from jaxtune.training import run_dir as rundir
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -29,11 +32,11 @@ if TYPE_CHECKING:
     from jaxtune.data.templating.template import Template
     from jaxtune.data.tokenizer import Tokenizer
     from jaxtune.hf.load import HfModel
-    from jaxtune.learn.mirror import Mirror
-    from jaxtune.learn.program import Program
-    from jaxtune.learn.state import TrainState
     from jaxtune.samples import Samples
-    from jaxtune.weights import Adapters
+    from jaxtune.training.checkpoint.remote import Mirror
+    from jaxtune.training.initial_weights import Adapters
+    from jaxtune.training.program import Program
+    from jaxtune.training.state import TrainState
 
 
 class TrainOptions(cli.Options):
@@ -120,8 +123,8 @@ def _run(
     from jaxtune.hf.export import check_target
     from jaxtune.hf.load import open_model, with_tokens
     from jaxtune.hf.peft.write import check_adapter_target
-    from jaxtune.learn.partial import share
-    from jaxtune.weights import adapters_of, check_ids, part_of
+    from jaxtune.training.initial_weights import adapters_of, check_ids, part_of
+    from jaxtune.training.trainable import share
 
     pretrained = config.init == "pretrained"
     model = open_model(model_name, revision=config.revision, weights=pretrained, note=note)
@@ -139,7 +142,7 @@ def _run(
     mesh, batches = _plan(config, material.train)
     total_steps = batches.total_steps(config.num_train_epochs, config.max_steps)
     if processes.count() > 1:
-        from jaxtune.agreement import check_same, parts_of
+        from jaxtune.training.host_consistency import check_same, parts_of
 
         check_same(parts_of(config, model, adapters, batches, material.held_out, total_steps))
     if (replayed := options.replay_step) is not None and replayed > total_steps:
@@ -155,7 +158,7 @@ def _run(
     # 3. Where to begin.
     import jax
 
-    from jaxtune.learn.checkpoint import Checkpoints, place
+    from jaxtune.training.checkpoint.checkpoints import Checkpoints, place
 
     assemble.keep_compiled(config.compilation_cache_dir)
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
@@ -170,7 +173,7 @@ def _run(
             reading=options.replay_step is not None,
         )
         closing.callback(checkpoints.close)
-        start = beginning.first_step(
+        start = resume.first_step(
             config,
             checkpoints,
             batches,
@@ -180,7 +183,7 @@ def _run(
             total_steps,
             before=options.replay_step,
         )
-        state, frozen = beginning.first_state(config, model, adapters, program, checkpoints, start)
+        state, frozen = resume.first_state(config, model, adapters, program, checkpoints, start)
         if options.replay_step is not None:
             _replay(options.replay_step, run_dir, program, batches, start, state, frozen, mirror)
             return Result(run_dir, None, options.replay_step, {})
@@ -190,15 +193,15 @@ def _run(
 
         # 4. The loop.
         from jaxtune.data.progress import fingerprint
-        from jaxtune.learn.metrics import MetricsWriter
-        from jaxtune.learn.partial import backward
-        from jaxtune.loop import Loop, Plan, Standing
         from jaxtune.spec import flops_per_token
         from jaxtune.storage.jsonl import last_rows
-        from jaxtune.weights import base_and_part
+        from jaxtune.training.initial_weights import base_and_part
+        from jaxtune.training.loop import Loop, Plan, Standing
+        from jaxtune.training.metrics import MetricsWriter
+        from jaxtune.training.trainable import backward
 
         evaluated = material.held_out.fingerprint if material.held_out is not None else ""
-        past = beginning.past_of(config, checkpoints, start, evaluated)
+        past = resume.past_of(config, checkpoints, start, evaluated)
         due = Standing.of(past).due
         writer = MetricsWriter(
             run_dir,
@@ -386,9 +389,9 @@ def _samples(
     if not config.sample_prompts:
         return None
     from jaxtune.inference import Words, stop_ids
-    from jaxtune.learn.program import compute_dtype
     from jaxtune.parallel.mesh import platform_of
     from jaxtune.samples import Samples
+    from jaxtune.training.program import compute_dtype
 
     words = Words(material.tokenizer, material.template)
     return Samples(
@@ -416,19 +419,19 @@ def _replay(
     mirror: Mirror | None,
 ) -> None:
     """Goes to the step once more, prints what stands out, writes the rest beside the run."""
-    from jaxtune import incident
+    from jaxtune.training import debug_step
     from jaxtune.tree import named
 
-    metrics, losses = incident.again(step, program, batches, start, state, frozen)
+    metrics, losses = debug_step.again(step, program, batches, start, state, frozen)
     names = list(named(program.abstract.trained))
-    found = incident.describe(run_dir, step, metrics, names, batches, start or None)
+    found = debug_step.describe(run_dir, step, metrics, names, batches, start or None)
     found["row_losses"] = losses
-    path = incident.path_of(run_dir, step)
+    path = debug_step.path_of(run_dir, step)
     if processes.is_first():
-        incident.write(path, found)
+        debug_step.write(path, found)
         if mirror is not None:
             mirror.put(path.name)
-        print(incident.summary(found))
+        print(debug_step.summary(found))
     note(
         f"replayed step {step}: {path if mirror is None else object_store.join(mirror.url, path.name)}"
     )

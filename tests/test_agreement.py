@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-from jaxtune import agreement
 from jaxtune.config import ConfigError, load
 from jaxtune.parallel import processes
+from jaxtune.training import host_consistency
 
 
 def test_hosts_and_values_are_named_the_fewest_first() -> None:
     same = {"seed": "1", "jax": "0.9"}
-    assert agreement.differences([same, same]) == []
-    assert agreement.differences([same, {**same, "seed": "2"}]) == [
+    assert host_consistency.differences([same, same]) == []
+    assert host_consistency.differences([same, {**same, "seed": "2"}]) == [
         "seed is 2 on host 1 and 1 on host 0"
     ]
     six = [{**same, "jax": "0.8"}, same, same, same, same, same]
-    assert agreement.differences(six) == ["jax is 0.8 on host 0 and 0.9 on host 1, 2, 3 and 2 more"]
+    assert host_consistency.differences(six) == [
+        "jax is 0.8 on host 0 and 0.9 on host 1, 2, 3 and 2 more"
+    ]
     # Another version may have other fields.
-    assert agreement.differences([same, {**same, "z_loss": "0.0"}]) == [
+    assert host_consistency.differences([same, {**same, "z_loss": "0.0"}]) == [
         "z_loss is 0.0 on host 1 and unknown on host 0"
     ]
 
 
 def test_long_values_are_cut() -> None:
-    (said,) = agreement.differences([{"prompts": "x" * 999}, {"prompts": "y"}])
+    (said,) = host_consistency.differences([{"prompts": "x" * 999}, {"prompts": "y"}])
     assert len(said) < 200
 
 
@@ -33,24 +35,24 @@ def test_where_things_lie_may_be_of_each_host() -> None:
             "dataset_num_proc": 2, "hosts.process_id": 0, "tokenizer_name": "/a/t"}  # fmt: skip
     theirs = {"dataset": "/b/train.jsonl", "model_name_or_path": "/b/model", "output_dir": "/b/out",
               "dataset_num_proc": 4, "hosts.process_id": 1, "tokenizer_name": "/b/t"}  # fmt: skip
-    knobs = agreement._knobs(load(overrides=mine))
-    assert knobs == agreement._knobs(load(overrides=theirs))
+    knobs = host_consistency._knobs(load(overrides=mine))
+    assert knobs == host_consistency._knobs(load(overrides=theirs))
     assert {"learning_rate", "mesh.fsdp", "lora.r", "seed", "datasets"} <= knobs.keys()
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "lora.r", "max_steps", "save_steps", "seed"])
 def test_every_other_field_is_compared(name: str) -> None:
-    before, now = (agreement._knobs(load(overrides={name: value})) for value in (1, 2))
+    before, now = (host_consistency._knobs(load(overrides={name: value})) for value in (1, 2))
     assert {field for field in before if before[field] != now[field]} == {name}
 
 
 def test_alone_nothing_is_said_and_several_hear_of_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    agreement.check_same({"seed": "1"})
+    host_consistency.check_same({"seed": "1"})
     monkeypatch.setattr(processes, "everyones", lambda text: [text, "another"])
     monkeypatch.setattr(processes, "tell", lambda name, text: None)
     monkeypatch.setattr(processes, "hear", lambda name, host: f'{{"seed": "{host}"}}')
     monkeypatch.setattr(processes, "count", lambda: 2)
     with pytest.raises(ConfigError, match="not about to run the same: seed is 1 on host 1 and 0"):
-        agreement.check_same({"seed": "0"})
+        host_consistency.check_same({"seed": "0"})

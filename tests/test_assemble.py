@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxtune.assemble import keep_compiled, rows_per_step
 from jaxtune.config import ConfigError, load
 from jaxtune.parallel.mesh import check_experts, make_mesh
+from jaxtune.training.build import keep_compiled, rows_per_step
 
 
 def rows(**fields: object) -> int:

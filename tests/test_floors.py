@@ -186,7 +186,7 @@ def test_imports_only_go_down(path: Path) -> None:
         ("data", "import jax.numpy as jnp"),
         ("ops", "def f():\n    from flax import linen"),
         ("model", "from jaxtune.learn import step"),
-        ("hf", "import jaxtune.learn.checkpoint"),
+        ("hf", "import jaxtune.training.checkpoint.checkpoints"),
         ("train", "from jaxtune import evaluate"),
         ("config", "from jaxtune.tree import named"),
     ],

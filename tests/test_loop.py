@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from jaxtune.loop import Standing
+from jaxtune.training.loop import Standing
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])

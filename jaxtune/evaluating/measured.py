@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from jaxtune.evaluating.general import General
     from jaxtune.inference import Model, Words
     from jaxtune.judge.pairs import Outcome
-    from jaxtune.learn.evaluation import Examples
     from jaxtune.model.sampling import Sampling
+    from jaxtune.training.evaluation import Examples
 
 
 class Measured(NamedTuple):
@@ -54,7 +54,7 @@ def measure(
     from jaxtune.data.dataset import eval_rows
     from jaxtune.data.progress import largest_id
     from jaxtune.parallel.mesh import row_shards
-    from jaxtune.weights import check_ids
+    from jaxtune.training.initial_weights import check_ids
 
     for data in (dataset, *([general.texts] if general else ())):
         check_ids(largest_id(data), model.name, model.spec, words.tokenizer)
@@ -119,8 +119,8 @@ def _each(
 ) -> Examples:
     import jax
 
-    from jaxtune.learn.evaluation import each_example
-    from jaxtune.learn.program import build_token_losses
+    from jaxtune.training.evaluation import each_example
+    from jaxtune.training.program import build_token_losses
 
     losses = build_token_losses(model.spec, model.mesh, dtype=model.dtype)
     with jax.set_mesh(model.mesh):

@@ -23,7 +23,7 @@ from jaxtune import compiled
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from jaxtune.learn.program import Program
+    from jaxtune.training.program import Program
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

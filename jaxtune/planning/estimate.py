@@ -28,7 +28,7 @@ from jaxtune.spec import (
 )
 
 if TYPE_CHECKING:
-    from jaxtune.learn.program import Program
+    from jaxtune.training.program import Program
 
 KINDS = ("parameters", "optimiser", "gradients", "activations", "logits", "temporaries")
 AIM = 0.97  # of the memory, that the compiler's schedule keeps within where it can

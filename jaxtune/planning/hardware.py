@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxtune.assemble import set_compiler_flags
 from jaxtune.config import ConfigError
 from jaxtune.parallel import memory
 from jaxtune.parallel.chips import Slice
+from jaxtune.training.build import set_compiler_flags
 
 # The TPU compiler asks the metadata server of a cloud machine, unless it is told what it is.
 _ENVIRONMENT = {

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtune import assemble
 from jaxtune.config import Config, ConfigError, dump
 from jaxtune.parallel import memory
 from jaxtune.planning import estimate, timing
@@ -30,6 +29,7 @@ from jaxtune.planning.advice import changed
 from jaxtune.planning.estimate import Work
 from jaxtune.planning.hardware import Hardware
 from jaxtune.planning.study import Study, Subject, study
+from jaxtune.training import build as assemble
 
 SLACK = 1.03  # arithmetic this far above the limit is not worth compiling
 NEAR = 1.04  # nor what is this far above it once answers to its like have corrected it

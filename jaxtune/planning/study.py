@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxtune import assemble
 from jaxtune.config import Config
 from jaxtune.planning import compiling, estimate, timing
 from jaxtune.planning.estimate import Work
 from jaxtune.planning.hardware import Hardware
+from jaxtune.training import build as assemble
 
 if TYPE_CHECKING:
     from jaxtune.hf.load import HfModel
-    from jaxtune.learn.program import Program
+    from jaxtune.training.program import Program
 
 _STEPS = 1000  # of a run whose length is not known; only the schedule's constants depend on it
 # Beside the state in a training process: Python, JAX, the compiler and its programs; measured
@@ -109,10 +109,10 @@ def _built(
 ) -> tuple[Program, Work, dict[str, int]]:
     import jax.numpy as jnp
 
-    from jaxtune.learn.partial import backward
-    from jaxtune.learn.program import compute_dtype
     from jaxtune.parallel.mesh import make_mesh, platform_of, sizes_of
-    from jaxtune.weights import adapters_of, part_of
+    from jaxtune.training.initial_weights import adapters_of, part_of
+    from jaxtune.training.program import compute_dtype
+    from jaxtune.training.trainable import backward
 
     model, adapters = adapters_of(config, subject.model, note=lambda message: None)
     model, chosen = part_of(config, model)

@@ -55,7 +55,7 @@ def _without_calls(message: Message) -> Message:
 def text_ids(model: Model, words: Words, text: str) -> list[int]:
     """Of a text as it stands: control tokens in it are meant, and bos comes first where the
     tokenizer puts it before plain text."""
-    from jaxtune.weights import check_ids
+    from jaxtune.training.initial_weights import check_ids
 
     tokenizer = words.tokenizer
     bos = tokenizer.bos_id if tokenizer.begins_with_bos else None

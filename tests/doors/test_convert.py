@@ -15,8 +15,8 @@ from jaxtune.config import ConfigError, dump, load
 from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.inference import resolved
-from jaxtune.learn.checkpoint import Checkpoints
-from jaxtune.learn.state import TrainState
+from jaxtune.training.checkpoint.checkpoints import Checkpoints
+from jaxtune.training.state import TrainState
 from jaxtune.tree import named
 
 JINJA = (

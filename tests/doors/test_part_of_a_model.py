@@ -12,11 +12,12 @@ import orbax.checkpoint as ocp
 import pytest
 from test_adapters import losses, params_of, run_settings, write_root
 
-from jaxtune import assemble, convert, train
+from jaxtune import convert, train
 from jaxtune.config import Config, ConfigError, load
-from jaxtune.learn import program
-from jaxtune.learn.optim import Hyper
 from jaxtune.parallel.mesh import make_mesh
+from jaxtune.training import build as assemble
+from jaxtune.training import program
+from jaxtune.training.optim.optim import Hyper
 from jaxtune.tree import named
 
 # Two layers: the second alone is stack_1 then.

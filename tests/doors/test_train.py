@@ -22,11 +22,12 @@ import pytest
 import yaml
 from children import environment
 
-from jaxtune import chat, evaluate, loop, samples, train
+from jaxtune import chat, evaluate, samples, train
 from jaxtune.config import ConfigError, Diverged, load
 from jaxtune.hf.load import load_params, open_model
-from jaxtune.learn.checkpoint import Checkpoints, read_meta
 from jaxtune.storage import lock
+from jaxtune.training import loop
+from jaxtune.training.checkpoint.checkpoints import Checkpoints, read_meta
 from jaxtune.tree import named
 
 ROOT = Path(__file__).resolve().parents[2]

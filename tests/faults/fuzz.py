@@ -83,9 +83,9 @@ def make_good(folder: Path) -> Path:
     from jax.sharding import NamedSharding, PartitionSpec
 
     from jaxtune.hf.load import load_params, open_model
-    from jaxtune.learn.checkpoint import Checkpoints
-    from jaxtune.learn.state import TrainState
     from jaxtune.parallel.mesh import make_mesh
+    from jaxtune.training.checkpoint.checkpoints import Checkpoints
+    from jaxtune.training.state import TrainState
 
     model = write_tokenizer(write_folder("llama", folder / "model"))
     (model / "chat_template.jinja").write_text(
@@ -341,7 +341,7 @@ def read_adapter(folder: Path, good: Path, dice: random.Random) -> None:
 
 def spoil_checkpoint(good: Path, folder: Path, dice: random.Random) -> None:
     """With digests that no longer fit; or sealed again, so that Orbax meets it."""
-    from jaxtune.learn import digests
+    from jaxtune.training.checkpoint import integrity
 
     shutil.copytree(good / "run", folder, dirs_exist_ok=True)
     step = folder / "checkpoints" / "4"
@@ -358,13 +358,13 @@ def spoil_checkpoint(good: Path, folder: Path, dice: random.Random) -> None:
     else:
         file.write_bytes(m.spoilt_json(data, dice))
     if sealed:
-        digests.write(step)
+        integrity.write(step)
 
 
 def read_checkpoint(folder: Path, good: Path, dice: random.Random) -> None:
     from jaxtune.hf.load import open_model
-    from jaxtune.learn.checkpoint import Checkpoints
-    from jaxtune.weights import restore
+    from jaxtune.training.checkpoint.checkpoints import Checkpoints
+    from jaxtune.training.initial_weights import restore
 
     restore(open_model(good / "model"), folder, None, dtype="float32")
     checkpoints = Checkpoints(folder)
@@ -387,9 +387,9 @@ def spoil_run(good: Path, folder: Path, dice: random.Random) -> None:
 
 
 def read_run(folder: Path, good: Path, dice: random.Random) -> None:
-    from jaxtune.learn.metrics import keep_rows_up_to
     from jaxtune.reporting.files import read_evaluation, read_run
     from jaxtune.reporting.write import write_page
+    from jaxtune.training.metrics import keep_rows_up_to
 
     found = read_run(folder)
     score = read_evaluation(folder / "evaluation.json")

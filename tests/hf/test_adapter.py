@@ -24,8 +24,8 @@ from jaxtune.hf.peft.targets import resolve_targets
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
 from jaxtune.parallel.mesh import make_mesh
+from jaxtune.training.initial_weights import param_shardings
 from jaxtune.tree import map_named, named
-from jaxtune.weights import param_shardings
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "adapters"
 LOGITS = np.load(GOLDEN / "logits.npz")

@@ -22,7 +22,7 @@ from jaxtune.hf.export import export_model
 from jaxtune.hf.peft.merge import merged, merged_params
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
-from jaxtune.weights import Adapters, first_adapters
+from jaxtune.training.initial_weights import Adapters, first_adapters
 
 port, process, source, out = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", 4)

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from test_step import SPEC, Batch, assert_bytes, one_per_row
 
-from jaxtune.learn import optim, program, schedules
-from jaxtune.learn.state import TrainState
-from jaxtune.learn.step import StepMetrics
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
 from jaxtune.model.quantise import quantise
 from jaxtune.parallel.mesh import make_mesh, put_batch
 from jaxtune.spec import ModelSpec, MoeSpec
+from jaxtune.training import program, schedules
+from jaxtune.training.optim import optim
+from jaxtune.training.state import TrainState
+from jaxtune.training.step import StepMetrics
 from jaxtune.tree import named, unnamed
 
 WIDE = replace(SPEC, width=64)  # whole blocks of nf4

@@ -21,11 +21,13 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtune.config import ConfigError
-from jaxtune.learn import checkpoint, digests, optim
-from jaxtune.learn.checkpoint import Checkpoints, restore_trained
-from jaxtune.learn.state import TrainState, abstract_state, init_opt_state, state_shardings
 from jaxtune.parallel import processes
 from jaxtune.parallel.mesh import make_mesh
+from jaxtune.training.checkpoint import checkpoints as checkpoint
+from jaxtune.training.checkpoint import integrity
+from jaxtune.training.checkpoint.checkpoints import Checkpoints, restore_trained
+from jaxtune.training.optim import optim
+from jaxtune.training.state import TrainState, abstract_state, init_opt_state, state_shardings
 
 META = {"fingerprint": "abc", "total_steps": 9}
 OPTIMISER = optim.optimiser(optim.Hyper(), {"w": {"kernel": ("embed", None)}})
@@ -289,13 +291,13 @@ def test_one_who_reads_changes_nothing_of_a_run_that_goes_on(
     flip(folder / "2" / "meta" / "metadata")
     state, _, _ = state_on("fsdp", 1.0)
     going = Checkpoints(tmp_path)
-    seal, may = digests.write, threading.Event()
+    seal, may = integrity.write, threading.Event()
 
     def slow(*args: Any, **more: Any) -> None:
         may.wait(60)
         seal(*args, **more)
 
-    monkeypatch.setattr(digests, "write", slow)
+    monkeypatch.setattr(integrity, "write", slow)
     going.save(state, META, step=3)
     going._checkpointer.wait_until_finished()
     (folder / "4.orbax-checkpoint-tmp").mkdir()
@@ -345,23 +347,23 @@ def test_a_step_without_its_digests_does_not_count(tmp_path: Path) -> None:
 def test_of_several_hosts_all_must_have_written_their_digests(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / name).write_bytes(name.encode() * 9)
-    digests.write(tmp_path, host=0, hosts=2)
-    assert "never finished" in digests.damage(tmp_path)
-    digests.write(tmp_path, host=1, hosts=2)
-    assert digests.damage(tmp_path) == ""
+    integrity.write(tmp_path, host=0, hosts=2)
+    assert "never finished" in integrity.damage(tmp_path)
+    integrity.write(tmp_path, host=1, hosts=2)
+    assert integrity.damage(tmp_path) == ""
     flip(tmp_path / "b")
     # Read by three: only the one whose share it is looks at the bytes.
-    said = [digests.damage(tmp_path, host=host, hosts=3) for host in range(3)]
+    said = [integrity.damage(tmp_path, host=host, hosts=3) for host in range(3)]
     assert [text.partition(":")[0] for text in said] == ["", "b", ""]
     (tmp_path / "d").write_bytes(b"d")
-    assert digests.damage(tmp_path) == "d: is not one of its files"
+    assert integrity.damage(tmp_path) == "d: is not one of its files"
 
 
 @pytest.fixture(scope="module")
 def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sealed")
     (folder / "a").write_bytes(b"abc" * 50)
-    digests.write(folder)
+    integrity.write(folder)
     return folder
 
 
@@ -378,13 +380,13 @@ def test_no_digests_are_too_broken_to_be_refused(
         path.write_bytes(
             whole[:at] if cut else whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :]
         )
-        said, counts = digests.damage(sealed), digests.complete(sealed)
+        said, counts = integrity.damage(sealed), integrity.complete(sealed)
     finally:
         path.write_bytes(whole)
     assert isinstance(said, str)
     assert counts or "never finished" in said
     assert said or not (cut or chr(whole[at]).isalnum())
-    assert digests.damage(sealed) == ""
+    assert integrity.damage(sealed) == ""
 
 
 @pytest.mark.parametrize("meta", [{"step": {}}, {"fingerprint": 3}, {"standing": []}])
@@ -397,7 +399,7 @@ def test_a_meta_of_another_kind_is_refused(tmp_path: Path, meta: dict) -> None:
     place = tmp_path / "checkpoints" / "4"
     file = place / "meta" / "metadata"
     file.write_text(json.dumps({**json.loads(file.read_text()), **meta}))
-    digests.write(place)
+    integrity.write(place)
     with pytest.raises(ConfigError, match="its meta is not what was written"):
         restore_trained(tmp_path, shapes.trained, shardings.trained)
 
@@ -411,6 +413,6 @@ def test_what_orbax_cannot_read_is_refused(tmp_path: Path) -> None:
     for path in (place / "trained").rglob("*"):
         if path.is_file():
             path.write_bytes(b"{")
-    digests.write(place)
+    integrity.write(place)
     with pytest.raises(ConfigError, match="is whole, but cannot be read as a checkpoint"):
         restore_trained(tmp_path, shapes.trained, shardings.trained)

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import pytest
 
 from jaxtune import compiled
-from jaxtune.learn import optim, program, schedules
 from jaxtune.parallel.mesh import make_mesh
 from jaxtune.planning.compiling import arguments
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack
+from jaxtune.training import program, schedules
+from jaxtune.training.optim import optim
 
 LAYERS, WIDTH, MLP, VOCAB, ROWS, LENGTH = 3, 64, 160, 320, 8, 32
 LAYER = LayerSpec(heads=4, kv_heads=4, head_dim=16, rope=RopeSpec(10_000.0), mlp_width=MLP)

@@ -19,13 +19,13 @@ from golden.cases import CASES, VOCAB, write_folder
 from jax.sharding import PartitionSpec
 
 from jaxtune.hf.load import load_params, open_model
-from jaxtune.learn.objectives import next_token
-from jaxtune.learn.step import gradient
 from jaxtune.model import decoder
 from jaxtune.ops.cross_entropy import Sums
 from jaxtune.parallel.collectives import EVERYWHERE, per_device, slices, tokens
 from jaxtune.parallel.mesh import make_mesh, shardings
 from jaxtune.spec import LayerSpec, ModelSpec, MoeSpec, RopeSpec, Stack
+from jaxtune.training.objectives import next_token
+from jaxtune.training.step import gradient
 from jaxtune.tree import map_named, named, unnamed
 
 ROWS, LENGTH = 8, 32

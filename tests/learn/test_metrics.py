@@ -14,12 +14,12 @@ import pytest
 
 from jaxtune.config import ConfigError
 from jaxtune.data.dataset import EvalBatch
-from jaxtune.learn import metrics
-from jaxtune.learn.evaluation import Totals, evaluate
-from jaxtune.learn.metrics import Meter, MetricsWriter, Spikes
 from jaxtune.ops.cross_entropy import Sums
 from jaxtune.parallel.mesh import make_mesh
 from jaxtune.storage.jsonl import last_rows
+from jaxtune.training import metrics
+from jaxtune.training.evaluation import Totals, evaluate
+from jaxtune.training.metrics import Meter, MetricsWriter, Spikes
 
 
 def rows(path: Path) -> list[dict]:

@@ -15,13 +15,13 @@ import pytest
 from golden import optimisers as golden
 
 from jaxtune.config import defaults
-from jaxtune.learn import muon, optim
-from jaxtune.learn.matrices import Dims, dims, is_hidden, is_matrix
-from jaxtune.learn.state import abstract_state, init_opt_state, state_shardings
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
 from jaxtune.parallel.mesh import make_mesh, shardings
 from jaxtune.spec import LayerSpec, ModelSpec, MoeSpec, RopeSpec, Stack
+from jaxtune.training.optim import muon, optim
+from jaxtune.training.optim.matrices import Dims, dims, is_hidden, is_matrix
+from jaxtune.training.state import abstract_state, init_opt_state, state_shardings
 from jaxtune.tree import named, unnamed
 
 STORED = np.load(golden.FILE)

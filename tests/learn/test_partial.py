@@ -14,8 +14,6 @@ from test_step import SPEC, Batch, one_per_row
 
 from jaxtune import compiled
 from jaxtune.config import ConfigError
-from jaxtune.learn import optim, program
-from jaxtune.learn.partial import backward, part, share
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
 from jaxtune.parallel.mesh import make_mesh, put_batch
@@ -29,6 +27,9 @@ from jaxtune.spec import (
     flops_per_token,
     whole_backward,
 )
+from jaxtune.training import program
+from jaxtune.training.optim import optim
+from jaxtune.training.trainable import backward, part, share
 from jaxtune.tree import merge, named, split, unnamed
 
 DEEP = replace(SPEC, stacks=(Stack(SPEC.stacks[0].pattern, 3),))

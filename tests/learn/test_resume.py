@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from test_step import SPEC, Batch, assert_bytes, one_per_row
 
-from jaxtune.learn import optim, program, schedules
-from jaxtune.learn.checkpoint import Checkpoints
 from jaxtune.model import decoder
 from jaxtune.parallel.mesh import make_mesh, put_batch
+from jaxtune.training import program, schedules
+from jaxtune.training.checkpoint.checkpoints import Checkpoints
+from jaxtune.training.optim import optim
 from jaxtune.tree import named
 
 HYPER = {

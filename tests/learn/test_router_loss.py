@@ -12,11 +12,11 @@ import pytest
 from golden.cases import TEXTS, WEIGHTS, write_folder
 
 from jaxtune.hf.load import load_params, open_model
-from jaxtune.learn import optim
-from jaxtune.learn.objectives import next_token
-from jaxtune.learn.state import TrainState
-from jaxtune.learn.step import gradient, train_step
 from jaxtune.ops.cross_entropy import Sums
+from jaxtune.training.objectives import next_token
+from jaxtune.training.optim import optim
+from jaxtune.training.state import TrainState
+from jaxtune.training.step import gradient, train_step
 from jaxtune.tree import named
 
 COEF = 0.05

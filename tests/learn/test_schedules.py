@@ -12,7 +12,7 @@ import pytest
 from golden import schedules as golden
 
 from jaxtune.config import ConfigError, defaults
-from jaxtune.learn import schedules
+from jaxtune.training import schedules
 
 STORED = json.loads(golden.FILE.read_text())
 

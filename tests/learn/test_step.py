@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune.learn import optim, program, schedules
-from jaxtune.learn.state import HOST, TrainState
-from jaxtune.learn.step import StepMetrics, eval_step, gradient, train_step
 from jaxtune.model import decoder
 from jaxtune.ops.cross_entropy import Sums
 from jaxtune.parallel.mesh import make_mesh, put_batch
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack
+from jaxtune.training import program, schedules
+from jaxtune.training.optim import optim
+from jaxtune.training.state import HOST, TrainState
+from jaxtune.training.step import StepMetrics, eval_step, gradient, train_step
 from jaxtune.tree import named
 
 LAYER = LayerSpec(

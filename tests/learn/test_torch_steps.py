@@ -12,8 +12,9 @@ import pytest
 from golden.cases import VOCAB, write_folder
 
 from jaxtune.hf.load import load_params, open_model
-from jaxtune.learn import optim, program, schedules
 from jaxtune.parallel.mesh import make_mesh, put_batch
+from jaxtune.training import program, schedules
+from jaxtune.training.optim import optim
 
 STEPS, ROWS, LENGTH = 20, 8, 16
 LR, WARMUP, DECAY, CLIP = 3e-3, 4, 0.05, 1.0

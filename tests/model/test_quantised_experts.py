@@ -16,8 +16,8 @@ from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
 from jaxtune.model.quantise import dequantise, leaves, quantise
 from jaxtune.parallel.mesh import make_mesh, shardings
+from jaxtune.training.initial_weights import base_params
 from jaxtune.tree import named, unnamed
-from jaxtune.weights import base_params
 
 CASE = "qwen3-moe"  # every second layer a mixture
 

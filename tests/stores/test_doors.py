@@ -11,9 +11,9 @@ from multihost import runs
 
 from jaxtune import convert, evaluate, report, train
 from jaxtune.cli import BAD_INPUT, STOPPED
-from jaxtune.learn.mirror import steps_of
 from jaxtune.storage import object_store
 from jaxtune.storage.object_store import join
+from jaxtune.training.checkpoint.remote import steps_of
 
 pytestmark = pytest.mark.slow
 

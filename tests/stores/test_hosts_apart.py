@@ -12,10 +12,10 @@ from multihost import runs
 from safetensors.numpy import load
 
 from jaxtune.cli import BAD_INPUT
-from jaxtune.learn import digests, parts
-from jaxtune.learn.mirror import steps_of
 from jaxtune.storage import object_store
 from jaxtune.storage.object_store import join
+from jaxtune.training.checkpoint import integrity, remote_shards
+from jaxtune.training.checkpoint.remote import steps_of
 
 # One worker: the two cores are shared as it is.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("multihost")]
@@ -89,12 +89,12 @@ def assert_same_run(run: str, calm: Path) -> None:
 
 
 def chunks_of(names: list[str]) -> set[str]:
-    return set(parts._chunks(dict.fromkeys(names, (0, ""))))
+    return set(remote_shards._chunks(dict.fromkeys(names, (0, ""))))
 
 
 def on_disk(disk: Path, step: int) -> set[str]:
     (place,) = disk.glob(f"runs/*/checkpoints/{step}")
-    return set(digests.files_of(place))
+    return set(integrity.files_of(place))
 
 
 def test_killed_damaged_and_gone_on_with_on_empty_disks(
@@ -220,10 +220,10 @@ def test_the_chunks_that_a_host_needs(tmp_path: Path) -> None:
     file = tmp_path / ".zarray"
     file.write_text('{"shape": [8, 6], "chunks": [2, 6], "dimension_separator": "."}')
     whole = slice(None)
-    assert set(parts._held(leaf((8, 6), (slice(3, 6), whole)), file)) == {"1.0", "2.0"}
-    assert set(parts._held(leaf((8, 6), (whole, slice(0, 1))), file)) == {
+    assert set(remote_shards._held(leaf((8, 6), (slice(3, 6), whole)), file)) == {"1.0", "2.0"}
+    assert set(remote_shards._held(leaf((8, 6), (whole, slice(0, 1))), file)) == {
         "0.0", "1.0", "2.0", "3.0"
     }  # fmt: skip
-    assert set(parts._held(leaf((4, 6), (whole, whole)), file)) == set()
+    assert set(remote_shards._held(leaf((4, 6), (whole, whole)), file)) == set()
     file.write_text('{"shape": [], "chunks": []}')
-    assert set(parts._held(leaf((), ()), file)) == {"0"}
+    assert set(remote_shards._held(leaf((), ()), file)) == {"0"}

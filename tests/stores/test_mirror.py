@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from jaxtune.config import ConfigError
-from jaxtune.learn import digests, mirror
-from jaxtune.learn.checkpoint import Checkpoints
-from jaxtune.learn.mirror import Mirror, fetch_run, steps_of
 from jaxtune.storage import lock, object_store
 from jaxtune.storage.object_store import StoreError, join
+from jaxtune.training.checkpoint import integrity, remote
+from jaxtune.training.checkpoint.checkpoints import Checkpoints
+from jaxtune.training.checkpoint.remote import Mirror, fetch_run, steps_of
 
 
 def make_step(folder: Path, step: int) -> None:
@@ -24,7 +24,7 @@ def make_step(folder: Path, step: int) -> None:
     for name in ("meta", "opt/d/0", "trained/d/0"):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_bytes(f"{step} {name}".encode() * 50)
-    digests.write(place)
+    integrity.write(place)
 
 
 def make_rows(folder: Path, last: int) -> None:
@@ -61,7 +61,7 @@ def test_a_run_goes_on_from_the_store_on_an_empty_disk(run: Any, tmp_path: Path)
         folder / "metrics.jsonl"
     ).read_bytes()
     other.fetch_step(4, tmp_path / "elsewhere" / "checkpoints" / "4")
-    assert digests.damage(tmp_path / "elsewhere" / "checkpoints" / "4") == ""
+    assert integrity.damage(tmp_path / "elsewhere" / "checkpoints" / "4") == ""
     other.close()
 
 
@@ -79,7 +79,7 @@ def test_it_is_put_while_the_run_goes_on(
 ) -> None:
     import time
 
-    monkeypatch.setattr(mirror, "SECONDS", 0.05)
+    monkeypatch.setattr(remote, "SECONDS", 0.05)
     made = opened(memory, tmp_path / "run", [])
     make_rows(tmp_path / "run", 3)
     deadline = time.monotonic() + 10
@@ -176,7 +176,7 @@ KILLED = """
 import os, sys, threading
 from pathlib import Path
 from jaxtune import stores
-from jaxtune.learn.mirror import Mirror, put_marked
+from jaxtune.training.checkpoint.remote import Mirror, put_marked
 url, folder, what, left = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 lock = threading.Lock()
 def counted(name):
@@ -229,14 +229,14 @@ def test_a_checkpoint_killed_at_every_object(s3: str, tmp_path: Path) -> None:
     while killed_at(s3, folder, "step", at):
         assert steps_of(s3) == [4]
         read = fetch_run_without_config(s3)
-        assert digests.damage(read / "checkpoints" / "4") == ""
+        assert integrity.damage(read / "checkpoints" / "4") == ""
         at += 1
     assert at >= 5  # metrics, three files, the mark
     assert steps_of(s3) == [4, 8]
     back = tmp_path / "back" / "8"
     back.parent.mkdir()
-    mirror.fetch_step(s3, 8, back)
-    assert digests.damage(back) == ""
+    remote.fetch_step(s3, 8, back)
+    assert integrity.damage(back) == ""
 
 
 def fetch_run_without_config(url: str) -> Path:
@@ -322,7 +322,7 @@ def test_bytes_that_came_out_otherwise_are_noticed(
 
     monkeypatch.setattr(object_store, "put", damaged)
     with pytest.raises(StoreError, match=r"model\.safetensors: its bytes are not those .* right"):
-        mirror.put_export(tmp_path / "hf", join(s3, "hf"))
+        remote.put_export(tmp_path / "hf", join(s3, "hf"))
     assert not object_store.find(join(s3, "hf/config.json"))
 
 
@@ -337,14 +337,14 @@ def test_one_who_only_looks_changes_nothing_of_a_run_that_goes_on(run: Any) -> N
     made, _, _ = run
     object_store.put_bytes(b"half", join(made.url, "checkpoints/8/trained/d/0"))
     before = listing(made.url)
-    here = mirror.reading(made.url)
-    assert here != mirror.staging(made.url)
+    here = remote.reading(made.url)
+    assert here != remote.staging(made.url)
     here.mkdir(parents=True)
     looking = Mirror(made.url, here, print)
     looking.look()
     checkpoints = Checkpoints(here, mirror=looking, reading=True)
     assert checkpoints.newest_good(print, before=9) == 4
-    assert digests.damage(here / "checkpoints" / "4") == ""
+    assert integrity.damage(here / "checkpoints" / "4") == ""
     (here / "metrics.jsonl").write_text("old\n")
     checkpoints.close()
     looking.close()
@@ -378,8 +378,8 @@ def test_a_damaged_step_is_passed_over(run: Any) -> None:
     made.put_step(8)
     object_store.put_bytes(b"other", join(made.url, "checkpoints/8/meta"))
     read = fetch_run(made.url)
-    assert digests.damage(read / "checkpoints" / "8") != ""
-    assert digests.damage(read / "checkpoints" / "4") == ""
+    assert integrity.damage(read / "checkpoints" / "8") != ""
+    assert integrity.damage(read / "checkpoints" / "4") == ""
 
 
 def test_what_is_read_again_is_fetched_once(s3: str, wire: Any, tmp_path: Path) -> None:

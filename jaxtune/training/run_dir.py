@@ -13,14 +13,14 @@ from jaxtune.storage import lock, object_store
 from jaxtune.storage.atomic_write import write_whole
 
 if TYPE_CHECKING:
-    from jaxtune.learn.mirror import Mirror
+    from jaxtune.training.checkpoint.remote import Mirror
 
 
 def place_of(output_dir: str, *, reading: bool) -> Path:
     """Where this host writes: `output_dir`, or a folder of its own beside a store."""
     if not object_store.is_url(output_dir):
         return Path(output_dir)
-    from jaxtune.learn import mirror
+    from jaxtune.training.checkpoint import remote as mirror
 
     place = mirror.reading if reading else mirror.staging
     return place(output_dir, processes.index())
@@ -34,7 +34,7 @@ def claim(
     in one."""
     mirror = None
     if object_store.is_url(output_dir):
-        from jaxtune.learn.mirror import Mirror
+        from jaxtune.training.checkpoint.remote import Mirror
 
         mirror = Mirror(output_dir, run_dir, note)
     try:

@@ -15,17 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtune.learn import optim
-from jaxtune.learn.objectives import Objective, each_token, next_token
-from jaxtune.learn.schedules import Schedule
-from jaxtune.learn.state import TrainState, abstract_state, init_opt_state, state_shardings
-from jaxtune.learn.step import EachToken, Evaluate, Train, eval_step, gradient, train_step
 from jaxtune.model import decoder
 from jaxtune.model.lora import COLLECTION, Lora
 from jaxtune.ops.cross_entropy import TokenLosses
 from jaxtune.parallel.collectives import EVERYWHERE, per_device, slices, tokens
 from jaxtune.parallel.mesh import platform_of, put, replicated, shardings
 from jaxtune.spec import ModelSpec
+from jaxtune.training.objectives import Objective, each_token, next_token
+from jaxtune.training.optim import optim
+from jaxtune.training.schedules import Schedule
+from jaxtune.training.state import TrainState, abstract_state, init_opt_state, state_shardings
+from jaxtune.training.step import EachToken, Evaluate, Train, eval_step, gradient, train_step
 from jaxtune.tree import split
 
 

@@ -18,12 +18,12 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from jaxtune.learn import digests
-from jaxtune.learn.digests import FOLDER
-from jaxtune.learn.mirror import Mirror
 from jaxtune.parallel import processes
 from jaxtune.storage import object_store
 from jaxtune.storage.object_store import StoreError, join
+from jaxtune.training.checkpoint import integrity
+from jaxtune.training.checkpoint.integrity import FOLDER
+from jaxtune.training.checkpoint.remote import Mirror
 
 # What a restore is asked for: part of a checkpoint -> its tree of shapes with their shardings.
 Wanted = Mapping[str, Any]
@@ -64,8 +64,8 @@ class Parts:
         self._puts += 1
         own, place = processes.index(), join(self._mirror.url, FOLDER, step)
         names = _own(here, first=own == 0)
-        digests.write(here, host=own, hosts=processes.count(), names=names)
-        mark = digests.mark_of(own)
+        integrity.write(here, host=own, hosts=processes.count(), names=names)
+        mark = integrity.mark_of(own)
         object_store.put_all(here, names if own == 0 else [*names, mark], place)
         if wrong := object_store.unequal(here, names, place, contents=False):
             again = "right after it was written. Run the same command again."
@@ -92,31 +92,31 @@ def _own(here: Path, *, first: bool) -> list[str]:
     """The files of a step that this host puts: of the arrays' folders its chunks; the rest is the
     same everywhere, and the first host's.
     """
-    names = digests.files_of(here)
+    names = integrity.files_of(here)
     return [name for name in names if first or len(name.split("/")) > 2]
 
 
 def _fetch(place: str, here: Path, wanted: Wanted) -> str:
     there = {object_store.inside(item.url, place): item for item in object_store.listed(place)}
-    marks = [name for name in there if digests.is_mark(name)]
+    marks = [name for name in there if integrity.is_mark(name)]
     here.mkdir(parents=True, exist_ok=True)
     for old in here.glob("digests-*"):
         old.unlink()
     object_store.fetch_all((there[name] for name in marks), place, here)
     try:
-        known = digests.known(here)
+        known = integrity.known(here)
     except ValueError as error:
         return str(error)
     if wrong := _unlike_listed(known, {name: item.size for name, item in there.items()}):
         return wrong
-    for name in set(digests.files_of(here)) - known.keys():  # of the same step, written otherwise
+    for name in set(integrity.files_of(here)) - known.keys():  # of the same step, written otherwise
         (here / name).unlink()
 
     def bring(names: Sequence[str]) -> str:
-        lacking = digests.unlike(here, names, known)
+        lacking = integrity.unlike(here, names, known)
         object_store.fetch_all((there[name] for name in lacking), place, here)
-        wrong = digests.unlike(here, lacking, known)
-        return f"{wrong[0]}: {digests.OTHER_BYTES}" if wrong else ""
+        wrong = integrity.unlike(here, lacking, known)
+        return f"{wrong[0]}: {integrity.OTHER_BYTES}" if wrong else ""
 
     chunks = _chunks(known)
     if said := bring(sorted(known.keys() - chunks.keys())):
@@ -124,12 +124,12 @@ def _fetch(place: str, here: Path, wanted: Wanted) -> str:
     return bring(sorted(_needed(chunks, here, wanted)))
 
 
-def _unlike_listed(known: digests.Known, sizes: Mapping[str, int]) -> str:
+def _unlike_listed(known: integrity.Known, sizes: Mapping[str, int]) -> str:
     """What the store lists and the digests do not say, or the other way round."""
     if not known:
-        return digests.UNFINISHED
+        return integrity.UNFINISHED
     for name in sorted(sizes.keys() - known.keys()):
-        if not digests.is_mark(name):
+        if not integrity.is_mark(name):
             return f"{name}: is not one of its files"
     for name, (size, _) in sorted(known.items()):
         if name not in sizes:
@@ -139,7 +139,7 @@ def _unlike_listed(known: digests.Known, sizes: Mapping[str, int]) -> str:
     return ""
 
 
-def _chunks(known: digests.Known) -> dict[str, str]:
+def _chunks(known: integrity.Known) -> dict[str, str]:
     """Every chunk -> the folder of its array. A checkpoint in one data base has none."""
     arrays = {name.rpartition("/")[0] for name in known if name.endswith(f"/{_SHAPE}")}
     inside = {name: name.rpartition("/")[0] for name in known if not name.endswith(f"/{_SHAPE}")}

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from jaxtune.data.tokenizer import Tokenizer
     from jaxtune.hf.load import HfModel
-    from jaxtune.learn.partial import Part
     from jaxtune.model.lora import Lora
     from jaxtune.spec import ModelSpec
+    from jaxtune.training.trainable import Part
 
 
 class Adapters(NamedTuple):
@@ -163,7 +163,7 @@ def adapters_of(
 
 def part_of(config: Config, model: HfModel) -> tuple[HfModel, Part | None]:
     """What `trainable` and `train_last_layers` choose, and the model cut for it."""
-    from jaxtune.learn.partial import part
+    from jaxtune.training.trainable import part
 
     fields = ("trainable", "train_last_layers")
     chosen = part(model.spec, **{name: getattr(config, name) for name in fields})
@@ -277,7 +277,7 @@ def fetched(name: str, step: int | None = None, *, checkpoint: bool = True) -> s
     """
     if not object_store.is_url(name):
         return name
-    from jaxtune.learn.mirror import fetch_run
+    from jaxtune.training.checkpoint.remote import fetch_run
 
     run, _, number = name.rstrip("/").rpartition("/checkpoints/")
     if run and number.isdigit():
@@ -320,10 +320,10 @@ def restore(model: HfModel, run_dir: Path, step: int | None, *, dtype: str) -> R
     from jaxtune.hf.load import load_params
     from jaxtune.hf.peft.base_identity import check_base, lora_from_meta
     from jaxtune.hf.peft.read import with_token_rows
-    from jaxtune.learn.checkpoint import read_meta, restore_trained
-    from jaxtune.learn.partial import part
     from jaxtune.model import decoder
     from jaxtune.parallel.mesh import make_mesh, shardings
+    from jaxtune.training.checkpoint.checkpoints import read_meta, restore_trained
+    from jaxtune.training.trainable import part
     from jaxtune.tree import merge, split
 
     meta = read_meta(run_dir, step, note=cli.note)

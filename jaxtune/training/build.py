@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from jaxtune.hf.load import HfModel
-    from jaxtune.learn.optim import Hyper
-    from jaxtune.learn.partial import Part
-    from jaxtune.learn.program import Program
     from jaxtune.spec import ModelSpec
-    from jaxtune.weights import Adapters
+    from jaxtune.training.initial_weights import Adapters
+    from jaxtune.training.optim.optim import Hyper
+    from jaxtune.training.program import Program
+    from jaxtune.training.trainable import Part
 
 
 def set_compiler_flags() -> None:
@@ -86,7 +86,7 @@ def rows_per_step(config: Config, mesh: Mesh) -> int:
 
 def hyper(config: Config) -> Hyper:
     """What the config says of the optimiser."""
-    from jaxtune.learn.optim import Hyper
+    from jaxtune.training.optim.optim import Hyper
 
     return Hyper(
         config.optim,
@@ -102,9 +102,9 @@ def hyper(config: Config) -> Hyper:
 
 def attention_of(config: Config, spec: ModelSpec, mesh: Mesh, length: int) -> tuple[str, str]:
     """The implementation that rows of `length` tokens are attended by, and why it and no other."""
-    from jaxtune.learn.program import compute_dtype
     from jaxtune.model.decoder import attention_for
     from jaxtune.parallel.mesh import platform_of
+    from jaxtune.training.program import compute_dtype
 
     return attention_for(
         spec,
@@ -126,8 +126,8 @@ def build(
 ) -> Program:
     """The program of a run of `total_steps`, for the devices of `mesh`. Raises `ConfigError` as
     `check_experts` does."""
-    from jaxtune.learn import program, schedules
     from jaxtune.parallel.mesh import check_experts, platform_of
+    from jaxtune.training import program, schedules
 
     check_experts(model.spec.experts, mesh)
     dtype: Any = program.compute_dtype(config.dtype, platform_of(mesh))

@@ -19,12 +19,12 @@ import jax
 import numpy as np
 
 from jaxtune.data.dataset import Batches
-from jaxtune.learn.program import Program
-from jaxtune.learn.state import TrainState
-from jaxtune.learn.step import StepMetrics
 from jaxtune.parallel.mesh import put_batch, row_shards
 from jaxtune.storage.atomic_write import write_whole
 from jaxtune.storage.jsonl import number
+from jaxtune.training.program import Program
+from jaxtune.training.state import TrainState
+from jaxtune.training.step import StepMetrics
 
 _SHOWN = 5
 

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtune.learn import adafactor, muon, schedule_free
-from jaxtune.learn.matrices import Dims, dims, is_hidden, is_matrix
+from jaxtune.training.optim import adafactor, muon, schedule_free
+from jaxtune.training.optim.matrices import Dims, dims, is_hidden, is_matrix
 from jaxtune.tree import map_named, named, unnamed
 
 

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune.learn import optim
-from jaxtune.learn.objectives import Objective, Tokens, add, zero_sums
-from jaxtune.learn.schedules import Schedule
-from jaxtune.learn.state import TrainState
 from jaxtune.model.layers import ARRIVING
 from jaxtune.ops.cross_entropy import Sums, TokenLosses
 from jaxtune.parallel import collectives
+from jaxtune.training.objectives import Objective, Tokens, add, zero_sums
+from jaxtune.training.optim import optim
+from jaxtune.training.schedules import Schedule
+from jaxtune.training.state import TrainState
 from jaxtune.tree import merge
 
 

@@ -34,14 +34,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxtune.config import ConfigError
-from jaxtune.learn import digests
-from jaxtune.learn.digests import FOLDER
-from jaxtune.learn.mirror import Mirror
-from jaxtune.learn.parts import Parts, Wanted, checkpointer, drop
-from jaxtune.learn.state import TrainState
 from jaxtune.parallel import processes
 from jaxtune.parallel.mesh import put
 from jaxtune.storage.object_store import StoreError, join
+from jaxtune.training.checkpoint import integrity
+from jaxtune.training.checkpoint.integrity import FOLDER
+from jaxtune.training.checkpoint.remote import Mirror
+from jaxtune.training.checkpoint.remote_shards import Parts, Wanted, checkpointer, drop
+from jaxtune.training.state import TrainState
 
 _DAMAGED, _REMOVED, _FETCHING = "damaged-", ".removed-", ".fetching-"
 _SHARES_SECONDS = 600  # for the digests of the other hosts, before older steps are removed
@@ -188,7 +188,7 @@ class Checkpoints:
         """What any host finds in its share of the files; empty where all is well."""
         return _of_all(
             functools.partial(
-                digests.damage, place, host=processes.index(), hosts=processes.count()
+                integrity.damage, place, host=processes.index(), hosts=processes.count()
             )
         )
 
@@ -234,13 +234,13 @@ class Checkpoints:
                     self._mirror.failed(f"that steps before {step} are gone", error)
                 drop(self.folder, self._mirror.steps)
                 return
-            digests.write(place, host=processes.index(), hosts=processes.count())
+            integrity.write(place, host=processes.index(), hosts=processes.count())
             self._latest = step
             self._copy(step, best)
             if not processes.is_first() or self._keep is None:
                 return
             deadline = time.monotonic() + _SHARES_SECONDS
-            while not digests.complete(place):
+            while not integrity.complete(place):
                 if time.monotonic() > deadline:
                     return  # nothing is removed for a step that does not count
                 time.sleep(0.1)
@@ -341,7 +341,7 @@ class Checkpoints:
         here = self.folder / str(step)
         wanted = place(abstract.trained, shardings.trained)
         # Of a step in parts a host may have some of the files: what it went on from.
-        if self._parts or (self._mirror is not None and not digests.complete(here)):
+        if self._parts or (self._mirror is not None and not integrity.complete(here)):
             said = self._fetch(step, {"trained": wanted})
         else:
             said = self._damage(here)
@@ -379,7 +379,7 @@ class Checkpoints:
         and those that were never finished."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
-            unfinished = path.name.isdigit() and not digests.complete(path)
+            unfinished = path.name.isdigit() and not integrity.complete(path)
             left = path.name.startswith((_REMOVED, _FETCHING))
             if ".orbax-checkpoint-tmp" in path.name or left or unfinished:
                 shutil.rmtree(path, ignore_errors=True)
@@ -439,7 +439,7 @@ def _counting(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if path.name.isdigit()]
-    return [int(path.name) for path in found if digests.complete(path)]
+    return [int(path.name) for path in found if integrity.complete(path)]
 
 
 def _read(folder: Path, **parts: Any) -> Any:
@@ -508,7 +508,7 @@ def _find(run_dir: Path, step: int | None, note: Callable[[str], None] = lambda 
         raise ConfigError(f"{folder}: no checkpoint of step {step}; there are: {known}.")
     said = ""
     for found in steps if step is None else [step]:
-        stamp = (folder / str(found) / digests.MARK).stat().st_mtime_ns
+        stamp = (folder / str(found) / integrity.MARK).stat().st_mtime_ns
         if not (what := _damage(folder / str(found), stamp)):
             if said:
                 note(f"{said} Step {found} is taken instead.")
@@ -521,4 +521,4 @@ def _find(run_dir: Path, step: int | None, note: Callable[[str], None] = lambda 
 @functools.lru_cache(maxsize=4)
 def _damage(folder: Path, stamp: int) -> str:
     """`digests.damage`, once for the two reads that follow each other."""
-    return digests.damage(folder)
+    return integrity.damage(folder)

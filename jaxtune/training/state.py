@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtune.learn.optim import Optimiser
 from jaxtune.parallel.mesh import replicated
+from jaxtune.training.optim.optim import Optimiser
 from jaxtune.tree import named
 
 

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.config import ConfigError
-from jaxtune.learn import digests
-from jaxtune.learn.digests import FOLDER
 from jaxtune.parallel import processes
 from jaxtune.storage import cache_eviction, lock, object_store
 from jaxtune.storage.atomic_write import write_whole
 from jaxtune.storage.object_store import StoreError, join
+from jaxtune.training.checkpoint import integrity
+from jaxtune.training.checkpoint.integrity import FOLDER
 
 SECONDS = 60.0  # between two copies of what grows
 _IDENTITY = ".run-id"
@@ -155,7 +155,7 @@ class Mirror:
         with self._one_at_a_time:
             self._put_files()  # first: the rows up to this step
             self.steps.discard(step)
-            put_marked(here, place, digests.MARK, contents=False)
+            put_marked(here, place, integrity.MARK, contents=False)
             self.steps.add(step)
             self._silent = True
 
@@ -163,7 +163,7 @@ class Mirror:
         """By its mark first: it is never there in part."""
         place = join(self.url, FOLDER, step)
         self.steps.discard(step)
-        object_store.remove([join(place, digests.MARK)])
+        object_store.remove([join(place, integrity.MARK)])
         object_store.remove(item.url for item in object_store.listed(place))
 
     def fetch_step(self, step: int, folder: Path) -> None:
@@ -262,7 +262,7 @@ def _empty(folder: Path, *, but: Collection[str] = ()) -> None:
 
 def _counting(folder: Path) -> list[int]:
     steps = folder.iterdir() if folder.is_dir() else ()
-    return [int(path.name) for path in steps if path.name.isdigit() and digests.complete(path)]
+    return [int(path.name) for path in steps if path.name.isdigit() and integrity.complete(path)]
 
 
 def _newest(folder: Path) -> int:
@@ -306,7 +306,7 @@ def steps_of(url: str) -> list[int]:
     """The steps that count in the store, damaged since or not, in order."""
     place = join(url, FOLDER)
     names = [object_store.inside(item.url, place).split("/") for item in object_store.listed(place)]
-    found = [int(first) for first, *rest in names if rest == [digests.MARK] and first.isdigit()]
+    found = [int(first) for first, *rest in names if rest == [integrity.MARK] and first.isdigit()]
     return sorted(found)
 
 
@@ -348,16 +348,16 @@ def fetch_run(url: str, *, step: int | None = None, checkpoint: bool = True) -> 
     for found in reversed(known) if step is None else [step]:
         here = folder / FOLDER / str(found)
         _bring(url, found, here)
-        if not digests.damage(here):
+        if not integrity.damage(here):
             break
     return folder
 
 
 def _bring(url: str, step: int, here: Path) -> None:
     """A checkpoint to read, fetched where it is not here as it is there now."""
-    mark = join(url, FOLDER, step, digests.MARK)
-    known_here = (here / digests.MARK).is_file() and (here / digests.MARK).read_bytes()
-    if known_here != object_store.read(mark) or digests.damage(here):
+    mark = join(url, FOLDER, step, integrity.MARK)
+    known_here = (here / integrity.MARK).is_file() and (here / integrity.MARK).read_bytes()
+    if known_here != object_store.read(mark) or integrity.damage(here):
         object_store.make_room(sum(i.size for i in object_store.listed(join(url, FOLDER, step))))
         here.parent.mkdir(parents=True, exist_ok=True)
         fetch_step(url, step, here)

@@ -13,11 +13,11 @@ from jaxtune.config import Config, ConfigError
 if TYPE_CHECKING:
     from jaxtune.data.dataset import Batches
     from jaxtune.hf.load import HfModel
-    from jaxtune.learn.checkpoint import Checkpoints
-    from jaxtune.learn.partial import Part
-    from jaxtune.learn.program import Program
-    from jaxtune.learn.state import TrainState
-    from jaxtune.weights import Adapters
+    from jaxtune.training.checkpoint.checkpoints import Checkpoints
+    from jaxtune.training.initial_weights import Adapters
+    from jaxtune.training.program import Program
+    from jaxtune.training.state import TrainState
+    from jaxtune.training.trainable import Part
 
 
 def first_step(
@@ -34,7 +34,7 @@ def first_step(
     """The step to go on from (below `before`); 0 is the beginning. Raises `ConfigError` for what
     would not be the same run."""
     from jaxtune.data.progress import fingerprint
-    from jaxtune.weights import check_resumed
+    from jaxtune.training.initial_weights import check_resumed
 
     latest = checkpoints.newest_good(note, before=before)
     if latest is None:
@@ -105,8 +105,8 @@ def first_state(
 ) -> tuple[TrainState, Any]:
     """The state to go on from, and what is frozen beside it; a resumed run reads only the latter
     from the model."""
+    from jaxtune.training.initial_weights import base_params, first_adapters
     from jaxtune.tree import split
-    from jaxtune.weights import base_params, first_adapters
 
     _, frozen = split(program.placed, program.is_trained)
     if start:

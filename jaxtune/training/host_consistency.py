@@ -20,7 +20,7 @@ from jaxtune.parallel import processes
 if TYPE_CHECKING:
     from jaxtune.data.dataset import Batches, Dataset
     from jaxtune.hf.load import HfModel
-    from jaxtune.weights import Adapters
+    from jaxtune.training.initial_weights import Adapters
 
 # Fields that each host may have its own of: where it writes, and how it works.
 _OWN = ("output_dir", "dataset_num_proc", "compilation_cache_dir", "hang_timeout_seconds")
@@ -126,8 +126,8 @@ def _asked(name: str, config: Config) -> str:
     from jaxtune.hf.folders import is_adapter
     from jaxtune.hf.load import open_model
     from jaxtune.hf.peft.read import on_model, open_adapter
+    from jaxtune.training.initial_weights import checkpoint_of, is_checkpoint
     from jaxtune.tree import named
-    from jaxtune.weights import checkpoint_of, is_checkpoint
 
     if is_checkpoint(name):
         return f"step {checkpoint_of(Path(name))[1]}"

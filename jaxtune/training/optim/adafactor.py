@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune.learn.matrices import Dims
+from jaxtune.training.optim.matrices import Dims
 from jaxtune.tree import named, unnamed
 
 EPSILON = 1e-30

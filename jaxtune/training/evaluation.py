@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from jaxtune.learn.step import EachToken, Evaluate
 from jaxtune.parallel.mesh import put_batch
+from jaxtune.training.step import EachToken, Evaluate
 
 
 class Part(Protocol):

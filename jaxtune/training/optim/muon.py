@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune.learn.matrices import Dims, size
+from jaxtune.training.optim.matrices import Dims, size
 from jaxtune.tree import named, unnamed
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -16,23 +16,23 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxtune import incident
 from jaxtune.cli import Stopped, note
 from jaxtune.config import Config, Diverged
 from jaxtune.data.dataset import Batches, Dataset, eval_batches, prefetch
 from jaxtune.data.progress import counts_before, counts_of, epoch_at
-from jaxtune.learn.checkpoint import Checkpoints
-from jaxtune.learn.evaluation import Totals, evaluate
-from jaxtune.learn.metrics import Meter, MetricsWriter, Spikes, memory_peak_bytes
-from jaxtune.learn.program import Program
-from jaxtune.learn.state import TrainState
-from jaxtune.learn.step import StepMetrics
-from jaxtune.learn.tracing import Tracing
 from jaxtune.parallel import processes
 from jaxtune.parallel.chips import peak_flops
 from jaxtune.parallel.heartbeat import Notice, Watch, asked_to_stop
 from jaxtune.parallel.mesh import put_batch, row_shards
 from jaxtune.terminal.progress import Progress
+from jaxtune.training import debug_step
+from jaxtune.training.checkpoint.checkpoints import Checkpoints
+from jaxtune.training.evaluation import Totals, evaluate
+from jaxtune.training.metrics import Meter, MetricsWriter, Spikes, memory_peak_bytes
+from jaxtune.training.profiling import Tracing
+from jaxtune.training.program import Program
+from jaxtune.training.state import TrainState
+from jaxtune.training.step import StepMetrics
 from jaxtune.tree import named
 
 
@@ -226,7 +226,7 @@ class Loop:
         if (usual := self._spikes.notice(loss)) is not None:
             note(
                 f"step {done}: the loss jumped to {loss:.4f}; it was about {usual:.4f}. To look at "
-                f"that step: {incident.command_for(self.run_dir, done)}"
+                f"that step: {debug_step.command_for(self.run_dir, done)}"
             )
         self._progress.advance(loss)
         if done % self.config.logging_steps and done != self.plan.total_steps:
@@ -258,11 +258,11 @@ class Loop:
         """The step changed nothing. Writes down what is known of it; ends the run, or skips it."""
         self.checkpoints.wait()  # so that the one being written counts too
         kept = self.checkpoints.latest()
-        path = incident.path_of(self.run_dir, done)
+        path = debug_step.path_of(self.run_dir, done)
         if processes.is_first():
             names = list(named(self.program.abstract.trained))
-            found = incident.describe(self.run_dir, done, metrics, names, self.plan.batches, kept)
-            incident.write(path, found)
+            found = debug_step.describe(self.run_dir, done, metrics, names, self.plan.batches, kept)
+            debug_step.write(path, found)
         skipped = self.standing.skipped + 1
         what = f"step {done}: the loss is {metrics.loss:g} and the gradient norm " + (
             f"{metrics.grad_norm:g}. "
@@ -279,7 +279,7 @@ class Loop:
             f"{what}It changed nothing; "
             + (f"the newest checkpoint is step {kept}. " if kept else "none was saved before it. ")
             + "The batch's rows and the gradient norm of each parameter are in "
-            f"{path}. To look at that step: {incident.command_for(self.run_dir, done)}. Lower "
+            f"{path}. To look at that step: {debug_step.command_for(self.run_dir, done)}. Lower "
             f"learning_rate (now {metrics.learning_rate:g}), mend the rows, or allow "
             "max_skipped_steps."
         )
