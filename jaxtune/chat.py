@@ -27,9 +27,9 @@ from jaxtune.config import Config, ConfigError, DataError
 from jaxtune.parallel import memory
 
 if TYPE_CHECKING:
-    from jaxtune.answering import Answer
     from jaxtune.data.schema import Conversation
-    from jaxtune.inference import Model, Words
+    from jaxtune.inference.load.generate import Answer
+    from jaxtune.inference.load.load import Model, Words
     from jaxtune.serving.listen import Taken
     from jaxtune.talk.voices import Settings
 
@@ -120,7 +120,7 @@ def run(config: Config, options: ChatOptions | None = None) -> Result:
 def _run(
     config: Config, options: ChatOptions, asked: list[Asked] | None, taken: Taken | None
 ) -> Result:
-    from jaxtune.inference import check_base, load_model, open_mesh, open_words, resolved
+    from jaxtune.inference.load.load import check_base, load_model, open_mesh, open_words, resolved
 
     config = resolved(config)
     words = open_words(config)
@@ -217,7 +217,7 @@ def _rows(
     models: Mapping[str, Model], words: Words, asked: list[Asked], options: ChatOptions
 ) -> list[Mapping[str, Any]]:
     """One object per prompt, in order; the base's answer under "base"."""
-    from jaxtune.answering import answer, prompt_ids
+    from jaxtune.inference.load.generate import answer, prompt_ids
     from jaxtune.talk.voices import sampling
 
     by_model = {

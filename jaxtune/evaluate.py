@@ -127,8 +127,15 @@ def _run(config: Config, options: EvaluateOptions) -> Result:
         that_fit,
     )
     from jaxtune.evaluating.summary import Groups, summaries
-    from jaxtune.inference import check_base, load_model, open_mesh, open_words, positions, resolved
-    from jaxtune.model.sampling import Sampling
+    from jaxtune.inference.load.load import (
+        check_base,
+        load_model,
+        open_mesh,
+        open_words,
+        positions,
+        resolved,
+    )
+    from jaxtune.inference.load.sampling import Sampling
     from jaxtune.scoring.intervals import Bootstrap
     from jaxtune.training.initial_weights import fetched
 

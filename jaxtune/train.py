@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from jaxtune.data.templating.template import Template
     from jaxtune.data.tokenizer import Tokenizer
     from jaxtune.hf.load import HfModel
-    from jaxtune.samples import Samples
+    from jaxtune.inference.load.sample_prompts import Samples
     from jaxtune.training.checkpoint.remote import Mirror
     from jaxtune.training.initial_weights import Adapters
     from jaxtune.training.program import Program
@@ -388,9 +388,9 @@ def _samples(
     """What answers `sample_prompts` at every evaluation."""
     if not config.sample_prompts:
         return None
-    from jaxtune.inference import Words, stop_ids
+    from jaxtune.inference.load.load import Words, stop_ids
+    from jaxtune.inference.load.sample_prompts import Samples
     from jaxtune.parallel.mesh import platform_of
-    from jaxtune.samples import Samples
     from jaxtune.training.program import compute_dtype
 
     words = Words(material.tokenizer, material.template)

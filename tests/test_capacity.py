@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jaxtune.inference.load.kv_capacity import longest_text
 
-from jaxtune.capacity import longest_text
 from jaxtune.config import ConfigError
 from jaxtune.hf.load import open_model
 from jaxtune.parallel import memory

@@ -16,12 +16,12 @@ from jaxtune.scoring.answers import Said, answer_scores
 from jaxtune.scoring.measure import Score, exp_of_ratio, ratio
 
 if TYPE_CHECKING:
-    from jaxtune.answering import Answer
     from jaxtune.data.dataset import Dataset
     from jaxtune.evaluating.general import General
-    from jaxtune.inference import Model, Words
+    from jaxtune.inference.load.generate import Answer
+    from jaxtune.inference.load.load import Model, Words
+    from jaxtune.inference.load.sampling import Sampling
     from jaxtune.judge.pairs import Outcome
-    from jaxtune.model.sampling import Sampling
     from jaxtune.training.evaluation import Examples
 
 
@@ -153,7 +153,7 @@ def _said(
     max_new_tokens: int,
     sampling: Sampling,
 ) -> list[Said]:
-    from jaxtune.answering import answer, prompt_ids
+    from jaxtune.inference.load.generate import answer, prompt_ids
 
     prompts = [prompt_ids(model, question.words, question.asked) for question in questions]
     answers: list[Answer] = answer(

@@ -36,9 +36,9 @@ from jaxtune.serving.protocol import BROKEN, ChatAsked, Ended, Refused, Reply, T
 from jaxtune.serving.work import Desk, Event, Job, Wanted
 
 if TYPE_CHECKING:
-    from jaxtune.answering import Answer
     from jaxtune.data.templating.template import Template
-    from jaxtune.model.sampling import Sampling
+    from jaxtune.inference.load.generate import Answer
+    from jaxtune.inference.load.sampling import Sampling
 
 _BODY_SECONDS = 20.0  # for a client to send what it has announced
 _SPARE = 64  # requests beyond those that may wait or be answered: pages, /health, refusals

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxtune.answering import Answering
-from jaxtune.capacity import longest_text
+from jaxtune.inference.load.generate import Answering
+from jaxtune.inference.load.kv_capacity import longest_text
 from jaxtune.serving.app import Defaults, Served, application
 from jaxtune.serving.asked import chat_ids, text_ids
 from jaxtune.serving.guard import Door
@@ -16,7 +16,7 @@ from jaxtune.serving.listen import Taken, serve
 from jaxtune.serving.work import Desk, Limits
 
 if TYPE_CHECKING:
-    from jaxtune.inference import Model, Words
+    from jaxtune.inference.load.load import Model, Words
 
 
 def start(

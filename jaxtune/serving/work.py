@@ -22,9 +22,9 @@ from jaxtune.parallel import memory
 from jaxtune.serving.protocol import BROKEN, BUSY, Refused
 
 if TYPE_CHECKING:
-    from jaxtune.answering import Answer, Piece
     from jaxtune.data.templating.template import Template
-    from jaxtune.model.sampling import Sampling
+    from jaxtune.inference.load.generate import Answer, Piece
+    from jaxtune.inference.load.sampling import Sampling
 
 # Tokens that every answer is taken further before others are looked at: who waits, who has gone.
 _STEPS = 4

@@ -15,11 +15,13 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtune import answering, chat, convert, evaluate, inference, train
+from jaxtune import chat, convert, evaluate, train
 from jaxtune.config import Config, ConfigError, load
 from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import load_params, open_model
+from jaxtune.inference.load import generate
+from jaxtune.inference.load import load as inference
 from jaxtune.model import decoder
 from jaxtune.serving import start, work
 from jaxtune.terminal.text import printable
@@ -219,8 +221,8 @@ def test_adapters_beside_the_weights_answer_as_merged(root: Path, tuned: Path, s
     )
     prompts = [words.tokenizer.encode(f"Q: Where is {i}?\nA: ") for i in (3, 12)]
 
-    def asked(model: inference.Model) -> list[answering.Answer]:
-        return answering.answer(model, words, prompts, max_new_tokens=12)
+    def asked(model: inference.Model) -> list[generate.Answer]:
+        return generate.answer(model, words, prompts, max_new_tokens=12)
 
     base = inference.load_model(str(root / "base"), config, words, mesh)
     found = asked(beside)

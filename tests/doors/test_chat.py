@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from jaxtune import answering, chat
+from jaxtune import chat
 from jaxtune.config import load
 from jaxtune.data.templating.answer_text import Around
 from jaxtune.data.tokenizer import load_tokenizer
+from jaxtune.inference.load import generate
 from jaxtune.terminal.text import printable
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model"
@@ -94,13 +95,13 @@ def test_drawn_answers_repeat_with_their_seed(
 def conversation(monkeypatch: pytest.MonkeyPatch, text: str, *models: Any) -> list[list[str]]:
     """Types `text`; gives what each answer was asked with, one list of contents per answer."""
     asked: list[list[str]] = []
-    stream = answering.stream
+    stream = generate.stream
 
     def remember(model: Any, words: Any, messages: Any, **more: Any) -> Any:
         asked.append([message.content for message in messages])
         return stream(model, words, messages, **more)
 
-    monkeypatch.setattr(answering, "stream", remember)
+    monkeypatch.setattr(generate, "stream", remember)
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     options = chat.ChatOptions(base=str(models[1].folder) if len(models) > 1 else None)
     config = load(overrides={"model_name_or_path": str(models[0].folder)})
@@ -153,10 +154,10 @@ def test_streamed_text_never_shows_half_a_character() -> None:
     ids = tokenizer.encode(text)
     assert len(ids) > len(text)  # some characters are several tokens
 
-    answers: list[answering.Answer] = []
+    answers: list[generate.Answer] = []
 
     def text_of(ids: Iterable[int]) -> Generator[str, None, None]:
-        text = answering._Text(tokenizer, BEHIND, (), Around())
+        text = generate._Text(tokenizer, BEHIND, (), Around())
         for i in ids:
             yield text.add([i], None)[0]
         last, answer = text.add([], "stop")
@@ -165,7 +166,7 @@ def test_streamed_text_never_shows_half_a_character() -> None:
         yield last
 
     pieces = list(filter(None, text_of(ids)))
-    assert answers == [answering.Answer(text, True, len(ids))]
+    assert answers == [generate.Answer(text, True, len(ids))]
     assert "".join(pieces) == text
     assert len(pieces) > 4
     cut = list(text_of(ids[:-1]))

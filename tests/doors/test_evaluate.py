@@ -18,9 +18,11 @@ from children import environment
 from data.chat_templates import THINKING
 from transformers import AutoTokenizer
 
-from jaxtune import answering, evaluate, inference, preview, train
+from jaxtune import evaluate, preview, train
 from jaxtune.config import ConfigError, load
 from jaxtune.evaluate import EvaluateOptions
+from jaxtune.inference.load import generate
+from jaxtune.inference.load import load as inference
 from jaxtune.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -390,9 +392,9 @@ def thinks(monkeypatch: pytest.MonkeyPatch, said: Sequence[str]) -> list[Any]:
     def answer(model: Any, words: Any, prompts: Any, *, templates: Any, **more: Any) -> Any:
         given.extend(templates)
         encode = words.tokenizer.encode
-        return [answering.Answer(text, True, len(encode(text))) for text in said]
+        return [generate.Answer(text, True, len(encode(text))) for text in said]
 
-    monkeypatch.setattr(answering, "answer", answer)
+    monkeypatch.setattr(generate, "answer", answer)
     return given
 
 

@@ -13,10 +13,11 @@ import pytest
 from judge.server import likes_the_first, likes_the_longer, serving
 from scipy.stats import binomtest
 
-from jaxtune import answering, evaluate
+from jaxtune import evaluate
 from jaxtune.config import ConfigError, load
 from jaxtune.evaluate import EvaluateOptions
 from jaxtune.evaluating import harness
+from jaxtune.inference.load import generate
 
 SAID = "Yes, you can"  # by the parrot; the contrary one says Sorry
 SECRET = "sk-never-to-be-seen-0123456789"
@@ -70,9 +71,9 @@ def test_a_judge_sees_no_thinking(
 ) -> None:
     def answer(model: Any, words: Any, prompts: Any, **more: Any) -> Any:
         said = "Sorry." if model.name == str(contrary.folder) else "It is allowed."
-        return [answering.Answer(f"<think>\nHm.\n</think>\n\n{said}", True, 9) for _ in prompts]
+        return [generate.Answer(f"<think>\nHm.\n</think>\n\n{said}", True, 9) for _ in prompts]
 
-    monkeypatch.setattr(answering, "answer", answer)
+    monkeypatch.setattr(generate, "answer", answer)
     with serving(likes_the_longer) as server:
         found = judged(parrot, contrary, data, server.url)
     assert found["judge"]["wins"] == 8

@@ -10,15 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jaxtune.inference.load.generate import Answer, Answering, answer, prompt_ids, stream
+from jaxtune.inference.load.load import load_model
+from jaxtune.inference.load.sampling import Sampling
 
-from jaxtune import answering, inference
-from jaxtune.answering import Answer, Answering, answer, prompt_ids, stream
 from jaxtune.config import ConfigError, DataError, load
 from jaxtune.data.schema import Conversation, Message
 from jaxtune.data.templating.answer_text import Around
 from jaxtune.data.tokenizer import load_tokenizer
-from jaxtune.inference import load_model
-from jaxtune.model.sampling import Sampling
+from jaxtune.inference.load import generate
+from jaxtune.inference.load import load as inference
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model"
 SAID = "Yes, you can"
@@ -56,7 +57,7 @@ def test_text_in_any_pieces_ends_before_the_first_stop_string() -> None:
             # What the string that came first in tokens leaves.
             expected = tokenizer.decode(ids[:made])
             expected = expected[: min(at for s in stop if (at := expected.find(s)) >= 0)]
-        said = answering._Text(tokenizer, BEHIND, tuple(stop), Around())
+        said = generate._Text(tokenizer, BEHIND, tuple(stop), Around())
         found, shown, at = None, "", 0
         while found is None:
             size = int(rng.integers(1, 6))

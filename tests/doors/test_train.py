@@ -22,9 +22,10 @@ import pytest
 import yaml
 from children import environment
 
-from jaxtune import chat, evaluate, samples, train
+from jaxtune import chat, evaluate, train
 from jaxtune.config import ConfigError, Diverged, load
 from jaxtune.hf.load import load_params, open_model
+from jaxtune.inference.load import sample_prompts
 from jaxtune.storage import lock
 from jaxtune.training import loop
 from jaxtune.training.checkpoint.checkpoints import Checkpoints, read_meta
@@ -266,10 +267,10 @@ def strike(monkeypatch: pytest.MonkeyPatch, where: str, number: int) -> None:
             now()
         return answer(*args, **kwargs)
 
-    evaluate_all, read, answer = loop.evaluate, loop.Loop._read, samples.answer
+    evaluate_all, read, answer = loop.evaluate, loop.Loop._read, sample_prompts.answer
     monkeypatch.setattr(loop, "evaluate", evaluated)
     monkeypatch.setattr(loop.Loop, "_read", stepped)
-    monkeypatch.setattr(samples, "answer", answered)
+    monkeypatch.setattr(sample_prompts, "answer", answered)
 
 
 def test_a_run_stopped_in_its_evaluations_is_the_undisturbed_run(

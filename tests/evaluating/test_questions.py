@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from data.chat_templates import THINKING, THINKING_KEY, TOOL_CALLING
 from data.made import NAMES, adds_bos, byte_level_backend, save, sentencepiece_backend
+from jaxtune.inference.load.generate import _Text
+from jaxtune.inference.load.load import Words
 
-from jaxtune.answering import _Text
 from jaxtune.config import DataError, DatasetConfig
 from jaxtune.data.dataset import Dataset, open_dataset
 from jaxtune.data.templating.answer_text import around
@@ -19,7 +20,6 @@ from jaxtune.data.templating.template import resolve
 from jaxtune.data.tokenize import encode_prompt
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evaluating.questions import Question, questions_of
-from jaxtune.inference import Words
 from jaxtune.scoring.answers import Said, answer_scores
 
 # The generation prompt begins the reasoning, and answers are written with it.

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtune.inference.load.engine import Generation, generate, stream
+from jaxtune.inference.load.sampling import Sampling
 from model.conftest import SPEC
 
 from jaxtune.config import ConfigError, DataError
-from jaxtune.model import decoder, sample, slots
+from jaxtune.inference.load import decode_step, engine
+from jaxtune.model import decoder
 from jaxtune.model.decoder import Params
-from jaxtune.model.sample import Generation, generate, stream
-from jaxtune.model.sampling import Sampling
 from jaxtune.parallel import mesh
 
 rng = np.random.default_rng(1)
@@ -172,13 +173,13 @@ def test_the_last_position_ends_an_answer(params: Params) -> None:
 
 def test_a_new_prompt_of_a_known_size_compiles_nothing(params: Params) -> None:
     run(params, PROMPTS[:2])
-    programs = slots.read._cache_size(), slots.advance._cache_size()
+    programs = decode_step.read._cache_size(), decode_step.advance._cache_size()
     run(params, [[5] * 20, [6] * 18], stop_ids={9}, max_new_tokens=NEW - 3)
-    assert (slots.read._cache_size(), slots.advance._cache_size()) == programs
+    assert (decode_step.read._cache_size(), decode_step.advance._cache_size()) == programs
 
 
 def test_shapes_come_in_few_sizes() -> None:
-    assert [sample._bucket(n) for n in (1, 16, 17, 1000, 1025, 2049)] == [
+    assert [engine._bucket(n) for n in (1, 16, 17, 1000, 1025, 2049)] == [
         16,
         16,
         32,

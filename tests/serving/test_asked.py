@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from jaxtune import answering
 from jaxtune.config import DataError
+from jaxtune.inference.load import generate
 from jaxtune.serving.asked import chat_ids
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
@@ -37,7 +37,7 @@ def ids(
             raise DataError("an empty answer")
         return [*map(ord, text)]
 
-    monkeypatch.setattr(answering, "prompt_ids", prompt_ids)
+    monkeypatch.setattr(generate, "prompt_ids", prompt_ids)
     nothing: Any = None
     return chat_ids(nothing, nothing, messages, tools)
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from data.chat_templates import BRACKETS_MERGING, TRIMMING_DATED
 from data.made import NAMES, adds_bos, byte_level_backend, save, sentencepiece_backend
+from jaxtune.inference.load.generate import Answer, _Text
 
-from jaxtune.answering import Answer, _Text
 from jaxtune.data.schema import Conversation, Dropped, Message
 from jaxtune.data.templating.answer_text import around, text_of
 from jaxtune.data.templating.masking import render

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtune.inference.load.sampling import Settings, choose
 from jaxtune.model import decoder
 from jaxtune.model.decoder import Cache, Params
 from jaxtune.model.lora import Lora
-from jaxtune.model.sampling import Settings, choose
 from jaxtune.ops.cross_entropy import logits
 from jaxtune.parallel.mesh import constrain
 from jaxtune.spec import ModelSpec

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxtune.answering import answer, prompt_ids
 from jaxtune.data.schema import Conversation, Message
-from jaxtune.inference import Model, Words
+from jaxtune.inference.load.generate import answer, prompt_ids
+from jaxtune.inference.load.load import Model, Words
 from jaxtune.parallel import processes
 from jaxtune.storage.jsonl import keep_rows_up_to
 from jaxtune.tree import merge

@@ -24,12 +24,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxtune.config import ConfigError, DataError
-from jaxtune.model import slots as device
+from jaxtune.inference.load import decode_step as device
+from jaxtune.inference.load.decode_step import MOST_STEPS, Asked, Program, Slots, Texts, Written
+from jaxtune.inference.load.sampling import GREEDY, Sampling, settings
+from jaxtune.inference.load.unstack import unrolled
 from jaxtune.model.decoder import Params, rope_limits
 from jaxtune.model.lora import Lora
-from jaxtune.model.sampling import GREEDY, Sampling, settings
-from jaxtune.model.slots import MOST_STEPS, Asked, Program, Slots, Texts, Written
-from jaxtune.model.unrolled import unrolled
 from jaxtune.parallel.mesh import platform_of, row_shards
 from jaxtune.spec import ModelSpec
 
