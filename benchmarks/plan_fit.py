@@ -96,7 +96,7 @@ def _study(
 ) -> Any:
     from jaxtune.config import load
     from jaxtune.parallel.chips import parse_slice
-    from jaxtune.planning.study import Subject, study
+    from jaxtune.planning.evaluate_config import Subject, study
     from jaxtune.storage.object_store import default_folder
 
     batch = {"per_device_train_batch_size": rows}

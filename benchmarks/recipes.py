@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from planned import planned  # noqa: E402
 
-from jaxtune.draw.plan import header  # noqa: E402
+from jaxtune.planning.text import header  # noqa: E402
 
 _INDENT = "#" + " " * 12
 

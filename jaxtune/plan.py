@@ -23,9 +23,9 @@ from jaxtune.config import Config, ConfigError
 
 if TYPE_CHECKING:
     from jaxtune.hf.load import HfModel
+    from jaxtune.planning.evaluate_config import Study, Subject
     from jaxtune.planning.hardware import Hardware
     from jaxtune.planning.search import Candidate
-    from jaxtune.planning.study import Study, Subject
 
 
 class PlanOptions(cli.Options):
@@ -89,7 +89,7 @@ def run(config: Config, options: PlanOptions | None = None) -> Result:
     if options.search:
         plan = _search(config, subject, there, options)
     else:
-        from jaxtune.planning.study import study
+        from jaxtune.planning.evaluate_config import study
 
         found = study(config, subject, there, folder=_folder(options), note=note)
         plan = _described(found, options)
@@ -97,7 +97,7 @@ def run(config: Config, options: PlanOptions | None = None) -> Result:
     if options.as_json:
         print(json.dumps(plan, ensure_ascii=False, allow_nan=False))
     else:
-        from jaxtune.draw.plan import frontier_text, plan_text
+        from jaxtune.planning.text import frontier_text, plan_text
 
         if "frontier" in plan:
             print(frontier_text(plan["frontier"]), end="\n\n")
@@ -121,7 +121,7 @@ def _folder(options: PlanOptions) -> Path | None:
 
 def _subject(config: Config, model: HfModel, there: Hardware) -> tuple[Subject, list[str]]:
     """The model with the data's rows and steps where data is given, and what to say of that."""
-    from jaxtune.planning.study import Subject
+    from jaxtune.planning.evaluate_config import Subject
 
     if not config.datasets:
         steps = config.max_steps if config.max_steps > 0 else None
@@ -158,7 +158,7 @@ def _subject(config: Config, model: HfModel, there: Hardware) -> tuple[Subject, 
 def _described(found: Study, options: PlanOptions) -> dict[str, Any]:
     """The object of `--json`."""
     from jaxtune.planning import advice
-    from jaxtune.planning.study import figures, study
+    from jaxtune.planning.evaluate_config import figures, study
     from jaxtune.spec import parameter_count
 
     plan = figures(found)
@@ -233,8 +233,8 @@ def _search(
 ) -> dict[str, Any]:
     """The plan of the fastest settings that fit, which are also written to a file."""
     from jaxtune.planning.advice import changed
+    from jaxtune.planning.evaluate_config import study
     from jaxtune.planning.search import candidates, frontier
-    from jaxtune.planning.study import study
 
     if not there.slice.chip.flops:
         raise ConfigError(f"search: the speed of {there.slice.name} is not known; name a chip.")
@@ -271,8 +271,8 @@ def _tried(
     options: PlanOptions,
 ) -> Iterator[tuple[Candidate, dict[str, Any]]]:
     """Candidates and their plans: compiled as far as the time allows, or all by arithmetic."""
-    from jaxtune.draw.plan import rate
     from jaxtune.planning.search import Progress, compile_all, counted
+    from jaxtune.planning.text import rate
     from jaxtune.terminal.progress import Searching
 
     if not there.compiles:
@@ -299,7 +299,7 @@ def _tried(
 def _write(config: Config, plan: Mapping[str, Any], file: Path) -> None:
     import yaml
 
-    from jaxtune.draw.plan import header
+    from jaxtune.planning.text import header
 
     text = yaml.safe_dump(
         config.model_dump(mode="json", exclude={"dataset"}, exclude_unset=True), sort_keys=False

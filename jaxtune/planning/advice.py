@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from jaxtune.config import Config, ConfigError, load
 from jaxtune.parallel.chips import larger
+from jaxtune.planning.evaluate_config import Study, study
 from jaxtune.planning.hardware import hardware
-from jaxtune.planning.study import Study, study
 
 GAIN = 0.88  # of the time, or less, is worth telling: arithmetic is wrong by as much
 _PEERS = (4, 2, 8)  # that share experts: at most about one dimension of the network

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 
 from jaxtune.config import Config, ConfigError, dump
 from jaxtune.parallel import memory
-from jaxtune.planning import estimate, timing
+from jaxtune.planning import memory_model, time_model
 from jaxtune.planning.advice import changed
-from jaxtune.planning.estimate import Work
+from jaxtune.planning.evaluate_config import Study, Subject, study
 from jaxtune.planning.hardware import Hardware
-from jaxtune.planning.study import Study, Subject, study
+from jaxtune.planning.memory_model import Work
 from jaxtune.training import build as assemble
 
 SLACK = 1.03  # arithmetic this far above the limit is not worth compiling
@@ -101,7 +101,7 @@ def _of_mesh(base: Study, mesh: Mapping[str, int], whole: int) -> Iterator[Candi
             if (block := _smaller_block(work, base)) is not None:
                 work, fields = work._replace(block=block), {**fields, "loss_block": block}
             settings = " ".join(f"--{name} {value}" for name, value in fields.items())
-            needed = sum(estimate.memory(work, base.held, base.hardware.limit).values())
+            needed = sum(memory_model.memory(work, base.held, base.hardware.limit).values())
             family = (*mesh.values(), work.block, remat)
             seconds = _seconds(work, base)
             yield Candidate(settings, fields, needed, seconds, work.tokens_per_step, rows, family)
@@ -110,20 +110,20 @@ def _of_mesh(base: Study, mesh: Mapping[str, int], whole: int) -> Iterator[Candi
 def _smaller_block(work: Work, base: Study) -> int | None:
     """A block of the vocabulary for the loss with which it fits, where the loss is what does not;
     None where it fits as it is, or does not for other reasons."""
-    limit, block = base.limit, estimate.loss_plan(work).block * work.sizes["tensor"]
-    if limit is None or sum(estimate.memory(work, base.held, limit).values()) <= limit:
+    limit, block = base.limit, memory_model.loss_plan(work).block * work.sizes["tensor"]
+    if limit is None or sum(memory_model.memory(work, base.held, limit).values()) <= limit:
         return None
     while block > SMALLEST_BLOCK:
         block = -(-block // 2)
         smaller = work._replace(block=block)
-        if sum(estimate.memory(smaller, base.held, limit).values()) <= limit:
+        if sum(memory_model.memory(smaller, base.held, limit).values()) <= limit:
             return block
     return None
 
 
 def _seconds(work: Work, base: Study) -> float:
     there = base.hardware
-    return timing.of_estimate(work, base.held, there.slice, there.per_chip).step
+    return time_model.of_estimate(work, base.held, there.slice, there.per_chip).step
 
 
 def remat_names() -> tuple[str, ...]:

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxtune import compiled
 from jaxtune.parallel.mesh import make_mesh
-from jaxtune.planning.compiling import arguments
+from jaxtune.planning import hlo_cost
+from jaxtune.planning.compile import arguments
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack
 from jaxtune.training import program, schedules
 from jaxtune.training.optim import optim
@@ -30,7 +30,7 @@ MESHES = [
 ]
 
 
-def hlo(sizes: dict[str, int], torus: tuple[int, ...], *, tied: bool) -> compiled.Module:
+def hlo(sizes: dict[str, int], torus: tuple[int, ...], *, tied: bool) -> hlo_cost.Module:
     spec = ModelSpec(
         vocab=VOCAB,
         width=WIDTH,
@@ -50,10 +50,10 @@ def hlo(sizes: dict[str, int], torus: tuple[int, ...], *, tied: bool) -> compile
     )  # fmt: skip
     with jax.set_mesh(mesh):
         lowered = built.train_step.lower(*arguments(built, rows=ROWS, length=LENGTH))
-        return compiled.parse(lowered.compile().as_text())
+        return hlo_cost.parse(lowered.compile().as_text())
 
 
-def sent(module: compiled.Module, kind: str) -> Iterator[tuple[int, str]]:
+def sent(module: hlo_cost.Module, kind: str) -> Iterator[tuple[int, str]]:
     """(elements of the largest result, name) of every collective of a kind."""
     for at in module.computations.values():
         for each in at.instructions.values():

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from test_step import SPEC, Batch, one_per_row
 
-from jaxtune import compiled
 from jaxtune.config import ConfigError
 from jaxtune.model import decoder
 from jaxtune.model.lora import Lora
 from jaxtune.parallel.mesh import make_mesh, put_batch
+from jaxtune.planning import hlo_cost
 from jaxtune.spec import (
     LayerSpec,
     ModelSpec,
@@ -184,7 +184,7 @@ def test_the_products_that_are_counted_are_those_of_the_compiled_step(chosen: An
     )
     # The reference multiplies what a causal mask hides, too.
     counted = flops_per_token(spec, T, back) + attention * (2 * T / (T + 1) - 1)
-    found = compiled.cost(text, 1).matmul_flops / (2 * T)
+    found = hlo_cost.cost(text, 1).matmul_flops / (2 * T)
     assert counted + (6 * back.numbers if lora else 0) == pytest.approx(found, rel=1e-9)
 
 

@@ -21,10 +21,10 @@ from jaxtune.config import load
 from jaxtune.hf.load import open_model
 from jaxtune.model import decoder
 from jaxtune.parallel.chips import parse_slice
-from jaxtune.planning import estimate, timing
-from jaxtune.planning.estimate import Work
+from jaxtune.planning import memory_model, time_model
+from jaxtune.planning.evaluate_config import Study, Subject, study
 from jaxtune.planning.hardware import hardware
-from jaxtune.planning.study import Study, Subject, study
+from jaxtune.planning.memory_model import Work
 from jaxtune.spec import LayerSpec, ModelSpec, MoeSpec, RopeSpec, Stack
 
 HERE = Path(__file__).resolve().parent
@@ -56,7 +56,7 @@ def test_memory_and_time_are_those_of_the_compiler(figures: dict[str, Any]) -> N
     work = found.work._replace(**changes)
     limit = found.hardware.limit
     assert limit is not None
-    needed = sum(estimate.memory(work, found.held, limit).values())
+    needed = sum(memory_model.memory(work, found.held, limit).values())
     assert (needed <= limit) == figures["fits"]
     ratio = needed / 2**30 / figures["gib"]
     if not figures["fits"]:
@@ -67,7 +67,7 @@ def test_memory_and_time_are_those_of_the_compiler(figures: dict[str, Any]) -> N
     off = 0.08 if work.lora else 0.05
     assert 1 - off <= ratio <= 1 + (off if work.reached == work.spec.stacks else 0.20)
     slice = found.hardware.slice
-    seconds = timing.of_estimate(work, found.held, slice, found.hardware.per_chip).step
+    seconds = time_model.of_estimate(work, found.held, slice, found.hardware.per_chip).step
     assert seconds / figures["seconds"] == pytest.approx(1, abs=0.12)
 
 
@@ -100,7 +100,7 @@ def test_a_layer_keeps_what_jax_keeps(name: str, remat: str) -> None:
     )
     sizes = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1}
     work = Work(spec, sizes, 1, T, 1, remat, 2, 2, 0, False, "splash")
-    counted = T * estimate.kept(work, LAYERS[name])
+    counted = T * memory_model.kept(work, LAYERS[name])
     # Not counted: what is one number for each token, or each of its experts; and of an activation
     # jax 0.10 keeps one array of F more than jax 0.12.
     assert counted == pytest.approx(found, rel=0.03 if name != "plain" else 0.06)

@@ -14,14 +14,15 @@ from typing import Any
 import jax
 import pytest
 
-from jaxtune.compiled import axes_along, group_of
 from jaxtune.config import ConfigError, load
 from jaxtune.hf.load import open_model
 from jaxtune.parallel.chips import larger, parse_slice
 from jaxtune.parallel.mesh import SIZES
-from jaxtune.planning import advice, compiling, estimate, search, timing
+from jaxtune.planning import advice, memory_model, search, time_model
+from jaxtune.planning import compile as compiling
+from jaxtune.planning.evaluate_config import Study, Subject, by_kind, figures, study
 from jaxtune.planning.hardware import hardware
-from jaxtune.planning.study import Study, Subject, by_kind, figures, study
+from jaxtune.planning.hlo_cost import axes_along, group_of
 
 CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 512,
@@ -94,18 +95,18 @@ def test_moments_in_the_memory_of_the_host_are_not_on_the_device(model: Path) ->
 def test_flops_are_those_of_the_products(model: Path) -> None:
     found = planned(model, gradient_checkpointing="none")
     tokens = 4 * 1024
-    products, attention = estimate.all_flops(found.work)
+    products, attention = memory_model.all_flops(found.work)
     head = 512 * 128
     assert products == tokens * 6 * (4 * LAYER + head)
     streamed = planned(model, gradient_checkpointing="none", loss_block=256)
-    again, _ = estimate.all_flops(streamed.work)
+    again, _ = memory_model.all_flops(streamed.work)
     assert again == products + tokens * 2 * head
     assert attention == tokens * 4 * 12 * 8 * 16 * (1024 + 1) / 2
-    again, more = estimate.all_flops(planned(model).work)
+    again, more = memory_model.all_flops(planned(model).work)
     # A layer is computed once more but for its last product, whose result nobody needs.
     assert again - products == tokens * 2 * 4 * (LAYER - 128 * 256)
     assert more == attention * 4 / 3
-    assert estimate.model_flops(found.work) == tokens * 6 * (4 * LAYER + head) + attention
+    assert memory_model.model_flops(found.work) == tokens * 6 * (4 * LAYER + head) + attention
 
 
 def test_a_part_is_planned_as_a_part(model: Path) -> None:
@@ -113,16 +114,16 @@ def test_a_part_is_planned_as_a_part(model: Path) -> None:
     whole, last = planned(model), planned(model, train_last_layers=1)
     tokens, head = 4 * 1024, 512 * 128
     attention = tokens * 4 * 8 * 16 * (1024 + 1) / 2
-    products, scores = estimate.all_flops(last.work)
+    products, scores = memory_model.all_flops(last.work)
     again = LAYER - 128 * 256
     assert products == tokens * (2 * 4 * LAYER + 4 * LAYER + 2 * again + 4 * head)
     assert scores == attention * (3 + 4)
-    assert estimate.model_flops(last.work) == (
+    assert memory_model.model_flops(last.work) == (
         tokens * (2 * 4 * LAYER + 4 * LAYER + 4 * head) + attention * (3 + 3)
     )
     assert last.counted["activations"] * 4 == whole.counted["activations"]
-    assert estimate.arriving(last.work) == last.work.trained * LAYER / (LAYER + 2 * 128) * 2 / 4
-    sent = estimate.wire(last.work)
+    assert memory_model.arriving(last.work) == last.work.trained * LAYER / (LAYER + 2 * 128) * 2 / 4
+    sent = memory_model.wire(last.work)
     assert sent["fsdp"] == pytest.approx(7 / 8 * 2 * (4 * LAYER + LAYER + head + LAYER))
     head_alone = planned(model, trainable="^head")
     assert head_alone.counted["activations"] == 0
@@ -131,15 +132,15 @@ def test_a_part_is_planned_as_a_part(model: Path) -> None:
 
 def test_weights_travel_twice_and_gradients_once(model: Path) -> None:
     found = planned(model)
-    sent = estimate.wire(found.work)
+    sent = memory_model.wire(found.work)
     assert sent == {"fsdp": 7 / 8 * 2 * (3 * 4 * LAYER + 2 * 512 * 128)}
     streamed = planned(model, loss_block=256)
-    again = estimate.wire(streamed.work)["fsdp"] - sent["fsdp"]
+    again = memory_model.wire(streamed.work)["fsdp"] - sent["fsdp"]
     assert again == 7 / 8 * 2 * 512 * 128
-    adapters = estimate.wire(planned(model, **{"lora.r": 8}).work)
+    adapters = memory_model.wire(planned(model, **{"lora.r": 8}).work)
     assert adapters == {"fsdp": 7 / 8 * 2 * (2 * 4 * LAYER + 512 * 128)}
     spread = planned(model, **{"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
-    assert set(estimate.wire(spread.work)) == {"data", "fsdp", "tensor"}
+    assert set(memory_model.wire(spread.work)) == {"data", "fsdp", "tensor"}
 
 
 def test_more_rows_more_memory_and_kinds_add_up(model: Path) -> None:
@@ -175,16 +176,16 @@ def test_the_terms_of_a_compiled_step(model: Path) -> None:
         needed=1, arguments=819 * 10**6, cycles=1.503e9, kernel_flops=197e12 / 4,
         wire={"all-gather": (1, 180e9, 18e9)}, axes={"fsdp": 180e9},
     )  # fmt: skip
-    time = timing.of_compiled(read, slice, 1)
+    time = time_model.of_compiled(read, slice, 1)
     assert (time.compute, time.attention, time.exposed) == pytest.approx((1.0, 0.5, 0.1))
     assert (time.network, time.memory) == pytest.approx((1.0, 0.002))
     assert time.step == pytest.approx(1.6)
     # No step is shorter than all it sends, hidden or not.
     longer = read._replace(wire={"all-gather": (1, 540e9, 0)})
-    assert timing.of_compiled(longer, slice, 1).step == pytest.approx(3.0)
+    assert time_model.of_compiled(longer, slice, 1).step == pytest.approx(3.0)
     across = read._replace(axes={"data": 6.25e9})
-    assert timing.of_compiled(across, parse_slice("2xv5e-8"), 1).step == pytest.approx(2.6)
-    offloaded = timing.of_compiled(read._replace(host=8 * 10**9), slice, 1)
+    assert time_model.of_compiled(across, parse_slice("2xv5e-8"), 1).step == pytest.approx(2.6)
+    offloaded = time_model.of_compiled(read._replace(host=8 * 10**9), slice, 1)
     assert (offloaded.host, offloaded.step) == pytest.approx((1.0, 2.6))
 
 
@@ -417,13 +418,13 @@ def test_where_the_logits_do_not_fit_a_smaller_block_is_tried(model: Path) -> No
     base = study(config, Subject(open_model(model, weights=False), 1024), there)
     spec = dataclasses.replace(base.work.spec, vocab=400_000)
     base = base._replace(work=base.work._replace(spec=spec))
-    whole = sum(estimate.memory(base.work, base.held).values())
+    whole = sum(memory_model.memory(base.work, base.held).values())
     assert search._smaller_block(base.work, base) is None, "it fits as it is"
     tight = base._replace(hardware=there._replace(limit=round(0.9 * whole)))
     block = search._smaller_block(base.work, tight)
     assert block is not None
-    assert block < estimate.loss_plan(base.work).block
-    smaller = estimate.memory(base.work._replace(block=block), base.held)
+    assert block < memory_model.loss_plan(base.work).block
+    smaller = memory_model.memory(base.work._replace(block=block), base.held)
     assert sum(smaller.values()) <= round(0.9 * whole)
     least = base.held["parameters"] + base.held["optimiser"]
     assert search._smaller_block(base.work, tight._replace(
@@ -463,7 +464,7 @@ def test_what_travels_to_experts_is_what_the_compiler_says(
         folder, "v5p-128", max_length=4096, per_device_train_batch_size=rows,
         gradient_checkpointing="full", **{"mesh.expert": expert},
     )  # fmt: skip
-    along = estimate.wire(found.work)
+    along = memory_model.wire(found.work)
     assert along["fsdp"] / 1e9 == pytest.approx(fsdp, rel=0.05)
     assert along.get("expert", 0) / 1e9 == pytest.approx(travelled, rel=0.05)
     # The rules were found on dense models; of a mixture they are 8 to 16% low, whatever `expert`.

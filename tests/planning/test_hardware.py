@@ -24,7 +24,7 @@ from jaxtune.planning.hardware import hardware, set_environment
 set_environment()
 import jax
 from jaxtune.parallel.chips import parse_slice
-from jaxtune.planning.compiling import too_large
+from jaxtune.planning.compile import too_large
 
 def refusal(device):
     where = jax.sharding.SingleDeviceSharding(device)

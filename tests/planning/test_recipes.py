@@ -15,8 +15,8 @@ import pytest
 from jaxtune.config import load
 from jaxtune.hf.load import open_model
 from jaxtune.parallel.chips import CHIPS, parse_slice
+from jaxtune.planning.evaluate_config import Subject, figures, study
 from jaxtune.planning.hardware import hardware
-from jaxtune.planning.study import Subject, figures, study
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

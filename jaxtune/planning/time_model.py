@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxtune.parallel.chips import DCN_RATE, HOST_RATE, Slice
-from jaxtune.planning import estimate
-from jaxtune.planning.compiling import Read
-from jaxtune.planning.estimate import Work
+from jaxtune.planning import memory_model
+from jaxtune.planning.compile import Read
+from jaxtune.planning.memory_model import Work
 
 KERNEL_SHARE = 0.5  # of the peak that kernels reach: attention, and experts' grouped products
 ADAPTER_SHARE = 0.3  # of the memory's rate that the products of adapters reach
@@ -79,9 +79,9 @@ def of_estimate(work: Work, held: Mapping[str, int], slice: Slice, per_chip: int
     chip, speed = slice.chip, SPEEDS.get(slice.kind, UNKNOWN)
     peak, rate = chip.flops / per_chip, chip.hbm_rate / per_chip
     state = 2 * (held["parameters"] + held["optimiser"]) / rate
-    link, found = chip.link_rate / per_chip, estimate.sent(work)
-    kept = 2 * estimate.activations(work) * work.microbatches
-    away = 2 * (estimate.offloaded(work) * work.microbatches + held["host"])
+    link, found = chip.link_rate / per_chip, memory_model.sent(work)
+    kept = 2 * memory_model.activations(work) * work.microbatches
+    away = 2 * (memory_model.offloaded(work) * work.microbatches + held["host"])
     summed = EXCHANGE_PASSES * found.exchanged / 2  # a sum is sent twice
     compute = (
         products(work, speed) / peak
@@ -89,17 +89,17 @@ def of_estimate(work: Work, held: Mapping[str, int], slice: Slice, per_chip: int
         + (kept / KEPT_SHARE + summed + adapters(work) / ADAPTER_SHARE + routing(work)) / rate
         + STATE_PASSES * state
     )
-    attention = estimate.attention_flops(work) / (KERNEL_SHARE * peak)
+    attention = memory_model.attention_flops(work) / (KERNEL_SHARE * peak)
     # Gradients, and what a layer exchanges over `expert`, `tensor` or `context`, are waited for
     # everywhere.
     waited = found.exchanged + found.travelled + found.rows
     waited += found.scattered + found.everywhere + found.head
     # What is hidden lies in memory meanwhile: where that is nearly full, nothing is.
-    full = sum(estimate.memory(work, held).values()) > NEARLY_FULL * chip.hbm / per_chip
+    full = sum(memory_model.memory(work, held).values()) > NEARLY_FULL * chip.hbm / per_chip
     waited = waited if speed.hides and not full else sum(found)
     network = sum(found) / link
     exposed = max(waited / link, network - compute - attention)
-    far = other_slices(estimate.wire(work), slice, per_chip)
+    far = other_slices(memory_model.wire(work), slice, per_chip)
     host = away / (HOST_RATE / per_chip)
     step = compute + attention + exposed + far + host
     return Time(step, compute, attention, exposed, network, far, state, host)
@@ -107,7 +107,7 @@ def of_estimate(work: Work, held: Mapping[str, int], slice: Slice, per_chip: int
 
 def products(work: Work, speed: Speed) -> float:
     """FLOPs of matrix products as if all ran at the peak."""
-    found, at_once = estimate.flops(work), estimate.loss_plan(work).at_once
+    found, at_once = memory_model.flops(work), memory_model.loss_plan(work).at_once
     head = speed.whole_head if at_once else speed.products
     return found.layers / speed.products + found.experts / KERNEL_SHARE + found.head / head
 
@@ -123,7 +123,9 @@ def vectors(work: Work, speed: Speed) -> float:
             heads = layer.heads + layer.kv_heads * work.sizes["context"]
             found = speed.heads * heads * lanes * (1 if reached else FORWARD_SHARE)
             if reached:
-                found += speed.partials * estimate.partial_sums(work, layer) * layer.heads * lanes
+                found += (
+                    speed.partials * memory_model.partial_sums(work, layer) * layer.heads * lanes
+                )
             each += stack.repeats * found
     tokens = work.tokens_per_step / work.devices
     return 1e-9 * tokens * each
@@ -145,10 +147,10 @@ def routing(work: Work) -> float:
     cut = peers * work.sizes["tensor"]
     for layer in work.spec.layers:
         if layer.moe is not None:
-            copies, rows = estimate.a_round(work, layer.moe)
+            copies, rows = memory_model.a_round(work, layer.moe)
             rounds = math.ceil(copies / rows)
             each = rounds * (8 + work.item) + 8 + work.item  # and zeros before, the cast behind
-            passing += each * estimate.travelling(work, layer) / cut * work.microbatches
+            passing += each * memory_model.travelling(work, layer) / cut * work.microbatches
     return passing
 
 
@@ -163,7 +165,7 @@ def adapters(work: Work) -> float:
         wide = 0 if layer.moe is not None else (3 if layer.gated else 2)
         attention = 4 * work.spec.width + 2 * (q + kv)
         widths += attention + wide * (work.spec.width + layer.mlp_width)
-    passes = 4 if estimate.recomputes(work) else 3
+    passes = 4 if memory_model.recomputes(work) else 3
     tokens = work.tokens_per_step / work.devices
     return passes * work.item * tokens * widths / work.sizes["tensor"]
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxtune.config import Config
-from jaxtune.planning import compiling, estimate, timing
-from jaxtune.planning.estimate import Work
+from jaxtune.planning import compile as compiling
+from jaxtune.planning import memory_model, time_model
 from jaxtune.planning.hardware import Hardware
+from jaxtune.planning.memory_model import Work
 from jaxtune.training import build as assemble
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Study(NamedTuple):
     counted: Mapping[str, int]
     trained: int  # parameters
     read: compiling.Read | None
-    time: timing.Time | None
+    time: time_model.Time | None
 
     @property
     def needed(self) -> int:
@@ -84,7 +85,7 @@ def study(
     program, work, held = _built(config, subject, hardware)
     import jax
 
-    counted = estimate.memory(work, held, hardware.limit)
+    counted = memory_model.memory(work, held, hardware.limit)
     trained = sum(leaf.size for leaf in jax.tree.leaves(program.abstract.trained))
     slice, per_chip = hardware.slice, hardware.per_chip
     read, time = None, None
@@ -98,9 +99,9 @@ def study(
             note=note,
         )
     if read is not None and read.fits:
-        time = timing.of_compiled(read, slice, per_chip)
+        time = time_model.of_compiled(read, slice, per_chip)
     elif slice.chip.flops:
-        time = timing.of_estimate(work, held, slice, per_chip)
+        time = time_model.of_estimate(work, held, slice, per_chip)
     return Study(config, subject, hardware, work, held, counted, trained, read, time)
 
 
@@ -124,7 +125,7 @@ def _built(
     program = assemble.build(placed, model, adapters, chosen, mesh, steps)
     dtype = compute_dtype(config.dtype, platform_of(mesh))
     kind, _ = assemble.attention_of(config, model.spec, mesh, subject.length)
-    held = estimate.held(program, offload=config.optim_offload)
+    held = memory_model.held(program, offload=config.optim_offload)
     work = Work(
         spec=model.spec,
         sizes=sizes_of(mesh),
@@ -169,14 +170,14 @@ def figures(found: Study) -> dict[str, Any]:
     per_chip, read, work = found.hardware.per_chip, found.read, found.work
     compiled = read if read is not None and read.fits else None
     kinds = {name: size * per_chip for name, size in by_kind(found).items()}
-    flops = sum(estimate.all_flops(work))
-    axes: Mapping[str, float] = estimate.wire(work)
+    flops = sum(memory_model.all_flops(work))
+    axes: Mapping[str, float] = memory_model.wire(work)
     sent, wire = sum(axes.values()), None
     if compiled is not None:
         flops = compiled.matmul_flops + compiled.kernel_flops
         axes, sent = compiled.axes, compiled.wire_bytes
         wire = {kind: of[1] * per_chip for kind, of in compiled.wire.items()}
-    model = estimate.model_flops(work) * per_chip
+    model = memory_model.model_flops(work) * per_chip
     time, chip = found.time, found.hardware.slice.chip
     return {
         "topology": found.hardware.slice.name,
@@ -215,7 +216,7 @@ def _host_bytes(found: Study) -> int:
     checkpoint is written, and what was offloaded."""
     devices = len(found.hardware.devices) / found.hardware.hosts
     trained = found.held["trained"] / 4 * (4 if found.config.param_dtype == "float32" else 2)
-    offloaded = found.held["host"] + estimate.offloaded(found.work)
+    offloaded = found.held["host"] + memory_model.offloaded(found.work)
     copied = trained + (found.held["host"] or found.held["optimiser"])
     return round(devices * (copied + offloaded)) + _PROCESS_BYTES
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxtune import compiled
+from jaxtune.planning import hlo_cost
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -145,7 +145,7 @@ def too_large(message: str) -> Read | None:
 def _figures(made: Any, mesh: Mesh) -> Read:
     memory = made.memory_analysis()
     shape = {str(name): int(size) for name, size in mesh.shape.items()}
-    cost = compiled.cost(made.as_text(), int(mesh.size), shape)
+    cost = hlo_cost.cost(made.as_text(), int(mesh.size), shape)
     return Read(
         needed=_needed(memory),
         arguments=memory.argument_size_in_bytes,
@@ -205,7 +205,7 @@ def key(program: str, topology: str, mesh: Mesh) -> str:
         "versions": versions(),
         "flags": os.environ.get("LIBTPU_INIT_ARGS", ""),
         "reader": hashlib.sha256(
-            b"\0".join(Path(file).read_bytes() for file in (compiled.__file__, __file__))
+            b"\0".join(Path(file).read_bytes() for file in (hlo_cost.__file__, __file__))
         ).hexdigest(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
