@@ -24,10 +24,10 @@ from jaxtune.parallel import heartbeat, memory, processes
 
 if TYPE_CHECKING:
     from jaxtune.data.dataset import Dataset
-    from jaxtune.evaluating.general import General
-    from jaxtune.evaluating.measured import Measured
-    from jaxtune.evaluating.questions import Question
-    from jaxtune.judge.endpoint import Endpoint
+    from jaxtune.evaluation.general import General
+    from jaxtune.evaluation.judge.client import Endpoint
+    from jaxtune.evaluation.measured import Measured
+    from jaxtune.evaluation.questions import Question
 
 _SHOWN = 5  # questions, spread over all
 
@@ -117,16 +117,17 @@ def _run(config: Config, options: EvaluateOptions) -> Result:
     # 1. What both models are asked.
     import numpy as np
 
-    from jaxtune.evaluating.general import open_general
-    from jaxtune.evaluating.measured import measure
-    from jaxtune.evaluating.questions import (
+    from jaxtune.evaluation.general import open_general
+    from jaxtune.evaluation.measured import measure
+    from jaxtune.evaluation.questions import (
         entries_of,
         open_column,
         open_data,
         questions_of,
         that_fit,
     )
-    from jaxtune.evaluating.summary import Groups, summaries
+    from jaxtune.evaluation.scores.bootstrap import Bootstrap
+    from jaxtune.evaluation.summary import Groups, summaries
     from jaxtune.inference.load.load import (
         check_base,
         load_model,
@@ -136,7 +137,6 @@ def _run(config: Config, options: EvaluateOptions) -> Result:
         resolved,
     )
     from jaxtune.inference.load.sampling import Sampling
-    from jaxtune.scoring.intervals import Bootstrap
     from jaxtune.training.initial_weights import fetched
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, seed=config.seed)
@@ -245,9 +245,9 @@ def _open_judge(options: EvaluateOptions) -> _Judge | None:
     """Asks it once: what is wrong there is said before a model is loaded."""
     if options.judge is None:
         return None
-    from jaxtune.judge.endpoint import open_endpoint
-    from jaxtune.judge.pairs import check
-    from jaxtune.judge.verdict import rubric
+    from jaxtune.evaluation.judge.client import open_endpoint
+    from jaxtune.evaluation.judge.pairwise import check
+    from jaxtune.evaluation.judge.verdict import rubric
 
     if options.base is None or not options.generate:
         raise ConfigError(
@@ -272,9 +272,9 @@ def _judged(
     options: EvaluateOptions,
 ) -> Measured:
     """What was measured of tuned, with its win rate against base."""
-    from jaxtune.evaluating.measured import with_verdicts
-    from jaxtune.judge.pairs import Pair
-    from jaxtune.judge.pairs import judge as ask
+    from jaxtune.evaluation.judge.pairwise import Pair
+    from jaxtune.evaluation.judge.pairwise import judge as ask
+    from jaxtune.evaluation.measured import with_verdicts
 
     note(f"judge: {judge.endpoint.model} compares {len(questions)} pairs of answers, twice each")
     sides = (found["base"].generations, found["tuned"].generations)
@@ -292,7 +292,7 @@ def _judged(
 def _benchmarks(names: Mapping[str, str], options: EvaluateOptions) -> dict[str, dict[str, Any]]:
     if not options.harness:
         return {}
-    from jaxtune.evaluating import harness
+    from jaxtune.evaluation import harness
 
     folders = {column: harness.folder_of(name) for column, name in names.items()}
     return {
@@ -307,7 +307,7 @@ def _benchmarks(names: Mapping[str, str], options: EvaluateOptions) -> dict[str,
 def _show(
     scores: Mapping[str, Mapping[str, Any]], questions: Sequence[Question], model: str
 ) -> None:
-    from jaxtune.draw.scores import answers_text, scores_text
+    from jaxtune.evaluation.text import answers_text, scores_text
 
     for number in range(0, len(questions), max(1, len(questions) // _SHOWN)):
         question = questions[number]

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from jaxtune import __version__
-from jaxtune.draw.sheets import LEGEND, Sheet, judge_lines, sheets
+from jaxtune.evaluation.tables import LEGEND, Sheet, judge_lines, sheets
 
 _BEGIN, _END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.draw.markup import Markup, Number, escaped, table
-from jaxtune.draw.sheets import LEGEND, Sheet, judge_lines, sheets
+from jaxtune.evaluation.tables import LEGEND, Sheet, judge_lines, sheets
 
 _COLOURED = {"better": "right", "worse": "wrong"}
 

@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 from jaxtune import evaluate
 from jaxtune.config import ConfigError, load
 from jaxtune.evaluate import EvaluateOptions
-from jaxtune.evaluating import harness
+from jaxtune.evaluation import harness
 from jaxtune.inference.load import generate
 
 SAID = "Yes, you can"  # by the parrot; the contrary one says Sorry

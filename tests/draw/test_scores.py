@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import doctest
 
-from jaxtune.draw import scores
-from jaxtune.draw.scores import answers_text, scores_text
+from jaxtune.evaluation import text as scores
+from jaxtune.evaluation.text import answers_text, scores_text
 
 
 def test_the_examples_in_the_docstrings() -> None:

@@ -19,8 +19,8 @@ from jaxtune.data.templating.answer_text import around
 from jaxtune.data.templating.template import resolve
 from jaxtune.data.tokenize import encode_prompt
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.evaluating.questions import Question, questions_of
-from jaxtune.scoring.answers import Said, answer_scores
+from jaxtune.evaluation.questions import Question, questions_of
+from jaxtune.evaluation.scores.answers import Said, answer_scores
 
 # The generation prompt begins the reasoning, and answers are written with it.
 BEGUN = """{%- for message in messages -%}

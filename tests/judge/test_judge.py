@@ -13,10 +13,10 @@ import pytest
 from judge.server import Reply, likes_the_first, likes_the_longer, serving
 
 from jaxtune.config import ConfigError
-from jaxtune.judge import pairs
-from jaxtune.judge.endpoint import Endpoint, Failed, Refused, ask, open_endpoint
-from jaxtune.judge.pairs import Pair
-from jaxtune.judge.verdict import rubric
+from jaxtune.evaluation.judge import pairwise
+from jaxtune.evaluation.judge.client import Endpoint, Failed, Refused, ask, open_endpoint
+from jaxtune.evaluation.judge.pairwise import Pair
+from jaxtune.evaluation.judge.verdict import rubric
 
 SECRET = "sk-never-to-be-seen-0123456789"
 RUBRIC = rubric(None)
@@ -34,7 +34,7 @@ def endpoint(url: str, **more: Any) -> Endpoint:
 
 
 def points(url: str, **more: Any) -> list[float | None]:
-    found = pairs.judge(endpoint(url, **more), RUBRIC, PAIRS, concurrency=3)
+    found = pairwise.judge(endpoint(url, **more), RUBRIC, PAIRS, concurrency=3)
     return [outcome.points for outcome in found]
 
 
@@ -47,7 +47,7 @@ def test_a_judge_who_likes_the_first_decides_nothing() -> None:
         return likes_the_first(number, a, b)
 
     with serving(after_two_asked) as judge:
-        found = pairs.judge(endpoint(judge.url, timeout=60.0), RUBRIC, PAIRS, concurrency=3)
+        found = pairwise.judge(endpoint(judge.url, timeout=60.0), RUBRIC, PAIRS, concurrency=3)
     assert [outcome.points for outcome in found] == [0.5] * 5
     assert [outcome.agreed for outcome in found] == [False] * 4 + [True]
     assert len(judge.seen) == 8  # equal answers are not asked about
@@ -72,7 +72,7 @@ def test_what_is_no_verdict_is_counted_and_not_guessed() -> None:
         return "A is better." if "much" in a + b else "VERDICT: B"
 
     with serving(vague) as judge:
-        found = pairs.judge(endpoint(judge.url), RUBRIC, PAIRS, concurrency=1)
+        found = pairwise.judge(endpoint(judge.url), RUBRIC, PAIRS, concurrency=1)
     assert [outcome.why for outcome in found] == ["unparseable", "unparseable", "", "", ""]
     assert [outcome.points for outcome in found] == [None, None, 0.5, 0.5, 0.5]
 
@@ -92,7 +92,7 @@ def test_an_interrupt_is_the_last_request() -> None:
     with serving(interrupts) as judge:
         try:
             with pytest.raises(KeyboardInterrupt):
-                pairs.judge(endpoint(judge.url, timeout=60.0), RUBRIC, many, concurrency=2)
+                pairwise.judge(endpoint(judge.url, timeout=60.0), RUBRIC, many, concurrency=2)
         finally:
             held.set()
         time.sleep(0.2)
@@ -148,7 +148,7 @@ def test_a_server_that_is_not_there() -> None:
     with serving(likes_the_first) as judge:
         gone = judge.url
     with pytest.raises(ConfigError, match=r"judge: .*no reply after 2 tries: .*Connection refused"):
-        pairs.check(endpoint(gone, tries=2), RUBRIC)
+        pairwise.check(endpoint(gone, tries=2), RUBRIC)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 302])
@@ -158,8 +158,8 @@ def test_a_refusal_is_final_and_shows_no_key(status: int, monkeypatch: pytest.Mo
     with serving(lambda number, a, b: (status, body, {"Location": "/elsewhere"})) as judge:
         opened = endpoint(judge.url)
         with pytest.raises(ConfigError, match=f"refused with HTTP {status}: Incorrect") as raised:
-            pairs.check(opened, RUBRIC)
-        found = pairs.judge(opened, RUBRIC, PAIRS[:1], concurrency=1)
+            pairwise.check(opened, RUBRIC)
+        found = pairwise.judge(opened, RUBRIC, PAIRS[:1], concurrency=1)
     assert found[0].points is None
     assert judge.seen[0][1]["Authorization"] == f"Bearer {SECRET}"
     assert {path for path, _, _ in judge.seen} == {"/v1/chat/completions"}  # not /elsewhere
@@ -198,7 +198,7 @@ def test_what_is_no_endpoint(url: str, model: str | None, key: str | None, said:
 
 
 def _prompt() -> str:
-    return pairs._prompt(RUBRIC, PAIRS[0])
+    return pairwise._prompt(RUBRIC, PAIRS[0])
 
 
 def _traces(opened: Endpoint) -> list[str]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from jaxtune.config import ConfigError
-from jaxtune.judge import verdict
-from jaxtune.judge.pairs import Failure, Outcome, outcome
-from jaxtune.judge.verdict import filled, parse, rubric
+from jaxtune.evaluation.judge import verdict
+from jaxtune.evaluation.judge.pairwise import Failure, Outcome, outcome
+from jaxtune.evaluation.judge.verdict import filled, parse, rubric
 
 
 def test_the_example_in_the_docstring() -> None:

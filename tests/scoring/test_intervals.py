@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jaxtune.scoring import measure
-from jaxtune.scoring.intervals import Bootstrap, Interval, differences, intervals, wilson
+from jaxtune.evaluation.scores import score as measure
+from jaxtune.evaluation.scores.bootstrap import Bootstrap, Interval, differences, intervals, wilson
 
 HOW = Bootstrap(resamples=400)
 
@@ -150,7 +150,7 @@ def test_the_same_seed_the_same_interval_and_blocks_do_not_show(
     whole = intervals(values, HOW)
     assert intervals({"y": values["y"]}, HOW)["y"] == whole["y"]
     assert intervals(values, HOW._replace(seed=1)) != whole
-    monkeypatch.setattr("jaxtune.scoring.intervals._DRAWS", 37)
+    monkeypatch.setattr("jaxtune.evaluation.scores.bootstrap._DRAWS", 37)
     assert intervals(values, HOW) == whole
 
 

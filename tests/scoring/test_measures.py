@@ -13,10 +13,11 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
-from jaxtune.scoring import answers, measure, thinking
-from jaxtune.scoring.answers import Said, answer_scores, repetition
-from jaxtune.scoring.overlap import bleu, chrf, rouge_l
-from jaxtune.scoring.refusals import PHRASINGS, refuses
+from jaxtune.evaluation.scores import answers, reasoning
+from jaxtune.evaluation.scores import score as measure
+from jaxtune.evaluation.scores.answers import Said, answer_scores, repetition
+from jaxtune.evaluation.scores.refusals import PHRASINGS, refuses
+from jaxtune.evaluation.scores.text_overlap import bleu, chrf, rouge_l
 
 WORDS = ["the", "a", "laptop", "can", "be", "sent", "back", "30", ",", ".", "Gr\u00fc\u00dfe"]
 
@@ -33,7 +34,7 @@ def texts(seed: int, count: int = 40) -> tuple[list[str], list[str]]:
     return references, [references[0], "", *said[2:]]
 
 
-@pytest.mark.parametrize(("module", "count"), [(answers, 1), (thinking, 2)])
+@pytest.mark.parametrize(("module", "count"), [(answers, 1), (reasoning, 2)])
 def test_the_examples_in_the_docstrings(module, count: int) -> None:  # type: ignore[no-untyped-def]
     assert doctest.testmod(module) == (0, count)
 

@@ -10,18 +10,18 @@ import numpy as np
 
 from jaxtune.cli import note
 from jaxtune.config import Config
-from jaxtune.evaluating import general as texts
-from jaxtune.evaluating.questions import Question
-from jaxtune.scoring.answers import Said, answer_scores
-from jaxtune.scoring.measure import Score, exp_of_ratio, ratio
+from jaxtune.evaluation import general as texts
+from jaxtune.evaluation.questions import Question
+from jaxtune.evaluation.scores.answers import Said, answer_scores
+from jaxtune.evaluation.scores.score import Score, exp_of_ratio, ratio
 
 if TYPE_CHECKING:
     from jaxtune.data.dataset import Dataset
-    from jaxtune.evaluating.general import General
+    from jaxtune.evaluation.general import General
+    from jaxtune.evaluation.judge.pairwise import Outcome
     from jaxtune.inference.load.generate import Answer
     from jaxtune.inference.load.load import Model, Words
     from jaxtune.inference.load.sampling import Sampling
-    from jaxtune.judge.pairs import Outcome
     from jaxtune.training.evaluation import Examples
 
 

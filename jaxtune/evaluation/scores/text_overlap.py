@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxtune.scoring.measure import Floats, Measure, mean
+from jaxtune.evaluation.scores.score import Floats, Measure, mean
 
 _CHRF_ORDER, _BETA = 6, 2.0  # sacrebleu's defaults, chrF2
 _BLEU_ORDER = 4

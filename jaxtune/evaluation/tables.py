@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxtune.draw.metrics import (
+from jaxtune.evaluation.metric_names import (
     METRICS,
     between,
     change,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtune.draw.sheets import LEGEND, Sheet, judge_lines, sheets
+from jaxtune.evaluation.tables import LEGEND, Sheet, judge_lines, sheets
 from jaxtune.terminal.text import printable
 
 _LONGEST_LINE = 160

@@ -11,10 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxtune.evaluating.measured import Measured
-from jaxtune.evaluating.questions import Column
-from jaxtune.scoring.intervals import FEWEST_PAIRS, Bootstrap, Interval, differences, intervals
-from jaxtune.scoring.measure import Scores, take
+from jaxtune.evaluation.measured import Measured
+from jaxtune.evaluation.questions import Column
+from jaxtune.evaluation.scores.bootstrap import (
+    FEWEST_PAIRS,
+    Bootstrap,
+    Interval,
+    differences,
+    intervals,
+)
+from jaxtune.evaluation.scores.score import Scores, take
 
 Row = dict[str, Any]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
-from jaxtune.scoring.measure import Score, distinct, mean, rate, ratio
-from jaxtune.scoring.overlap import bleu, chrf, rouge_l
-from jaxtune.scoring.refusals import refuses
-from jaxtune.scoring.thinking import spoken
+from jaxtune.evaluation.scores.reasoning import spoken
+from jaxtune.evaluation.scores.refusals import refuses
+from jaxtune.evaluation.scores.score import Score, distinct, mean, rate, ratio
+from jaxtune.evaluation.scores.text_overlap import bleu, chrf, rouge_l
 
 _REPEATED = 4  # tokens of an n-gram that is looked for again
 

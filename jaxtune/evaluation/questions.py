@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, DataError, DatasetConfig
-from jaxtune.scoring.thinking import spoken
+from jaxtune.evaluation.scores.reasoning import spoken
 
 if TYPE_CHECKING:
     from jaxtune.data.dataset import Dataset

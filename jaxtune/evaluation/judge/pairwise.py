@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxtune.config import ConfigError
-from jaxtune.judge.endpoint import Endpoint, Failed, Refused, ask
-from jaxtune.judge.verdict import Verdict, filled, parse
+from jaxtune.evaluation.judge.client import Endpoint, Failed, Refused, ask
+from jaxtune.evaluation.judge.verdict import Verdict, filled, parse
 
 
 class Pair(NamedTuple):

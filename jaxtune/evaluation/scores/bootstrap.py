@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from jaxtune.scoring.measure import Distinct, Floats, Measure, Score, Scores
+from jaxtune.evaluation.scores.score import Distinct, Floats, Measure, Score, Scores
 
 # With five pairs that differ, all in one direction, the exact test of signs is at 2 / 2**5 = 6%.
 FEWEST_PAIRS = 6
