@@ -126,9 +126,9 @@ def _export_run(
     run_dir: Path, step: int | None, out: Path, flags: Config, merge: bool
 ) -> tuple[Exported | WrittenAdapter, int]:
     from jaxtune.data.open import open_template, open_tokenizer, stop_ids
-    from jaxtune.draw.card import model_card
     from jaxtune.hf.export import check_target, export_model
     from jaxtune.hf.load import open_model, with_tokens
+    from jaxtune.reporting.model_card import model_card
     from jaxtune.storage.jsonl import last_rows
     from jaxtune.training.initial_weights import restore, run_config, to_export
 

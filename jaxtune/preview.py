@@ -111,7 +111,7 @@ def _show(config: Config, settings: Settings, count: int) -> None:
 def _write_page(
     file: Path, config: Config, settings: Settings, report: Mapping[str, Any], count: int
 ) -> None:
-    from jaxtune.draw.page import page
+    from jaxtune.reporting.html.data_page import page
 
     names = ", ".join(report["by_dataset"])
     title = f"{names} as trained with template {settings.template.name}"

@@ -23,8 +23,8 @@ from jaxtune.reporting.write import EXAMPLES, NAME
 from jaxtune.storage import object_store
 
 if TYPE_CHECKING:
-    from jaxtune.draw.example import Shown
     from jaxtune.reporting.files import RunFiles
+    from jaxtune.reporting.html.example import Shown
 
 
 class ReportOptions(cli.Options):
@@ -88,7 +88,7 @@ def run(config: Config, options: ReportOptions | None = None) -> Result:
     note(f"written: {page}")
     picture = None
     if options.png:
-        from jaxtune.draw.picture import save_loss
+        from jaxtune.reporting.loss_png import save_loss
 
         picture = files.folder / "loss.png"
         save_loss(picture, files.folder.resolve().name, files.train, files.evals)

@@ -474,8 +474,8 @@ def _export(
     metrics: Mapping[str, Mapping[str, Any]],
 ) -> Path:
     from jaxtune.data.open import stop_ids
-    from jaxtune.draw.card import model_card
     from jaxtune.hf.export import export_model
+    from jaxtune.reporting.model_card import model_card
 
     exported = export_model(
         run_dir / "hf",

@@ -11,7 +11,7 @@ from jaxtune.config import Config, ConfigError
 
 if TYPE_CHECKING:
     from jaxtune.data.preprocess import Prepared, Settings
-    from jaxtune.draw.example import Shown
+    from jaxtune.reporting.html.example import Shown
 
 _MOST_TOKENS = 2000  # of an example that a page shows: each costs it some 80 bytes
 
@@ -47,7 +47,7 @@ def rows(config: Config, settings: Settings, limit: int | None) -> Iterator[tupl
 def examples(config: Config, settings: Settings, limit: int) -> Iterator[Shown]:
     """The first `limit` rows, token by token, for a page."""
     from jaxtune.data.tokenize import token_texts
-    from jaxtune.draw.example import Piece, Shown
+    from jaxtune.reporting.html.example import Piece, Shown
 
     for name, prepared in rows(config, settings, limit):
         tokens, dropped = prepared.tokens, prepared.dropped

@@ -17,7 +17,7 @@ from jaxtune.reporting.files import RunFiles, read_run
 if TYPE_CHECKING:
     from jaxtune.data.dataset import Dataset
     from jaxtune.data.preprocess import Settings
-    from jaxtune.draw.example import Shown
+    from jaxtune.reporting.html.example import Shown
 
 NAME = "report.html"
 EXAMPLES = 10
@@ -36,7 +36,7 @@ def write_page(
 
     Raises `ConfigError`.
     """
-    from jaxtune.draw.report import RunPage, run_page
+    from jaxtune.reporting.html.run_page import RunPage, run_page
 
     now = datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="minutes")
     page = run_page(
@@ -60,7 +60,7 @@ def write_page(
 
 def write_card(file: Path, evaluation: Mapping[str, Any]) -> None:
     """The evaluation into a model card that is there. Raises `ConfigError`."""
-    from jaxtune.draw.card import with_evaluation
+    from jaxtune.reporting.model_card import with_evaluation
 
     try:
         card = file.read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ import importlib.resources
 import json
 from collections.abc import Sequence
 
-from jaxtune.draw.markup import STYLE, escaped
+from jaxtune.reporting.html.markup import STYLE, escaped
 
 # name of the field in a request, its label, what may be typed, what stands there while nothing is
 _NUMBERS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from jaxtune.draw.bars import Share, bar, histogram
+from jaxtune.reporting.html.bars import Share, bar, histogram
 
 
 def test_a_histogram_has_a_bar_for_each_bin() -> None:

@@ -5,7 +5,7 @@ import re
 
 import yaml
 
-from jaxtune.draw.card import model_card, with_evaluation
+from jaxtune.reporting.model_card import model_card, with_evaluation
 
 CARD = {
     "random_start": False,

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from jaxtune.draw.answers import difference, samples
-from jaxtune.draw.curves import charts, curves
-from jaxtune.draw.evaluated import evaluation_tables
+from jaxtune.reporting.html.answers import difference, samples
+from jaxtune.reporting.html.curves import charts, curves
+from jaxtune.reporting.html.evaluation import evaluation_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 

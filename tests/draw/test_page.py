@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from jaxtune.draw.example import Piece, Shown
-from jaxtune.draw.page import page
+from jaxtune.reporting.html.data_page import page
+from jaxtune.reporting.html.example import Piece, Shown
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtune.draw.markup import Markup, Number, escaped, table
 from jaxtune.evaluation.tables import LEGEND, Sheet, judge_lines, sheets
+from jaxtune.reporting.html.markup import Markup, Number, escaped, table
 
 _COLOURED = {"better": "right", "worse": "wrong"}
 

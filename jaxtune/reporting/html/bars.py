@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxtune.draw.markup import Markup, escaped
+from jaxtune.reporting.html.markup import Markup, escaped
 
 _WIDTH, _HEIGHT, _LINE = 360, 96, 16  # of the drawing and of its line of numbers, in CSS pixels
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxtune.draw.markup import escaped
+from jaxtune.reporting.html.markup import escaped
 
 
 class Piece(NamedTuple):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtune.draw.bars import Share, bar, histogram
-from jaxtune.draw.markup import Number, escaped, table
+from jaxtune.reporting.html.bars import Share, bar, histogram
+from jaxtune.reporting.html.markup import Number, escaped, table
 
 
 def tiles(report: Mapping[str, Any]) -> str:

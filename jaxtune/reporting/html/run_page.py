@@ -9,12 +9,12 @@ import importlib.resources
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxtune.draw.answers import answer_cards, samples
-from jaxtune.draw.curves import curves, evaluations, policy, script, written
-from jaxtune.draw.datasheet import data_tables, tiles
-from jaxtune.draw.evaluated import evaluation_tables
-from jaxtune.draw.example import KEY, Shown, example_card
-from jaxtune.draw.markup import STYLE, escaped, table
+from jaxtune.reporting.html.answers import answer_cards, samples
+from jaxtune.reporting.html.curves import curves, evaluations, policy, script, written
+from jaxtune.reporting.html.data_tables import data_tables, tiles
+from jaxtune.reporting.html.evaluation import evaluation_tables
+from jaxtune.reporting.html.example import KEY, Shown, example_card
+from jaxtune.reporting.html.markup import STYLE, escaped, table
 
 Row = Mapping[str, Any]
 

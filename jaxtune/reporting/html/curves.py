@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxtune.draw.markup import Number, escaped, table
+from jaxtune.reporting.html.markup import Number, escaped, table
 from jaxtune.terminal.text import printable
 
 Row = Mapping[str, Any]

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jaxtune.draw.datasheet import data_tables, tiles
-from jaxtune.draw.example import KEY, Shown, example_card
-from jaxtune.draw.markup import STYLE, escaped
+from jaxtune.reporting.html.data_tables import data_tables, tiles
+from jaxtune.reporting.html.example import KEY, Shown, example_card
+from jaxtune.reporting.html.markup import STYLE, escaped
 
 
 def page(title: str, examples: Iterable[Shown], report: Mapping[str, Any]) -> str:
