@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from jaxtune.data.schema import Conversation
     from jaxtune.inference.load.generate import Answer
     from jaxtune.inference.load.load import Model, Words
+    from jaxtune.repl.models import Settings
     from jaxtune.serving.listen import Taken
-    from jaxtune.talk.voices import Settings
 
 
 _KINDS = {bool: "true or false", int: "a number", float: "a number"}  # of JSON, beside objects
@@ -218,7 +218,7 @@ def _rows(
 ) -> list[Mapping[str, Any]]:
     """One object per prompt, in order; the base's answer under "base"."""
     from jaxtune.inference.load.generate import answer, prompt_ids
-    from jaxtune.talk.voices import sampling
+    from jaxtune.repl.models import sampling
 
     by_model = {
         label: answer(
@@ -278,7 +278,7 @@ def _write(rows: list[Mapping[str, Any]], output: str | None) -> None:
 
 
 def _drawn(options: ChatOptions) -> Settings:
-    from jaxtune.talk.voices import Settings
+    from jaxtune.repl.models import Settings
 
     return Settings(
         temperature=options.temperature,
@@ -291,8 +291,8 @@ def _drawn(options: ChatOptions) -> Settings:
 
 
 def _converse(models: Mapping[str, Model], words: Words, options: ChatOptions) -> None:
-    from jaxtune.talk.terminal import converse
-    from jaxtune.talk.voices import voices
+    from jaxtune.repl.models import voices
+    from jaxtune.repl.repl import converse
 
     converse(voices(models, words), _drawn(options), history=options.history)
 
@@ -310,10 +310,10 @@ def _take(options: ChatOptions) -> Taken | None:
 
 
 def _serve(models: Mapping[str, Model], words: Words, options: ChatOptions, taken: Taken) -> None:
+    from jaxtune.repl.models import sampling
     from jaxtune.serving.app import Defaults
     from jaxtune.serving.start import start
     from jaxtune.serving.work import Limits
-    from jaxtune.talk.voices import sampling
 
     limits = Limits(
         slots=options.serve_slots, queue=options.serve_queue, seconds=options.serve_seconds

@@ -12,8 +12,8 @@ import time
 from collections.abc import Generator, Sequence
 
 from jaxtune.data.schema import Message
-from jaxtune.talk.terminal import converse
-from jaxtune.talk.voices import Ended, Settings, Voice
+from jaxtune.repl.models import Ended, Settings, Voice
+from jaxtune.repl.repl import converse
 
 
 def say(messages: Sequence[Message], settings: Settings) -> Generator[str, None, Ended]:

@@ -9,15 +9,7 @@ from typing import Any
 import pytest
 
 from jaxtune.config import DataError, JaxtuneError
-from jaxtune.talk.conversation import (
-    Talk,
-    answered,
-    last_question,
-    load,
-    messages,
-    save,
-    undone,
-)
+from jaxtune.repl.history import Talk, answered, last_question, load, messages, save, undone
 
 BOTH = ("base", "tuned")
 

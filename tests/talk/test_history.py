@@ -20,7 +20,7 @@ from jaxtune.data.templating.masking import render
 from jaxtune.data.templating.template import Template, resolve
 from jaxtune.data.tokenize import encode, encode_prompt
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.talk import conversation
+from jaxtune.repl import history
 
 TURNS = ("Name a prime.", "Seven, I think.", "Another?", "Eleven.")
 STRING = "USER: {instruction}\n{input}\nASSISTANT: {output}"
@@ -77,8 +77,8 @@ def test_the_next_prompt_begins_the_trained_row(tokenizer: Tokenizer, name: str,
     shown, found = streamed(template, tokenizer, answer)
     assert shown == found.text
     assert (found.stopped, found.tokens) == (True, len(answer))
-    talk = conversation.answered(conversation.Talk(), TURNS[0], {"m": found.text})
-    prompt = encode_prompt(template, tokenizer, conversation.messages(talk, "m", TURNS[2]))
+    talk = history.answered(history.Talk(), TURNS[0], {"m": found.text})
+    prompt = encode_prompt(template, tokenizer, history.messages(talk, "m", TURNS[2]))
     assert row[: len(prompt)] == prompt
     if said == TURNS[1]:
         assert found.text == said

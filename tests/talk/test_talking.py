@@ -12,8 +12,8 @@ import pytest
 
 from jaxtune.config import DataError
 from jaxtune.data.schema import Message
-from jaxtune.talk.terminal import converse
-from jaxtune.talk.voices import Ended, Settings, Voice
+from jaxtune.repl.models import Ended, Settings, Voice
+from jaxtune.repl.repl import converse
 
 
 class Asked(NamedTuple):

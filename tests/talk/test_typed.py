@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxtune.talk.typed import COMMANDS, Command, Entry, Text, Unknown, entry, help_text
+from jaxtune.repl.input import COMMANDS, Command, Entry, Text, Unknown, entry, help_text
 
 
 def read(text: str) -> tuple[list[Entry], list[str]]:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from jaxtune.cli import note
 from jaxtune.config import ConfigError, JaxtuneError
-from jaxtune.talk import conversation
-from jaxtune.talk.conversation import Talk
-from jaxtune.talk.typed import COMMANDS, Command, Entry, Unknown, entry, help_text
-from jaxtune.talk.voices import Settings, Voice, sampling
+from jaxtune.repl import history as conversation
+from jaxtune.repl.history import Talk
+from jaxtune.repl.input import COMMANDS, Command, Entry, Unknown, entry, help_text
+from jaxtune.repl.models import Settings, Voice, sampling
 from jaxtune.terminal.text import printable
 
 _HISTORY = 1000  # lines of a history file
