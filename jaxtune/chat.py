@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from jaxtune.inference.load.generate import Answer
     from jaxtune.inference.load.load import Model, Words
     from jaxtune.repl.models import Settings
-    from jaxtune.serving.listen import Taken
+    from jaxtune.server.run import Taken
 
 
 _KINDS = {bool: "true or false", int: "a number", float: "a number"}  # of JSON, beside objects
@@ -301,7 +301,7 @@ def _take(options: ChatOptions) -> Taken | None:
     """The port, before any model is loaded; None where none is asked for."""
     if options.serve is None:
         return None
-    from jaxtune.serving.listen import take
+    from jaxtune.server.run import take
 
     for name in ("prompt", "prompts", "history"):
         if getattr(options, name) is not None:
@@ -311,9 +311,9 @@ def _take(options: ChatOptions) -> Taken | None:
 
 def _serve(models: Mapping[str, Model], words: Words, options: ChatOptions, taken: Taken) -> None:
     from jaxtune.repl.models import sampling
-    from jaxtune.serving.app import Defaults
-    from jaxtune.serving.start import start
-    from jaxtune.serving.work import Limits
+    from jaxtune.server.app import Defaults
+    from jaxtune.server.scheduler import Limits
+    from jaxtune.server.start import start
 
     limits = Limits(
         slots=options.serve_slots, queue=options.serve_queue, seconds=options.serve_seconds

@@ -23,7 +23,7 @@ from jaxtune.hf.load import load_params, open_model
 from jaxtune.inference.load import generate
 from jaxtune.inference.load import load as inference
 from jaxtune.model import decoder
-from jaxtune.serving import start, work
+from jaxtune.server import scheduler, start
 from jaxtune.terminal.text import printable
 from jaxtune.tree import named
 
@@ -313,7 +313,7 @@ def test_a_conversation_turns_the_adapter_off_and_on(
                 said = (await client.post("/v1/chat/completions", json=body, timeout=300)).json()
                 served[name] = printable(said["choices"][0]["message"]["content"]) + "\n"
 
-    def serve(app: Any, desk: work.Desk, taken: Any, models: str) -> None:
+    def serve(app: Any, desk: scheduler.Desk, taken: Any, models: str) -> None:
         thread = threading.Thread(target=desk.run)
         thread.start()
         asyncio.run(ask_each(app, models.split(", ")))

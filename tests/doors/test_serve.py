@@ -22,7 +22,7 @@ import openai
 import pytest
 
 from jaxtune import chat
-from jaxtune.serving.listen import KEY, address
+from jaxtune.server.run import KEY, address
 from jaxtune.terminal.text import printable
 
 SAID = "Yes, you can"
@@ -284,7 +284,7 @@ def test_addresses() -> None:
 
 
 def test_another_host_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
-    from jaxtune.serving import listen
+    from jaxtune.server import run as listen
 
     with socket.create_server(("0.0.0.0", 0)) as anywhere:
         at = listen.Address("0.0.0.0", anywhere.getsockname()[1])

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import httpx
 
 from jaxtune.config import DataError
-from jaxtune.serving.app import Defaults, Served, application
-from jaxtune.serving.guard import Door
-from jaxtune.serving.listen import Address, Taken, bind, serve
-from jaxtune.serving.work import Desk, Limits
+from jaxtune.server.app import Defaults, Served, application
+from jaxtune.server.auth import Door
+from jaxtune.server.run import Address, Taken, bind, serve
+from jaxtune.server.scheduler import Desk, Limits
 
 POSITIONS = 200
 

@@ -8,7 +8,7 @@ import pytest
 
 from jaxtune.config import DataError
 from jaxtune.inference.load import generate
-from jaxtune.serving.asked import chat_ids
+from jaxtune.server.prompts import chat_ids
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 CALLED = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}

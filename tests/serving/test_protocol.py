@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jaxtune.serving.protocol import ChatAsked, Refused, TextAsked, parse
+from jaxtune.server.openai_schema import ChatAsked, Refused, TextAsked, parse
 
 HI = [{"role": "user", "content": "Hi"}]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from echo import Running
 
-from jaxtune.serving.page import page
+from jaxtune.server.page import page
 
 # What the script needs of a browser, and no more. Prints the bodies that were sent.
 BROWSER = """

@@ -13,7 +13,8 @@ import httpx
 import pytest
 from echo import POSITIONS, Echo, Running, running
 
-from jaxtune.serving import app, lines
+from jaxtune.server import app
+from jaxtune.server import connections as lines
 
 
 def error(response: httpx.Response, status: int) -> dict[str, Any]:
@@ -408,13 +409,13 @@ def test_want_of_memory_is_told_and_the_server_lives_on(echo: Running) -> None:
 def test_a_mistake_of_ours_is_500_and_says_where_not_what(
     echo: Running, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from jaxtune.serving import protocol
+    from jaxtune.server import openai_schema
 
     def broken(_: Any, body: bytes) -> Any:
         raise ZeroDivisionError(body.decode())
 
     with monkeypatch.context() as patch:
-        patch.setattr(protocol, "parse", broken)
+        patch.setattr(openai_schema, "parse", broken)
         assert error(echo.chat("a secret question"), 500)["type"] == "server_error"
     shown = capfd.readouterr().err
     assert "ZeroDivisionError" in shown

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from echo import Drawn, Echo
 
-from jaxtune.serving.protocol import Refused
-from jaxtune.serving.work import Desk, Event, Job, Limits, Wanted
+from jaxtune.server.openai_schema import Refused
+from jaxtune.server.scheduler import Desk, Event, Job, Limits, Wanted
 
 
 class Office:

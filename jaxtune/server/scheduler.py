@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from jaxtune.cli import note
 from jaxtune.config import JaxtuneError
 from jaxtune.parallel import memory
-from jaxtune.serving.protocol import BROKEN, BUSY, Refused
+from jaxtune.server.openai_schema import BROKEN, BUSY, Refused
 
 if TYPE_CHECKING:
     from jaxtune.data.templating.template import Template

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from jaxtune.inference.load.generate import Answering
 from jaxtune.inference.load.kv_capacity import longest_text
-from jaxtune.serving.app import Defaults, Served, application
-from jaxtune.serving.asked import chat_ids, text_ids
-from jaxtune.serving.guard import Door
-from jaxtune.serving.listen import Taken, serve
-from jaxtune.serving.work import Desk, Limits
+from jaxtune.server.app import Defaults, Served, application
+from jaxtune.server.auth import Door
+from jaxtune.server.prompts import chat_ids, text_ids
+from jaxtune.server.run import Taken, serve
+from jaxtune.server.scheduler import Desk, Limits
 
 if TYPE_CHECKING:
     from jaxtune.inference.load.load import Model, Words

@@ -20,7 +20,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxtune.serving.protocol import DENIED, Refused
+from jaxtune.server.openai_schema import DENIED, Refused
 
 OPEN = ("/", "/health")  # without a key
 _HEADERS: Mapping[str, str] = {

@@ -18,8 +18,8 @@ from starlette.types import ASGIApp
 
 from jaxtune.cli import note
 from jaxtune.config import ConfigError
-from jaxtune.serving.guard import is_loopback
-from jaxtune.serving.work import Desk
+from jaxtune.server.auth import is_loopback
+from jaxtune.server.scheduler import Desk
 
 KEY = "JAXTUNE_API_KEY"
 _LOOPBACK = "127.0.0.1"
@@ -119,7 +119,7 @@ def serve(app: ASGIApp, desk: Desk, taken: Taken, models: str) -> None:
     returns. `models` are named in the announcement."""
     import uvicorn
 
-    from jaxtune.serving.lines import lines
+    from jaxtune.server.connections import lines
 
     server = uvicorn.Server(
         uvicorn.Config(

@@ -29,11 +29,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxtune.config import JaxtuneError
-from jaxtune.serving import protocol
-from jaxtune.serving.guard import Door, Guard, as_response
-from jaxtune.serving.page import page
-from jaxtune.serving.protocol import BROKEN, ChatAsked, Ended, Refused, Reply, TextAsked
-from jaxtune.serving.work import Desk, Event, Job, Wanted
+from jaxtune.server import openai_schema
+from jaxtune.server.auth import Door, Guard, as_response
+from jaxtune.server.openai_schema import BROKEN, ChatAsked, Ended, Refused, Reply, TextAsked
+from jaxtune.server.page import page
+from jaxtune.server.scheduler import Desk, Event, Job, Wanted
 
 if TYPE_CHECKING:
     from jaxtune.data.templating.template import Template
@@ -130,14 +130,14 @@ class _Room:
         return JSONResponse({**said, "waiting": waiting, "answering": answering})
 
     async def models(self, _: Request) -> Response:
-        return JSONResponse(protocol.models(dict.fromkeys(self._models, self._created)))
+        return JSONResponse(openai_schema.models(dict.fromkeys(self._models, self._created)))
 
     async def model(self, request: Request) -> Response:
         name = self._named(request.path_params["name"]).name
-        return JSONResponse(protocol.model(name, self._created))
+        return JSONResponse(openai_schema.model(name, self._created))
 
     async def chat(self, request: Request) -> Response:
-        asked = protocol.parse(ChatAsked, await self._body(request))
+        asked = openai_schema.parse(ChatAsked, await self._body(request))
         if len(asked.messages) > self._desk.limits.messages:
             most = self._desk.limits.messages
             raise Refused(400, f"messages: {len(asked.messages)} of them; at most {most}.",
@@ -156,7 +156,7 @@ class _Room:
         return await self._answer(request, asked, model, ids, max(both, default=None))
 
     async def text(self, request: Request) -> Response:
-        asked = protocol.parse(TextAsked, await self._body(request))
+        asked = openai_schema.parse(TextAsked, await self._body(request))
         model = self._named(asked.model)
         ids = await self._ids(partial(model.text_ids, asked.prompt), "prompt")
         return await self._answer(request, asked, model, ids, asked.max_tokens)
@@ -208,7 +208,7 @@ class _Room:
         return ids
 
     def _wanted(
-        self, asked: protocol._Asked, model: Served, ids: list[int], most: int | None
+        self, asked: openai_schema._Asked, model: Served, ids: list[int], most: int | None
     ) -> Wanted:
         left = model.positions - len(ids)
         if left < 1 or (most or 1) > left:
@@ -238,7 +238,7 @@ class _Room:
     async def _answer(
         self,
         request: Request,
-        asked: protocol._Asked,
+        asked: openai_schema._Asked,
         model: Served,
         ids: list[int],
         most: int | None,
@@ -246,7 +246,7 @@ class _Room:
         wanted = self._wanted(asked, model, ids, most)
         came: asyncio.Queue[Event | Refused] = asyncio.Queue()
         job = self._desk.ask(wanted, _into(asyncio.get_running_loop(), came))
-        to = protocol.reply(model.name, chat=isinstance(asked, ChatAsked))
+        to = openai_schema.reply(model.name, chat=isinstance(asked, ChatAsked))
         if asked.stream:
             events = _events(job, came, to, with_usage=asked.usage_asked)
             return _Stream(events, partial(self._desk.cancel, job))
@@ -256,7 +256,7 @@ class _Room:
             await asyncio.wait((ended, leaving), return_when=asyncio.FIRST_COMPLETED)
             if not ended.done():
                 return Response(status_code=499)  # to nobody: the client has gone
-            return JSONResponse(protocol.whole(to, ended.result()))
+            return JSONResponse(openai_schema.whole(to, ended.result()))
         finally:
             ended.cancel()
             leaving.cancel()
@@ -283,20 +283,20 @@ async def _events(
 ) -> AsyncIterator[str]:
     try:
         if to.chat:
-            yield _event(protocol.part(to, "", first=True, with_usage=with_usage))
+            yield _event(openai_schema.part(to, "", first=True, with_usage=with_usage))
         while True:
             event = await came.get()
             if isinstance(event, Refused):
                 yield _event(event.body)
                 return
             if event.text:
-                yield _event(protocol.part(to, event.text, with_usage=with_usage))
+                yield _event(openai_schema.part(to, event.text, with_usage=with_usage))
             if event.ended is not None:
                 break
         ended = _ended(event.ended, len(job.wanted.prompt))
-        yield _event(protocol.part(to, "", reason=ended.reason, with_usage=with_usage))
+        yield _event(openai_schema.part(to, "", reason=ended.reason, with_usage=with_usage))
         if with_usage:
-            yield _event(protocol.usage_part(to, ended))
+            yield _event(openai_schema.usage_part(to, ended))
         yield "data: [DONE]\n\n"
     except Exception as error:
         yield _event(_mistake(error).body)
