@@ -62,9 +62,9 @@ def write(folder: Path, options: argparse.Namespace) -> None:
 class Jaxtune:
     def __init__(self, folder: Path) -> None:
         import jax.numpy as jnp
-        from jaxtune.inference.load.unstack import unrolled
 
         from jaxtune.hf.load import load_params, open_model
+        from jaxtune.inference.unstack import unrolled
 
         model = open_model(str(folder / "model"))
         variables = {"params": load_params(model, None, jnp.float32)}
@@ -73,7 +73,7 @@ class Jaxtune:
 
     def __call__(self, prompts: list[list[int]], count: int) -> tuple[list[list[int]], float]:
         """The answers, and when the last of their first tokens was there."""
-        from jaxtune.inference.load.engine import Engine
+        from jaxtune.inference.engine import Engine
 
         engine = Engine(self.spec, self.variables, dtype="float32", slots=len(prompts))
         start = time.perf_counter()

@@ -28,8 +28,8 @@ from jaxtune.parallel import memory
 
 if TYPE_CHECKING:
     from jaxtune.data.schema import Conversation
-    from jaxtune.inference.load.generate import Answer
-    from jaxtune.inference.load.load import Model, Words
+    from jaxtune.inference.generate import Answer
+    from jaxtune.inference.load import Model, Words
     from jaxtune.repl.models import Settings
     from jaxtune.server.run import Taken
 
@@ -120,7 +120,7 @@ def run(config: Config, options: ChatOptions | None = None) -> Result:
 def _run(
     config: Config, options: ChatOptions, asked: list[Asked] | None, taken: Taken | None
 ) -> Result:
-    from jaxtune.inference.load.load import check_base, load_model, open_mesh, open_words, resolved
+    from jaxtune.inference.load import check_base, load_model, open_mesh, open_words, resolved
 
     config = resolved(config)
     words = open_words(config)
@@ -217,7 +217,7 @@ def _rows(
     models: Mapping[str, Model], words: Words, asked: list[Asked], options: ChatOptions
 ) -> list[Mapping[str, Any]]:
     """One object per prompt, in order; the base's answer under "base"."""
-    from jaxtune.inference.load.generate import answer, prompt_ids
+    from jaxtune.inference.generate import answer, prompt_ids
     from jaxtune.repl.models import sampling
 
     by_model = {

@@ -128,7 +128,7 @@ def _run(config: Config, options: EvaluateOptions) -> Result:
     )
     from jaxtune.evaluation.scores.bootstrap import Bootstrap
     from jaxtune.evaluation.summary import Groups, summaries
-    from jaxtune.inference.load.load import (
+    from jaxtune.inference.load import (
         check_base,
         load_model,
         open_mesh,
@@ -136,7 +136,7 @@ def _run(config: Config, options: EvaluateOptions) -> Result:
         positions,
         resolved,
     )
-    from jaxtune.inference.load.sampling import Sampling
+    from jaxtune.inference.sampling import Sampling
     from jaxtune.training.initial_weights import fetched
 
     sampling = Sampling(options.temperature, options.top_k, options.top_p, seed=config.seed)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from jaxtune.data.templating.template import Template
     from jaxtune.data.tokenizer import Tokenizer
     from jaxtune.hf.load import HfModel
-    from jaxtune.inference.load.sample_prompts import Samples
+    from jaxtune.inference.sample_prompts import Samples
     from jaxtune.training.checkpoint.remote import Mirror
     from jaxtune.training.initial_weights import Adapters
     from jaxtune.training.program import Program
@@ -388,8 +388,8 @@ def _samples(
     """What answers `sample_prompts` at every evaluation."""
     if not config.sample_prompts:
         return None
-    from jaxtune.inference.load.load import Words, stop_ids
-    from jaxtune.inference.load.sample_prompts import Samples
+    from jaxtune.inference.load import Words, stop_ids
+    from jaxtune.inference.sample_prompts import Samples
     from jaxtune.parallel.mesh import platform_of
     from jaxtune.training.program import compute_dtype
 
@@ -432,9 +432,8 @@ def _replay(
         if mirror is not None:
             mirror.put(path.name)
         print(debug_step.summary(found))
-    note(
-        f"replayed step {step}: {path if mirror is None else object_store.join(mirror.url, path.name)}"
-    )
+    where = path if mirror is None else object_store.join(mirror.url, path.name)
+    note(f"replayed step {step}: {where}")
 
 
 # -- after the loop ------------------------------------------------------------------------------

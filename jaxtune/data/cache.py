@@ -43,8 +43,9 @@ class Stored(NamedTuple):
 
 
 def code_version() -> str:
-    """Hash of the data room's source: other code makes other tokens."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    """Hashes the source of the data package: other code or templates make other tokens."""
+    package = Path(__file__).parent
+    sources = sorted(p for p in package.rglob("*") if p.suffix in (".py", ".jinja"))
     return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()
 
 

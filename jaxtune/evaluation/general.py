@@ -17,7 +17,7 @@ from jaxtune.config import Config, DataError, DatasetConfig
 if TYPE_CHECKING:
     from jaxtune.data.dataset import Dataset
     from jaxtune.data.schema import Batch, Example
-    from jaxtune.inference.load.load import Words
+    from jaxtune.inference.load import Words
 
 
 class General(NamedTuple):

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from jaxtune.data.dataset import Dataset
     from jaxtune.evaluation.general import General
     from jaxtune.evaluation.judge.pairwise import Outcome
-    from jaxtune.inference.load.generate import Answer
-    from jaxtune.inference.load.load import Model, Words
-    from jaxtune.inference.load.sampling import Sampling
+    from jaxtune.inference.generate import Answer
+    from jaxtune.inference.load import Model, Words
+    from jaxtune.inference.sampling import Sampling
     from jaxtune.training.evaluation import Examples
 
 
@@ -153,7 +153,7 @@ def _said(
     max_new_tokens: int,
     sampling: Sampling,
 ) -> list[Said]:
-    from jaxtune.inference.load.generate import answer, prompt_ids
+    from jaxtune.inference.generate import answer, prompt_ids
 
     prompts = [prompt_ids(model, question.words, question.asked) for question in questions]
     answers: list[Answer] = answer(

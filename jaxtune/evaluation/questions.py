@@ -17,7 +17,7 @@ from jaxtune.evaluation.scores.reasoning import spoken
 if TYPE_CHECKING:
     from jaxtune.data.dataset import Dataset
     from jaxtune.data.schema import Conversation
-    from jaxtune.inference.load.load import Words
+    from jaxtune.inference.load import Words
 
 MOST_VALUES = 20  # of a column that are told apart; the others are one group
 OTHER = "other"

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.inference.load.sampling import Settings, choose
+from jaxtune.inference.sampling import Settings, choose
 from jaxtune.model import decoder
 from jaxtune.model.decoder import Cache, Params
 from jaxtune.model.lora import Lora

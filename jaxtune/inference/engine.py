@@ -24,10 +24,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxtune.config import ConfigError, DataError
-from jaxtune.inference.load import decode_step as device
-from jaxtune.inference.load.decode_step import MOST_STEPS, Asked, Program, Slots, Texts, Written
-from jaxtune.inference.load.sampling import GREEDY, Sampling, settings
-from jaxtune.inference.load.unstack import unrolled
+from jaxtune.inference import decode_step as device
+from jaxtune.inference.decode_step import MOST_STEPS, Asked, Program, Slots, Texts, Written
+from jaxtune.inference.sampling import GREEDY, Sampling, settings
+from jaxtune.inference.unstack import unrolled
 from jaxtune.model.decoder import Params, rope_limits
 from jaxtune.model.lora import Lora
 from jaxtune.parallel.mesh import platform_of, row_shards

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from jaxtune.data.templating.answer_text import Around
     from jaxtune.data.templating.template import Template
     from jaxtune.data.tokenizer import Tokenizer
-    from jaxtune.inference.load.load import Model, Words
-    from jaxtune.inference.load.sampling import Sampling
+    from jaxtune.inference.load import Model, Words
+    from jaxtune.inference.sampling import Sampling
 
 _ROWS = 32  # answered at a time
 
@@ -67,7 +67,7 @@ def answer(
     with random numbers of its own. `templates` are those of the prompts, where they are not that of
     `words`. `between` is called as it goes, as often on every host. Raises `DataError` for a prompt
     too long, and what `between` raises."""
-    from jaxtune.inference.load.engine import by_length
+    from jaxtune.inference.engine import by_length
 
     if not prompts:
         return []
@@ -145,7 +145,7 @@ class Answering:
     def __init__(
         self, model: Model, words: Words, *, slots: int = 8, max_length: int | None = None
     ) -> None:
-        from jaxtune.inference.load.engine import Engine
+        from jaxtune.inference.engine import Engine
 
         self._engine = Engine(
             model.spec,
@@ -184,7 +184,7 @@ class Answering:
         the prompt. Random numbers follow from `sampling.seed` and `number` alone; see
         `Engine.submit`. Raises `ConfigError` and `DataError`."""
         from jaxtune.data.templating.answer_text import Around, around
-        from jaxtune.inference.load.sampling import GREEDY
+        from jaxtune.inference.sampling import GREEDY
 
         if any(not text for text in stop):
             raise ConfigError("stop: has an empty string, which every answer begins with. Drop it.")

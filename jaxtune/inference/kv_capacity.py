@@ -15,7 +15,7 @@ from jaxtune.config import ConfigError
 from jaxtune.parallel import memory
 
 if TYPE_CHECKING:
-    from jaxtune.inference.load.load import Model
+    from jaxtune.inference.load import Model
 
 # Of the memory that is free: while slots grow, the former stand beside the new, and what reading a
 # prompt takes comes on top.

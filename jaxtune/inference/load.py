@@ -178,7 +178,7 @@ def load_model(name: str, config: Config, words: Words, mesh: Mesh, *, merge: bo
 
 def _to_be_asked(model: Model) -> Model:
     """The same model in the layout that answers fastest; its former arrays are gone."""
-    from jaxtune.inference.load.unstack import unrolled
+    from jaxtune.inference.unstack import unrolled
     from jaxtune.parallel.mesh import platform_of
 
     platform = platform_of(model.mesh)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxtune.data.schema import Conversation, Message
-from jaxtune.inference.load.generate import answer, prompt_ids
-from jaxtune.inference.load.load import Model, Words
+from jaxtune.inference.generate import answer, prompt_ids
+from jaxtune.inference.load import Model, Words
 from jaxtune.parallel import processes
 from jaxtune.storage.jsonl import keep_rows_up_to
 from jaxtune.tree import merge

@@ -9,8 +9,8 @@ from jaxtune.config import ConfigError
 from jaxtune.data.schema import Message
 
 if TYPE_CHECKING:
-    from jaxtune.inference.load.load import Model, Words
-    from jaxtune.inference.load.sampling import Sampling
+    from jaxtune.inference.load import Model, Words
+    from jaxtune.inference.sampling import Sampling
 
 
 class Settings(NamedTuple):
@@ -47,7 +47,7 @@ class Voice(NamedTuple):
 
 def sampling(settings: Settings) -> Sampling:
     """Raises `ConfigError` for settings that cannot be."""
-    from jaxtune.inference.load.sampling import Sampling
+    from jaxtune.inference.sampling import Sampling
 
     if settings.max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {settings.max_new_tokens}; expected at least 1.")
@@ -70,7 +70,7 @@ def voices(models: Mapping[str, Model], words: Words) -> list[Voice]:
 
 def _say(model: Model, words: Words) -> Say:
     def say(messages: Sequence[Message], settings: Settings) -> Generator[str, None, Ended]:
-        from jaxtune.inference.load.generate import stream
+        from jaxtune.inference.generate import stream
 
         most = settings.max_new_tokens
         found = yield from stream(

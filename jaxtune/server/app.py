@@ -37,8 +37,8 @@ from jaxtune.server.scheduler import Desk, Event, Job, Wanted
 
 if TYPE_CHECKING:
     from jaxtune.data.templating.template import Template
-    from jaxtune.inference.load.generate import Answer
-    from jaxtune.inference.load.sampling import Sampling
+    from jaxtune.inference.generate import Answer
+    from jaxtune.inference.sampling import Sampling
 
 _BODY_SECONDS = 20.0  # for a client to send what it has announced
 _SPARE = 64  # requests beyond those that may wait or be answered: pages, /health, refusals

@@ -114,7 +114,7 @@ def _column(name: str) -> str:
 
 
 def _file(name: str) -> str:
-    return importlib.resources.files("jaxtune.serving").joinpath(name).read_text("utf-8")
+    return importlib.resources.files("jaxtune.server").joinpath(name).read_text("utf-8")
 
 
 def _hash(text: str) -> str:

@@ -10,7 +10,7 @@ from jaxtune.data.formats import to_noun
 from jaxtune.data.schema import Conversation, Message
 
 if TYPE_CHECKING:
-    from jaxtune.inference.load.load import Model, Words
+    from jaxtune.inference.load import Model, Words
 
 
 def chat_ids(
@@ -22,7 +22,7 @@ def chat_ids(
     """Of messages as OpenAI has them. Raises `DataError` and `ConfigError` for what the model's
     template cannot show: an answer at the end, tools or calls of them that it does not read, a role
     it lacks."""
-    from jaxtune.inference.load.generate import prompt_ids
+    from jaxtune.inference.generate import prompt_ids
 
     said = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
     fields = {"messages": said, **({"tools": list(tools)} if tools else {})}

@@ -23,8 +23,8 @@ from jaxtune.server.openai_schema import BROKEN, BUSY, Refused
 
 if TYPE_CHECKING:
     from jaxtune.data.templating.template import Template
-    from jaxtune.inference.load.generate import Answer, Piece
-    from jaxtune.inference.load.sampling import Sampling
+    from jaxtune.inference.generate import Answer, Piece
+    from jaxtune.inference.sampling import Sampling
 
 # Tokens that every answer is taken further before others are looked at: who waits, who has gone.
 _STEPS = 4

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxtune.inference.load.generate import Answering
-from jaxtune.inference.load.kv_capacity import longest_text
+from jaxtune.inference.generate import Answering
+from jaxtune.inference.kv_capacity import longest_text
 from jaxtune.server.app import Defaults, Served, application
 from jaxtune.server.auth import Door
 from jaxtune.server.prompts import chat_ids, text_ids
@@ -16,7 +16,7 @@ from jaxtune.server.run import Taken, serve
 from jaxtune.server.scheduler import Desk, Limits
 
 if TYPE_CHECKING:
-    from jaxtune.inference.load.load import Model, Words
+    from jaxtune.inference.load import Model, Words
 
 
 def start(

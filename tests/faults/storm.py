@@ -51,11 +51,15 @@ PHASES = {
     "anywhere": ("strike()", 8.0),
     "cache": ("from jaxtune.data import cache\nbefore(cache, 'stored')", 0.15),
     "step": (
-        "from jaxtune import loop\n"
+        "from jaxtune.training import loop\n"
         "before(loop.Loop, '_next', lambda self, feed, step: step == {step})",
         0.4,
     ),
-    "save": ("from jaxtune.learn import checkpoint\nbefore(checkpoint.Checkpoints, 'save')", 0.5),
+    "save": (
+        "from jaxtune.training.checkpoint import checkpoints\n"
+        "before(checkpoints.Checkpoints, 'save')",
+        0.5,
+    ),
     "export": ("from jaxtune.hf import export\nbefore(export, 'export_model')", 0.4),
 }
 LIMITED = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from golden.cases import NEW_TOKENS, PROMPTS, TEXTS, WEIGHTS, write_folder
-from jaxtune.inference.load.engine import Engine
 
 from jaxtune.hf.load import HfModel, load_params, open_model
+from jaxtune.inference.engine import Engine
 from jaxtune.model import decoder
 from jaxtune.ops.cross_entropy import linear_cross_entropy, logits
 from jaxtune.tree import named

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtune.inference.load.engine import generate
 
+from jaxtune.inference.engine import generate
 from jaxtune.model import decoder
 from jaxtune.ops.cross_entropy import linear_cross_entropy
 from jaxtune.ops.moe import balance

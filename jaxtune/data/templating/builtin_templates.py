@@ -46,7 +46,11 @@ def _written(name: str, setting: Setting, **instead: str) -> str:
 
 @functools.cache
 def _file(name: str) -> str:
-    return importlib.resources.files("jaxtune.data").joinpath(f"{name}.jinja").read_text("utf-8")
+    return (
+        importlib.resources.files("jaxtune.data.templating.builtin")
+        .joinpath(f"{name}.jinja")
+        .read_text("utf-8")
+    )
 
 
 _TASK = "Below is an instruction that describes a task"

@@ -18,7 +18,11 @@ _LINE = re.compile(r"[*`]*VERDICT: (A|B|TIE)[*`]*")
 def rubric(file: str | None) -> str:
     """The text of `file`, else `judge/rubric.txt`. Raises `ConfigError`."""
     if file is None:
-        return importlib.resources.files("jaxtune.judge").joinpath("rubric.txt").read_text("utf-8")
+        return (
+            importlib.resources.files("jaxtune.evaluation.judge")
+            .joinpath("rubric.txt")
+            .read_text("utf-8")
+        )
     try:
         text = Path(file).expanduser().read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

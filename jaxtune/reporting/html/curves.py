@@ -94,7 +94,7 @@ numbers.</p></noscript>
 
 def script() -> str:
     return (
-        importlib.resources.files("jaxtune.draw")
+        importlib.resources.files("jaxtune.reporting.html")
         .joinpath("curves.js")
         .read_text(encoding="utf-8")
         .strip()

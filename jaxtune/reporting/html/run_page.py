@@ -40,7 +40,11 @@ class RunPage(NamedTuple):
 def run_page(run: RunPage) -> str:
     """The whole document."""
     code = script()
-    style = importlib.resources.files("jaxtune.draw").joinpath("report.css").read_text("utf-8")
+    style = (
+        importlib.resources.files("jaxtune.reporting.html")
+        .joinpath("report.css")
+        .read_text("utf-8")
+    )
     sections = [(title, body) for title, body in _sections(run) if body]
     links = "".join(f'<a href="#{_id(title)}">{title}</a>' for title, _ in sections)
     bodies = "\n".join(

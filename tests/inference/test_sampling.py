@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtune.inference.load.sampling import GREEDY, LOWEST, Sampling, choose, processed, settings
 from scipy import stats
 
 from jaxtune.config import ConfigError
+from jaxtune.inference.sampling import GREEDY, LOWEST, Sampling, choose, processed, settings
 
 V = 24
 ROWS = 4096  # draws of one distribution, or any rows: one shape, one program

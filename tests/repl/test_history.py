@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from data.chat_templates import BRACKETS_MERGING, TRIMMING_DATED
 from data.made import NAMES, adds_bos, byte_level_backend, save, sentencepiece_backend
-from jaxtune.inference.load.generate import Answer, _Text
 
 from jaxtune.data.schema import Conversation, Dropped, Message
 from jaxtune.data.templating.answer_text import around, text_of
@@ -20,6 +19,7 @@ from jaxtune.data.templating.masking import render
 from jaxtune.data.templating.template import Template, resolve
 from jaxtune.data.tokenize import encode, encode_prompt
 from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.inference.generate import Answer, _Text
 from jaxtune.repl import history
 
 TURNS = ("Name a prime.", "Seven, I think.", "Another?", "Eleven.")

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden.cases import tensors, write_folder, write_tokenizer
-from jaxtune.inference.load.load import resolved
 
 from jaxtune import convert
 from jaxtune.config import ConfigError, dump, load
 from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.hf.load import load_params, open_model
+from jaxtune.inference.load import resolved
 from jaxtune.training.checkpoint.checkpoints import Checkpoints
 from jaxtune.training.state import TrainState
 from jaxtune.tree import named

@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jaxtune.inference.load.kv_capacity import longest_text
 
 from jaxtune.config import ConfigError
 from jaxtune.hf.load import open_model
+from jaxtune.inference.kv_capacity import longest_text
 from jaxtune.parallel import memory
 from jaxtune.parallel.mesh import make_mesh
 
-MODEL = Path(__file__).resolve().parents[1] / "configs" / "quickstart" / "model"
+MODEL = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model"
 
 
 def model(positions: int) -> Any:

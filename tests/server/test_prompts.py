@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jaxtune.config import DataError
-from jaxtune.inference.load import generate
+from jaxtune.inference import generate
 from jaxtune.server.prompts import chat_ids
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}

@@ -25,7 +25,7 @@ from children import environment
 from jaxtune import chat, evaluate, train
 from jaxtune.config import ConfigError, Diverged, load
 from jaxtune.hf.load import load_params, open_model
-from jaxtune.inference.load import sample_prompts
+from jaxtune.inference import sample_prompts
 from jaxtune.storage import lock
 from jaxtune.training import loop
 from jaxtune.training.checkpoint.checkpoints import Checkpoints, read_meta

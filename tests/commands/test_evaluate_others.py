@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judge.server import likes_the_first, likes_the_longer, serving
+from evaluation.judge_server import likes_the_first, likes_the_longer, serving
 from scipy.stats import binomtest
 
 from jaxtune import evaluate
 from jaxtune.config import ConfigError, load
 from jaxtune.evaluate import EvaluateOptions
 from jaxtune.evaluation import harness
-from jaxtune.inference.load import generate
+from jaxtune.inference import generate
 
 SAID = "Yes, you can"  # by the parrot; the contrary one says Sorry
 SECRET = "sk-never-to-be-seen-0123456789"

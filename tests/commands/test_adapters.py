@@ -20,8 +20,8 @@ from jaxtune.config import Config, ConfigError, load
 from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.hf.export import export_model
 from jaxtune.hf.load import load_params, open_model
-from jaxtune.inference.load import generate
-from jaxtune.inference.load import load as inference
+from jaxtune.inference import generate
+from jaxtune.inference import load as inference
 from jaxtune.model import decoder
 from jaxtune.server import scheduler, start
 from jaxtune.terminal.text import printable

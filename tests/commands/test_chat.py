@@ -14,7 +14,7 @@ from jaxtune import chat
 from jaxtune.config import load
 from jaxtune.data.templating.answer_text import Around
 from jaxtune.data.tokenizer import load_tokenizer
-from jaxtune.inference.load import generate
+from jaxtune.inference import generate
 from jaxtune.terminal.text import printable
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model"

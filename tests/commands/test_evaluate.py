@@ -21,8 +21,8 @@ from transformers import AutoTokenizer
 from jaxtune import evaluate, preview, train
 from jaxtune.config import ConfigError, load
 from jaxtune.evaluate import EvaluateOptions
-from jaxtune.inference.load import generate
-from jaxtune.inference.load import load as inference
+from jaxtune.inference import generate
+from jaxtune.inference import load as inference
 from jaxtune.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from jaxtune.inference.load.generate import Answer, Answering, answer, prompt_ids, stream
-from jaxtune.inference.load.load import load_model
-from jaxtune.inference.load.sampling import Sampling
 
 from jaxtune.config import ConfigError, DataError, load
 from jaxtune.data.schema import Conversation, Message
 from jaxtune.data.templating.answer_text import Around
 from jaxtune.data.tokenizer import load_tokenizer
-from jaxtune.inference.load import generate
-from jaxtune.inference.load import load as inference
+from jaxtune.inference import generate
+from jaxtune.inference import load as inference
+from jaxtune.inference.generate import Answer, Answering, answer, prompt_ids, stream
+from jaxtune.inference.load import load_model
+from jaxtune.inference.sampling import Sampling
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model"
 SAID = "Yes, you can"

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtune.inference.load.engine import Engine, generate
-from jaxtune.inference.load.sampling import GREEDY, Sampling
-from jaxtune.inference.load.unstack import unrolled
 from model.conftest import LIMIT, SPEC
 from scipy import stats
 
 from jaxtune.config import ConfigError, DataError
-from jaxtune.inference.load import decode_step as device
+from jaxtune.inference import decode_step as device
+from jaxtune.inference.engine import Engine, generate
+from jaxtune.inference.sampling import GREEDY, Sampling
+from jaxtune.inference.unstack import unrolled
 from jaxtune.model import decoder
 from jaxtune.model.decoder import Params
 from jaxtune.model.lora import Lora
@@ -279,7 +279,7 @@ def test_a_stack_is_decoded_as_its_layers_are(
 ) -> None:
     """The way of TPUs and GPUs, run here."""
     monkeypatch.setattr(
-        "jaxtune.inference.load.engine.unrolled", lambda spec, variables, **_: (spec, variables)
+        "jaxtune.inference.engine.unrolled", lambda spec, variables, **_: (spec, variables)
     )
     engine = Engine(SPEC, {"params": params}, dtype=jnp.float32, slots=8)
     assert asked(engine) == alone

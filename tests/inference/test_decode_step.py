@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtune.inference.load.engine import Generation, generate, stream
-from jaxtune.inference.load.sampling import Sampling
 from model.conftest import SPEC
 
 from jaxtune.config import ConfigError, DataError
-from jaxtune.inference.load import decode_step, engine
+from jaxtune.inference import decode_step, engine
+from jaxtune.inference.engine import Generation, generate, stream
+from jaxtune.inference.sampling import Sampling
 from jaxtune.model import decoder
 from jaxtune.model.decoder import Params
 from jaxtune.parallel import mesh

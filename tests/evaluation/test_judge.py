@@ -10,7 +10,7 @@ import traceback
 from typing import Any
 
 import pytest
-from judge.server import Reply, likes_the_first, likes_the_longer, serving
+from evaluation.judge_server import Reply, likes_the_first, likes_the_longer, serving
 
 from jaxtune.config import ConfigError
 from jaxtune.evaluation.judge import pairwise

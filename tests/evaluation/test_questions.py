@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 from data.chat_templates import THINKING, THINKING_KEY, TOOL_CALLING
 from data.made import NAMES, adds_bos, byte_level_backend, save, sentencepiece_backend
-from jaxtune.inference.load.generate import _Text
-from jaxtune.inference.load.load import Words
 
 from jaxtune.config import DataError, DatasetConfig
 from jaxtune.data.dataset import Dataset, open_dataset
@@ -21,6 +19,8 @@ from jaxtune.data.tokenize import encode_prompt
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evaluation.questions import Question, questions_of
 from jaxtune.evaluation.scores.answers import Said, answer_scores
+from jaxtune.inference.generate import _Text
+from jaxtune.inference.load import Words
 
 # The generation prompt begins the reasoning, and answers are written with it.
 BEGUN = """{%- for message in messages -%}
