@@ -13,7 +13,7 @@ import jaxtune
 
 PACKAGE = Path(jaxtune.__file__).parent
 COMMANDS = {"train", "preview", "plan", "evaluate", "chat", "report", "convert"}
-# From the ground up. A package imports what stands on lower floors; siblings never import each other.
+# From the ground up. A package imports from lower floors only; siblings never import each other.
 FLOORS: tuple[set[str], ...] = (
     {"config"},
     {"spec", "tree", "terminal"},
