@@ -1,32 +1,64 @@
 """Instruction tuning of open language models with JAX.
 
-The floor plan; imports only go down, siblings never import each other (`tests/test_floors.py`):
+Public, and loaded when first used: `load_config`, `Config`, `train`, `evaluate`, `preview`, `plan`,
+`load_model`, the callbacks, and the errors. Everything else is internal.
 
-    floor 5  doors    train  preview  plan  convert  evaluate  chat  report     `jaxtune <door>`
-    floor 4  talk  serving              a conversation in the terminal | over HTTP
-             inference  answering       a model opened | and asked
-             capacity                   how long a text it has room for
-             samples                    a model asked while it is trained
-             assemble  planning         a program made | what it costs
-             loop  incident             steps and what is between | a step that went wrong
-             rundir  beginning          where a run lies | and the step that it goes on from
-             agreement                  whether all hosts are about to run the same
-             evaluating                 a model measured, by group
-             reporting  weights         a run, read and drawn | a model as a config wants it
-    floor 3  learn    hf                the step and its state | the outside world's checkpoints
-    floor 2  model                      the only room with `nn.Module`
-    floor 1  data  ops  draw            numpy only | jnp only | numbers -> pictures
-             mesh  collectives          who holds which slice | what devices do together
-             hosts  watch               processes of a run | who is lost, who lags
-             scoring  judge             what answers are worth | another model, asked which
-    floor 0  config  command  spec  tree    a config read | argv and exits | what a model is | names
-             knobs  aliases  methods        what can be set | elsewhere called | and follows from it
-             untrusted  hub  stores     strangers' files, read with limits | models by their id |
-             kept  lock                 objects at gs:// and s3:// URLs | what of them stays here
-                                        one run at a time in a folder
-             files  rows  memory        whole or not there | metrics.jsonl | of a device, used up
+    import jaxtune as jt
+    result = jt.train(jt.load_config("config.yaml"), data=[{"prompt": "...", "completion": "..."}])
+    model = jt.load_model(result.output_dir)
+    model.generate(["Name a prime."], max_new_tokens=8)
+
+The packages; imports only go down, siblings never import each other (`tests/test_floors.py`):
+
+    commands      train  preview  plan  evaluate  chat  report  convert
+    api           what each command does, for Python
+    presentation  server  repl  reporting
+    uses          evaluation  planning
+    engines       training  inference
+    outside       hf
+    mathematics   model  ops  parallel
+    material      data
+    ground        config  spec  tree  storage  terminal  cli
 
 Importing this package imports nothing heavy.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+# public name -> the module that has it; a command's module is itself callable (`cli.CommandModule`)
+_PUBLIC = {
+    "load_config": "jaxtune.config",
+    "Config": "jaxtune.config",
+    "ConfigError": "jaxtune.config",
+    "DataError": "jaxtune.config",
+    "ModelError": "jaxtune.config",
+    "Diverged": "jaxtune.config",
+    "JaxtuneError": "jaxtune.config",
+}
+_COMMANDS = ("train", "evaluate", "preview", "plan")
+
+if TYPE_CHECKING:
+    from jaxtune.config import Config as Config
+    from jaxtune.config import ConfigError as ConfigError
+    from jaxtune.config import DataError as DataError
+    from jaxtune.config import Diverged as Diverged
+    from jaxtune.config import JaxtuneError as JaxtuneError
+    from jaxtune.config import ModelError as ModelError
+    from jaxtune.config import load_config as load_config
+
+
+def __getattr__(name: str) -> Any:
+    if name in _COMMANDS:
+        return importlib.import_module(f"jaxtune.{name}")
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'jaxtune' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC, *_COMMANDS})

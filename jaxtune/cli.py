@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import importlib
 import os
 import re
 import sys
 import traceback
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
@@ -47,6 +49,14 @@ DISK_REFUSES = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     errno.EFBIG,
 )
+
+
+class CommandModule(types.ModuleType):
+    """A command's module that can be called: `jaxtune.train(config, ...)` is `api.train.train`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        name = self.__name__.rpartition(".")[2]
+        return getattr(importlib.import_module(f"jaxtune.api.{name}"), name)(*args, **kwargs)
 
 
 class Options(pydantic.BaseModel):

@@ -327,5 +327,7 @@ def _show(
     )
 
 
+sys.modules[__name__].__class__ = cli.CommandModule
+
 if __name__ == "__main__":
     sys.exit(main())

@@ -308,5 +308,7 @@ def _write(config: Config, plan: Mapping[str, Any], file: Path) -> None:
     file.write_text("".join(f"# {line}\n" for line in head) + text, encoding="utf-8")
 
 
+sys.modules[__name__].__class__ = cli.CommandModule
+
 if __name__ == "__main__":
     sys.exit(main())

@@ -122,5 +122,7 @@ def _write_page(
     cli.note(f"written: {file}")
 
 
+sys.modules[__name__].__class__ = cli.CommandModule
+
 if __name__ == "__main__":
     sys.exit(main())

@@ -513,5 +513,7 @@ def _draw_report(
     after_training(run_dir, config, settings, material.train, report)
 
 
+sys.modules[__name__].__class__ = cli.CommandModule
+
 if __name__ == "__main__":
     sys.exit(main())

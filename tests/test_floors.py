@@ -28,6 +28,7 @@ FLOORS: tuple[set[str], ...] = (
     {"evaluation", "planning"},
     {"reporting"},
     {"server", "repl"},
+    {"api"},
     COMMANDS,
 )
 FLOOR = {package: number for number, floor in enumerate(FLOORS) for package in floor}

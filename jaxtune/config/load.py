@@ -40,6 +40,7 @@ __all__ = [
     "field_names",
     "label",
     "load",
+    "load_config",
     "nearest",
     "parse_model",
     "shard_bytes",
@@ -115,6 +116,19 @@ def load(
         lora = " and LoRA" if name == "learning_rate" and adapted else ""
         note(f"{name}: {shown}, the default with {config.optim}{lora}")
     return config
+
+
+def load_config(source: str | Path | Mapping[str, Any] | None = None, **overrides: Any) -> Config:
+    """Makes a config of a YAML file or of a mapping, with keyword arguments on top.
+
+    A group is a mapping (`lora={"r": 16}`). Raises `ConfigError`.
+
+    >>> load_config({"cutoff_len": 512}, learning_rate=1e-4).learning_rate
+    0.0001
+    """
+    if isinstance(source, Mapping):
+        return load(overrides={**source, **overrides})
+    return load(source, overrides)
 
 
 def dump(config: Config) -> str:
