@@ -1,25 +1,17 @@
 """The config: one strict frozen model, read from YAML and flags. Knows no JAX."""
 
+from jaxtune.config.aliases import ALIASES
+from jaxtune.config.errors import ConfigError, DataError, Diverged, JaxtuneError, ModelError
+from jaxtune.config.fields import DatasetConfig, HostsConfig, ProportionsConfig, label, shard_bytes
 from jaxtune.config.load import (
-    ALIASES,
     YAML_FAILS,
     Config,
-    ConfigError,
-    DataError,
-    DatasetConfig,
-    Diverged,
-    HostsConfig,
-    JaxtuneError,
-    ModelError,
-    ProportionsConfig,
     dump,
     field_names,
-    label,
     load,
     load_config,
     nearest,
     parse_model,
-    shard_bytes,
 )
 
 __all__ = [

@@ -1,8 +1,7 @@
 """A config from YAML and from flags: the only way in.
 
 `load` accepts the names people already type (`aliases`), refuses what it does not know with the
-nearest name, and returns a frozen `Config` (`knobs`). Nothing below the doors takes a `Config`:
-functions take what they need. This room knows no JAX.
+nearest name, and returns a frozen `Config` (`fields`). A message never grows with the data.
 """
 
 from __future__ import annotations
@@ -14,68 +13,21 @@ from typing import Any, TypeVar
 
 import pydantic
 import yaml
+from pydantic_core import ErrorDetails
 
 from jaxtune.config import fields
 from jaxtune.config.aliases import ALIASES
-from jaxtune.config.fields import (
-    DatasetConfig,
-    HostsConfig,
-    ProportionsConfig,
-    label,
-    method_defaults,
-    shard_bytes,
-)
-
-__all__ = [
-    "ALIASES",
-    "Config",
-    "ConfigError",
-    "DataError",
-    "DatasetConfig",
-    "Diverged",
-    "HostsConfig",
-    "JaxtuneError",
-    "ModelError",
-    "dump",
-    "field_names",
-    "label",
-    "load",
-    "load_config",
-    "nearest",
-    "parse_model",
-    "shard_bytes",
-]
+from jaxtune.config.errors import ConfigError
+from jaxtune.config.fields import DatasetConfig, ProportionsConfig, method_defaults
 
 M = TypeVar("M", bound=pydantic.BaseModel)
-
-
-class JaxtuneError(Exception):
-    """What a user can mend. The text says where, what was expected, what came, what to do. `passes`
-    where time may mend it too: the same command is worth another try."""
-
-    def __init__(self, *said: object, passes: bool = False) -> None:
-        super().__init__(*said)
-        self.passes = passes
-
-
-class ConfigError(JaxtuneError):
-    """A knob, a path or a combination of them is wrong."""
-
-
-class DataError(JaxtuneError):
-    """A data file is missing, broken, or holds nothing to train on."""
-
-
-class ModelError(JaxtuneError):
-    """A model folder is missing, incomplete, or of a family this version does not know."""
-
-
-class Diverged(JaxtuneError):
-    """Loss or gradients became non-finite; the parameters before that step are kept."""
+_SHOWN = 200  # characters of a value in a message
+_MISTAKES = 10  # lines of one message
 
 
 class Config(fields.Config):
-    """All of a run. `Config(...)` understands what `load` does: `dataset`, aliases, dotted names.
+    """A run's whole config; it understands what `load` does: `dataset`, aliases, dotted names.
+
     Raises `ConfigError`.
 
     >>> Config(dataset="examples.jsonl", cutoff_len=512).max_length
@@ -94,7 +46,7 @@ def load(
     *,
     note: Callable[[str], None] = lambda message: None,
 ) -> Config:
-    """The config of a YAML file with overrides on top.
+    """Reads the config of a YAML file, with overrides on top.
 
     `overrides` maps names to values; dots reach into groups (`{"lora.r": 16}`), nested mappings
     work too. `note` receives one line for each alias used. Raises `ConfigError`.
@@ -111,10 +63,10 @@ def load(
     nested = _nested(values)
     config = parse_model(Config, nested, where=where)
     for name, value in method_defaults(nested).items():
-        shown = value if isinstance(value, str) else f"{value:g}"
+        text = value if isinstance(value, str) else f"{value:g}"
         adapted = config.lora.r > 0 or config.adapter_name_or_path is not None
         lora = " and LoRA" if name == "learning_rate" and adapted else ""
-        note(f"{name}: {shown}, the default with {config.optim}{lora}")
+        note(f"{name}: {text}, the default with {config.optim}{lora}")
     return config
 
 
@@ -132,12 +84,12 @@ def load_config(source: str | Path | Mapping[str, Any] | None = None, **override
 
 
 def dump(config: Config) -> str:
-    """YAML that `load` reads back to an equal config."""
+    """Writes YAML that `load` reads back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude={"dataset"}), sort_keys=False)
 
 
 def field_names(model: type[pydantic.BaseModel]) -> dict[str, pydantic.fields.FieldInfo]:
-    """Dotted name -> field, groups (nested models) opened; lists of models stay one field."""
+    """Maps dotted names to fields, groups (nested models) opened; lists of models stay a field."""
     names: dict[str, pydantic.fields.FieldInfo] = {}
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
@@ -149,7 +101,7 @@ def field_names(model: type[pydantic.BaseModel]) -> dict[str, pydantic.fields.Fi
 
 
 def nearest(name: str, known: Mapping[str, Any] | tuple[str, ...] | list[str]) -> str:
-    """` Did you mean 'x'?`, or nothing when no known name is near."""
+    """Returns ` Did you mean 'x'?`, or nothing when no known name is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
 
@@ -166,17 +118,25 @@ def _fill(made: pydantic.BaseModel, values: Mapping[str, Any], *, where: str) ->
     try:
         pydantic.BaseModel.__init__(made, **values)
     except pydantic.ValidationError as error:
-        lines = []
-        for detail in error.errors():
-            name = ".".join(str(part) for part in detail["loc"])
-            reason = detail["msg"].removeprefix("Value error, ")
-            if detail["type"] == "extra_forbidden":
-                lines.append(f"{where}: unknown key '{name}'.{_nearest_in(model, detail['loc'])}")
-            elif not name or detail["type"] == "missing":
-                lines.append(f"{where}: {name + ': ' if name else ''}{reason}.")
-            else:
-                lines.append(f"{where}: {name}: {reason}; got {detail['input']!r}.")
+        details = error.errors(include_url=False, include_context=False)
+        lines = [_mistake(model, detail, where) for detail in details[:_MISTAKES]]
+        if len(details) > _MISTAKES:
+            lines.append(f"{where}: and {len(details) - _MISTAKES:,} more like these.")
         raise ConfigError("\n".join(lines)) from None
+
+
+def _mistake(model: type[pydantic.BaseModel], detail: ErrorDetails, where: str) -> str:
+    name = _cut(".".join(str(part) for part in detail["loc"]))
+    reason = _cut(detail["msg"].removeprefix("Value error, "), 1000)
+    if detail["type"] == "extra_forbidden":
+        return f"{where}: unknown key '{name}'.{_nearest_in(model, detail['loc'])}"
+    if not name or detail["type"] == "missing":
+        return f"{where}: {name + ': ' if name else ''}{reason}."
+    return f"{where}: {name}: {reason}; got {_cut(repr(detail['input']))}."
+
+
+def _cut(text: str, most: int = _SHOWN) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _nearest_in(model: type[pydantic.BaseModel], loc: tuple[int | str, ...]) -> str:
@@ -238,7 +198,7 @@ def _flat(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         if isinstance(value, pydantic.BaseModel):
             value = value.model_dump(exclude_unset=True)
         if not isinstance(value, Mapping | None):
-            raise ConfigError(f"{where}: {name}: expected settings by name; got {value!r}.")
+            raise ConfigError(f"{where}: {name}: expected fields by name; got {_cut(repr(value))}.")
         flat.update({f"{name}.{key}": inner for key, inner in (value or {}).items()})
     return flat
 
@@ -256,17 +216,34 @@ def _merge(
             if alias.name != name:
                 note(f"{name}: read as {alias.name}")
             if name == "warmup_ratio" and _number(value) >= 1:
-                raise ConfigError(f"{where}: warmup_ratio is below 1; got {value}.")
+                raise ConfigError(f"{where}: warmup_ratio is below 1; got {_cut(str(value))}.")
             name = alias.name
         if name not in known:
             suggestion = nearest(name, [*known, *ALIASES])
-            raise ConfigError(f"{where}: unknown key '{key}'.{suggestion}")
+            raise ConfigError(f"{where}: unknown key '{_cut(str(key))}'.{suggestion}")
         if name in seen:
             raise ConfigError(f"{where}: '{key}' and '{seen[name]}' both set {name}; keep one.")
         seen[name] = str(key)
+        _refuse_records(name, value, where)
         if name in ("dataset", "datasets"):  # the later source of either replaces both
             values.pop("dataset" if name == "datasets" else "datasets", None)
         values[name] = value
+
+
+def _refuse_records(name: str, value: Any, where: str) -> None:
+    """Refuses rows of data where a path belongs."""
+    known = DatasetConfig.model_fields
+    if name not in ("dataset", "datasets", "eval_datasets") or not isinstance(value, list | tuple):
+        return
+    first = value[0] if value else None
+    if isinstance(first, Mapping) and (
+        name == "dataset" or not any(key in known or nearest(str(key), ["path"]) for key in first)
+    ):
+        rows = "eval_data=rows" if name == "eval_datasets" else "data=rows"
+        raise ConfigError(
+            f"{where}: {name}: expected a path; got {len(value):,} records. Pass rows as "
+            f"jt.train(config, {rows})."
+        )
 
 
 def _number(value: Any) -> float:

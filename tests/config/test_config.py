@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import pytest
@@ -217,7 +218,7 @@ def test_from_python_a_config_is_read_as_from_a_file() -> None:
     for wrong, message in (
         ({"max_lenght": 3}, "Config: unknown key 'max_lenght'. Did you mean 'max_length'?"),
         ({"max_length": "abc"}, "Config: max_length: .* got 'abc'"),
-        ({"lora": 8}, "Config: lora: expected settings by name; got 8"),
+        ({"lora": 8}, "Config: lora: expected fields by name; got 8"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message).replace(r"\.\*", ".*")):
             Config(**wrong)
@@ -255,6 +256,30 @@ def test_a_key_that_is_there_twice_is_named(tmp_path: Path) -> None:
     file.write_text("lora:\n  r: 2\n  r: 4\n")
     with pytest.raises(ConfigError, match=r"c\.yaml:3: .*'r' is there twice"):
         load(file)
+
+
+ROWS = [{"prompt": f"question {i}", "completion": "x" * 1000} for i in range(10_000)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("dataset", ROWS, "dataset: expected a path; got 10,000 records. Pass rows as jt.train("),
+        ("datasets", ROWS, "got 10,000 records. Pass rows as jt.train(config, data=rows)"),
+        ("eval_datasets", ROWS, "Pass rows as jt.train(config, eval_data=rows)"),
+        ("datasets", [{**row, "path": "a"} for row in ROWS], "and 19,990 more like these."),
+        ("max_length", ROWS, "valid integer; got [{'prompt': 'question 0', 'completion': 'xxx"),
+        ("lora", ROWS, "expected fields by name; got [{'prompt'"),
+        ("template", {"x" * 9999: 1}, "valid string; got {'xxx"),
+        ("x" * 9999, 1, "unknown key 'xxx"),
+    ],
+)
+def test_a_message_is_short_however_large_the_data(name: str, value: Any, message: str) -> None:
+    for make in (lambda: load(overrides={name: value}), lambda: Config(**{name: value})):
+        with pytest.raises(ConfigError) as caught:
+            make()
+        assert message in str(caught.value)
+        assert len(str(caught.value)) < 2000
 
 
 def test_no_path_is_no_dataset() -> None:
