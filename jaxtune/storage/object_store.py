@@ -36,6 +36,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _PAUSES = (1.0, 4.0)  # seconds; the libraries try each request several times themselves
 _PART = 50 * 2**20  # bytes that gcsfs sends at once
 _THREADS = 8
+IN_MEMORY = "in_memory"  # folder of the cache for rows that a caller had in memory
 # Words of answers that no second try changes, whichever class of error they come in.
 _REFUSED = re.compile(r"Forbidden|Access Denied|Unauthorized|credential|Invalid bucket", re.I)
 
@@ -259,9 +260,10 @@ def cached(items: Sequence[Item]) -> Path:
 
 
 def make_room(needed: int) -> None:
-    """Of all that was fetched to be read, so many bytes before more is; see `kept`."""
+    """Evicts what was used longest ago until so many more bytes fit; see `cache_eviction`."""
     if needed:
-        cache_eviction.make_room(needed, [default_folder() / "stores", default_folder() / "read"])
+        places = [default_folder() / name for name in ("stores", "read", IN_MEMORY)]
+        cache_eviction.make_room(needed, places)
 
 
 def download(url: str, patterns: Sequence[str]) -> Path:
