@@ -127,23 +127,20 @@ def _export_run(
 ) -> tuple[Exported | WrittenAdapter, int]:
     from jaxtune.data.open import open_template, open_tokenizer, stop_ids
     from jaxtune.hf.export import check_target, export_model
-    from jaxtune.hf.load import open_model, with_tokens
     from jaxtune.reporting.model_card import model_card
     from jaxtune.storage.jsonl import last_rows
     from jaxtune.training.initial_weights import restore, run_config, to_export
+    from jaxtune.training.subject import open_base
 
     config = run_config(run_dir, flags)
     name = config.model_name_or_path
     if name is None:
         raise ConfigError(f"{run_dir / 'config.yaml'}: has no model_name_or_path.")
-    pretrained = config.init == "pretrained"
-    model = open_model(name, revision=config.revision, weights=pretrained, note=note)
-    if merge:
-        check_target(out, model)
     tokenizer = open_tokenizer(config, config.tokenizer_name or name, note=note)
     template = open_template(config, tokenizer, note=note)
-    added = tokenizer.added.values()
-    model = with_tokens(model, added, trained=tokenizer.size - len(added))
+    model = open_base(config, tokenizer)
+    if merge:
+        check_target(out, model)
     restored = restore(model, run_dir, step, dtype=config.param_dtype)
     model, step = restored.model, restored.step
     if not merge:

@@ -78,11 +78,9 @@ def run(config: Config, options: PlanOptions | None = None) -> Result:
     there = hardware(slice, compiles=options.compile)
 
     # 2. The model and the length of its run.
-    from jaxtune.hf.load import open_model
+    from jaxtune.training.subject import open_base
 
-    model = open_model(
-        config.model_name_or_path, revision=config.revision, weights=False, note=note
-    )
+    model = open_base(config, weights=False)
     subject, notes = _subject(config, model, there)
 
     # 3. The answer.

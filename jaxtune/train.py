@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from jaxtune.training.initial_weights import Adapters
     from jaxtune.training.program import Program
     from jaxtune.training.state import TrainState
+    from jaxtune.training.subject import Subject
 
 
 class TrainOptions(cli.Options):
@@ -121,20 +122,14 @@ def _run(
     # 2. The model and the program for these devices.
     from jaxtune.data.progress import largest_id
     from jaxtune.hf.export import check_target
-    from jaxtune.hf.load import open_model, with_tokens
     from jaxtune.hf.peft.write import check_adapter_target
-    from jaxtune.training.initial_weights import adapters_of, check_ids, part_of
+    from jaxtune.training.subject import open_subject
     from jaxtune.training.trainable import share
 
-    pretrained = config.init == "pretrained"
-    model = open_model(model_name, revision=config.revision, weights=pretrained, note=note)
-    added = material.tokenizer.added.values()
-    model = with_tokens(model, added, trained=material.tokenizer.size - len(added))
     held_out = [material.held_out] if material.held_out is not None else []
     largest = max(largest_id(data) for data in (material.train, *held_out))
-    check_ids(largest, model.name, model.spec, material.tokenizer)
-    model, adapters = adapters_of(config, model, note=note)
-    model, chosen = part_of(config, model)
+    subject = open_subject(config, material.tokenizer, largest_id=largest)
+    model, adapters = subject.model, subject.adapters
     if config.export:
         check_target(run_dir / "hf", model)
         if adapters is not None:
@@ -144,13 +139,13 @@ def _run(
     if processes.count() > 1:
         from jaxtune.training.host_consistency import check_same, parts_of
 
-        check_same(parts_of(config, model, adapters, batches, material.held_out, total_steps))
+        check_same(parts_of(config, subject, batches, material.held_out, total_steps))
     if (replayed := options.replay_step) is not None and replayed > total_steps:
         raise ConfigError(
             f"flags: --replay_step {replayed}: this run has {total_steps} steps. Give one of them."
         )
     report = _announce(config, material, batches, mesh, total_steps)
-    program = assemble.build(config, model, adapters, chosen, mesh, total_steps)
+    program = assemble.build(config, subject, mesh, total_steps)
     note(f"trained: {share(program.abstract.trained, program.variables)}")
     kind, why = assemble.attention_of(config, model.spec, mesh, batches.row_length)
     note(f"attention: {kind} ({why})")
@@ -177,13 +172,11 @@ def _run(
             config,
             checkpoints,
             batches,
-            model,
-            adapters,
-            chosen,
+            subject,
             total_steps,
             before=options.replay_step,
         )
-        state, frozen = resume.first_state(config, model, adapters, program, checkpoints, start)
+        state, frozen = resume.first_state(config, subject, program, checkpoints, start)
         if options.replay_step is not None:
             _replay(options.replay_step, run_dir, program, batches, start, state, frozen, mirror)
             return Result(run_dir, None, options.replay_step, {})
@@ -195,7 +188,6 @@ def _run(
         from jaxtune.data.progress import fingerprint
         from jaxtune.spec import flops_per_token
         from jaxtune.storage.jsonl import last_rows
-        from jaxtune.training.initial_weights import base_and_part
         from jaxtune.training.loop import Loop, Plan, Standing
         from jaxtune.training.metrics import MetricsWriter
         from jaxtune.training.trainable import backward
@@ -217,10 +209,10 @@ def _run(
             "total_steps": total_steps,
             "held_out": evaluated,
         }
-        meta.update(base_and_part(model, adapters, chosen))
+        meta.update(subject.meta)
         back = backward(model.spec, program.abstract.trained)
         flops = flops_per_token(model.spec, batches.row_length, back)
-        answer = _samples(config, run_dir, material, model, adapters, mesh, start, due)
+        answer = _samples(config, run_dir, material, subject, mesh, start, due)
         plan = Plan(batches, meta, total_steps, material.held_out, flops, answer)
         loop = Loop(
             config,
@@ -379,8 +371,7 @@ def _samples(
     config: Config,
     run_dir: Path,
     material: Material,
-    model: HfModel,
-    adapters: Adapters | None,
+    subject: Subject,
     mesh: Mesh,
     start: int,
     due: bool,
@@ -398,11 +389,10 @@ def _samples(
         run_dir,
         config.sample_prompts,
         words,
-        model,
-        adapters,
+        subject,
         mesh,
         compute_dtype(config.dtype, platform_of(mesh)),
-        stop_ids=stop_ids(config, words, model),
+        stop_ids=stop_ids(config, words, subject.model),
         resumed_at=start,
         due=due,
     )

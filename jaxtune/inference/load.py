@@ -191,7 +191,7 @@ def _load_trained(name: str, config: Config, words: Words, mesh: Mesh, merge: bo
     beside them."""
     import jax
 
-    from jaxtune.hf.load import load_params, open_model, with_tokens
+    from jaxtune.hf.load import load_params, open_model
     from jaxtune.hf.peft.merge import merged_params
     from jaxtune.hf.peft.read import on_model, open_adapter
     from jaxtune.model import decoder
@@ -204,16 +204,13 @@ def _load_trained(name: str, config: Config, words: Words, mesh: Mesh, merge: bo
         run_config,
     )
     from jaxtune.training.program import compute_dtype
+    from jaxtune.training.subject import open_base
 
     dtype = compute_dtype(config.dtype)
     if is_checkpoint(name):
         run_dir, step = checkpoint_of(Path(name))
         own = run_config(run_dir, Config())
-        assert own.model_name_or_path is not None
-        pretrained = own.init == "pretrained"
-        model = open_model(own.model_name_or_path, revision=own.revision, weights=pretrained)
-        added = words.tokenizer.added.values()
-        model = with_tokens(model, added, trained=words.tokenizer.size - len(added))
+        model = open_base(own, words.tokenizer, note=None)
         restored = restore(model, run_dir, step, dtype=own.param_dtype)
         model, lora = restored.model, restored.lora
         leaves = restored.trained["params" if lora is None else "lora"]

@@ -21,8 +21,7 @@ from jaxtune.tree import merge
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from jaxtune.hf.load import HfModel
-    from jaxtune.training.initial_weights import Adapters
+    from jaxtune.training.subject import Subject
 
 _LONGEST = 256  # tokens of an answer
 
@@ -39,8 +38,7 @@ class Samples:
         run_dir: Path,
         prompts: Sequence[str],
         words: Words,
-        model: HfModel,
-        adapters: Adapters | None,
+        subject: Subject,
         mesh: Mesh,
         dtype: Any,
         *,
@@ -50,7 +48,7 @@ class Samples:
     ) -> None:
         self.path = run_dir / "samples.jsonl"
         self._prompts, self._words = prompts, words
-        self._model, self._adapters = model, adapters
+        self._subject = subject
         self._mesh, self._dtype, self._stop_ids = mesh, dtype, stop_ids
         asked = self._with({})
         chats = (Conversation((Message("user", prompt),)) for prompt in prompts)
@@ -72,16 +70,16 @@ class Samples:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def _with(self, params: Any) -> Model:
-        name, spec = self._model.name, self._model.spec
-        return Model(name, spec, params, self._stop_ids, self._dtype, self._mesh)
+        subject = self._subject
+        return Model(subject.name, subject.spec, params, self._stop_ids, self._dtype, self._mesh)
 
     def _params(self, variables: Any) -> Any:
         """Whole parameters; adapters are merged into the unquantised base, read once more."""
-        if self._adapters is None:
+        if self._subject.lora is None:
             return variables["params"]
         from jaxtune.hf.peft.merge import merged_params
         from jaxtune.training.initial_weights import param_shardings
 
-        placed = param_shardings(self._model.spec, self._mesh, self._dtype)
-        lora = self._adapters.lora
-        return merged_params(self._model, lora, variables["lora"], placed, self._dtype)
+        model, lora = self._subject.model, self._subject.lora
+        placed = param_shardings(model.spec, self._mesh, self._dtype)
+        return merged_params(model, lora, variables["lora"], placed, self._dtype)

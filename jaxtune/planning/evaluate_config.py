@@ -111,36 +111,35 @@ def _built(
     import jax.numpy as jnp
 
     from jaxtune.parallel.mesh import make_mesh, platform_of, sizes_of
-    from jaxtune.training.initial_weights import adapters_of, part_of
     from jaxtune.training.program import compute_dtype
+    from jaxtune.training.subject import subject_of
     from jaxtune.training.trainable import backward
 
-    model, adapters = adapters_of(config, subject.model, note=lambda message: None)
-    model, chosen = part_of(config, model)
+    trained = subject_of(config, subject.model, note=lambda message: None)
     mesh = make_mesh(config.mesh.model_dump(), hardware.devices)
     assemble.rows_per_step(config, mesh)  # what `train` refuses is refused here too
     steps = subject.steps or _STEPS
     # A stand-in for a device has no memories that state could be placed in.
     placed = config if hardware.compiles else config.model_copy(update={"optim_offload": False})
-    program = assemble.build(placed, model, adapters, chosen, mesh, steps)
+    program = assemble.build(placed, trained, mesh, steps)
     dtype = compute_dtype(config.dtype, platform_of(mesh))
-    kind, _ = assemble.attention_of(config, model.spec, mesh, subject.length)
+    kind, _ = assemble.attention_of(config, trained.spec, mesh, subject.length)
     held = memory_model.held(program, offload=config.optim_offload)
     work = Work(
-        spec=model.spec,
+        spec=trained.spec,
         sizes=sizes_of(mesh),
         rows=config.per_device_train_batch_size,
         length=subject.length,
         microbatches=assemble.microbatches(config, mesh),
         remat=config.gradient_checkpointing,
         item=jnp.dtype(dtype).itemsize,
-        stored=jnp.dtype(dtype if adapters is not None else config.param_dtype).itemsize,
+        stored=jnp.dtype(dtype if trained.lora is not None else config.param_dtype).itemsize,
         trained=held["trained"],
-        lora=adapters is not None,
+        lora=trained.lora is not None,
         attention=kind,
         block=config.loss_block,
         z_loss=config.z_loss,
-        back=backward(model.spec, program.abstract.trained),
+        back=backward(trained.spec, program.abstract.trained),
     )
     return program, work, held
 

@@ -15,12 +15,10 @@ from jaxtune.parallel.chips import libtpu_args
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from jaxtune.hf.load import HfModel
     from jaxtune.spec import ModelSpec
-    from jaxtune.training.initial_weights import Adapters
     from jaxtune.training.optim.optim import Hyper
     from jaxtune.training.program import Program
-    from jaxtune.training.trainable import Part
+    from jaxtune.training.subject import Subject
 
 
 def set_compiler_flags() -> None:
@@ -116,24 +114,17 @@ def attention_of(config: Config, spec: ModelSpec, mesh: Mesh, length: int) -> tu
     )
 
 
-def build(
-    config: Config,
-    model: HfModel,
-    adapters: Adapters | None,
-    chosen: Part | None,
-    mesh: Mesh,
-    total_steps: int,
-) -> Program:
+def build(config: Config, subject: Subject, mesh: Mesh, total_steps: int) -> Program:
     """The program of a run of `total_steps`, for the devices of `mesh`. Raises `ConfigError` as
     `check_experts` does."""
     from jaxtune.parallel.mesh import check_experts, platform_of
     from jaxtune.training import program, schedules
 
-    check_experts(model.spec.experts, mesh)
+    check_experts(subject.spec.experts, mesh)
     dtype: Any = program.compute_dtype(config.dtype, platform_of(mesh))
     warmup = schedules.warmup_length(config.warmup_steps, total_steps)
     return program.build(
-        model.spec,
+        subject.spec,
         mesh,
         hyper=hyper(config),
         learning_rate=schedules.schedule(
@@ -147,7 +138,7 @@ def build(
         microbatches=microbatches(config, mesh),
         dtype=dtype,
         # A frozen base is only read: kept as it is computed with, it takes half the memory.
-        param_dtype=config.param_dtype if adapters is None else dtype,
+        param_dtype=config.param_dtype if subject.lora is None else dtype,
         remat=config.gradient_checkpointing,
         seed=config.seed,
         noise_alpha=config.neftune_noise_alpha,
@@ -155,6 +146,6 @@ def build(
         loss_block=config.loss_block,
         z_loss=config.z_loss,
         optim_offload=config.optim_offload,
-        lora=None if adapters is None else adapters.lora,
-        is_trained=None if chosen is None else chosen.is_trained,
+        lora=subject.lora,
+        is_trained=None if subject.subset is None else subject.subset.is_trained,
     )

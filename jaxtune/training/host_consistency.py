@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jaxtune.data.dataset import Batches, Dataset
     from jaxtune.hf.load import HfModel
     from jaxtune.training.initial_weights import Adapters
+    from jaxtune.training.subject import Subject
 
 # Fields that each host may have its own of: where it writes, and how it works.
 _OWN = ("output_dir", "dataset_num_proc", "compilation_cache_dir", "hang_timeout_seconds")
@@ -76,8 +77,7 @@ def _told(who: Mapping[str, Sequence[int]]) -> str:
 
 def parts_of(
     config: Config,
-    model: HfModel,
-    adapters: Adapters | None,
+    subject: Subject,
     batches: Batches,
     held_out: Dataset | None,
     total_steps: int,
@@ -95,8 +95,8 @@ def parts_of(
         "what is trained on (data, tokenizer, template, seed, rows)": fingerprint(batches)[:12],
         "what is evaluated on": evaluated or "nothing",
         "the number of steps": str(total_steps),
-        "the base model": _base(model),
-        "the adapter it goes on from": _adapter(adapters),
+        "the base model": _base(subject.model),
+        "the adapter it goes on from": _adapter(subject.adapters),
     }
 
 

@@ -5,7 +5,6 @@ The doors meet here, so that what is evaluated is what was trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from jaxtune.hf.load import HfModel
     from jaxtune.model.lora import Lora
     from jaxtune.spec import ModelSpec
-    from jaxtune.training.trainable import Part
 
 
 class Adapters(NamedTuple):
@@ -112,79 +110,6 @@ def check_ids(largest: int, model: str, spec: ModelSpec, tokenizer: Tokenizer) -
         )
 
 
-def adapters_of(
-    config: Config, model: HfModel, *, note: Callable[[str], None]
-) -> tuple[HfModel, Adapters | None]:
-    """What `lora` and `adapter_name_or_path` ask for on `model`, and the model with rows for it.
-
-    New tokens (`with_tokens`) get trained rows. Raises `ConfigError` and `ModelError`.
-    """
-    from jaxtune.hf.peft.read import on_model, open_adapter
-    from jaxtune.hf.peft.targets import resolve_targets
-    from jaxtune.model.lora import Lora
-
-    asked = config.lora
-    new = tuple(sorted(model.new.ids)) if model.new is not None else ()
-    if config.adapter_name_or_path is None:
-        if asked.r == 0:
-            return model, None
-        lora = Lora(
-            r=asked.r,
-            alpha=2.0 * asked.r if asked.alpha is None else asked.alpha,
-            targets=resolve_targets(model, asked.targets),
-            dropout=asked.dropout,
-            rslora=asked.rslora,
-            dora=asked.dora,
-            tokens=new,
-            base=asked.base,
-            double_quant=asked.double_quant,
-        )
-        note(f"lora: {_described(lora)}")
-        return model, Adapters(lora, None)
-
-    name = config.adapter_name_or_path
-    adapter = open_adapter(name)
-    model, lora, start = on_model(adapter, model)
-    if asked.r not in (0, lora.r):
-        raise ConfigError(
-            f"lora.r: {asked.r}, but adapter {name} has rank {lora.r}, which it keeps. Drop lora.r."
-        )
-    if not set(new) <= set(lora.tokens):
-        raise ConfigError(
-            f"adapter_name_or_path {name}: has no rows for {len(set(new) - set(lora.tokens))} "
-            "tokens of add_tokens. Give its own tokenizer as tokenizer_name, or drop add_tokens."
-        )
-    lora = replace(lora, dropout=asked.dropout, base=asked.base, double_quant=asked.double_quant)
-    if adapter.base != model.name:
-        note(f"{name}: was trained beside {adapter.base}; it goes on beside {model.name}")
-    note(f"lora: going on from {name}, {_described(lora)}")
-    return model, Adapters(lora, start)
-
-
-def part_of(config: Config, model: HfModel) -> tuple[HfModel, Part | None]:
-    """What `trainable` and `train_last_layers` choose, and the model cut for it."""
-    from jaxtune.training.trainable import part
-
-    fields = ("trainable", "train_last_layers")
-    chosen = part(model.spec, **{name: getattr(config, name) for name in fields})
-    if chosen is None:
-        return model, None
-    if model.new is not None and "embed/table" not in chosen.names:
-        raise ConfigError(
-            f"add_tokens: the rows of {len(model.new.ids)} new tokens would stay as they begin, "
-            "since embed/table is frozen. Add 'embed' (and 'head') to trainable."
-        )
-    return replace(model, spec=chosen.spec), chosen
-
-
-def _described(lora: Lora) -> str:
-    kind = ("rsLoRA" if lora.rslora else "LoRA") + (" with DoRA" if lora.dora else "")
-    tokens = f" and the rows of {len(lora.tokens)} tokens" if lora.tokens else ""
-    base = "" if lora.base == "none" else f"; base in {lora.base}"
-    base += ", its scales in 8 bits" if lora.double_quant else ""
-    return f"{kind} of rank {lora.r}, alpha {lora.alpha:g}, dropout {lora.dropout:g}{tokens}{base}"
-
-
 def first_adapters(
     spec: ModelSpec, adapters: Adapters, params: Any, placed: Any, *, seed: int
 ) -> Any:
@@ -202,59 +127,6 @@ def first_adapters(
     # Not the key of the base's random weights, nor of what is drawn while training.
     key = jax.random.fold_in(jax.random.key(seed), 2**31)
     return jax.jit(make, out_shardings=placed)(params, key)
-
-
-# -- what a checkpoint knows of its base ---------------------------------------------------------
-
-
-def base_and_part(model: HfModel, adapters: Adapters | None, chosen: Part | None) -> dict[str, Any]:
-    """What a checkpoint that holds not all parameters says of itself and of its base."""
-    from jaxtune.hf.peft.base_identity import base_meta, lora_meta
-
-    if adapters is not None:
-        return {"lora": lora_meta(adapters.lora), "base": base_meta(model)}
-    if chosen is not None:
-        return {"part": dict(chosen.asked), "base": base_meta(model)}
-    return {}
-
-
-def check_resumed(
-    meta: Mapping[str, Any],
-    model: HfModel,
-    adapters: Adapters | None,
-    chosen: Part | None,
-    *,
-    where: str,
-) -> None:
-    """Refuses to go on with other adapters, another part of the parameters, or beside another base.
-    Raises `ConfigError`."""
-    from jaxtune.hf.peft.base_identity import check_base, lora_from_meta
-
-    before = lora_from_meta(meta["lora"]) if "lora" in meta else None
-    now = None if adapters is None else adapters.lora
-    if before != now:
-        names = [] if before is None or now is None else _different(before, now)
-        said = ", ".join(names) or ("none before" if before is None else "none now")
-        raise ConfigError(
-            f"{where}: was trained with other adapters ({said}). Restore lora's settings, or "
-            "choose another output_dir to start anew."
-        )
-    trained = meta.get("part")
-    if trained != (None if chosen is None else dict(chosen.asked)):
-        said = "all parameters" if trained is None else " and ".join(
-            f"{name} {value!r}" for name, value in trained.items() if value is not None
-        )  # fmt: skip
-        raise ConfigError(
-            f"{where}: was trained with {said}. Restore trainable and train_last_layers, or choose "
-            "another output_dir to start anew."
-        )
-    if now is not None or chosen is not None:
-        check_base(meta, model, where=where)
-
-
-def _different(before: Lora, now: Lora) -> list[str]:
-    pairs = zip(before.__dict__.items(), now.__dict__.values(), strict=True)
-    return [f"lora.{name}" for (name, old), new in pairs if old != new]
 
 
 # -- trained weights as parameters ---------------------------------------------------------------
@@ -323,13 +195,13 @@ def restore(model: HfModel, run_dir: Path, step: int | None, *, dtype: str) -> R
     from jaxtune.model import decoder
     from jaxtune.parallel.mesh import make_mesh, shardings
     from jaxtune.training.checkpoint.checkpoints import read_meta, restore_trained
-    from jaxtune.training.trainable import part
+    from jaxtune.training.trainable import trainable_subset
     from jaxtune.tree import merge, split
 
     meta = read_meta(run_dir, step, note=cli.note)
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1, "context": 1})
     lora = lora_from_meta(meta["lora"]) if "lora" in meta else None
-    chosen = part(model.spec, **meta["part"]) if "part" in meta else None
+    chosen = trainable_subset(model.spec, **meta["part"]) if "part" in meta else None
     if chosen is not None:
         check_base(meta, model, where=str(run_dir))
         model = replace(model, spec=chosen.spec)

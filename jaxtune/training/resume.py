@@ -12,21 +12,17 @@ from jaxtune.config import Config, ConfigError
 
 if TYPE_CHECKING:
     from jaxtune.data.dataset import Batches
-    from jaxtune.hf.load import HfModel
     from jaxtune.training.checkpoint.checkpoints import Checkpoints
-    from jaxtune.training.initial_weights import Adapters
     from jaxtune.training.program import Program
     from jaxtune.training.state import TrainState
-    from jaxtune.training.trainable import Part
+    from jaxtune.training.subject import Subject
 
 
 def first_step(
     config: Config,
     checkpoints: Checkpoints,
     batches: Batches,
-    model: HfModel,
-    adapters: Adapters | None,
-    chosen: Part | None,
+    subject: Subject,
     total_steps: int,
     *,
     before: int | None = None,
@@ -34,7 +30,6 @@ def first_step(
     """The step to go on from (below `before`); 0 is the beginning. Raises `ConfigError` for what
     would not be the same run."""
     from jaxtune.data.progress import fingerprint
-    from jaxtune.training.initial_weights import check_resumed
 
     latest = checkpoints.newest_good(note, before=before)
     if latest is None:
@@ -54,7 +49,7 @@ def first_step(
             f"run's is {now[:12]}. Restore what changed, or choose another "
             "output_dir to start anew."
         )
-    check_resumed(meta, model, adapters, chosen, where=f"{checkpoints.folder}: step {latest}")
+    subject.check_resumed(meta, where=f"{checkpoints.folder}: step {latest}")
     if latest > total_steps and before is None:
         raise ConfigError(
             f"{checkpoints.folder}: holds step {latest}, but this run ends at {total_steps}. "
@@ -97,8 +92,7 @@ def past_of(config: Config, checkpoints: Checkpoints, start: int, evaluated: str
 
 def first_state(
     config: Config,
-    model: HfModel,
-    adapters: Adapters | None,
+    subject: Subject,
     program: Program,
     checkpoints: Checkpoints,
     start: int,
@@ -115,14 +109,13 @@ def first_state(
             return state, frozen
     # A table is never quantised: its dtype is that of the parameters.
     dtype = program.variables["params"]["embed"]["table"].dtype
-    lora = None if adapters is None else adapters.lora
-    params = base_params(model, config, program.placed["params"], dtype, lora=lora)
+    params = base_params(subject.model, config, program.placed["params"], dtype, lora=subject.lora)
     variables = {"params": params}
     if start:
         return state, split(variables, program.is_trained)[1]
-    if adapters is not None:
+    if subject.adapters is not None:
         placed = program.placed["lora"]
         variables["lora"] = first_adapters(
-            model.spec, adapters, variables["params"], placed, seed=config.seed
+            subject.spec, subject.adapters, variables["params"], placed, seed=config.seed
         )
     return program.first_state(variables)

@@ -19,22 +19,25 @@ from jaxtune.spec import Backward, ModelSpec, apart
 from jaxtune.tree import named, select
 
 
-class Part(NamedTuple):
-    """`spec` is the model as it is to be built; `names` are the trained parameters', `head/kernel`;
-    `asked` is what `part` was asked for, as a checkpoint keeps it.
+class TrainableSubset(NamedTuple):
+    """A choice of parameters: `spec` is the model to build for it, `names` are like `head/kernel`.
+
+    `fields` are the config fields that chose them, as a checkpoint records them.
     """
 
     spec: ModelSpec
     names: frozenset[str]
-    asked: Mapping[str, Any]
+    fields: Mapping[str, Any]
 
     def is_trained(self, variable: str) -> bool:
         """By the name of a variable, `params/head/kernel`."""
         return variable.removeprefix("params/") in self.names
 
 
-def part(spec: ModelSpec, *, trainable: str | None, train_last_layers: int | None) -> Part | None:
-    """What the two fields of the config choose together; None when neither is set.
+def trainable_subset(
+    spec: ModelSpec, *, trainable: str | None, train_last_layers: int | None
+) -> TrainableSubset | None:
+    """Choose parameters by the two config fields together; None when neither is set.
 
     The layers of a stack are one leaf, so its last ones become a stack of their own; `trainable`,
     a regex, is searched in the names that result. Raises `ConfigError` when a pattern matches
@@ -57,13 +60,15 @@ def part(spec: ModelSpec, *, trainable: str | None, train_last_layers: int | Non
         except ConfigError as error:
             raise ConfigError(f"trainable: {error}") from None
         names |= {name for name, matches in chosen.items() if matches}
-    asked = {"trainable": trainable, "train_last_layers": train_last_layers}
-    return Part(spec, frozenset(names), asked)
+    fields = {"trainable": trainable, "train_last_layers": train_last_layers}
+    return TrainableSubset(spec, frozenset(names), fields)
 
 
 def backward(spec: ModelSpec, trained: Any) -> Backward:
-    """What the backward pass of a step makes; `trained` are the trained variables, as shapes:
-    parameters, adapters, or both."""
+    """Describe what the backward pass of a step computes.
+
+    `trained` are the shapes of the trained variables: parameters, adapters, or both.
+    """
     params, leaves = named(trained.get("params", {})), named(trained)
     depth = len(spec.stacks)
     table = any(name.split("/")[1] == "embed" for name in leaves)

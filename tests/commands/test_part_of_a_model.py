@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -18,6 +19,7 @@ from jaxtune.parallel.mesh import make_mesh
 from jaxtune.training import build as assemble
 from jaxtune.training import program
 from jaxtune.training.optim.optim import Hyper
+from jaxtune.training.subject import Subject
 from jaxtune.tree import named
 
 # Two layers: the second alone is stack_1 then.
@@ -120,8 +122,8 @@ def test_every_field_of_the_optimiser_reaches_the_program(monkeypatch: pytest.Mo
     })  # fmt: skip
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
     mesh = make_mesh(sizes, jax.devices()[:1])
-    model = SimpleNamespace(spec=SimpleNamespace(experts=0))
-    given = assemble.build(config, model, None, None, mesh, 10)
+    model: Any = SimpleNamespace(spec=SimpleNamespace(experts=0))
+    given: Any = assemble.build(config, Subject(model), mesh, 10)
     assert given["hyper"] == Hyper(
         "muon", 0.7, 0.6, epsilon=1e-5, weight_decay=0.3, momentum=0.8, adjust="original",
         state_dtype="bfloat16",

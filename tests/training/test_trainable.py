@@ -29,24 +29,24 @@ from jaxtune.spec import (
 )
 from jaxtune.training import program
 from jaxtune.training.optim import optim
-from jaxtune.training.trainable import backward, part, share
+from jaxtune.training.trainable import backward, share, trainable_subset
 from jaxtune.tree import merge, named, split, unnamed
 
 DEEP = replace(SPEC, stacks=(Stack(SPEC.stacks[0].pattern, 3),))
 
 
 def test_the_last_layers_are_leaves_of_their_own_and_a_pattern_adds_to_them() -> None:
-    last = part(DEEP, trainable=None, train_last_layers=2)
+    last = trainable_subset(DEEP, trainable=None, train_last_layers=2)
     assert last is not None
     assert [stack.repeats for stack in last.spec.stacks] == [1, 2]
     everything = named(decoder.abstract(last.spec, jnp.float32))
     assert last.names == {name for name in everything if name.startswith("stack_1/")}
-    more = part(DEEP, trainable="^final_norm|stack_0/.*/mlp/", train_last_layers=2)
+    more = trainable_subset(DEEP, trainable="^final_norm|stack_0/.*/mlp/", train_last_layers=2)
     assert more is not None
     added = {name for name in everything if name.startswith("stack_0/layer_0/mlp/")}
     assert more.names == last.names | added | {"final_norm/scale"}
-    assert part(DEEP, trainable=None, train_last_layers=None) is None
-    alone = part(DEEP, trainable="norm", train_last_layers=None)
+    assert trainable_subset(DEEP, trainable=None, train_last_layers=None) is None
+    alone = trainable_subset(DEEP, trainable="norm", train_last_layers=None)
     assert alone is not None
     assert alone.spec == DEEP
     assert all("norm" in name for name in alone.names)
@@ -54,12 +54,12 @@ def test_the_last_layers_are_leaves_of_their_own_and_a_pattern_adds_to_them() ->
 
 def test_what_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError) as error:
-        part(DEEP, trainable="lm_head", train_last_layers=None)
+        trainable_subset(DEEP, trainable="lm_head", train_last_layers=None)
     assert str(error.value).startswith("trainable: pattern 'lm_head' matches no parameter.")
     for name in named(decoder.abstract(DEEP, jnp.float32)):
         assert name in str(error.value)
     with pytest.raises(ConfigError, match=r"train_last_layers: the last 4 layers .* has 3"):
-        part(DEEP, trainable=None, train_last_layers=4)
+        trainable_subset(DEEP, trainable=None, train_last_layers=4)
 
 
 def cut(params: Any, spec: ModelSpec) -> Any:
@@ -79,7 +79,7 @@ def test_two_layers_train_as_within_the_whole_and_the_rest_keeps_every_byte() ->
     """SGD with no clipping moves each leaf by its own gradient alone: the trained ones go where
     full training takes them, the first step exactly as far."""
     mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2, "context": 1})
-    chosen = part(DEEP, trainable="^head/", train_last_layers=2)
+    chosen = trainable_subset(DEEP, trainable="^head/", train_last_layers=2)
     assert chosen is not None
     params = jax.device_get(decoder.init(DEEP, jax.random.key(0), jnp.float32))
     rows = one_per_row()
@@ -129,7 +129,7 @@ def test_the_backward_pass_ends_at_the_first_trained_layer(
     trainable: str | None, backward: int
 ) -> None:
     """Of two scanned stacks the lower one runs backward only if something in it is trained."""
-    chosen = part(DEEP, trainable=trainable, train_last_layers=2)
+    chosen = trainable_subset(DEEP, trainable=trainable, train_last_layers=2)
     assert chosen is not None
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
     built = program.build(
@@ -165,7 +165,7 @@ T = 8
 def test_the_products_that_are_counted_are_those_of_the_compiled_step(chosen: Any) -> None:
     """To the last one; adapters' own, three passes over them, are not counted."""
     lora, fields = chosen.get("lora"), ("trainable", "train_last_layers")
-    some = part(PLAIN, **{name: chosen.get(name) for name in fields})
+    some = trainable_subset(PLAIN, **{name: chosen.get(name) for name in fields})
     spec = PLAIN if some is None else some.spec
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
     built = program.build(
