@@ -1,6 +1,7 @@
 # Two commands on a machine with Python >= 3.11 and git:
 #   make quickstart    install, train the small default, export, compare base with tuned
 #   make test          install the test extra, run the suite
+# make docs             the documentation site, in site/
 # make lint             ruff and mypy, as CI runs them on Python 3.11 (types of numpy differ by version)
 # PYTHON=python3.12 chooses the interpreter, EXTRAS=tpu (or cuda) the accelerator.
 
@@ -13,7 +14,7 @@ comma := ,
 EXTRAS_ALL = $(if $(EXTRAS),[$(EXTRAS)],)
 TEST_EXTRAS_ALL = [test$(if $(EXTRAS),$(comma)$(EXTRAS),)]
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint docs clean
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python -m jaxtune.train --config configs/quickstart/quickstart.yaml --output_dir $(OUT)
@@ -28,6 +29,9 @@ lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+
 $(VENV)/installed: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --upgrade pip
@@ -40,5 +44,11 @@ $(VENV)/installed-test: pyproject.toml
 	$(VENV)/bin/python -m pip install -q -e '.$(TEST_EXTRAS_ALL)'
 	touch $@ $(VENV)/installed
 
+$(VENV)/installed-docs: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --upgrade pip
+	$(VENV)/bin/python -m pip install -q -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) out .jax_cache
+	rm -rf $(VENV) out site .jax_cache
