@@ -8,7 +8,7 @@ from data.made import NAMES, byte_level_backend, save
 
 from jaxtune.config import ConfigError
 from jaxtune.data.schema import Conversation, Dropped, Message
-from jaxtune.data.templating import builtin_templates
+from jaxtune.data.templating.builtin_templates import BUILTIN
 from jaxtune.data.templating.masking import render, render_prompt
 from jaxtune.data.templating.template import needed_tokens, resolve
 from jaxtune.data.tokenizer import Tokenizer
@@ -77,9 +77,7 @@ PUBLIC = {
 def rich(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Has the control tokens of every named template."""
     backend = byte_level_backend()
-    backend.add_special_tokens(
-        [token for name in builtin_templates.NAMED for token in needed_tokens(name)]
-    )
+    backend.add_special_tokens([token for name in BUILTIN for token in needed_tokens(name)])
     return save(tmp_path_factory.mktemp("rich"), backend, **NAMES)
 
 
@@ -151,7 +149,7 @@ def test_tools_are_declared_called_and_answered(
 
 
 def test_templates_without_tools_drop_what_has_them(rich: Tokenizer) -> None:
-    for name in builtin_templates.NAMED:
+    for name in BUILTIN:
         if name in ("mistral", "qwen"):
             continue
         for noun in (Conversation(CALLING), Conversation(tuple(ONE), (TOOL,))):

@@ -6,10 +6,13 @@ import re
 from typing import NamedTuple
 
 from jaxtune.config import ConfigError, nearest
-from jaxtune.data.templating.jinja_builder import CONTENT, WITH_INPUT, Setting, alternating, say
+from jaxtune.data.templating import builtin_templates
+from jaxtune.data.templating.builtin_templates import Code, TemplateStrings, quoted
 
 PLACEHOLDERS = ("instruction", "input", "output", "system")
 _ALIASES = {"prompt": "instruction", "completion": "output"}
+_CONTENT = "message['content']"
+_WITH_INPUT = f"{_CONTENT} + ('\\n' + message.input if message.input else '')"
 
 
 class Placeholders(NamedTuple):
@@ -55,7 +58,7 @@ def parse(text: str) -> Placeholders:
 
 def source(
     parts: Placeholders,
-    setting: Setting,
+    strings: TemplateStrings,
     *,
     lead_out: str,
     rest: str,
@@ -70,7 +73,7 @@ def source(
     `without_input` is said instead where there is one. What stands before the last blank line (or
     {system}) ahead of {instruction} is said once, the rest with every turn.
     """
-    bos = "" if setting.bos and "".join(parts.before[:1]).startswith(setting.bos) else setting.bos
+    writes_bos = strings.bos and "".join(parts.before[:1]).startswith(strings.bos)
     names = parts.names
     start, turn = (_jinja(part, names, control) for part in _split_preamble(parts.before))
     if without_input is not None:
@@ -81,13 +84,14 @@ def source(
             for one, two in zip((start, turn), other, strict=True)
         )  # fmt: skip
         names |= without_input.names
-    return alternating(
-        setting._replace(bos=bos, stop=lead_out + setting.stop),
-        first=start,
-        later="",
-        turn=turn,
+    bos = "" if writes_bos else strings.bos
+    return builtin_templates.source(
+        "format_string",
+        strings._replace(bos=bos, stop=lead_out + strings.stop),
+        first_turn=Code(start),
+        turn=Code(turn),
         after=rest,
-        system="system" in names,
+        takes_system="system" in names,
     )
 
 
@@ -134,18 +138,23 @@ def _jinja(parts: tuple[str, ...], names: frozenset[str], control: re.Pattern[st
         for name, text in line:
             lead = _taken(pieces, r"[ \t]*$") if name in _OPTIONAL else text
             _append(pieces, _Piece(name, lead))
-    asked = CONTENT if "input" in names else WITH_INPUT
+    question = _CONTENT if "input" in names else _WITH_INPUT
     code: list[str] = []
     for name, lead, trail in pieces:
         if name == "instruction":
-            code.append("{{- " + asked + " -}}")
+            code.append("{{- " + question + " -}}")
         elif name:
             value = _OPTIONAL[name]
-            code += ["{%- if " + value + " -%}", say(lead), "{{- " + value + " -}}", say(trail)]
+            code += ["{%- if " + value + " -%}", _say(lead), "{{- " + value + " -}}", _say(trail)]
             code.append("{%- endif -%}")
         else:
-            code.append(say(lead))
+            code.append(_say(lead))
     return "\n".join(filter(None, code))
+
+
+def _say(text: str) -> str:
+    """Jinja that writes `text`, and no white space of its own."""
+    return "{{- " + quoted(text) + " -}}" if text else ""
 
 
 def _lines(parts: tuple[str, ...]) -> list[list[tuple[str, str]]]:

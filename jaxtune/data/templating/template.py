@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 from jaxtune.config import ConfigError, nearest
 from jaxtune.data.schema import Message
 from jaxtune.data.templating import builtin_templates, format_string, jinja
+from jaxtune.data.templating.builtin_templates import BUILTIN, TemplateStrings
 from jaxtune.data.templating.format_string import Placeholders
-from jaxtune.data.templating.jinja_builder import Setting
 from jaxtune.data.templating.rendered_checks import squeeze
 from jaxtune.data.tokenizer import Tokenizer
 
@@ -135,13 +135,13 @@ def resolve(
     asked = Asked(template, system_prompt, stop, no_input)
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "alpaca"
-    if no_input is not None and (template in builtin_templates.NAMED or "{input}" not in template):
+    if no_input is not None and (template in BUILTIN or "{input}" not in template):
         raise ConfigError("template_no_input: the template is no string with {input}. Unset it.")
     bos = tokenizer.bos_token if tokenizer.begins_with_bos else None
     system = system_prompt or ""
     ours = True
-    if template in builtin_templates.NAMED:
-        name, choice = template, builtin_templates.NAMED[template]
+    if template in BUILTIN:
+        name, choice = template, BUILTIN[template]
         missing = [
             token for token in needed_tokens(name, stop=stop) if token not in tokenizer.control
         ]
@@ -153,7 +153,7 @@ def resolve(
                 "such as alpaca or llama2."
             )
         end = _stop_token(stop or choice.stop or tokenizer.eos_token, tokenizer)
-        source = choice.source(Setting(bos or "", end, system))
+        source = builtin_templates.source(name, TemplateStrings(bos or "", end, system))
     elif _is_jinja(template) or template == "chat":
         name, source = _foreign(template, tokenizer)
         end, ours = "", False
@@ -162,17 +162,17 @@ def resolve(
         if system and "system" not in parts.names:
             raise ConfigError("system_prompt: the template has no {system}. Add it, or unset.")
         lead_out, end, rest = _end_of_answer(parts.after, stop, tokenizer)
-        setting = Setting(bos or "", end, system)
+        strings = TemplateStrings(bos or "", end, system)
         source = format_string.source(
             parts,
-            setting,
+            strings,
             lead_out=lead_out,
             rest=rest,
             control=tokenizer.control_pattern,
             without_input=_without_input(parts, no_input),
         )
     else:
-        names = ["auto", "chat", *builtin_templates.NAMED]
+        names = ["auto", "chat", *BUILTIN]
         raise ConfigError(
             f"template: '{template}' is not known.{nearest(template, names)} There are: "
             f"{', '.join(names)}, a .jinja file, or a string with {{instruction}} and {{output}}."
@@ -213,9 +213,9 @@ def variant(
 
 def needed_tokens(template: str, *, stop: str | None = None) -> tuple[str, ...]:
     """The control tokens that a named template writes; none where it is another kind."""
-    if template not in builtin_templates.NAMED:
+    if template not in BUILTIN:
         return ()
-    choice = builtin_templates.NAMED[template]
+    choice = BUILTIN[template]
     end = choice.stop if choice.stop and not stop else None
     return tuple(dict.fromkeys((*choice.needs, *([end] if end else []))))
 
@@ -289,7 +289,7 @@ def _foreign(template: str, tokenizer: Tokenizer) -> tuple[str, str]:
         if not tokenizer.chat_template:
             raise ConfigError(
                 f"template 'chat': the tokenizer in {tokenizer.folder} has no chat template. "
-                f"Choose one of: {', '.join(builtin_templates.NAMED)}."
+                f"Choose one of: {', '.join(BUILTIN)}."
             )
         return "chat", tokenizer.chat_template
     if not template.endswith(".jinja"):
