@@ -23,6 +23,7 @@ from jaxtune.config import ConfigError, load
 from jaxtune.evaluate import EvaluateOptions
 from jaxtune.inference import generate
 from jaxtune.inference import load as inference
+from jaxtune.parallel import heartbeat, processes
 from jaxtune.parallel.mesh import make_mesh
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -576,8 +577,8 @@ def test_a_base_of_another_kind(parrot: Any, data: Path, copy_without: Callable[
 
 
 def test_a_judge_is_asked_by_one_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate.watch, "join", lambda asked: None)
-    monkeypatch.setattr(evaluate.hosts, "count", lambda: 4)
+    monkeypatch.setattr(heartbeat, "join", lambda asked: None)
+    monkeypatch.setattr(processes, "count", lambda: 4)
     options = EvaluateOptions(judge="http://127.0.0.1:1", base="b", generate=2)
     with pytest.raises(ConfigError, match=r"judge: is asked by one host\. Evaluate there"):
         evaluate.run(load(overrides={}), options)

@@ -18,6 +18,7 @@ from jaxtune.config import ConfigError, load
 from jaxtune.evaluate import EvaluateOptions
 from jaxtune.evaluation import harness
 from jaxtune.inference import generate
+from jaxtune.parallel import heartbeat, processes
 
 SAID = "Yes, you can"  # by the parrot; the contrary one says Sorry
 SECRET = "sk-never-to-be-seen-0123456789"
@@ -154,8 +155,8 @@ def test_refusals(
 
 @pytest.mark.parametrize("more", [{"harness": ("arc_easy",)}, {"judge": "http://x"}])
 def test_what_is_done_on_one_host(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate.watch, "join", lambda hosts: None)
-    monkeypatch.setattr(evaluate.hosts, "count", lambda: 2)
+    monkeypatch.setattr(heartbeat, "join", lambda hosts: None)
+    monkeypatch.setattr(processes, "count", lambda: 2)
     (name,) = more
     with pytest.raises(ConfigError, match=rf"{name}: .* one host\. Evaluate there, or"):
         evaluate.run(load(overrides={"model_name_or_path": "m"}), EvaluateOptions(**more))

@@ -184,7 +184,7 @@ def test_the_same_command_again_finds_the_run_done(straight: Path, tmp_path: Pat
 # checkpoints are being written.
 KILL = """
 import os, signal
-from jaxtune import loop
+from jaxtune.training import loop
 read = loop.Loop._read
 def dying(self):
     if self._pending and self._pending[0] + 1 == {step}:
@@ -619,8 +619,10 @@ def test_a_device_without_memory_is_a_message(
 
 
 def test_an_interrupt_before_the_loop_is_one_line(material: Path, tmp_path: Path) -> None:
-    before = "from jaxtune import assemble\ndef build(*_): raise KeyboardInterrupt\n"
-    before += "assemble.build = build\n"
+    before = (
+        "from jaxtune.training import build as program\ndef build(*_): raise KeyboardInterrupt\n"
+    )
+    before += "program.build = build\n"
     done = in_process(flags(material, tmp_path / "out"), before=before)
     assert done.returncode == 130
     assert done.stderr.splitlines()[-1] == "jaxtune train: interrupted."

@@ -14,7 +14,7 @@ import pytest
 from data.chat_templates import HEADERS, SYSTEM_IGNORING, THINKING
 
 from jaxtune.config import ConfigError, DataError, DatasetConfig
-from jaxtune.data import cache
+from jaxtune.data import cache, preprocess
 from jaxtune.data import dataset as pipeline
 from jaxtune.data.dataset import Batches, Dataset, eval_batches, open_dataset, prefetch, split
 from jaxtune.data.preprocess import dataset_names
@@ -234,7 +234,7 @@ def test_all_rows_dropped_names_the_commonest_reason(tmp_path: Path, byte_level:
 
 def key(tokenizer: Tokenizer, entry: DatasetConfig, **options: Any) -> str:
     template = resolve(options.pop("template", "alpaca"), tokenizer, stop=options.pop("stop", None))
-    return pipeline.prepare.cache_key(entry, pipeline.Settings(tokenizer, template, **options))
+    return preprocess.cache_key(entry, pipeline.Settings(tokenizer, template, **options))
 
 
 def test_cache_key_follows_everything_that_makes_tokens(
@@ -254,7 +254,7 @@ def test_cache_key_follows_everything_that_makes_tokens(
         key(byte_level, DatasetConfig(path=entry.path, columns={"output": "instruction"})),
         key(byte_level, DatasetConfig(path=entry.path, limit=3)),
     ]
-    monkeypatch.setattr(pipeline.prepare, "code_version", lambda: "other code")
+    monkeypatch.setattr(preprocess, "code_version", lambda: "other code")
     changed.append(key(byte_level, entry))
     assert len({base, *changed}) == len(changed) + 1
     monkeypatch.undo()
@@ -267,7 +267,7 @@ def test_second_opening_reads_the_cache(
 ) -> None:
     entry = write(tmp_path / "a.jsonl", ROWS)
     first = opened([entry], byte_level, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(pipeline.prepare, "prepare", None)  # tokenising again would fail
+    monkeypatch.setattr(preprocess, "prepare", None)  # tokenising again would fail
     again = opened([entry], byte_level, cache_dir=tmp_path / "cache")
     assert ids(again) == ids(first)
     assert again.fingerprint == first.fingerprint

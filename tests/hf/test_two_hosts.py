@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtune import mesh as meshes
+from jaxtune.parallel import mesh as meshes
 from jaxtune.hf import load
 from jaxtune.hf.export import export_model
 from jaxtune.hf.peft.merge import merged, merged_params

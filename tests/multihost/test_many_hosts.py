@@ -16,19 +16,19 @@ pytestmark = pytest.mark.xdist_group("multihost")  # one worker: the two cores a
 
 # Says which rows of each batch this host makes.
 COUNTED = """
-from jaxtune.data import pipeline
-make = pipeline.Batches.batch_rows
+from jaxtune.data import dataset
+make = dataset.Batches.batch_rows
 def counted(self, step, low, high):
     kind = "ROWS" if self._order == "shuffled" else "EVAL"
     print(kind, step, low, high, flush=True)
     return make(self, step, low, high)
-pipeline.Batches.batch_rows = counted
+dataset.Batches.batch_rows = counted
 """
 # Once the given step's update is done, on one host; a checkpoint before it is complete. Steps are
 # made as slow as real ones: JAX looks for signals once a second.
 AT_STEP = """
 import os, signal, time
-from jaxtune import loop
+from jaxtune.training import loop
 read = loop.Loop._read
 def struck(self):
     if HOST == {host} and self._pending and self._pending[0] + 1 == {step}:
@@ -41,7 +41,7 @@ loop.Loop._read = struck
 # One host is told to stop when an evaluation begins; batches take as long as large ones do.
 IN_EVALUATION = """
 import os, signal, time
-from jaxtune import loop
+from jaxtune.training import loop
 evaluate = loop.evaluate
 def slowly(step, trained, frozen, batches, **options):
     def each():
@@ -182,13 +182,14 @@ def test_hosts_that_would_not_run_the_same_say_what_differs(material: Path, tmp_
 @pytest.mark.parametrize(
     ("before", "code", "said"),
     [
-        ("from jaxtune import assemble\n"
+        ("from jaxtune.training import build as program\n"
          "def build(*_): raise KeyboardInterrupt\n"
-         "if HOST == 1: assemble.build = build", 130, "interrupted."),
-        ("from jaxtune import loop, watch\n"
+         "if HOST == 1: program.build = build", 130, "interrupted."),
+        ("from jaxtune.parallel import heartbeat\n"
+         "from jaxtune.training import loop\n"
          "import jax.numpy\n"
          "blamed = lambda *_: print('BLAMED', file=sys.stderr)\n"
-         "if HOST == 1: watch.Watch._blame = blamed\n"
+         "if HOST == 1: heartbeat.Watch._blame = blamed\n"
          "def step(*_): jax.numpy.zeros(2**45).block_until_ready()\n"
          "if HOST == 1: loop.Loop._next = step", 2, "out of memory on a device: RESOURCE_"),
     ],

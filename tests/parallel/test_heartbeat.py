@@ -62,13 +62,14 @@ def test_a_process_that_nobody_joins_ends_with_75() -> None:
     there, and what it would have raised never comes."""
     for number in (0, 1):
         code = (
-            "from jaxtune import command, hosts, watch\n"
+            "from jaxtune import cli\n"
             "from jaxtune.config import HostsConfig\n"
-            "hosts._JOIN_SECONDS = 3\n"
+            "from jaxtune.parallel import heartbeat, processes\n"
+            "processes._JOIN_SECONDS = 3\n"
             f"asked = HostsConfig(coordinator_address='127.0.0.1:{free_port()}', num_processes=2,"
             f" process_id={number})\n"
-            "run = lambda config, options: watch.join(asked)\n"
-            "raise SystemExit(command.execute('train', '', command.Options, run, []))"
+            "run = lambda config, options: heartbeat.join(asked)\n"
+            "raise SystemExit(cli.execute('train', '', cli.Options, run, []))"
         )
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False

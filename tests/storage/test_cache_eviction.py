@@ -16,8 +16,8 @@ from jaxtune.storage import cache_eviction, object_store
 ANOTHER = """
 import sys
 from pathlib import Path
-from jaxtune import kept
-kept.use(Path(sys.argv[1]))
+from jaxtune.storage import cache_eviction
+cache_eviction.use(Path(sys.argv[1]))
 print("used", flush=True)
 sys.stdin.read()
 """

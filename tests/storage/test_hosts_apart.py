@@ -24,7 +24,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("multihost")]
 APART = """
 import os
 os.environ["JAXTUNE_CACHE"] = os.path.join({disks!r}, "host-HOST")
-from jaxtune import loop, stores
+from jaxtune.storage import object_store
+from jaxtune.training import loop
 was = loop.Loop._next
 def struck(self, feed, step):
     if (HOST, step) == ({who}, {kill}):
@@ -35,12 +36,12 @@ loop.Loop._next = struck
 """
 # The store refuses what host 1 puts of step 8.
 REFUSED = """
-put = stores.put
+put = object_store.put
 def refused(file, url):
     if HOST == 1 and "/checkpoints/8/" in url:
-        raise stores.StoreError(f"{url}: cannot be written: Access Denied.")
+        raise object_store.StoreError(f"{url}: cannot be written: Access Denied.")
     put(file, url)
-stores.put = refused
+object_store.put = refused
 """
 # Each evaluation is worse than the one before.
 FIRST_IS_BEST = """

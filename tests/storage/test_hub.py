@@ -143,8 +143,8 @@ def server() -> Iterator[Hub]:
 
 CODE = """
 import json, sys
-from jaxtune import hub
 from jaxtune.config import ModelError
+from jaxtune.storage import hub
 hub.ANSWER_SECONDS = 1.5
 for name, revision in json.loads(sys.argv[1]):
     try:

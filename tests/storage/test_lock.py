@@ -21,7 +21,7 @@ from jaxtune.storage import lock
 ANOTHER = """
 import os, subprocess, sys, time
 from pathlib import Path
-from jaxtune import lock
+from jaxtune.storage import lock
 with lock.held(Path(sys.argv[1]), print):
     child = 0
     if sys.argv[2] == "forked" and not (child := os.fork()):

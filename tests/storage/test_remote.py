@@ -175,12 +175,12 @@ def test_objects_that_are_no_export_are_not_replaced(place: str, tmp_path: Path)
 KILLED = """
 import os, sys, threading
 from pathlib import Path
-from jaxtune import stores
+from jaxtune.storage import object_store
 from jaxtune.training.checkpoint.remote import Mirror, put_marked
 url, folder, what, left = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 lock = threading.Lock()
 def counted(name):
-    was = getattr(stores, name)
+    was = getattr(object_store, name)
     def put(*args):
         global left
         with lock:
@@ -188,10 +188,10 @@ def counted(name):
                 os.kill(os.getpid(), 9)
             left -= 1
         return was(*args)
-    setattr(stores, name, put)
+    setattr(object_store, name, put)
 for name in ("put", "put_bytes"):
     counted(name)
-was = stores.remove
+was = object_store.remove
 def remove(urls):
     for each in list(urls):
         global left
@@ -199,7 +199,7 @@ def remove(urls):
             os.kill(os.getpid(), 9)
         left -= 1
         was([each])
-stores.remove = remove
+object_store.remove = remove
 if what == "hf":
     put_marked(folder / "hf", url + "/hf", "config.json", contents=True)
 else:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 KILL = """
 import os
-from jaxtune import loop
+from jaxtune.training import loop
 was = loop.Loop._next
 def struck(self, feed, step):
     if step == {step}:
@@ -27,6 +27,7 @@ def struck(self, feed, step):
     return was(self, feed, step)
 loop.Loop._next = struck
 """
+IMPATIENT = "from jaxtune.storage import object_store\nobject_store._PAUSES = ()"
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def test_a_store_that_is_gone_for_a_while(
         return 503 if gone else None
 
     wire["s3"].fault = fault
-    host = runs.Host(flags(s3), devices=2, before="from jaxtune import stores\nstores._PAUSES=()")
+    host = runs.Host(flags(s3), devices=2, before=IMPATIENT)
     assert host.end() == 0, host.stderr
     assert "step 8 is not there" in host.stderr
     assert "The run goes on" in host.stderr
@@ -158,7 +159,7 @@ def test_a_store_that_is_gone_for_a_while(
     wire["s3"].fault = lambda method, path: (
         503 if method in ("PUT", "POST") and "/run/hf/" in path else None
     )
-    host = runs.Host(flags(s3), devices=2, before="from jaxtune import stores\nstores._PAUSES=()")
+    host = runs.Host(flags(s3), devices=2, before=IMPATIENT)
     assert host.end() == STOPPED, host.stderr  # the store may answer again
     assert "/run/hf/" in host.stderr.splitlines()[-1]
     assert not object_store.find(join(run, "hf/config.json"))
