@@ -8,23 +8,18 @@ Needs no model and no device. `--json` prints one object per example, dropped ro
 
 from __future__ import annotations
 
-import json
-import os
+import functools
 import sys
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from jaxtune import cli
-from jaxtune.config import Config, ConfigError
-from jaxtune.reporting.data import data_report, examples, open_settings, rows
+from jaxtune.config import Config
 
 if TYPE_CHECKING:
-    from jaxtune.data.preprocess import Prepared, Settings
-
-_SHOWN, _ON_PAGE = 3, 50  # examples by default
+    from jaxtune.api.preview import PreviewResult
 
 
 class PreviewOptions(cli.Options):
@@ -43,83 +38,25 @@ class PreviewOptions(cli.Options):
     )
 
 
-class Result(NamedTuple):
-    """`report` is None where only examples were asked for (`--json` without `--stats`)."""
+def run(
+    config: Config,
+    options: PreviewOptions | None = None,
+    *,
+    show: Callable[[str], object] = lambda text: None,
+) -> PreviewResult:
+    """Preview the data of a config; `show` gets what the command prints, part by part.
 
-    report: Mapping[str, Any] | None
+    Raises: `ConfigError`, `DataError`.
+    """
+    from jaxtune.api.preview import show_preview
 
-
-def run(config: Config, options: PreviewOptions | None = None) -> Result:
-    """Prints to stdout. Raises `ConfigError` and `DataError`."""
-    options = options or PreviewOptions()
-    settings = open_settings(config, note=cli.note)
-    if options.as_json and not options.stats:
-        for entry_name, prepared in rows(config, settings, options.examples):
-            print(json.dumps(_as_object(entry_name, prepared), ensure_ascii=False))
-        return Result(None)
-    report = data_report(config, settings, options.columns)
-    if options.html is not None:
-        count = _ON_PAGE if options.examples is None else options.examples
-        _write_page(Path(options.html), config, settings, report, count)
-    if options.as_json:
-        print(json.dumps(report, ensure_ascii=False))
-        return Result(report)
-    if not options.stats and options.html is None:
-        _show(config, settings, _SHOWN if options.examples is None else options.examples)
-    from jaxtune.terminal.text import show_report
-
-    show_report(report, file=sys.stdout)
-    return Result(report)
+    return show_preview(config, show, **dict(options or PreviewOptions()))
 
 
 def main(argv: list[str] | None = None) -> int:
     description = (__doc__ or "").split("\n\n")[0]
-    return cli.execute("preview", description, PreviewOptions, run, argv)
-
-
-def _as_object(name: str, prepared: Prepared) -> dict[str, Any]:
-    """The shape that `interface.md` fixes: the whole example, unshifted and unpacked."""
-    tokens, dropped = prepared.tokens, prepared.dropped
-    return {
-        "dataset": name,
-        "row": prepared.row,
-        "text": prepared.text,
-        "input_ids": [] if tokens is None else tokens.ids.tolist(),
-        "trained": [] if tokens is None else tokens.weights.tolist(),
-        "dropped": None if dropped is None else ": ".join(filter(None, dropped)),
-    }
-
-
-def _show(config: Config, settings: Settings, count: int) -> None:
-    """Examples for a person: in colour on a terminal, with `[[ ]]` elsewhere."""
-    from jaxtune.data.tokenize import runs
-    from jaxtune.terminal.text import marked, printable
-
-    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    for name, prepared in rows(config, settings, count):
-        print(f"--- {printable(name)} row {prepared.row}, {printable(prepared.where)}")
-        if prepared.dropped is not None:
-            reason = ": ".join(filter(None, prepared.dropped))
-            print(f"dropped: {printable(reason)}")
-        if prepared.tokens is not None:
-            print(marked(runs(prepared.tokens, settings.tokenizer), color=color))
-        elif prepared.text:
-            print(printable(prepared.text))
-        print()
-
-
-def _write_page(
-    file: Path, config: Config, settings: Settings, report: Mapping[str, Any], count: int
-) -> None:
-    from jaxtune.reporting.html.data_page import page
-
-    names = ", ".join(report["by_dataset"])
-    title = f"{names} as trained with template {settings.template.name}"
-    try:
-        file.write_text(page(title, examples(config, settings, count), report), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"html {file}: cannot be written: {error.strerror}.") from None
-    cli.note(f"written: {file}")
+    show = functools.partial(run, show=print)
+    return cli.execute("preview", description, PreviewOptions, show, argv)
 
 
 sys.modules[__name__].__class__ = cli.CommandModule

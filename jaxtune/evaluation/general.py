@@ -7,22 +7,24 @@ document is not: it belongs to no text.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxtune.cli import note
 from jaxtune.config import Config, DataError, DatasetConfig
+from jaxtune.data import packing
+from jaxtune.data.dataset import Dataset
+from jaxtune.data.open import open_entries
+from jaxtune.data.schema import Batch, Example, Tokens
+from jaxtune.data.tokenize import shift
+from jaxtune.inference.load import Words
+from jaxtune.terminal.progress import Tokenising
 
-if TYPE_CHECKING:
-    from jaxtune.data.dataset import Dataset
-    from jaxtune.data.schema import Batch, Example
-    from jaxtune.inference.load import Words
 
-
-class General(NamedTuple):
-    """Windows `(document, from, to)` of the tokens of `texts`; a window's first is not predicted
-    in it. `row_length` is that of a row of the batch."""
+class GeneralText(NamedTuple):
+    """A set of windows `(document, from, to)` of the tokens of `texts`; a window's first token is
+    not predicted in it. `row_length` is that of a row of the batch."""
 
     path: str
     texts: Dataset
@@ -30,19 +32,13 @@ class General(NamedTuple):
     row_length: int
 
     def example(self, number: int) -> Example:
-        from jaxtune.data.schema import Tokens
-        from jaxtune.data.tokenize import shift
-
         document, start, stop = self.windows[number]
         ids, weights = self.texts.tokens(document)
         return shift(Tokens(ids[start:stop], weights[start:stop]))
 
 
-def open_general(config: Config, path: str, words: Words) -> General:
-    """Raises `DataError` for a file that cannot be read as text."""
-    from jaxtune.data.open import open_entries
-    from jaxtune.terminal.progress import Tokenising
-
+def open_general(config: Config, path: str, words: Words) -> GeneralText:
+    """Cut a file of text into windows. Raises `DataError` where it cannot be read as text."""
     whole = config.model_copy(update={"max_length": 2**30})  # windows are cut here
     entry = DatasetConfig(path=path, format="text")
     with Tokenising() as progress:
@@ -58,13 +54,11 @@ def open_general(config: Config, path: str, words: Words) -> General:
             f"{path}: is one document, so its loss has no interval. Blank lines end a document of "
             ".txt; in .jsonl each row is one."
         )
-    return General(path, texts, tuple(windows), length)
+    return GeneralText(path, texts, tuple(windows), length)
 
 
-def batches(general: General, batch_size: int) -> Iterator[tuple[Batch, list[list[int]]]]:
-    """Every window once, packed, with the numbers of those in each row."""
-    from jaxtune.data import packing
-
+def batches(general: GeneralText, batch_size: int) -> Iterator[tuple[Batch, list[list[int]]]]:
+    """Yield every window once, packed, with the numbers of those in each row."""
     lengths = np.array([stop - start - 1 for _, start, stop in general.windows])
     bins = packing.best_fit_decreasing(np.sort(lengths)[::-1], general.row_length)
     rows = packing.in_order(bins, lengths)

@@ -5,26 +5,33 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, DataError, DatasetConfig
+from jaxtune.data.dataset import Dataset, split
+from jaxtune.data.formats import to_noun
+from jaxtune.data.open import open_entries
+from jaxtune.data.preprocess import format_of, read
+from jaxtune.data.report.columns import column_names, column_values
+from jaxtune.data.schema import Conversation
+from jaxtune.data.templating.answer_text import answer_ids, around, text_of
+from jaxtune.data.templating.masking import render_prompt
+from jaxtune.data.templating.template import variant
+from jaxtune.data.tokenize import encode_prompt
 from jaxtune.evaluation.scores.reasoning import spoken
-
-if TYPE_CHECKING:
-    from jaxtune.data.dataset import Dataset
-    from jaxtune.data.schema import Conversation
-    from jaxtune.inference.load import Words
+from jaxtune.inference.load import Words
+from jaxtune.terminal.progress import Tokenising
 
 MOST_VALUES = 20  # of a column that are told apart; the others are one group
 OTHER = "other"
 
 
 class Question(NamedTuple):
-    """What inference is asked, and the answer that the data has for it."""
+    """A conversation to answer, and the answer that the data has for it."""
 
     dataset: str
     example: int  # its first, by number in the dataset
@@ -35,22 +42,20 @@ class Question(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        """The text that is fed."""
-        from jaxtune.data.templating.masking import render_prompt
-
+        """Render the text that the model reads."""
         spans = render_prompt(self.words.template, self.asked.messages, tools=self.asked.tools)
         return "".join(span.text for span in spans)
 
     @property
     def conversation(self) -> str:
-        """What a reader is shown: the turns, without the marks of a template."""
+        """Write the turns for a reader, without the marks of a template."""
         turns = [
             (m.role, "\n".join(filter(None, (m.content, m.input)))) for m in self.asked.messages
         ]
         return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{r}: {t}" for r, t in turns)
 
     def spoken(self, answer: str) -> str:
-        """What follows the thinking of an answer, or of the reference."""
+        """Drop the thinking of an answer, or of the reference."""
         return spoken(answer, self.reference)
 
 
@@ -62,7 +67,7 @@ class Column(NamedTuple):
 
 
 def entries_of(config: Config, dataset: str | None) -> Sequence[DatasetConfig]:
-    """`dataset`, else the config's eval_datasets or datasets. Raises `ConfigError`."""
+    """Choose `dataset`, else the config's eval_datasets or datasets. Raises `ConfigError`."""
     if dataset is not None:
         return (DatasetConfig(path=dataset),)
     entries = config.eval_datasets or config.datasets
@@ -72,11 +77,7 @@ def entries_of(config: Config, dataset: str | None) -> Sequence[DatasetConfig]:
 
 
 def open_data(config: Config, entries: Sequence[DatasetConfig], words: Words) -> Dataset:
-    """The examples; of the config's own datasets those that eval_split holds out."""
-    from jaxtune.data.dataset import split
-    from jaxtune.data.open import open_entries
-    from jaxtune.terminal.progress import Tokenising
-
+    """Open the examples; of the config's own datasets those that eval_split holds out."""
     with Tokenising() as progress:
         dataset = open_entries(config, entries, words.tokenizer, words.template, progress=progress)
     if entries is config.datasets and config.eval_split:
@@ -88,9 +89,7 @@ def open_data(config: Config, entries: Sequence[DatasetConfig], words: Words) ->
 
 
 def open_column(dataset: Dataset, entries: Sequence[DatasetConfig], name: str) -> Column:
-    """Raises `DataError` when no record that is evaluated has it."""
-    from jaxtune.data.report.columns import column_names, column_values
-
+    """Read a column. Raises `DataError` if no record that is evaluated has it."""
     values = column_values(dataset, entries, name)
     if values is None:
         there = ", ".join(column_names(entries))
@@ -105,33 +104,32 @@ def open_column(dataset: Dataset, entries: Sequence[DatasetConfig], name: str) -
 def questions_of(
     entries: Sequence[DatasetConfig], dataset: Dataset, words: Words, limit: int
 ) -> tuple[Question, ...]:
-    """The first `limit` conversations of each entry that are among the examples of `dataset`.
+    """List the first `limit` conversations of each entry that are among the examples of `dataset`.
 
-    Raises `DataError` when there is none.
+    Raises: `DataError` if none is.
     """
     if not limit:
         return ()
     rows = dataset.gather("rows")
-    found: list[Question] = []
+    questions: list[Question] = []
     for number, entry in enumerate(entries):
         own = np.flatnonzero(dataset.source_of == number)
         first = dict(zip(rows[own[::-1]].tolist(), own[::-1].tolist(), strict=True))
-        found += itertools.islice(_conversations(entry, dataset.names[number], first, words), limit)
-    if not found:
+        every = _conversations(entry, dataset.names[number], first, words)
+        questions += itertools.islice(every, limit)
+    if not questions:
         raise DataError(
             f"{entries[0].path}: has no question to answer: its rows are plain text, or answers "
             "without words. Set generate 0, or give conversations."
         )
-    return tuple(found)
+    return tuple(questions)
 
 
 def that_fit(questions: Sequence[Question], positions: int) -> tuple[Question, ...]:
-    """Those that leave a model of so many positions one for its answer; says which do not.
+    """Choose those that leave a model of so many positions one for its answer; note the others.
 
-    Raises `DataError` when none does.
+    Raises: `DataError` if none does.
     """
-    from jaxtune.data.tokenize import encode_prompt
-
     sizes = [
         len(
             encode_prompt(
@@ -144,27 +142,21 @@ def that_fit(questions: Sequence[Question], positions: int) -> tuple[Question, .
     if len(fit) == len(questions):
         return fit
     of = Counter(q.dataset for q, size in zip(questions, sizes, strict=True) if size >= positions)
-    said = (
+    message = (
         f"{len(questions) - len(fit)} of {len(questions)} questions are too long for "
         f"{positions} positions ({', '.join(f'{name}: {n}' for name, n in of.items())}); the "
         f"longest has {max(sizes)} tokens"
     )
     if not fit:
-        raise DataError(f"generate: {said}. Set generate 0, or give shorter conversations.")
-    note(f"generate: {said}. They are left out")
+        raise DataError(f"generate: {message}. Set generate 0, or give shorter conversations.")
+    note(f"generate: {message}. They are left out")
     return fit
 
 
 def _conversations(
     entry: DatasetConfig, name: str, first: dict[int, int], words: Words
 ) -> Iterator[Question]:
-    """`first` is the first example of each row that is evaluated."""
-    from jaxtune.data.formats import to_noun
-    from jaxtune.data.preprocess import format_of, read
-    from jaxtune.data.schema import Conversation
-    from jaxtune.data.templating.answer_text import answer_ids, around, text_of
-    from jaxtune.data.templating.template import variant
-
+    """Yield the questions of an entry; `first` maps each row evaluated to its first example."""
     own = variant(
         words.template, words.tokenizer, template=entry.template, system_prompt=entry.system_prompt
     )

@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxtune.evaluation.questions import Question
 from jaxtune.evaluation.tables import LEGEND, Sheet, judge_lines, sheets
 from jaxtune.terminal.text import printable
 
 _LONGEST_LINE = 160
+_SHOWN = 5  # questions, spread over all
+
+
+def result_text(
+    scores: Mapping[str, Mapping[str, Any]], questions: Sequence[Question], model: str
+) -> str:
+    """Write a few answers, the scores, and how much they were measured on."""
+    parts = []
+    for number in range(0, len(questions), max(1, len(questions) // _SHOWN)):
+        question = questions[number]
+        rows = {column: row["generations"][number] for column, row in scores.items()}
+        answers = {
+            column: (question.spoken(row["response"]), row["stopped"])
+            for column, row in rows.items()
+        }
+        prompt = " ".join(f"{m.content} {m.input}" for m in question.asked.messages[-1:])
+        parts.append(answers_text(prompt, question.spoken(question.reference), answers))
+    *_, tuned = scores.values()
+    answered = f"; {len(questions):,} questions answered" if questions else ""
+    measured_on = (
+        f"over {tuned['examples']:,} examples with {tuned['eval_tokens_trained']:,} tokens of "
+        f"answers{answered}\nmodel: {model}"
+    )
+    return "\n\n".join([*parts, scores_text(scores), measured_on])
 
 
 def scores_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """All that `evaluate --json` holds but the answers: a column per model, with intervals.
+    """Write all that `evaluate --json` holds but the answers: a column per model, with intervals.
 
     >>> row = {"exact_match": 0.965, "intervals": {"exact_match": [0.9, 1.0]}}
     >>> print(scores_text({"model": row}))
@@ -29,7 +54,7 @@ def scores_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _aligned(sheet: Sheet) -> str:
-    """Columns two blanks apart: the first to the left, numbers to the right."""
+    """Align columns two blanks apart: the first to the left, numbers to the right."""
     header = (sheet.caption, *sheet.header[1:])
     rows = [
         [_on_one_line(cell) for cell in (*row, *[""] * (len(header) - len(row)))]
@@ -50,7 +75,7 @@ def _aligned(sheet: Sheet) -> str:
 
 
 def answers_text(question: str, expected: str, answers: Mapping[str, tuple[str, bool]]) -> str:
-    """A question, what was expected, and what each model said: name -> (answer, stopped).
+    """Write a question, the expected answer, and that of each model: name -> (answer, stopped).
 
     >>> print(answers_text("2 + 2?", "4", {"base": ("and and", False), "tuned": ("4", True)}))
     > 2 + 2?

@@ -5,23 +5,31 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtune.config import Config, ConfigError
-
-if TYPE_CHECKING:
-    from jaxtune.data.preprocess import Prepared, Settings
-    from jaxtune.reporting.html.example import Shown
+from jaxtune.data.dataset import Batches
+from jaxtune.data.open import open_sides, open_template, open_tokenizer
+from jaxtune.data.preprocess import Prepared, Settings, dataset_names, prepare
+from jaxtune.data.report.data_report import (
+    distribution,
+    histograms,
+    near_overlap,
+    overlap,
+    report,
+)
+from jaxtune.data.tokenize import token_texts
+from jaxtune.reporting.html.example import ExampleView, TokenText
+from jaxtune.terminal.progress import Tokenising
 
 _MOST_TOKENS = 2000  # of an example that a page shows: each costs it some 80 bytes
 
 
 def open_settings(config: Config, *, note: Callable[[str], None]) -> Settings:
-    """How the rows of a run are prepared. Raises `ConfigError` where the config names no tokenizer
-    or no data, and `DataError`."""
-    from jaxtune.data.open import open_template, open_tokenizer
-    from jaxtune.data.preprocess import Settings
+    """Open what prepares the rows of a run.
 
+    Raises: `ConfigError` if the config names no tokenizer or no data; `DataError`.
+    """
     name = config.tokenizer_name or config.model_name_or_path
     if name is None:
         raise ConfigError("tokenizer_name is not set. Give --tokenizer_name FOLDER, or a model.")
@@ -33,9 +41,7 @@ def open_settings(config: Config, *, note: Callable[[str], None]) -> Settings:
 
 
 def rows(config: Config, settings: Settings, limit: int | None) -> Iterator[tuple[str, Prepared]]:
-    """Every row of every dataset in order, as (dataset, row), the first `limit` of all."""
-    from jaxtune.data.preprocess import dataset_names, prepare
-
+    """Yield every row of every dataset in order, as (dataset, row), the first `limit` of all."""
     every = (
         (name, prepared)
         for name, entry in zip(dataset_names(config.datasets), config.datasets, strict=True)
@@ -44,19 +50,16 @@ def rows(config: Config, settings: Settings, limit: int | None) -> Iterator[tupl
     return itertools.islice(every, limit)
 
 
-def examples(config: Config, settings: Settings, limit: int) -> Iterator[Shown]:
-    """The first `limit` rows, token by token, for a page."""
-    from jaxtune.data.tokenize import token_texts
-    from jaxtune.reporting.html.example import Piece, Shown
-
+def examples(config: Config, settings: Settings, limit: int) -> Iterator[ExampleView]:
+    """Yield the first `limit` rows, token by token, for a page."""
     for name, prepared in rows(config, settings, limit):
         tokens, dropped = prepared.tokens, prepared.dropped
         if tokens is None:
-            pieces = [Piece(prepared.text, [], 0.0)] if prepared.text else []
+            pieces = [TokenText(prepared.text, [], 0.0)] if prepared.text else []
         else:
-            pieces = [Piece(*found) for found in token_texts(tokens, settings.tokenizer)]
+            pieces = [TokenText(*token) for token in token_texts(tokens, settings.tokenizer)]
         cut = len(pieces) - _MOST_TOKENS
-        yield Shown(
+        yield ExampleView(
             f"{name} row {prepared.row}, line {prepared.line}"
             + (f", without its last {cut:,} tokens" if cut > 0 else ""),
             pieces[:_MOST_TOKENS],
@@ -65,18 +68,7 @@ def examples(config: Config, settings: Settings, limit: int) -> Iterator[Shown]:
 
 
 def data_report(config: Config, settings: Settings, columns: Sequence[str] = ()) -> dict[str, Any]:
-    """The report of `data.doctor` on what a run of this config trains, on one device."""
-    from jaxtune.data.dataset import Batches
-    from jaxtune.data.open import open_sides
-    from jaxtune.data.report.data_report import (
-        distribution,
-        histograms,
-        near_overlap,
-        overlap,
-        report,
-    )
-    from jaxtune.terminal.progress import Tokenising
-
+    """Report on the data that a run of this config trains, on one device."""
     with Tokenising() as progress:
         dataset, held_out = open_sides(
             config, settings.tokenizer, settings.template, progress=progress
@@ -101,15 +93,13 @@ def data_report(config: Config, settings: Settings, columns: Sequence[str] = ())
 
 
 def with_targets(config: Config, mixture: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the mixture with the share of the whole epoch that `proportions` asks for.
+    """Add to the rows of the mixture the share of the whole epoch that `proportions` asks for.
 
     A target is a share of its own data set; that data set's share of the epoch is taken as it is.
     Data sets of the same name cannot be told apart there, and get no target.
     """
-    from jaxtune.data.preprocess import dataset_names
-
     names = dataset_names(config.datasets)
-    asked = {
+    targets = {
         (name, value): share
         for name, entry in zip(names, config.datasets, strict=True)
         if entry.proportions is not None and names.count(name) == 1
@@ -119,8 +109,8 @@ def with_targets(config: Config, mixture: Sequence[dict[str, Any]]) -> list[dict
     for row in mixture:
         whole[row["dataset"]] += row["share_after"]
     return [
-        {**row, "target": asked[key] * whole[row["dataset"]]}
-        if (key := (row["dataset"], row["value"])) in asked
+        {**row, "target": targets[key] * whole[row["dataset"]]}
+        if (key := (row["dataset"], row["value"])) in targets
         else row
         for row in mixture
     ]

@@ -15,6 +15,7 @@ from jaxtune.reporting import starts
 from jaxtune.storage.jsonl import from_json
 from jaxtune.storage.safe_read import parse_json, reason
 
+EXAMPLES = 10  # rows of the data on the page of a run
 EVALUATION = "evaluation.json"  # where `report` looks for what `evaluate --json` printed
 Row = dict[str, Any]
 # What a row of these kinds must have beside kind and step; every number may be null.

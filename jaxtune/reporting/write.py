@@ -7,20 +7,22 @@ import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtune import __version__
 from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError
-from jaxtune.reporting.files import RunFiles, read_run
-
-if TYPE_CHECKING:
-    from jaxtune.data.dataset import Dataset
-    from jaxtune.data.preprocess import Settings
-    from jaxtune.reporting.html.example import Shown
+from jaxtune.data.dataset import Dataset
+from jaxtune.data.preprocess import Settings
+from jaxtune.data.report.data_report import histograms
+from jaxtune.reporting.data import examples, with_targets
+from jaxtune.reporting.files import EXAMPLES, RunFiles, read_run
+from jaxtune.reporting.html.data_page import data_page
+from jaxtune.reporting.html.example import ExampleView
+from jaxtune.reporting.html.run_page import RunPage, run_page
+from jaxtune.reporting.model_card import with_evaluation
 
 NAME = "report.html"
-EXAMPLES = 10
 
 
 def write_page(
@@ -28,16 +30,15 @@ def write_page(
     run: RunFiles,
     *,
     data: Mapping[str, Any] | str,
-    examples: Iterable[Shown] = (),
+    examples: Iterable[ExampleView] = (),
     evaluations: Sequence[tuple[str, Mapping[str, Any]]] = (),
     base: str | None = None,
 ) -> None:
-    """`data` is the data report, or why there is none; `base` the model that was tuned.
+    """Write the page of a run; `data` is the data report, or why there is none; `base` the model
+    that was tuned.
 
-    Raises `ConfigError`.
+    Raises: `ConfigError`.
     """
-    from jaxtune.reporting.html.run_page import RunPage, run_page
-
     now = datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="minutes")
     page = run_page(
         RunPage(
@@ -58,10 +59,15 @@ def write_page(
     _replace(file, page)
 
 
-def write_card(file: Path, evaluation: Mapping[str, Any]) -> None:
-    """The evaluation into a model card that is there. Raises `ConfigError`."""
-    from jaxtune.reporting.model_card import with_evaluation
+def write_data_page(
+    file: Path, title: str, examples: Iterable[ExampleView], report: Mapping[str, Any]
+) -> None:
+    """Write the page of a data set. Raises `ConfigError`."""
+    _replace(file, data_page(title, examples, report))
 
+
+def write_card(file: Path, evaluation: Mapping[str, Any]) -> None:
+    """Put an evaluation into an existing model card. Raises `ConfigError`."""
     try:
         card = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -73,7 +79,7 @@ def write_card(file: Path, evaluation: Mapping[str, Any]) -> None:
 
 
 def _replace(file: Path, text: str) -> None:
-    """In one step, so that nobody reads half of it. Raises `ConfigError`."""
+    """Write in one step, so that nobody reads half of it. Raises `ConfigError`."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         unfinished.write_text(text, encoding="utf-8")
@@ -86,13 +92,10 @@ def _replace(file: Path, text: str) -> None:
 def after_training(
     run_dir: Path, config: Config, settings: Settings, train: Dataset, report: Mapping[str, Any]
 ) -> None:
-    """The page at the end of a run, with the data report that it has at hand.
+    """Write the page at the end of a run, with the data report that it has at hand.
 
-    A trained model is worth more than its picture: whatever goes wrong here is said and forgotten.
+    A trained model is worth more than its picture: whatever goes wrong here is only a note.
     """
-    from jaxtune.data.report.data_report import histograms
-    from jaxtune.reporting.data import examples, with_targets
-
     try:
         data = {
             **report,
@@ -109,32 +112,32 @@ def after_training(
 
 
 def _commands(run: RunFiles, base: str | None) -> list[tuple[str, str]]:
-    """(what it does, the command) of all that can be done with what is in the folder."""
+    """List (what it does, the command) of all that can be done with what is in the folder."""
     if run.config is None:
         return []
     folder, config = str(run.folder), str(run.folder / "config.yaml")
     anew = _command("train", f"--config {shlex.quote(config)}", f"--output_dir {_again(folder)}")
-    found = [("The same run again, in another folder:", anew)]
+    commands = [("The same run again, in another folder:", anew)]
     if (run.folder / "hf").is_dir():
         answers = shlex.quote(str(run.folder / "evaluation.json"))
-        asked = _command(
+        evaluate = _command(
             "evaluate",
             f"--config {shlex.quote(config)}",
             f"--model_name_or_path {shlex.quote(str(run.folder / 'hf'))}",
             f"--base {shlex.quote(base or 'BASE')}",
             f"--generate 50 --json > {answers}",
         )
-        shown = _command("report", shlex.quote(folder), f"--evaluation {answers}", "--card")
+        report = _command("report", shlex.quote(folder), f"--evaluation {answers}", "--card")
         what = "What it answers beside its base, and this page with the answers:"
-        found.append((what, f"{asked}\n{shown}"))
-    return [*found, ("This page anew:", _command("report", shlex.quote(folder)))]
+        commands.append((what, f"{evaluate}\n{report}"))
+    return [*commands, ("This page anew:", _command("report", shlex.quote(folder)))]
 
 
 def _again(folder: str) -> str:
     return shlex.quote(f"{folder.rstrip('/')}-again")
 
 
-def _command(door: str, *parts: str) -> str:
-    """Over several lines, as one types a long command; a short one on its own."""
-    lines = [f"python -m jaxtune.{door}", *parts]
+def _command(name: str, *parts: str) -> str:
+    """Write a long command over several lines, as one types it; a short one on its own."""
+    lines = [f"python -m jaxtune.{name}", *parts]
     return (" \\\n  " if sum(map(len, lines)) > 80 else " ").join(lines)

@@ -19,6 +19,7 @@ from data.chat_templates import THINKING
 from transformers import AutoTokenizer
 
 from jaxtune import evaluate, preview, train
+from jaxtune.api import evaluate as api
 from jaxtune.config import ConfigError, load
 from jaxtune.evaluate import EvaluateOptions
 from jaxtune.inference import generate
@@ -60,7 +61,9 @@ def scores(model: Any, data: Path | None = None, options: dict[str, Any] | None 
     values = {"model_name_or_path": str(getattr(model, "folder", model)), "max_length": 128, **more}
     if data is not None:
         values["dataset"] = str(data)
-    return dict(evaluate.run(load(overrides=values), EvaluateOptions(**(options or {}))).scores)
+    result = evaluate.run(load(overrides=values), EvaluateOptions(**(options or {})))
+    print(result)
+    return dict(result.scores)
 
 
 def expected(parrot: Any, rows: Sequence[dict[str, Any]]) -> tuple[float, float, int]:
@@ -153,7 +156,7 @@ def test_of_each_value_whatever_the_batch_and_the_devices(
     ):
         assert measured(**more) == pytest.approx(first, rel=1e-6), more
     alone = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
-    monkeypatch.setattr(inference, "open_mesh", lambda config: alone)
+    monkeypatch.setattr(api, "open_mesh", lambda config: alone)
     assert measured(per_device_eval_batch_size=3) == pytest.approx(first, rel=1e-6)
 
 

@@ -38,7 +38,9 @@ def judged(parrot: Any, contrary: Any, data: Path, url: str, **more: Any) -> dic
         dataset=str(data), generate=8, base=str(contrary.folder), judge=url, judge_model="tiny",
         by="kind", **more,
     )  # fmt: skip
-    return dict(evaluate.run(config, options).scores)
+    result = evaluate.run(config, options)
+    print(result)
+    return dict(result.scores)
 
 
 def test_a_judge_who_likes_the_longer(

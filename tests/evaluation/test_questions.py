@@ -18,7 +18,7 @@ from jaxtune.data.templating.template import resolve
 from jaxtune.data.tokenize import encode_prompt
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evaluation.questions import Question, questions_of
-from jaxtune.evaluation.scores.answers import Said, answer_scores
+from jaxtune.evaluation.scores.answers import AnswerPair, answer_scores
 from jaxtune.inference.generate import _Text
 from jaxtune.inference.load import Words
 
@@ -60,7 +60,7 @@ def opened(
     return data, words, entries
 
 
-def learnt_by_heart(data: Dataset, question: Question) -> Said:
+def learnt_by_heart(data: Dataset, question: Question) -> AnswerPair:
     """What a model says that goes on as a trained row does."""
     tokenizer, template = question.words
     asked = question.asked
@@ -72,7 +72,9 @@ def learnt_by_heart(data: Dataset, question: Question) -> Said:
     _, answer = text.add(ids, "stop")
     assert answer is not None
     tokens = tokenizer.encode(question.spoken(answer.text).strip())
-    return Said(question.reference, answer.text, True, question.reference_ids, tokens, len(ids))
+    return AnswerPair(
+        question.reference, answer.text, True, question.reference_ids, tokens, len(ids)
+    )
 
 
 @pytest.mark.parametrize(

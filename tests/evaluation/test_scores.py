@@ -15,7 +15,7 @@ from sacrebleu.metrics import BLEU, CHRF
 
 from jaxtune.evaluation.scores import answers, reasoning
 from jaxtune.evaluation.scores import score as measure
-from jaxtune.evaluation.scores.answers import Said, answer_scores, repetition
+from jaxtune.evaluation.scores.answers import AnswerPair, answer_scores, repetition
 from jaxtune.evaluation.scores.refusals import PHRASINGS, refuses
 from jaxtune.evaluation.scores.text_overlap import bleu, chrf, rouge_l
 
@@ -81,7 +81,10 @@ def test_answers_of_other_scripts_are_seen_by_letters() -> None:
     ],
 )
 def test_comparison(reference: str, answer: str, exact: float, rouge: float) -> None:
-    said = [Said(reference, answer, True, reference, answer, 1), Said("q", "q", True, "q", "q", 1)]
+    said = [
+        AnswerPair(reference, answer, True, reference, answer, 1),
+        AnswerPair("q", "q", True, "q", "q", 1),
+    ]
     found = answer_scores(said)
     assert found["exact_match"].point() == (exact + 1) / 2
     assert found["rougeL"].point() == pytest.approx((rouge + 1) / 2)
@@ -102,7 +105,7 @@ def test_comparison(reference: str, answer: str, exact: float, rouge: float) -> 
     ],
 )
 def test_what_follows_the_thinking_is_compared(reference: str, answer: str, compared: str) -> None:
-    said = Said(reference, answer, True, "x" * 6, compared, 3)
+    said = AnswerPair(reference, answer, True, "x" * 6, compared, 3)
     found = {name: score.point() for name, score in answer_scores([said]).items()}
     assert said.compared[1] == compared
     right = said.compared[0] == compared
@@ -116,7 +119,7 @@ def test_a_refusal_that_is_only_thought_is_none() -> None:
     thought = "<think>I'm sorry, but I can't.</think>Of course."
     late = f"<think>{'Hm. ' * 99}</think>I'm sorry, but I can't."
     refused = [
-        answer_scores([Said("Yes", answer, True, "y", "y", 1)])["refusal_rate"].point()
+        answer_scores([AnswerPair("Yes", answer, True, "y", "y", 1)])["refusal_rate"].point()
         for answer in (thought, late)
     ]
     assert refused == [0.0, 1.0]
@@ -125,9 +128,9 @@ def test_a_refusal_that_is_only_thought_is_none() -> None:
 def test_all_scores_of_three_answers_by_hand() -> None:
     found = answer_scores(
         [
-            Said("Yes", "Well,  YES indeed", True, [1], [2, 1, 3], 3),
-            Said("a b", "I'm sorry, but I can't say.", False, [1, 2], [4, 4, 4, 4, 4, 4], 7),
-            Said("c", "c", True, [9], [9], 1),
+            AnswerPair("Yes", "Well,  YES indeed", True, [1], [2, 1, 3], 3),
+            AnswerPair("a b", "I'm sorry, but I can't say.", False, [1, 2], [4, 4, 4, 4, 4, 4], 7),
+            AnswerPair("c", "c", True, [9], [9], 1),
         ]
     )
     points = {name: score.point() for name, score in found.items()}

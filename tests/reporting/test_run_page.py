@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from jaxtune.reporting.html.data_page import page
-from jaxtune.reporting.html.example import Piece, Shown
+from jaxtune.reporting.html.data_page import data_page as page
+from jaxtune.reporting.html.example import ExampleView, TokenText
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -81,9 +81,15 @@ def report_with(text: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_stays_text_wherever_it_comes_from(text: str) -> None:
-    pieces = [Piece(text, [1, 2], 0.5), Piece("plain", [3], 1.0)]
-    made = page(text, [Shown(text, pieces), Shown(text, pieces, dropped=text)], report_with(text))
-    harmless = read(page("t", [Shown("t", pieces[1:]), Shown("t", pieces[1:])], report_with("t")))
+    pieces = [TokenText(text, [1, 2], 0.5), TokenText("plain", [3], 1.0)]
+    made = page(
+        text,
+        [ExampleView(text, pieces), ExampleView(text, pieces, dropped=text)],
+        report_with(text),
+    )
+    harmless = read(
+        page("t", [ExampleView("t", pieces[1:]), ExampleView("t", pieces[1:])], report_with("t"))
+    )
     found = read(made)
     assert set(found.tags) <= ALLOWED
     assert {name for name, _ in found.attributes} <= {
@@ -109,10 +115,10 @@ def test_nothing_is_loaded_and_nothing_runs() -> None:
 
 def test_tokens_are_marked_by_weight() -> None:
     pieces = [
-        Piece("Q: <b>", [5], 0.0), Piece("A", [6], 1.0), Piece("\u00e9", [7, 8], 0.5),
-        Piece("x\n", [9], 0.5),
+        TokenText("Q: <b>", [5], 0.0), TokenText("A", [6], 1.0), TokenText("\u00e9", [7, 8], 0.5),
+        TokenText("x\n", [9], 0.5),
     ]  # fmt: skip
-    made = page("t", [Shown("row 0", pieces)], REPORT)
+    made = page("t", [ExampleView("row 0", pieces)], REPORT)
     assert '<span class="t" title="5, weight 0">Q: &lt;b&gt;</span>' in made
     assert '<span class="t y" title="6, weight 1">A</span>' in made
     assert '<span class="t y" title="7 8, weight 0.5">\u00e9</span>' in made
@@ -121,7 +127,7 @@ def test_tokens_are_marked_by_weight() -> None:
 
 
 def test_a_dropped_row_is_not_shown_as_trained() -> None:
-    made = page("t", [Shown("row 0", [Piece("A", [6], 1.0)], dropped="too long")], REPORT)
+    made = page("t", [ExampleView("row 0", [TokenText("A", [6], 1.0)], dropped="too long")], REPORT)
     assert '<p class="d">too long</p>' in made
     assert "t y" not in made
 

@@ -13,8 +13,8 @@ from jaxtune.evaluation.scores.text_overlap import bleu, chrf, rouge_l
 _REPEATED = 4  # tokens of an n-gram that is looked for again
 
 
-class Said(NamedTuple):
-    """An answer and the one that was expected, all of them, thinking included. `reference_tokens`
+class AnswerPair(NamedTuple):
+    """An answer and the one that was expected, both whole, thinking included. `reference_tokens`
     are those that were expected, without the end; `made` is how many the model made. `tokens` are
     of what follows the answer's thinking, read again."""
 
@@ -27,7 +27,7 @@ class Said(NamedTuple):
 
     @property
     def compared(self) -> tuple[str, str]:
-        """What follows the thinking, of the reference and of the answer."""
+        """Return reference and answer without their thinking."""
         return spoken(self.reference, self.reference), spoken(self.answer, self.reference)
 
     @property
@@ -36,19 +36,19 @@ class Said(NamedTuple):
         return reference.strip() == answer.strip()
 
 
-def answer_scores(said: Sequence[Said]) -> dict[str, Score]:
-    """By the names of `evaluate --json`. docs/evaluate.md says what each of them is."""
-    pairs = [s.compared for s in said]
+def answer_scores(answered: Sequence[AnswerPair]) -> dict[str, Score]:
+    """Score answers, by the names of `evaluate --json`; docs/evaluate.md explains each."""
+    pairs = [s.compared for s in answered]
     references, answers = [a for a, _ in pairs], [b for _, b in pairs]
-    tokens = [s.tokens for s in said]
-    lengths, wanted = [s.made for s in said], [len(s.reference_tokens) for s in said]
+    tokens = [s.tokens for s in answered]
+    lengths, wanted = [s.made for s in answered], [len(s.reference_tokens) for s in answered]
     return {
-        "exact_match": rate([s.exact for s in said]),
+        "exact_match": rate([s.exact for s in answered]),
         "contains": rate([_plain(a) in _plain(b) for a, b in pairs]),
         "rougeL": rouge_l(references, answers),
         "chrf": chrf(references, answers),
         "bleu": bleu(references, answers),
-        "stop_rate": rate([s.stopped for s in said]),
+        "stop_rate": rate([s.stopped for s in answered]),
         "answer_tokens": mean(lengths),
         "length_ratio": ratio(lengths, wanted),
         "refusal_rate": rate([refuses(answer) for answer in answers]),
@@ -59,7 +59,7 @@ def answer_scores(said: Sequence[Said]) -> dict[str, Score]:
 
 
 def repetition(tokens: Sequence[Hashable], n: int = _REPEATED) -> float:
-    """The share of n-grams that stood in the same answer before, seq-rep-n (Welleck et al., 2020);
+    """Share of n-grams that stood in the same answer before, seq-rep-n (Welleck et al., 2020);
     0 for an answer shorter than n.
 
     >>> repetition("abcdabcd")  # of abcd bcda cdab dabc abcd one is there again
@@ -70,5 +70,5 @@ def repetition(tokens: Sequence[Hashable], n: int = _REPEATED) -> float:
 
 
 def _plain(text: str) -> str:
-    """Without what `contains` does not look at: the case of letters, and how wide a blank is."""
+    """Drop what `contains` does not look at: the case of letters, and how wide a blank is."""
     return " ".join(text.casefold().split())

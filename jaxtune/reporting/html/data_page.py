@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxtune.reporting.html.data_tables import data_tables, tiles
-from jaxtune.reporting.html.example import KEY, Shown, example_card
+from jaxtune.reporting.html.example import KEY, ExampleView, example_card
 from jaxtune.reporting.html.markup import STYLE, escaped
 
 
-def page(title: str, examples: Iterable[Shown], report: Mapping[str, Any]) -> str:
-    """The whole document. `report` is that of `data.doctor`."""
+def data_page(title: str, examples: Iterable[ExampleView], report: Mapping[str, Any]) -> str:
+    """Write the whole document; `report` is the data report."""
     cards = "\n".join(example_card(example) for example in examples)
     return f"""<!doctype html>
 <html lang="en">

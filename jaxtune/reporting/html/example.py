@@ -8,23 +8,23 @@ from typing import NamedTuple
 from jaxtune.reporting.html.markup import escaped
 
 
-class Piece(NamedTuple):
-    """What one token shows; several where a letter is spread over them. `weight` is its loss's."""
+class TokenText(NamedTuple):
+    """The text of one token, or of several that share a letter; `weight` is that in the loss."""
 
     text: str
     ids: Sequence[int]
     weight: float
 
 
-class Shown(NamedTuple):
+class ExampleView(NamedTuple):
     """An example with its heading; `dropped` says why it is not trained, None if it is."""
 
     title: str
-    pieces: Sequence[Piece]
+    pieces: Sequence[TokenText]
     dropped: str | None = None
 
 
-def example_card(example: Shown) -> str:
+def example_card(example: ExampleView) -> str:
     dropped = "" if example.dropped is None else f'<p class="d">{escaped(example.dropped)}</p>'
     parts: list[str] = []
     before = None

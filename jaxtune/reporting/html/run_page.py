@@ -13,7 +13,7 @@ from jaxtune.reporting.html.answers import answer_cards, samples
 from jaxtune.reporting.html.curves import curves, evaluations, policy, script, written
 from jaxtune.reporting.html.data_tables import data_tables, tiles
 from jaxtune.reporting.html.evaluation import evaluation_tables
-from jaxtune.reporting.html.example import KEY, Shown, example_card
+from jaxtune.reporting.html.example import KEY, ExampleView, example_card
 from jaxtune.reporting.html.markup import STYLE, escaped, table
 
 Row = Mapping[str, Any]
@@ -30,7 +30,7 @@ class RunPage(NamedTuple):
     samples: Sequence[Row]
     evaluations: Sequence[tuple[str, Row]]
     data: Row | str
-    examples: Iterable[Shown]
+    examples: Iterable[ExampleView]
     config: str | None
     commands: Sequence[tuple[str, str]]  # (what it does, the command)
     notes: Sequence[str]
