@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from jaxtune.planning.hardware import hardware, set_environment  # noqa: E402
+from jaxtune.planning.environment import set_environment  # noqa: E402
 
 SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("v5e-16", {}),
@@ -97,6 +97,7 @@ def _study(
     from jaxtune.config import load
     from jaxtune.parallel.chips import parse_slice
     from jaxtune.planning.evaluate_config import Subject, study
+    from jaxtune.planning.hardware import hardware
     from jaxtune.storage.object_store import default_folder
 
     batch = {"per_device_train_batch_size": rows}

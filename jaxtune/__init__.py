@@ -43,6 +43,7 @@ _PUBLIC = {
 _COMMANDS = ("train", "evaluate", "preview", "plan")
 
 if TYPE_CHECKING:
+    from jaxtune.api.plan import plan as plan
     from jaxtune.config import Config as Config
     from jaxtune.config import ConfigError as ConfigError
     from jaxtune.config import DataError as DataError

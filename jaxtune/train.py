@@ -20,6 +20,7 @@ from jaxtune import cli
 from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, HostsConfig, dump, shard_bytes
 from jaxtune.parallel import heartbeat, memory, processes
+from jaxtune.parallel.chips import set_compiler_flags
 from jaxtune.storage import object_store
 from jaxtune.training import build as assemble
 from jaxtune.training import resume
@@ -91,7 +92,7 @@ def _joined(config: Config, options: TrainOptions) -> Result:
 
     model_name = _required(config)
     refuse_adapter(model_name)
-    assemble.set_compiler_flags()
+    set_compiler_flags()
     heartbeat.join(config.hosts)
     reading = options.replay_step is not None
     run_dir = rundir.place_of(str(config.output_dir), reading=reading)

@@ -8,6 +8,7 @@ to a chip; a v5e or v6e name counts chips. `h100-8` is eight GPUs of one machine
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -203,15 +204,15 @@ def larger(slice: Slice) -> Slice | None:
     return Slice(slice.kind, shapes[min(more)]) if more else None
 
 
-def libtpu_args(given: str) -> str:
-    """LIBTPU_INIT_ARGS with `TPU_FLAGS` added, but for those that `given` sets already.
+def set_compiler_flags() -> None:
+    """Adds `TPU_FLAGS` to LIBTPU_INIT_ARGS, but for those that it sets already.
 
-    >>> libtpu_args("--xla_jf_spmd_threshold_for_windowed_einsum_mib=0")
-    '--xla_jf_spmd_threshold_for_windowed_einsum_mib=0'
+    JAX reads it when it first looks for devices: call this before. Harmless without a TPU.
     """
-    known = {word.lstrip("-").partition("=")[0] for word in given.split()}
-    added = [f"--{name}={value}" for name, value in TPU_FLAGS.items() if name not in known]
-    return " ".join([*given.split(), *added])
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "").split()
+    known = {flag.lstrip("-").partition("=")[0] for flag in flags}
+    flags += [f"--{name}={value}" for name, value in TPU_FLAGS.items() if name not in known]
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join(flags)
 
 
 def peak_flops(device_kind: str) -> float | None:

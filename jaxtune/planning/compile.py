@@ -16,14 +16,17 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxtune.data.schema import Batch
+from jaxtune.parallel.mesh import partition_spec
 from jaxtune.planning import hlo_cost
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from jaxtune.training.program import Program
+from jaxtune.training.program import Program
+from jaxtune.tree import split
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -60,13 +63,6 @@ class Read(NamedTuple):
 
 def arguments(program: Program, *, rows: int, length: int) -> tuple[Any, Any, Any]:
     """(state, frozen, batch) as shapes with shardings: what the step is lowered for."""
-    import jax
-    import numpy as np
-    from jax.sharding import NamedSharding
-
-    from jaxtune.data.schema import Batch
-    from jaxtune.parallel.mesh import partition_spec
-    from jaxtune.tree import split
 
     def placed(leaf: Any, where: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
@@ -99,8 +95,6 @@ def read(
     `folder` keeps the answers; None keeps none. Raises what the compiler raises, but for a program
     that is too large, which is an answer.
     """
-    import jax
-
     with jax.set_mesh(program.mesh):
         step: Any = program.train_step  # a jitted function
         lowered = step.lower(*arguments(program, rows=rows, length=length))

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from jaxtune.config import Config
+from jaxtune.hf.load import HfModel
+from jaxtune.parallel.mesh import make_mesh, platform_of, sizes_of
 from jaxtune.planning import compile as compiling
 from jaxtune.planning import memory_model, time_model
 from jaxtune.planning.hardware import Hardware
 from jaxtune.planning.memory_model import Work
 from jaxtune.training import build as assemble
-
-if TYPE_CHECKING:
-    from jaxtune.hf.load import HfModel
-    from jaxtune.training.program import Program
+from jaxtune.training.program import Program, compute_dtype
+from jaxtune.training.subject import subject_of
+from jaxtune.training.trainable import backward
 
 _STEPS = 1000  # of a run whose length is not known; only the schedule's constants depend on it
 # Beside the state in a training process: Python, JAX, the compiler and its programs; measured
@@ -83,8 +87,6 @@ def study(
     """`compiles` overrules what the hardware can; `folder` keeps what the compiler said. Raises
     `ConfigError` for a mesh or a batch that does not match the devices."""
     program, work, held = _built(config, subject, hardware)
-    import jax
-
     counted = memory_model.memory(work, held, hardware.limit)
     trained = sum(leaf.size for leaf in jax.tree.leaves(program.abstract.trained))
     slice, per_chip = hardware.slice, hardware.per_chip
@@ -108,13 +110,6 @@ def study(
 def _built(
     config: Config, subject: Subject, hardware: Hardware
 ) -> tuple[Program, Work, dict[str, int]]:
-    import jax.numpy as jnp
-
-    from jaxtune.parallel.mesh import make_mesh, platform_of, sizes_of
-    from jaxtune.training.program import compute_dtype
-    from jaxtune.training.subject import subject_of
-    from jaxtune.training.trainable import backward
-
     trained = subject_of(config, subject.model, note=lambda message: None)
     mesh = make_mesh(config.mesh.model_dump(), hardware.devices)
     assemble.rows_per_step(config, mesh)  # what `train` refuses is refused here too

@@ -9,8 +9,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,17 +16,6 @@ from typing import Any, NamedTuple
 from jaxtune.config import ConfigError
 from jaxtune.parallel import memory
 from jaxtune.parallel.chips import Slice
-from jaxtune.training.build import set_compiler_flags
-
-# The TPU compiler asks the metadata server of a cloud machine, unless it is told what it is.
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # need not be what is compiled for
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second plan beside this one aborts
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
 
 
 @dataclass(frozen=True)
@@ -54,18 +41,6 @@ class Hardware(NamedTuple):
     limit: int | None
     hosts: int
     compiles: bool
-
-
-def set_environment() -> None:
-    """Everything that has to be said before JAX is imported: no device of this machine is wanted.
-
-    Where JAX has been imported already (a notebook) nothing is changed but the compiler's flags.
-    """
-    if "jax" not in sys.modules:
-        os.environ["JAX_PLATFORMS"] = "cpu"
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    set_compiler_flags()
 
 
 def hardware(slice: Slice, *, compiles: bool) -> Hardware:

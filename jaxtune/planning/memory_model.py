@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import jax
 
 from jaxtune.ops import cross_entropy, moe, splash
 from jaxtune.spec import (
@@ -26,9 +28,7 @@ from jaxtune.spec import (
     parameter_count,
     whole_backward,
 )
-
-if TYPE_CHECKING:
-    from jaxtune.training.program import Program
+from jaxtune.training.program import Program
 
 KINDS = ("parameters", "optimiser", "gradients", "activations", "logits", "temporaries")
 AIM = 0.97  # of the memory, that the compiler's schedule keeps within where it can
@@ -101,8 +101,6 @@ def held(program: Program, *, offload: bool = False) -> dict[str, int]:
 
     With `offload` that is all of it, but for the arrays on their way: by rule four of the largest.
     """
-    import jax
-
     state, placed = program.abstract, program.shardings
     moments = _bytes(state.opt_state, placed.opt_state)
     pairs = zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(placed.opt_state), strict=True)
@@ -116,8 +114,6 @@ def held(program: Program, *, offload: bool = False) -> dict[str, int]:
 
 
 def _bytes(tree: Any, shardings: Any, *, item: int | None = None) -> int:
-    import jax
-
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
     return sum(
         math.ceil(math.prod(where.shard_shape(leaf.shape)) * (item or _item(leaf.dtype)))

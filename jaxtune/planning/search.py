@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from jaxtune.config import Config, ConfigError, dump
 from jaxtune.parallel import memory
+from jaxtune.parallel.mesh import make_mesh
 from jaxtune.planning import memory_model, time_model
 from jaxtune.planning.advice import changed
 from jaxtune.planning.evaluate_config import Study, Subject, study
@@ -132,8 +133,6 @@ def remat_names() -> tuple[str, ...]:
 
 
 def _rows_of_step(config: Config, there: Hardware) -> int:
-    from jaxtune.parallel.mesh import make_mesh
-
     return assemble.rows_per_step(config, make_mesh(config.mesh.model_dump(), there.devices))
 
 

@@ -6,11 +6,9 @@ is planned is what runs.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from jaxtune.config import Config, ConfigError
-from jaxtune.parallel.chips import libtpu_args
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -19,14 +17,6 @@ if TYPE_CHECKING:
     from jaxtune.training.optim.optim import Hyper
     from jaxtune.training.program import Program
     from jaxtune.training.subject import Subject
-
-
-def set_compiler_flags() -> None:
-    """Asks the TPU compiler for `chips.TPU_FLAGS`; what LIBTPU_INIT_ARGS says already stays.
-
-    Read when JAX first looks for devices: to be called before, and harmless without a TPU.
-    """
-    os.environ["LIBTPU_INIT_ARGS"] = libtpu_args(os.environ.get("LIBTPU_INIT_ARGS", ""))
 
 
 def keep_compiled(folder: str | None) -> None:

@@ -20,9 +20,10 @@ SLICES = ("v4-8", "v5e-4", "v5p-8", "v6e-4", "tpu7x-8")  # four chips each
 # Prints, of each slice, its devices and what a program far too large is refused with.
 ASK = """
 import json, sys
-from jaxtune.planning.hardware import hardware, set_environment
+from jaxtune.planning.environment import set_environment
 set_environment()
 import jax
+from jaxtune.planning.hardware import hardware
 from jaxtune.parallel.chips import parse_slice
 from jaxtune.planning.compile import too_large
 

@@ -1,0 +1,286 @@
+"""What a run would cost on hardware that is not here, as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from jaxtune.config import Config, ConfigError
+from jaxtune.data.dataset import Batches
+from jaxtune.data.open import open_sides, open_template, open_tokenizer
+from jaxtune.hf.load import HfModel, with_tokens
+from jaxtune.parallel.chips import parse_slice
+from jaxtune.parallel.mesh import make_mesh
+from jaxtune.planning.advice import changed, faster, reason, ways
+from jaxtune.planning.environment import set_environment
+from jaxtune.planning.evaluate_config import Study, Subject, figures, study
+from jaxtune.planning.hardware import Hardware, hardware
+from jaxtune.planning.search import (
+    Candidate,
+    Progress,
+    candidates,
+    compile_all,
+    counted,
+    frontier,
+)
+from jaxtune.planning.text import frontier_text, header, plan_text, rate
+from jaxtune.spec import parameter_count
+from jaxtune.storage.object_store import default_folder
+from jaxtune.terminal.progress import Searching, Tokenising
+from jaxtune.training.build import rows_per_step
+from jaxtune.training.subject import open_base
+
+Note = Callable[[str], None]
+
+
+def _silent(*_: object) -> None:
+    """Shows nothing, as a value of the API."""
+
+
+class PlanRequest(NamedTuple):
+    """The hardware, and what to find out about it; the fields are the flags of the command."""
+
+    topology: str | None
+    compile: bool = True
+    verify: bool = False
+    search: bool = False
+    search_minutes: float = 20.0
+    search_output: str | None = None
+    price_per_chip_hour: float | None = None
+    cache: bool = True
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the compiler's answers are kept."""
+        return default_folder() / "plan" if self.cache else None
+
+
+class PlanResult(NamedTuple):
+    """The object of `plan --json`, and the config it is of: after a search the fastest that fits,
+    with the others of `plan["frontier"]`."""
+
+    plan: Mapping[str, Any]
+    config: Config
+
+    def text(self) -> str:
+        """Returns the plan as a page for the terminal."""
+        page = plan_text(self.plan)
+        if "frontier" in self.plan:
+            page = f"{frontier_text(self.plan['frontier'])}\n\n{page}"
+        return page
+
+
+def plan(
+    config: Config,
+    *,
+    topology: str,
+    compile: bool = True,
+    verify: bool = False,
+    search: bool = False,
+    search_minutes: float = 20.0,
+    price_per_chip_hour: float | None = None,
+    cache: bool = True,
+) -> PlanResult:
+    """Plans the run of `config` on `topology`, such as "v5e-16", "h100-8" or "cpu".
+
+    `compile` asks the TPU compiler, which takes minutes; GPUs and the CPU are planned by
+    arithmetic. `search` walks mesh, batch and gradient_checkpointing for the fastest that fits.
+    Raises `ConfigError`, `DataError` and `ModelError`.
+
+    >>> plan(config, topology="v5e-16", compile=False).plan["fits"]  # doctest: +SKIP
+    True
+    """
+    request = PlanRequest(
+        topology, compile, verify, search, search_minutes, None, price_per_chip_hour, cache
+    )
+    set_environment()
+    return run_plan(config, request)
+
+
+def run_plan(config: Config, request: PlanRequest, *, note: Note = _silent) -> PlanResult:
+    """Makes the plan; a search writes its choice to `search_output`. Progress is shown where notes
+    are."""
+    if not config.model_name_or_path:
+        raise ConfigError(
+            "model_name_or_path is not set. Give --model_name_or_path DIR, whose config.json is "
+            "enough, or a --config that has it."
+        )
+    if request.topology is None:
+        raise ConfigError("topology is not set. Give --topology v5e-16, h100-8 or cpu.")
+    there = hardware(parse_slice(request.topology), compiles=request.compile)
+    model = open_base(config, weights=False, note=note)
+    subject, notes = _subject(config, model, there, note)
+    if request.search:
+        config, described = _search(config, subject, there, request, note)
+    else:
+        found = study(config, subject, there, folder=request.folder, note=note)
+        described = _described(found, request, note)
+    described["notes"] = [*notes, *described["notes"]]
+    return PlanResult(described, config)
+
+
+# -- what is planned -----------------------------------------------------------------------------
+
+
+def _subject(
+    config: Config, model: HfModel, there: Hardware, note: Note
+) -> tuple[Subject, list[str]]:
+    """The model with the data's rows and steps where data is given, and what to say of that."""
+    if not config.datasets:
+        steps = config.max_steps if config.max_steps > 0 else None
+        hint = "" if steps else " Give --dataset for the time of the whole run."
+        notes = [f"rows of max_length, {config.max_length}, taken to be full.{hint}"]
+        return Subject(model, config.max_length, steps), notes
+    tokenizer = open_tokenizer(config, config.tokenizer_name or model.name, note=note)
+    template = open_template(config, tokenizer, note=note)
+    with nullcontext(_silent) if note is _silent else Tokenising() as progress:
+        train, _ = open_sides(config, tokenizer, template, progress=progress)
+    added = tokenizer.added.values()
+    model = with_tokens(model, added, trained=tokenizer.size - len(added))
+    rows = rows_per_step(config, make_mesh(config.mesh.model_dump(), there.devices))
+    batches = Batches(train, batch_size=rows, seed=config.seed, packing=config.packing)
+    steps = batches.total_steps(config.num_train_epochs, config.max_steps)
+    notes = [
+        f"{len(train):,} examples in {batches.rows:,} rows of {batches.row_length:,} tokens, "
+        f"{batches.fill:.1%} full; {batches.steps_per_epoch:,} steps an epoch of {rows:,} rows"
+    ]
+    return Subject(model, batches.row_length, steps, batches.fill), notes
+
+
+# -- the answer ----------------------------------------------------------------------------------
+
+
+def _described(found: Study, request: PlanRequest, note: Note) -> dict[str, Any]:
+    """The object of `--json`."""
+    described = figures(found)
+    run, price = described["run"], request.price_per_chip_hour
+    if run is not None and price is not None:
+        run["price_per_chip_hour"] = price
+        run["price"] = run["chip_hours"] * price
+    described |= {
+        "model": found.subject.model.name,
+        "parameters": parameter_count(found.subject.model.spec),
+        "remat": found.work.remat,
+        "attention": found.work.attention,
+        "reason": None,
+        "ways": [],
+        "notes": _notes(found),
+    }
+    if not found.fits:
+
+        def compiled(config: Config) -> Study:
+            return study(config, found.subject, found.hardware, folder=request.folder, note=note)
+
+        verify = request.verify and found.hardware.compiles
+        per_chip = found.hardware.per_chip
+        described["reason"] = reason(found)
+        described["ways"] = [
+            {
+                "change": way.what,
+                "costs": way.costs,
+                "hbm_bytes": way.needed * per_chip,
+                "verified": way.verified,
+            }
+            for way in ways(found, compile=compiled if verify else None)
+        ]
+    return described
+
+
+def _notes(found: Study) -> list[str]:
+    """What the figures rest on."""
+    there, read = found.hardware, found.read
+    notes = []
+    if read is None:
+        notes.append(
+            "by arithmetic: parameters and optimiser are exact, the rest is counted by rule; "
+            "docs/plan.md says how far from the compiler"
+        )
+    else:
+        notes.append(
+            "memory: parameters, optimiser and the sum are exact; gradients, activations and "
+            "logits are counted by rule, temporaries are what remains of the compiler's buffers"
+        )
+        if read.loops_unread:
+            notes.append(f"{read.loops_unread} loops of unknown length are counted as one turn")
+    if found.time is not None and read is not None and read.fits:
+        notes.append(
+            "time: modelled, not measured; within about 10% of published runs, so differences "
+            "below 5% mean nothing"
+        )
+    elif found.time is not None:
+        notes.append("time: by arithmetic, from shares of the peak; a rough guide")
+    if (shorter := faster(found)) is not None:
+        notes.append(shorter)
+    if there.slice.platform == "tpu" and there.per_chip > 1:
+        notes.append(f"JAX shows {there.per_chip} devices for each chip; mesh and rows count these")
+    return notes
+
+
+# -- a search ------------------------------------------------------------------------------------
+
+
+def _search(
+    config: Config, subject: Subject, there: Hardware, request: PlanRequest, note: Note
+) -> tuple[Config, dict[str, Any]]:
+    """The fastest settings that fit, and their plan."""
+    if not there.slice.chip.flops:
+        raise ConfigError(f"search: the speed of {there.slice.name} is not known; name a chip.")
+    ranked = candidates(config, subject, there)
+    note(f"search: {len(ranked)} settings may fit on {there.slice.name}, by arithmetic")
+    plans = []
+    for candidate, plan in _tried(ranked, config, subject, there, request.search_minutes, note):
+        plans.append({**plan, "settings": candidate.settings, "fields": dict(candidate.fields)})
+    best = frontier(plans)
+    if not best:
+        raise ConfigError(
+            f"search: none of the {len(plans)} settings tried fits on {there.slice.name}. Give it "
+            "more --search_minutes, a larger --topology, or --lora.r 16."
+        )
+    chosen = changed(config, **best[0]["fields"])
+    compiles = best[0]["method"] == "compiled"
+    found = study(chosen, subject, there, folder=request.folder, note=note, compiles=compiles)
+    described = _described(found, request, note)
+    described["frontier"] = [dict(other) for other in best]
+    described["tried"] = len(plans)
+    tried = f"search: {len(plans)} of {len(ranked)} settings tried"
+    if request.search_output is not None:
+        _write(chosen, described, Path(request.search_output))
+        tried += f"; the fastest is written to {request.search_output}"
+    described["notes"].append(tried)
+    return chosen, described
+
+
+def _tried(
+    ranked: Sequence[Candidate],
+    config: Config,
+    subject: Subject,
+    there: Hardware,
+    minutes: float,
+    note: Note,
+) -> Iterator[tuple[Candidate, dict[str, Any]]]:
+    """Candidates and their plans: compiled as far as the time allows, or all by arithmetic."""
+    if not there.compiles:
+        yield from ((candidate, counted(candidate, there)) for candidate in ranked)
+        return
+    with nullcontext(_silent) if note is _silent else Searching(minutes) as show:
+
+        def advance(progress: Progress) -> None:
+            best = progress.best
+            fastest = "" if best is None else f"{rate(best)}: {progress.settings}"
+            show(progress.done, progress.total, fastest)
+
+        yield from compile_all(
+            ranked, config, subject, there, minutes=minutes, advance=advance, note=note
+        )
+
+
+def _write(config: Config, plan: Mapping[str, Any], file: Path) -> None:
+    text = yaml.safe_dump(
+        config.model_dump(mode="json", exclude={"dataset"}, exclude_unset=True), sort_keys=False
+    )
+    head = [f"{plan['model']} on {plan['topology']}, found by plan --search:", *header(plan)]
+    file.write_text("".join(f"# {line}\n" for line in head) + text, encoding="utf-8")
