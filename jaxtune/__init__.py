@@ -43,7 +43,9 @@ _PUBLIC = {
 _COMMANDS = ("train", "evaluate", "preview", "plan")
 
 if TYPE_CHECKING:
+    from jaxtune.api.evaluate import evaluate as evaluate
     from jaxtune.api.plan import plan as plan
+    from jaxtune.api.preview import preview as preview
     from jaxtune.config import Config as Config
     from jaxtune.config import ConfigError as ConfigError
     from jaxtune.config import DataError as DataError
