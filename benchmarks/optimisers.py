@@ -19,7 +19,7 @@ from jaxtune.model import decoder
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack
 from jaxtune.training.optim.optim import Hyper, optimiser
 from jaxtune.training.state import init_opt_state
-from jaxtune.training.trainable import part
+from jaxtune.training.trainable import trainable_subset
 from jaxtune.tree import split
 
 SPEC = ModelSpec(
@@ -46,7 +46,7 @@ def size(tree: Any) -> int:
 @functools.cache
 def state_bytes(hyper: Hyper, last_layers: int | None = None) -> tuple[int, int, int]:
     """(state, trained parameters in f32, all parameters in f32), bytes."""
-    chosen = part(SPEC, trainable=None, train_last_layers=last_layers)
+    chosen = trainable_subset(SPEC, trainable=None, train_last_layers=last_layers)
     spec, is_trained = (SPEC, lambda name: True) if chosen is None else (
         chosen.spec, chosen.is_trained,
     )  # fmt: skip

@@ -100,14 +100,11 @@ def command_flags() -> str:
 
 
 def options_of(module: Any) -> type[cli.Options]:
-    """The one `cli.Options` class that a command's module defines."""
+    """The one `cli.Options` class that a command's module has."""
     [options] = [
         value
         for value in vars(module).values()
-        if inspect.isclass(value)
-        and issubclass(value, cli.Options)
-        and value is not cli.Options
-        and value.__module__ == module.__name__
+        if inspect.isclass(value) and issubclass(value, cli.Options) and value is not cli.Options
     ]
     return options
 
