@@ -7,16 +7,12 @@ A page's blocks run in order, in one namespace, in a folder with a tiny model `M
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-
-from jaxtune.config import load
-from jaxtune.train import run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -47,31 +43,6 @@ def named(page: Path) -> str:
 
 
 FOUND = {named(page): blocks(page.read_text(encoding="utf-8")) for page in PAGES}
-
-
-@pytest.fixture(scope="session")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that pages' blocks start from; its model has one layer and learned one step."""
-    folder = tmp_path_factory.mktemp("pages")
-    source = folder / "source"
-    shutil.copytree(ROOT / "configs" / "quickstart" / "model", source)
-    config = json.loads((source / "config.json").read_text())
-    config.update(num_hidden_layers=1, hidden_size=32, head_dim=8, max_position_embeddings=2048)
-    (source / "config.json").write_text(json.dumps(config))
-    rows = [
-        {"prompt": f"Name number {number}.", "completion": f"It is {number}."}
-        for number in range(24)
-    ]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "examples.jsonl").write_text(lines)
-    settings = {
-        "model_name_or_path": str(source), "init": "random", "output_dir": str(folder / "OUT"),
-        "dataset": str(folder / "examples.jsonl"), "max_steps": 1, "max_length": 64,
-    }  # fmt: skip
-    run(load(overrides=settings))
-    for name in ("MODEL", "BASE"):
-        shutil.copytree(folder / "OUT" / "hf", folder / name)
-    return folder
 
 
 @pytest.mark.parametrize(
