@@ -293,12 +293,12 @@ def _smaller(config: Config) -> str:
 def _open_data(config: Config, model_name: str) -> Material:
     from jaxtune.data.open import open_sides, open_template, open_tokenizer
     from jaxtune.data.report.data_report import refuse
-    from jaxtune.terminal.progress import Tokenising
+    from jaxtune.terminal.progress import TokenizeProgress
 
     tokenizer = open_tokenizer(config, config.tokenizer_name or model_name, note=note)
     template = open_template(config, tokenizer, note=note)
 
-    with Tokenising() as progress:
+    with TokenizeProgress() as progress:
         train, held_out = open_sides(config, tokenizer, template, progress=progress)
     refuse(train)
     return Material(tokenizer, template, train, held_out)

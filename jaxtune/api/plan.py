@@ -30,7 +30,7 @@ from jaxtune.planning.search import (
 from jaxtune.planning.text import frontier_text, header, plan_text, rate
 from jaxtune.spec import parameter_count
 from jaxtune.storage.object_store import default_folder
-from jaxtune.terminal.progress import Searching, Tokenising
+from jaxtune.terminal.progress import SearchProgress, TokenizeProgress
 from jaxtune.training.build import rows_per_step
 from jaxtune.training.subject import open_base
 
@@ -137,7 +137,7 @@ def _subject(
         return Subject(model, config.max_length, steps), notes
     tokenizer = open_tokenizer(config, config.tokenizer_name or model.name, note=note)
     template = open_template(config, tokenizer, note=note)
-    with nullcontext(_silent) if note is _silent else Tokenising() as progress:
+    with nullcontext(_silent) if note is _silent else TokenizeProgress() as progress:
         train, _ = open_sides(config, tokenizer, template, progress=progress)
     added = tokenizer.added.values()
     model = with_tokens(model, added, trained=tokenizer.size - len(added))
@@ -266,7 +266,7 @@ def _tried(
     if not there.compiles:
         yield from ((candidate, counted(candidate, there)) for candidate in ranked)
         return
-    with nullcontext(_silent) if note is _silent else Searching(minutes) as show:
+    with nullcontext(_silent) if note is _silent else SearchProgress(minutes) as show:
 
         def advance(progress: Progress) -> None:
             best = progress.best

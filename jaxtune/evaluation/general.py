@@ -19,7 +19,7 @@ from jaxtune.data.open import open_entries
 from jaxtune.data.schema import Batch, Example, Tokens
 from jaxtune.data.tokenize import shift
 from jaxtune.inference.load import Words
-from jaxtune.terminal.progress import Tokenising
+from jaxtune.terminal.progress import TokenizeProgress
 
 
 class GeneralText(NamedTuple):
@@ -41,7 +41,7 @@ def open_general(config: Config, path: str, words: Words) -> GeneralText:
     """Cut a file of text into windows. Raises `DataError` where it cannot be read as text."""
     whole = config.model_copy(update={"max_length": 2**30})  # windows are cut here
     entry = DatasetConfig(path=path, format="text")
-    with Tokenising() as progress:
+    with TokenizeProgress() as progress:
         texts = open_entries(whole, (entry,), words.tokenizer, words.template, progress=progress)
     length, windows = config.max_length, []
     closed = bool(words.template.closing)

@@ -24,7 +24,7 @@ from jaxtune.data.templating.template import variant
 from jaxtune.data.tokenize import encode_prompt
 from jaxtune.evaluation.scores.reasoning import spoken
 from jaxtune.inference.load import Words
-from jaxtune.terminal.progress import Tokenising
+from jaxtune.terminal.progress import TokenizeProgress
 
 MOST_VALUES = 20  # of a column that are told apart; the others are one group
 OTHER = "other"
@@ -78,7 +78,7 @@ def entries_of(config: Config, dataset: str | None) -> Sequence[DatasetConfig]:
 
 def open_data(config: Config, entries: Sequence[DatasetConfig], words: Words) -> Dataset:
     """Open the examples; of the config's own datasets those that eval_split holds out."""
-    with Tokenising() as progress:
+    with TokenizeProgress() as progress:
         dataset = open_entries(config, entries, words.tokenizer, words.template, progress=progress)
     if entries is config.datasets and config.eval_split:
         _, dataset = split(dataset, config.eval_split, seed=config.seed)

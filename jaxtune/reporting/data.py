@@ -20,7 +20,7 @@ from jaxtune.data.report.data_report import (
 )
 from jaxtune.data.tokenize import token_texts
 from jaxtune.reporting.html.example import ExampleView, TokenText
-from jaxtune.terminal.progress import Tokenising
+from jaxtune.terminal.progress import TokenizeProgress
 
 _MOST_TOKENS = 2000  # of an example that a page shows: each costs it some 80 bytes
 
@@ -69,7 +69,7 @@ def examples(config: Config, settings: Settings, limit: int) -> Iterator[Example
 
 def data_report(config: Config, settings: Settings, columns: Sequence[str] = ()) -> dict[str, Any]:
     """Report on the data that a run of this config trains, on one device."""
-    with Tokenising() as progress:
+    with TokenizeProgress() as progress:
         dataset, held_out = open_sides(
             config, settings.tokenizer, settings.template, progress=progress
         )

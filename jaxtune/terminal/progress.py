@@ -13,7 +13,7 @@ from rich.progress import Progress as Bar
 from jaxtune.terminal.text import printable
 
 
-class Tokenising:
+class TokenizeProgress:
     """A context manager, called with (path, records so far); silent where all is done in seconds.
 
     Everything goes to stderr: on a terminal a moving bar, elsewhere a line now and then.
@@ -32,7 +32,7 @@ class Tokenising:
         self._after, self._every = after_seconds, every_seconds
         self._path, self._began, self._said = "", time.monotonic(), 0.0
 
-    def __enter__(self) -> Tokenising:
+    def __enter__(self) -> TokenizeProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -57,7 +57,7 @@ class Tokenising:
             self._console.print(f"tokenising {name}: {done}", markup=False, soft_wrap=True)
 
 
-class Searching:
+class SearchProgress:
     """A context manager, called with (settings compiled, of how many, the fastest so far in words)
     of a search that may take `minutes`.
 
@@ -78,7 +78,7 @@ class Searching:
         self._task = self._bar.add_task("", total=minutes, clock="")
         self._minutes, self._began, self._said = minutes, time.monotonic(), 0
 
-    def __enter__(self) -> Searching:
+    def __enter__(self) -> SearchProgress:
         self._bar.start()
         return self
 
@@ -95,7 +95,7 @@ class Searching:
             self._console.print(f"search: {clock}, {said}", markup=False, soft_wrap=True)
 
 
-class Progress:
+class TrainProgress:
     """A context manager over steps [start, total); all goes to stderr, nothing if `quiet`."""
 
     def __init__(self, start: int, total: int, *, quiet: bool = False) -> None:
@@ -113,7 +113,7 @@ class Progress:
         )
         self._task = self._bar.add_task("train", total=total, completed=start, loss="-", rate="")
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> TrainProgress:
         self._bar.start()
         return self
 

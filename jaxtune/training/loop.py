@@ -24,7 +24,7 @@ from jaxtune.parallel import processes
 from jaxtune.parallel.chips import peak_flops
 from jaxtune.parallel.heartbeat import Notice, Watch, asked_to_stop
 from jaxtune.parallel.mesh import put_batch, row_shards
-from jaxtune.terminal.progress import Progress
+from jaxtune.terminal.progress import TrainProgress
 from jaxtune.training import debug_step
 from jaxtune.training.checkpoint.checkpoints import Checkpoints
 from jaxtune.training.evaluation import Totals, evaluate
@@ -113,7 +113,7 @@ class Loop:
         if plan.held_out is None:
             self.standing = self.standing._replace(due=False)
         self._seen = counts_before(plan.batches, start)
-        self._progress = Progress(start, plan.total_steps, quiet=not processes.is_first())
+        self._progress = TrainProgress(start, plan.total_steps, quiet=not processes.is_first())
         self._pending: tuple[int, StepMetrics] | None = None  # a step still on the device
         self._asked: Notice = lambda: None
         self._spikes = Spikes()

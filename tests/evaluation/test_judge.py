@@ -14,7 +14,13 @@ from evaluation.judge_server import Reply, likes_the_first, likes_the_longer, se
 
 from jaxtune.config import ConfigError
 from jaxtune.evaluation.judge import pairwise
-from jaxtune.evaluation.judge.client import Endpoint, Failed, Refused, ask, open_endpoint
+from jaxtune.evaluation.judge.client import (
+    Endpoint,
+    RequestFailed,
+    RequestRefused,
+    ask,
+    open_endpoint,
+)
 from jaxtune.evaluation.judge.pairwise import Pair
 from jaxtune.evaluation.judge.verdict import rubric
 
@@ -129,7 +135,7 @@ def test_busy_and_broken_replies_are_asked_for_again() -> None:
 def test_after_so_many_tries_it_has_failed(reply: Reply, said: str) -> None:
     with serving(lambda number, a, b: reply) as judge:
         start = time.monotonic()
-        with pytest.raises(Failed, match=said):
+        with pytest.raises(RequestFailed, match=said):
             ask(endpoint(judge.url, tries=2, timeout=0.5 if "0.5" in said else 30), _prompt())
         assert time.monotonic() - start < 15, "twice all drops are a minute"
     assert len(judge.seen) == 2
@@ -140,7 +146,7 @@ def test_a_server_that_says_nothing_is_left() -> None:
         time.sleep(1.5)
         return "VERDICT: A"
 
-    with serving(sleeps) as judge, pytest.raises(Failed, match="timed out"):
+    with serving(sleeps) as judge, pytest.raises(RequestFailed, match="timed out"):
         ask(endpoint(judge.url, tries=1, timeout=0.2), _prompt())
 
 
@@ -205,9 +211,9 @@ def _traces(opened: Endpoint) -> list[str]:
     """What a traceback with local variables would show."""
     try:
         ask(opened._replace(url="http://127.0.0.1:9/v1", tries=1), "x")
-    except Failed as error:
+    except RequestFailed as error:
         shown = traceback.TracebackException.from_exception(error, capture_locals=True)
         return list(shown.format())
-    except Refused:
+    except RequestRefused:
         pass
     raise AssertionError("port 9 answered")

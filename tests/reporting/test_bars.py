@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from jaxtune.reporting.html.bars import Share, bar, histogram
+from jaxtune.reporting.html.bars import ShareBar, bar, histogram
 
 
 def test_a_histogram_has_a_bar_for_each_bin() -> None:
@@ -26,8 +26,8 @@ def test_nothing_is_no_picture() -> None:
 
 
 def test_a_share_beside_its_target() -> None:
-    made = bar(Share(0.25, before=0.5, target=0.75))
+    made = bar(ShareBar(0.25, before=0.5, target=0.75))
     assert "25.0%, before 50.0%, target 75.0%" in made
     for mark in ('class="bar" width="25.00"', 'class="was" y="10" width="50.00"', 'x="75.00"'):
         assert mark in made
-    assert "aim" not in bar(Share(1.0))
+    assert "aim" not in bar(ShareBar(1.0))

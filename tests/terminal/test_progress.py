@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtune.terminal.progress import Searching, Tokenising
+from jaxtune.terminal.progress import SearchProgress, TokenizeProgress
 
 
 def test_what_is_quick_writes_nothing(capsys: Any) -> None:
-    with Tokenising() as progress:
+    with TokenizeProgress() as progress:
         progress("a.jsonl", 512)
     assert capsys.readouterr() == ("", "")
 
 
 def test_what_takes_long_writes_a_line_now_and_then(capsys: Any) -> None:
-    with Tokenising(after_seconds=0, every_seconds=0) as progress:
+    with TokenizeProgress(after_seconds=0, every_seconds=0) as progress:
         progress("folder/a\x1b.jsonl", 0)
         progress("folder/a\x1b.jsonl", 1024)
     captured = capsys.readouterr()
@@ -23,7 +23,7 @@ def test_what_takes_long_writes_a_line_now_and_then(capsys: Any) -> None:
 
 
 def test_a_search_says_a_line_for_every_answer(capsys: Any) -> None:
-    with Searching(20) as told:
+    with SearchProgress(20) as told:
         told(0, 9, "")
         told(1, 8, "")
         told(1, 7, "")

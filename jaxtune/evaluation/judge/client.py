@@ -28,11 +28,11 @@ _LONGEST_WAIT = 60.0  # seconds, also when Retry-After asks for more
 _SHOWN = 300  # letters of what an endpoint said
 
 
-class Refused(JaxtuneError):
+class RequestRefused(JaxtuneError):
     """The endpoint says that this request is wrong: it will say so again."""
 
 
-class Failed(JaxtuneError):
+class RequestFailed(JaxtuneError):
     """The endpoint could not be reached, or gave no usable reply, as often as it was tried."""
 
 
@@ -86,7 +86,7 @@ def open_endpoint(url: str, model: str | None, *, key_name: str | None, **more: 
 
 
 def ask(endpoint: Endpoint, prompt: str) -> str:
-    """The reply to one message of a user. Raises `Refused` and `Failed`."""
+    """The reply to one message of a user. Raises `RequestRefused` and `RequestFailed`."""
     body: dict[str, Any] = {
         "model": endpoint.model,
         "messages": [{"role": "user", "content": prompt}],
@@ -103,7 +103,9 @@ def ask(endpoint: Endpoint, prompt: str) -> str:
         except urllib.error.HTTPError as error:
             said = _said(error, endpoint)
             if error.code not in _AGAIN and error.code < 500:
-                raise Refused(f"{endpoint.url}: refused with HTTP {error.code}{said}") from None
+                raise RequestRefused(
+                    f"{endpoint.url}: refused with HTTP {error.code}{said}"
+                ) from None
             why, asked_wait = f"HTTP {error.code}{said}", _retry_after(error.headers)
         except (OSError, http.client.HTTPException) as error:  # no route, timeouts, torn replies
             reason = getattr(error, "reason", None) or error
@@ -112,7 +114,7 @@ def ask(endpoint: Endpoint, prompt: str) -> str:
             why = f"the reply is no chat completion: {error}"
         wait = min(_LONGEST_WAIT, max(2 * wait if number else wait, asked_wait or 0))
     shown = _without_key(why, endpoint)[:_SHOWN]
-    raise Failed(f"{endpoint.url}: no reply after {endpoint.tries} tries: {shown}")
+    raise RequestFailed(f"{endpoint.url}: no reply after {endpoint.tries} tries: {shown}")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxtune.config import ConfigError
-from jaxtune.evaluation.judge.client import Endpoint, Failed, Refused, ask
+from jaxtune.evaluation.judge.client import Endpoint, RequestFailed, RequestRefused, ask
 from jaxtune.evaluation.judge.verdict import Verdict, filled, parse
 
 
@@ -43,7 +43,7 @@ def check(endpoint: Endpoint, rubric: str) -> None:
     """One request before any work is done. Raises `ConfigError` where it is refused or fails."""
     try:
         ask(endpoint, _prompt(rubric, Pair("What is 1 + 1?", "2", "2", "3")))
-    except (Refused, Failed) as error:
+    except (RequestRefused, RequestFailed) as error:
         raise ConfigError(
             f"judge: {error}. Nothing was evaluated. Mend judge, judge_model or the key, or leave "
             "judge out."
@@ -91,7 +91,7 @@ def outcome(first: Verdict | Failure | None, swapped: Verdict | Failure | None) 
 def _verdict(endpoint: Endpoint, prompt: str) -> Verdict | Failure | None:
     try:
         return parse(ask(endpoint, prompt))
-    except (Refused, Failed) as error:
+    except (RequestRefused, RequestFailed) as error:
         return Failure(str(error))
 
 

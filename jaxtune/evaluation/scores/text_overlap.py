@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU, CHRF
 
 from jaxtune.evaluation.scores.score import Floats, Measure, mean
 
@@ -19,8 +21,6 @@ _BLEU_ORDER = 4
 def rouge_l(references: Sequence[str], answers: Sequence[str]) -> Measure:
     """The mean f-measure of the rouge-score package without stemming, 0 to 1. It sees Latin letters
     and digits only: answers in other scripts score 0."""
-    from rouge_score.rouge_scorer import RougeScorer
-
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     pairs = zip(references, answers, strict=True)
     return mean([scorer.score(a, b)["rougeL"].fmeasure for a, b in pairs])
@@ -28,8 +28,6 @@ def rouge_l(references: Sequence[str], answers: Sequence[str]) -> Measure:
 
 def chrf(references: Sequence[str], answers: Sequence[str]) -> Measure:
     """chrF2 of the whole set, 0 to 100: letters, so it knows every script."""
-    from sacrebleu.metrics import CHRF
-
     # What the package's own significance test resamples: [answer, reference, match] by order.
     counts = CHRF()._extract_corpus_statistics(list(answers), [list(references)])
     return Measure(np.asarray(counts, np.float64), _chrf)
@@ -37,8 +35,6 @@ def chrf(references: Sequence[str], answers: Sequence[str]) -> Measure:
 
 def bleu(references: Sequence[str], answers: Sequence[str]) -> Measure:
     """BLEU of the whole set, 0 to 100, with sacrebleu's tokens (13a) and smoothing (exp)."""
-    from sacrebleu.metrics import BLEU
-
     # [answer length, reference length, matches by order, n-grams by order]
     counts = BLEU(force=True)._extract_corpus_statistics(list(answers), [list(references)])
     return Measure(np.asarray(counts, np.float64), _bleu)
@@ -53,7 +49,8 @@ def _chrf(sums: Floats) -> Floats:
     recall = np.where(there, match / np.maximum(1, reference), 0).sum(axis=-1) / orders
     below = _BETA**2 * precision + recall
     above = (1 + _BETA**2) * precision * recall
-    return 100 * above / np.where(below > 0, below, 1.0)
+    score: Floats = 100 * above / np.where(below > 0, below, 1.0)
+    return score
 
 
 def _bleu(sums: Floats) -> Floats:

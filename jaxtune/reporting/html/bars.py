@@ -13,7 +13,7 @@ from jaxtune.reporting.html.markup import Markup, escaped
 _WIDTH, _HEIGHT, _LINE = 360, 96, 16  # of the drawing and of its line of numbers, in CSS pixels
 
 
-class Share(NamedTuple):
+class ShareBar(NamedTuple):
     """A part of a whole, 0 to 1: `now`, what it was `before` mixing, and the `target` asked for."""
 
     now: float
@@ -55,7 +55,7 @@ def histogram(caption: str, found: Mapping[str, Any]) -> str:
     )
 
 
-def bar(share: Share) -> Markup:
+def bar(share: ShareBar) -> Markup:
     """One bar: filled as far as it is now, a thin line below for before, a mark at the target."""
     parts = [f'<rect class="bar" width="{100 * share.now:.2f}" height="9"></rect>']
     said = f"{share.now:.1%}"

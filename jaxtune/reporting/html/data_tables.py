@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtune.reporting.html.bars import Share, bar, histogram
+from jaxtune.reporting.html.bars import ShareBar, bar, histogram
 from jaxtune.reporting.html.markup import Number, escaped, table
 
 
@@ -85,7 +85,7 @@ def _mixture(rows: Sequence[Mapping[str, Any]]) -> str:
             (
                 part["dataset"],
                 "" if part["value"] is None else part["value"],
-                bar(Share(part["share_after"], part["share_before"], part.get("target"))),
+                bar(ShareBar(part["share_after"], part["share_before"], part.get("target"))),
                 Number(f"{part['share_after']:.1%}"),
                 *((_percent(part.get("target")),) if aimed else ()),
                 Number(f"{part['share_before']:.1%}"),
@@ -105,7 +105,7 @@ def _column(column: str, values: Mapping[str, Mapping[str, int]]) -> str:
         [
             (
                 value,
-                bar(Share(part["examples"] / total)),
+                bar(ShareBar(part["examples"] / total)),
                 Number(f"{part['examples'] / total:.1%}"),
                 part["examples"],
                 part["records"],
