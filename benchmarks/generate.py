@@ -64,12 +64,12 @@ class Jaxtune:
         import jax.numpy as jnp
 
         from jaxtune.hf.load import load_params, open_model
-        from jaxtune.inference.unstack import unrolled
+        from jaxtune.inference.unstack import unstack
 
         model = open_model(str(folder / "model"))
         variables = {"params": load_params(model, None, jnp.float32)}
         # As `inference.load_model` does it.
-        self.spec, self.variables = unrolled(model.spec, variables, platform="cpu", consume=True)
+        self.spec, self.variables = unstack(model.spec, variables, platform="cpu", consume=True)
 
     def __call__(self, prompts: list[list[int]], count: int) -> tuple[list[list[int]], float]:
         """The answers, and when the last of their first tokens was there."""

@@ -28,8 +28,8 @@ from jaxtune.parallel import memory
 
 if TYPE_CHECKING:
     from jaxtune.data.schema import Conversation
-    from jaxtune.inference.generate import Answer
-    from jaxtune.inference.load import Model, Words
+    from jaxtune.inference.generate import Generation
+    from jaxtune.inference.load import Model, TextCodec
     from jaxtune.repl.models import Settings
     from jaxtune.server.run import Taken
 
@@ -120,10 +120,10 @@ def run(config: Config, options: ChatOptions | None = None) -> Result:
 def _run(
     config: Config, options: ChatOptions, asked: list[Asked] | None, taken: Taken | None
 ) -> Result:
-    from jaxtune.inference.load import check_base, load_model, open_mesh, open_words, resolved
+    from jaxtune.inference.load import check_base, load_model, open_codec, open_mesh, resolved
 
     config = resolved(config)
-    words = open_words(config)
+    words = open_codec(config)
     mesh = open_mesh(config)
     assert config.model_name_or_path is not None
     names = {"tuned" if options.base else "model": config.model_name_or_path}
@@ -214,14 +214,14 @@ def _prompt_of(where: str, fields: Mapping[str, Any]) -> Asked:
 
 
 def _rows(
-    models: Mapping[str, Model], words: Words, asked: list[Asked], options: ChatOptions
+    models: Mapping[str, Model], words: TextCodec, asked: list[Asked], options: ChatOptions
 ) -> list[Mapping[str, Any]]:
     """One object per prompt, in order; the base's answer under "base"."""
-    from jaxtune.inference.generate import answer, prompt_ids
+    from jaxtune.inference.generate import generate, prompt_ids
     from jaxtune.repl.models import sampling
 
     by_model = {
-        label: answer(
+        label: generate(
             model,
             words,
             [prompt_ids(model, words, prompt.conversation) for prompt in asked],
@@ -238,7 +238,7 @@ def _rows(
     return rows
 
 
-def _as_object(found: Answer) -> dict[str, Any]:
+def _as_object(found: Generation) -> dict[str, Any]:
     return {"response": found.text, "stopped": found.stopped, "tokens": found.tokens}
 
 
@@ -290,7 +290,7 @@ def _drawn(options: ChatOptions) -> Settings:
     )
 
 
-def _converse(models: Mapping[str, Model], words: Words, options: ChatOptions) -> None:
+def _converse(models: Mapping[str, Model], words: TextCodec, options: ChatOptions) -> None:
     from jaxtune.repl.models import voices
     from jaxtune.repl.repl import converse
 
@@ -309,7 +309,9 @@ def _take(options: ChatOptions) -> Taken | None:
     return take(options.serve)
 
 
-def _serve(models: Mapping[str, Model], words: Words, options: ChatOptions, taken: Taken) -> None:
+def _serve(
+    models: Mapping[str, Model], words: TextCodec, options: ChatOptions, taken: Taken
+) -> None:
     from jaxtune.repl.models import sampling
     from jaxtune.server.app import Defaults
     from jaxtune.server.scheduler import Limits

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from jaxtune.data.templating.template import Template
     from jaxtune.data.tokenizer import Tokenizer
     from jaxtune.hf.load import HfModel
-    from jaxtune.inference.sample_prompts import Samples
+    from jaxtune.inference.sample_prompts import SamplePrompts
     from jaxtune.training.checkpoint.remote import Mirror
     from jaxtune.training.initial_weights import Adapters
     from jaxtune.training.program import Program
@@ -376,24 +376,24 @@ def _samples(
     mesh: Mesh,
     start: int,
     due: bool,
-) -> Samples | None:
+) -> SamplePrompts | None:
     """What answers `sample_prompts` at every evaluation."""
     if not config.sample_prompts:
         return None
-    from jaxtune.inference.load import Words, stop_ids
-    from jaxtune.inference.sample_prompts import Samples
+    from jaxtune.inference.load import Model, TextCodec, stop_ids
+    from jaxtune.inference.sample_prompts import SamplePrompts
     from jaxtune.parallel.mesh import platform_of
     from jaxtune.training.program import compute_dtype
 
-    words = Words(material.tokenizer, material.template)
-    return Samples(
+    codec = TextCodec(material.tokenizer, material.template)
+    dtype = compute_dtype(config.dtype, platform_of(mesh))
+    stops = stop_ids(config, codec, subject.model)
+    return SamplePrompts(
         run_dir,
         config.sample_prompts,
-        words,
+        codec,
         subject,
-        mesh,
-        compute_dtype(config.dtype, platform_of(mesh)),
-        stop_ids=stop_ids(config, words, subject.model),
+        Model(subject.name, subject.spec, {}, stops, dtype, mesh),
         resumed_at=start,
         due=due,
     )

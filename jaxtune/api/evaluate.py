@@ -34,8 +34,8 @@ from jaxtune.evaluation.text import result_text
 from jaxtune.inference.load import (
     check_base,
     load_model,
+    open_codec,
     open_mesh,
-    open_words,
     positions,
     resolved,
 )
@@ -113,7 +113,7 @@ def _prepare(config: Config, options: EvaluateOptions) -> _Experiment:
     base = options.base
     if base is not None and "/checkpoints/" in base:
         base = fetched(base)
-    words = open_words(config)
+    words = open_codec(config)
     if base is not None:
         check_base(base, words)
     entries = entries_of(config, options.dataset)

@@ -18,7 +18,7 @@ from jaxtune.data.dataset import Dataset
 from jaxtune.data.open import open_entries
 from jaxtune.data.schema import Batch, Example, Tokens
 from jaxtune.data.tokenize import shift
-from jaxtune.inference.load import Words
+from jaxtune.inference.load import TextCodec
 from jaxtune.terminal.progress import TokenizeProgress
 
 
@@ -37,7 +37,7 @@ class GeneralText(NamedTuple):
         return shift(Tokens(ids[start:stop], weights[start:stop]))
 
 
-def open_general(config: Config, path: str, words: Words) -> GeneralText:
+def open_general(config: Config, path: str, words: TextCodec) -> GeneralText:
     """Cut a file of text into windows. Raises `DataError` where it cannot be read as text."""
     whole = config.model_copy(update={"max_length": 2**30})  # windows are cut here
     entry = DatasetConfig(path=path, format="text")

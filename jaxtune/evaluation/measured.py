@@ -19,7 +19,7 @@ from jaxtune.evaluation.questions import Question
 from jaxtune.evaluation.scores.answers import AnswerPair, answer_scores
 from jaxtune.evaluation.scores.score import Score, exp_of_ratio, ratio
 from jaxtune.inference import generate
-from jaxtune.inference.load import Model, Words
+from jaxtune.inference.load import Model, TextCodec
 from jaxtune.inference.sampling import Sampling
 from jaxtune.parallel.mesh import row_shards
 from jaxtune.training.evaluation import Examples, each_example
@@ -30,7 +30,7 @@ from jaxtune.training.program import build_token_losses
 class Inputs(NamedTuple):
     """A data set, plain text and questions, and how they become tokens: equal for both models."""
 
-    words: Words
+    words: TextCodec
     dataset: Dataset
     general: GeneralText | None
     questions: Sequence[Question]
@@ -148,7 +148,7 @@ def _answer_pairs(
 ) -> list[AnswerPair]:
     """Answer all questions."""
     words, questions = inputs.words, inputs.questions
-    answers = generate.answer(
+    answers = generate.generate(
         model,
         words,
         [generate.prompt_ids(model, question.words, question.asked) for question in questions],

@@ -23,7 +23,7 @@ from jaxtune.data.templating.masking import render_prompt
 from jaxtune.data.templating.template import variant
 from jaxtune.data.tokenize import encode_prompt
 from jaxtune.evaluation.scores.reasoning import spoken
-from jaxtune.inference.load import Words
+from jaxtune.inference.load import TextCodec
 from jaxtune.terminal.progress import TokenizeProgress
 
 MOST_VALUES = 20  # of a column that are told apart; the others are one group
@@ -35,7 +35,7 @@ class Question(NamedTuple):
 
     dataset: str
     example: int  # its first, by number in the dataset
-    words: Words  # with the data set's own template where it has one
+    words: TextCodec  # with the data set's own template where it has one
     asked: Conversation
     reference: str  # as a model says it that has learnt the example by heart
     reference_ids: tuple[int, ...]  # without the end of turn
@@ -76,7 +76,7 @@ def entries_of(config: Config, dataset: str | None) -> Sequence[DatasetConfig]:
     return entries
 
 
-def open_data(config: Config, entries: Sequence[DatasetConfig], words: Words) -> Dataset:
+def open_data(config: Config, entries: Sequence[DatasetConfig], words: TextCodec) -> Dataset:
     """Open the examples; of the config's own datasets those that eval_split holds out."""
     with TokenizeProgress() as progress:
         dataset = open_entries(config, entries, words.tokenizer, words.template, progress=progress)
@@ -102,7 +102,7 @@ def open_column(dataset: Dataset, entries: Sequence[DatasetConfig], name: str) -
 
 
 def questions_of(
-    entries: Sequence[DatasetConfig], dataset: Dataset, words: Words, limit: int
+    entries: Sequence[DatasetConfig], dataset: Dataset, words: TextCodec, limit: int
 ) -> tuple[Question, ...]:
     """List the first `limit` conversations of each entry that are among the examples of `dataset`.
 
@@ -154,7 +154,7 @@ def that_fit(questions: Sequence[Question], positions: int) -> tuple[Question, .
 
 
 def _conversations(
-    entry: DatasetConfig, name: str, first: dict[int, int], words: Words
+    entry: DatasetConfig, name: str, first: dict[int, int], words: TextCodec
 ) -> Iterator[Question]:
     """Yield the questions of an entry; `first` maps each row evaluated to its first example."""
     own = variant(

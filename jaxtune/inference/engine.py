@@ -3,20 +3,19 @@
     engine = Engine(spec, {"params": params}, dtype=jnp.float32, slots=8)
     request = engine.submit([1, 7, 9], max_new_tokens=20, stop_ids={2})
     while engine.busy:
-        for event in engine.step():      # Event(request, tokens=(5, 3), reason=None), ...
+        for event in engine.step():      # TokenEvent(request, tokens=(5, 3), reason=None), ...
             ...
 
-An engine has a fixed number of slots. A text that ends leaves its slot to the next prompt that
+An engine has a fixed number of slots. A sequence that ends leaves its slot to the next prompt that
 waits, while the others go on; which slot, which neighbours and how many tokens a call makes change
-nothing in an answer. `generate` and `stream` are an engine asked for many answers, and for one.
-Shapes come in few sizes, so that a new prompt rarely compiles anything.
+nothing in an answer.Shapes come in few sizes, so that a new prompt rarely compiles anything.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,9 +24,16 @@ from jax.typing import DTypeLike
 
 from jaxtune.config import ConfigError, DataError
 from jaxtune.inference import decode_step as device
-from jaxtune.inference.decode_step import MOST_STEPS, Asked, Program, Slots, Texts, Written
-from jaxtune.inference.sampling import GREEDY, Sampling, settings
-from jaxtune.inference.unstack import unrolled
+from jaxtune.inference.decode_step import (
+    MOST_STEPS,
+    DecodeProgram,
+    Prompts,
+    RowOptions,
+    Slots,
+    Tokens,
+)
+from jaxtune.inference.sampling import GREEDY, Sampling, sampling_arrays
+from jaxtune.inference.unstack import unstack
 from jaxtune.model.decoder import Params, rope_limits
 from jaxtune.model.lora import Lora
 from jaxtune.parallel.mesh import platform_of, row_shards
@@ -39,16 +45,9 @@ STOP_SLOTS = 8
 READ_AT_ONCE = 8192  # tokens, padding included, unless one prompt alone is longer
 
 
-class Generation(NamedTuple):
-    """The tokens after the prompt; `stopped` says a stop id came (it is not among the tokens)."""
-
-    tokens: list[int]
-    stopped: bool
-
-
-class Event(NamedTuple):
-    """New tokens of a request. `reason` is None while it goes on; then "stop", a stop id came (it
-    is not among the tokens), or "length"."""
+class TokenEvent(NamedTuple):
+    """The new tokens of a request. `reason` is None while it goes on, then "stop" (a stop id came,
+    which is not among the tokens) or "length"."""
 
     request: int
     tokens: tuple[int, ...]
@@ -59,8 +58,8 @@ class Event(NamedTuple):
         return self.reason is not None
 
 
-class _Text(NamedTuple):
-    """A request: what it asked for, and all its tokens so far."""
+class _Sequence(NamedTuple):
+    """A request with all its tokens so far."""
 
     request: int
     tokens: list[int]  # the prompt, then the answer
@@ -76,7 +75,7 @@ class _Text(NamedTuple):
 
 
 class Engine:
-    """Answers any number of requests, `slots` of them at a time, first come, first served.
+    """A decoder of any number of requests, `slots` of them at a time, first come, first served.
 
     `variables` are {"params": ...}, with "lora" beside them if `lora` says how adapters are used.
     Weights are cast to `dtype`, the computation's; they may live on `mesh` in any sharding. Texts
@@ -99,23 +98,23 @@ class Engine:
             raise ConfigError(f"slots is {slots}; expected at least 1.")
         variables = {**variables, "params": _cast(variables["params"], dtype)}
         platform = jax.default_backend() if mesh is None else platform_of(mesh)
-        spec, self._variables = unrolled(spec, variables, platform=platform)
-        self._program = Program(spec, lora, np.dtype(dtype))
+        spec, self._variables = unstack(spec, variables, platform=platform)
+        self._program = DecodeProgram(spec, lora, np.dtype(dtype))
         self._mesh = mesh
         self._limit = min(spec.max_positions, max_length or spec.max_positions)
         smallest = 1 if mesh is None else row_shards(mesh)
         self._rows = max(smallest, 1 << (slots - 1).bit_length())
         self._free = list(range(slots))[::-1]
-        self._at: dict[int, _Text] = {}  # by slot
-        self._waiting: deque[_Text] = deque()
+        self._active: dict[int, _Sequence] = {}  # by slot
+        self._waiting: deque[_Sequence] = deque()
         self._requests = 0
         self._slots: Slots | None = None
         self._length = self._stops = 0
 
     @property
     def busy(self) -> bool:
-        """Whether any request is being answered or waits."""
-        return bool(self._at or self._waiting)
+        """Whether any request has a slot or waits."""
+        return bool(self._active or self._waiting)
 
     @property
     def waiting(self) -> int:
@@ -131,11 +130,11 @@ class Engine:
         sampling: Sampling = GREEDY,
         number: int = 0,
     ) -> int:
-        """Puts a prompt into the queue and gives the request's number, which no other has.
+        """Queue a prompt and return the number of the request, which is unique.
 
         It ends at a stop id, after `max_new_tokens` (a stop id counts), or where the text may not
         be longer. Random numbers follow from `sampling.seed`, `number` and a token's place in the
-        answer. Raises ConfigError, and DataError for a prompt that is empty or leaves no position
+        answer. Raises: ConfigError, and DataError for a prompt that is empty or leaves no position
         free.
         """
         self._check(prompt, max_new_tokens, f"prompt {number}")
@@ -143,40 +142,51 @@ class Engine:
         limit = min(max_new_tokens, self._limit - len(prompt))
         stops = tuple(sorted(set(stop_ids)))
         tokens = [int(token) for token in prompt]
-        self._waiting.append(_Text(request, tokens, len(tokens), limit, stops, sampling, number))
+        self._waiting.append(
+            _Sequence(request, tokens, len(tokens), limit, stops, sampling, number)
+        )
         return request
 
     def cancel(self, request: int) -> None:
-        """Ends a request wherever it is; it has no event after this. One that ended is ignored."""
-        self._waiting = deque(text for text in self._waiting if text.request != request)
-        for slot, text in list(self._at.items()):
-            if text.request == request:
+        """End a request, queued or not; it has no event after this. One that ended is ignored."""
+        self._waiting = deque(sequence for sequence in self._waiting if sequence.request != request)
+        for slot, sequence in list(self._active.items()):
+            if sequence.request == request:
                 self._leave(slot)
 
-    def step(self, most: int = MOST_STEPS) -> list[Event]:
-        """Reads prompts into slots that are free, or else writes up to `most` tokens of each text
-        that is being answered. Nothing to do: no events."""
+    def step(self, most: int = MOST_STEPS) -> list[TokenEvent]:
+        """Prefill prompts into free slots, or else decode up to `most` tokens of each sequence.
+
+        Returns no events if there is nothing to do.
+        """
         if not self.busy:
             return []
         outgrown = self._outgrown()
         if outgrown or (self._waiting and self._free):
-            return self._read(outgrown or self._admitted())
-        return self._advance(max(1, min(most, MOST_STEPS)))
+            return self._prefill(outgrown or self._admitted())
+        return self._decode(max(1, min(most, MOST_STEPS)))
 
     def give_up(self) -> int:
-        """After a `step` that raised for want of memory: ends one request, whose number this is.
-        All others are read again, into room that is made anew.
+        """End one request after a `step` that ran out of memory, and return its number.
 
-        It is the one that may become longest, of those that have no answer yet if there are any:
-        the room that could not be had was for them.
+        All others are prefilled again, into new slots.
+
+        It is the one that may become longest, of those without an answer if there are any: the
+        memory was for them.
         """
-        unread = [text for text in self._at.values() if len(text.tokens) == text.prompt]
-        ended = max(unread or self._at.values(), key=lambda text: text.prompt + text.limit)
+        unread = [
+            sequence
+            for sequence in self._active.values()
+            if len(sequence.tokens) == sequence.prompt
+        ]
+        ended = max(
+            unread or self._active.values(), key=lambda sequence: sequence.prompt + sequence.limit
+        )
         self._slots = None  # what failed may have consumed them
-        for slot, text in sorted(self._at.items(), key=lambda item: -item[1].request):
+        for slot, sequence in sorted(self._active.items(), key=lambda item: -item[1].request):
             self._leave(slot)
-            if text.request != ended.request:
-                self._waiting.appendleft(text)
+            if sequence.request != ended.request:
+                self._waiting.appendleft(sequence)
         return ended.request
 
     def _check(self, prompt: Sequence[int], max_new_tokens: int, name: str) -> None:
@@ -194,14 +204,14 @@ class Engine:
             )
 
     def _leave(self, slot: int) -> None:
-        del self._at[slot]
+        del self._active[slot]
         self._free.append(slot)
 
-    # -- reading -------------------------------------------------------------------------------
+    # -- prefill -------------------------------------------------------------------------------
 
-    def _admitted(self) -> dict[int, _Text]:
-        """The next texts that wait, as many as there is room for and are read at once, by slot."""
-        admitted: dict[int, _Text] = {}
+    def _admitted(self) -> dict[int, _Sequence]:
+        """Give slots to the next requests in the queue, as many as one prefill takes."""
+        admitted: dict[int, _Sequence] = {}
         longest = 0
         while self._waiting and self._free:
             longest = max(longest, len(self._waiting[0].tokens))
@@ -209,56 +219,62 @@ class Engine:
             if admitted and rows * _bucket(longest) > READ_AT_ONCE:
                 break
             admitted[self._free.pop()] = self._waiting.popleft()
-        self._at |= admitted
+        self._active |= admitted
         return admitted
 
-    def _batch(self, texts: int) -> int:
-        """How many rows read so many texts: the next power of four, or as many as slots have."""
-        return min(self._rows, 1 << ((texts - 1).bit_length() + 1) // 2 * 2)
+    def _batch(self, sequences: int) -> int:
+        """Return the rows of a prefill of so many sequences: a power of four, at most all slots."""
+        return min(self._rows, 1 << ((sequences - 1).bit_length() + 1) // 2 * 2)
 
-    def _outgrown(self) -> dict[int, _Text]:
-        """Texts that the newest token made longer than a limit of their rope: all positions, and
-        all that was computed from them, are then others. They are read again, like new ones."""
+    def _outgrown(self) -> dict[int, _Sequence]:
+        """Return the sequences that the newest token made longer than a limit of their rope.
+
+        All positions are then others, so they are prefilled again.
+        """
         limits = rope_limits(self._program.spec)
-        return {slot: text for slot, text in self._at.items() if len(text.tokens) - 1 in limits}
+        return {
+            slot: sequence
+            for slot, sequence in self._active.items()
+            if len(sequence.tokens) - 1 in limits
+        }
 
-    def _read(self, texts: Mapping[int, _Text]) -> list[Event]:
+    def _prefill(self, sequences: Mapping[int, _Sequence]) -> list[TokenEvent]:
         self._make_room()
-        rows = self._batch(len(texts))
-        length = _bucket(max(len(text.tokens) for text in texts.values()))
+        rows = self._batch(len(sequences))
+        length = _bucket(max(len(sequence.tokens) for sequence in sequences.values()))
         tokens = np.zeros((rows, length), np.int32)
-        given = list(texts.items())
-        # What fills the batch has one token, goes nowhere and may not grow.
+        placed = list(sequences.items())
+        # Padding rows have one token, go into no slot and may not grow.
         lengths, slots = np.ones(rows, np.int32), np.full(rows, self._rows, np.int32)
         left, written = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         stop_ids = np.full((rows, self._stops), -1, np.int32)
-        for row, (slot, text) in enumerate(given):
-            tokens[row, : len(text.tokens)] = text.tokens
-            lengths[row], slots[row], left[row] = len(text.tokens), slot, text.left
-            written[row] = len(text.tokens) - text.prompt
-            stop_ids[row, : len(text.stop_ids)] = text.stop_ids
-        fill = rows - len(given)
-        drawn = settings(
-            [text.sampling for _, text in given] + [GREEDY] * fill,
-            [text.number for _, text in given] + [0] * fill,
+        for row, (slot, sequence) in enumerate(placed):
+            tokens[row, : len(sequence.tokens)] = sequence.tokens
+            lengths[row], slots[row], left[row] = len(sequence.tokens), slot, sequence.left
+            written[row] = len(sequence.tokens) - sequence.prompt
+            stop_ids[row, : len(sequence.stop_ids)] = sequence.stop_ids
+        fill = rows - len(placed)
+        drawn = sampling_arrays(
+            [sequence.sampling for _, sequence in placed] + [GREEDY] * fill,
+            [sequence.number for _, sequence in placed] + [0] * fill,
         )
-        asked = Asked(stop_ids, drawn)
+        options = RowOptions(stop_ids, drawn)
         with _on(self._mesh):
-            self._slots, found = device.read(
+            self._slots, new = device.prefill(
                 self._program,
                 self._variables,
                 self._slots,
-                Texts(tokens, lengths, slots, left, written, asked),
+                Prompts(tokens, lengths, slots, left, written, options),
             )
-        return self._events(found, {slot: row for row, (slot, _) in enumerate(given)})
+        return self._events(new, {slot: row for row, (slot, _) in enumerate(placed)})
 
     def _make_room(self) -> None:
-        """Slots as long as the longest text may become, with room for its stop ids."""
-        texts = list(self._at.values())
-        length = _bucket(max(text.prompt + text.limit for text in texts))
-        most = max(len(text.stop_ids) for text in texts)
+        """Make or grow the slots: as long as the longest sequence may become, with its stop ids."""
+        sequences = list(self._active.values())
+        length = _bucket(max(sequence.prompt + sequence.limit for sequence in sequences))
+        most = max(len(sequence.stop_ids) for sequence in sequences)
         stops = max(1, -(-most // STOP_SLOTS)) * STOP_SLOTS
-        alone = not any(len(text.tokens) > text.prompt for text in texts)
+        alone = not any(len(sequence.tokens) > sequence.prompt for sequence in sequences)
         with _on(self._mesh):
             if self._slots is None or (alone and (length, stops) != (self._length, self._stops)):
                 self._slots = None  # before the next ones are made
@@ -269,21 +285,21 @@ class Engine:
             if length > self._length or stops > self._stops:
                 self._length = max(length, self._length)
                 self._stops = max(stops, self._stops)
-                self._slots = device.longer(
+                self._slots = device.grow(
                     self._program, self._slots, length=self._length, stops=self._stops
                 )
 
-    # -- writing -------------------------------------------------------------------------------
+    # -- decode -------------------------------------------------------------------------------
 
-    def _advance(self, most: int) -> list[Event]:
+    def _decode(self, most: int) -> list[TokenEvent]:
         live = np.zeros(self._rows, bool)
-        live[list(self._at)] = True
+        live[list(self._active)] = True
         for limit in rope_limits(self._program.spec):
-            # Up to the token that makes a text too long for what was computed of it.
-            sizes = [len(text.tokens) for text in self._at.values()]
+            # Up to the token that makes a sequence too long for what was computed of it.
+            sizes = [len(sequence.tokens) for sequence in self._active.values()]
             most = min([most, *(limit + 1 - size for size in sizes if size <= limit)])
         with _on(self._mesh):
-            self._slots, found = device.advance(
+            self._slots, tokens = device.decode(
                 self._program,
                 self._variables,
                 self._slots,
@@ -291,116 +307,40 @@ class Engine:
                 np.int32(most),
                 np.bool_(bool(self._waiting)),
             )
-        return self._events(found, {slot: slot for slot in self._at})
+        return self._events(tokens, {slot: slot for slot in self._active})
 
-    def _events(self, found: Written, rows: Mapping[int, int]) -> list[Event]:
-        """What was written of the text in each slot, which has a row in `found`."""
-        found = jax.device_get(found)
+    def _events(self, tokens: Tokens, rows: Mapping[int, int]) -> list[TokenEvent]:
+        """Return the new tokens of each slot, whose row in `tokens` is `rows[slot]`."""
+        tokens = jax.device_get(tokens)
         events = []
         for slot, row in sorted(rows.items()):
-            text = self._at[slot]
-            new = tuple(found.tokens[row, : found.counts[row]].tolist())
-            text.tokens.extend(new)
+            sequence = self._active[slot]
+            new = tuple(tokens.tokens[row, : tokens.counts[row]].tolist())
+            sequence.tokens.extend(new)
             reason = None
-            if not found.active[row]:
-                reason = "stop" if found.stopped[row] else "length"
+            if not tokens.active[row]:
+                reason = "stop" if tokens.stopped[row] else "length"
                 self._leave(slot)
-            events.append(Event(text.request, new, reason))
+            events.append(TokenEvent(sequence.request, new, reason))
         return events
 
 
-def generate(
-    spec: ModelSpec,
-    params: Params,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    stop_ids: Collection[int],
-    dtype: DTypeLike,
-    mesh: jax.sharding.Mesh | None = None,
-    batch_size: int = 32,
-    sampling: Sampling = GREEDY,
-) -> list[Generation]:
-    """The continuation of each prompt, in the order of `prompts`: the likeliest, or a draw.
-
-    A row ends at a stop id, after `max_new_tokens` (a stop id counts), or at the model's last
-    position. Computes in `dtype`, `batch_size` rows at a time; `params` may live on `mesh` in any
-    sharding. Prompt i is number i of `sampling`'s seed.
-    Raises DataError for a prompt that is empty or leaves no position free.
-    """
-    slots = max(1, min(batch_size, len(prompts)))
-    engine = Engine(spec, {"params": params}, dtype=dtype, slots=slots, mesh=mesh)
-    by_request = {
-        engine.submit(
-            prompts[i],
-            max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids,
-            sampling=sampling,
-            number=i,
-        ): i
-        for i in by_length(prompts)
-    }
-    found = [Generation([], False) for _ in prompts]
-    while engine.busy:
-        for event in engine.step():
-            i = by_request[event.request]
-            tokens = [*found[i].tokens, *event.tokens]
-            found[i] = Generation(tokens, event.reason == "stop")
-    return found
-
-
 def by_length(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Longest first: neighbours in the queue are read together, and what is left for the end, when
-    slots run empty, is short."""
+    """Sort longest first: neighbours are prefilled together, and the last ones are short."""
     return sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
 
 
-def stream(
-    spec: ModelSpec,
-    params: Params,
-    prompt: Sequence[int],
-    *,
-    max_new_tokens: int,
-    stop_ids: Collection[int],
-    dtype: DTypeLike,
-    mesh: jax.sharding.Mesh | None = None,
-    sampling: Sampling = GREEDY,
-) -> Generator[int, None, bool]:
-    """`generate` for one prompt, each token as soon as it is known; the stop id is not yielded.
-
-    The errors of `generate` are raised here, before the first token is asked for. As the value of
-    a `yield from`, or of StopIteration, it says whether a stop id came.
-    """
-    engine = Engine(spec, {"params": params}, dtype=dtype, slots=1, mesh=mesh)
-    engine.submit(prompt, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling)
-    return _stream(engine)
-
-
-def _stream(engine: Engine) -> Generator[int, None, bool]:
-    reason = None
-    while engine.busy:
-        for event in engine.step(1):
-            yield from event.tokens
-            reason = event.reason
-    return reason == "stop"
-
-
 def _bucket(length: int) -> int:
-    """The next power of two, or the next multiple of LONGEST_DOUBLING above it."""
+    """Round up to a power of two, or to a multiple of LONGEST_DOUBLING above it."""
     if length > LONGEST_DOUBLING:
         return -(-length // LONGEST_DOUBLING) * LONGEST_DOUBLING
-    return max(SHORTEST_ROW, _power(length))
-
-
-def _power(number: int) -> int:
-    """The next power of two."""
-    return 1 << (number - 1).bit_length()
+    return max(SHORTEST_ROW, 1 << (length - 1).bit_length())
 
 
 def _cast(params: Params, dtype: DTypeLike) -> Params:
-    """Weights in compute dtype once, instead of once a token."""
+    """Cast the weights once, instead of once a token."""
     return jax.tree.map(lambda w: w.astype(dtype), params)
 
 
-def _on(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager:
+def _on(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

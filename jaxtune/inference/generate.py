@@ -1,152 +1,148 @@
-"""A model asked: tokens in, text out, ended where an answer ends.
+"""Text generation: token ids of prompts in, text out, ended where an answer ends.
 
-answer(model, words, prompts, ...)     many answers, in order
-stream(model, words, messages, ...)    one, piece by piece
-Answering(model, words, slots=8)       any number at any time, which both of them use
+generate(model, codec, prompts, ...)        many prompts, in order
+stream(model, codec, messages, ...)         one conversation, text as it comes
+TextGenerator(model, codec, slots=8)        any number of requests at any time; both use it
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from jaxtune.config import ConfigError
+from jaxtune.data.schema import Conversation, Message
+from jaxtune.data.templating.answer_text import Around, around, text_of
+from jaxtune.data.templating.template import Template
+from jaxtune.data.tokenize import encode_prompt
+from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.inference.engine import MOST_STEPS, Engine, by_length
+from jaxtune.inference.load import Model, TextCodec
+from jaxtune.inference.sampling import GREEDY, Sampling
+from jaxtune.training.initial_weights import check_ids
 
-if TYPE_CHECKING:
-    from jaxtune.data.schema import Conversation, Message
-    from jaxtune.data.templating.answer_text import Around
-    from jaxtune.data.templating.template import Template
-    from jaxtune.data.tokenizer import Tokenizer
-    from jaxtune.inference.load import Model, Words
-    from jaxtune.inference.sampling import Sampling
-
-_ROWS = 32  # answered at a time
+_ROWS = 32  # prompts decoded at a time
 
 
-class Answer(NamedTuple):
-    """`text` is the content of a message, without what the template writes around that (see
-    `data.content`). `stopped`: the model ended it, or a stop string did; `tokens`: how many were
-    made for it, without the stop id, with a stop string's."""
+class Generation(NamedTuple):
+    """A generated answer: its text without what the template writes around an answer.
+
+    `stopped`: a stop id or a stop string ended it. `tokens` counts those that were decoded for it,
+    without the stop id, with those of a stop string.
+    """
 
     text: str
     stopped: bool
     tokens: int
 
 
-class Piece(NamedTuple):
-    """More text of a request; with the last piece of it the whole `answer`."""
+class TextEvent(NamedTuple):
+    """A piece of new text of a request; its last event has the whole `generation`."""
 
     request: int
     text: str
-    answer: Answer | None
+    generation: Generation | None
 
 
-def prompt_ids(model: Model, words: Words, asked: Conversation) -> list[int]:
-    """What is fed for a conversation: the beginning of the row that training would make of it."""
-    from jaxtune.data.tokenize import encode_prompt
-    from jaxtune.training.initial_weights import check_ids
-
-    ids = encode_prompt(words.template, words.tokenizer, asked.messages, tools=asked.tools)
-    check_ids(max(ids, default=0), model.name, model.spec, words.tokenizer)
+def prompt_ids(model: Model, codec: TextCodec, conversation: Conversation) -> list[int]:
+    """Tokenize a conversation as training does: the first tokens of the row it would make."""
+    messages, tools = conversation.messages, conversation.tools
+    ids = encode_prompt(codec.template, codec.tokenizer, messages, tools=tools)
+    check_ids(max(ids, default=0), model.name, model.spec, codec.tokenizer)
     return ids
 
 
-def answer(
+def generate(
     model: Model,
-    words: Words,
+    codec: TextCodec,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    sampling: Sampling | None = None,
+    sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
     templates: Sequence[Template] | None = None,
     between: Callable[[], None] = lambda: None,
-) -> list[Answer]:
-    """The answer to each of `prompt_ids`, in order: greedy, or drawn as `sampling` says, prompt i
-    with random numbers of its own. `templates` are those of the prompts, where they are not that of
-    `words`. `between` is called as it goes, as often on every host. Raises `DataError` for a prompt
-    too long, and what `between` raises."""
-    from jaxtune.inference.engine import by_length
+) -> list[Generation]:
+    """Generate an answer to each of `prompt_ids`, in order; prompt i has its own random numbers.
 
+    `templates` are those of the prompts, if not all have that of `codec`. `between` is called
+    between steps, as often on every host; what it raises ends the generation.
+    Raises: DataError for a prompt that is too long.
+    """
     if not prompts:
         return []
-    desk = Answering(model, words, slots=min(_ROWS, len(prompts)))
+    generator = TextGenerator(model, codec, slots=min(_ROWS, len(prompts)))
     requests = {
-        desk.ask(
+        generator.submit(
             prompts[i],
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             stop=stop,
-            template=words.template if templates is None else templates[i],
+            template=codec.template if templates is None else templates[i],
             number=i,
         ): i
         for i in by_length(prompts)
     }
-    found: dict[int, Answer] = {}
-    while desk.busy:
+    generations: dict[int, Generation] = {}
+    while generator.busy:
         between()
-        for piece in desk.step():
-            if piece.answer is not None:
-                found[requests[piece.request]] = piece.answer
-    return [found[i] for i in range(len(prompts))]
+        for event in generator.step():
+            if event.generation is not None:
+                generations[requests[event.request]] = event.generation
+    return [generations[i] for i in range(len(prompts))]
 
 
 def stream(
     model: Model,
-    words: Words,
-    conversation: Sequence[Message],
+    codec: TextCodec,
+    messages: Sequence[Message],
     *,
     max_new_tokens: int,
-    sampling: Sampling | None = None,
+    sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
-) -> Generator[str, None, Answer]:
-    """`answer` for one conversation, yielding text as it comes; the pieces make up the answer.
+) -> Generator[str, None, Generation]:
+    """Generate one answer, yielding text as it comes; the pieces make up the answer.
 
-    Raises `DataError` here, before the first piece is asked for.
+    Raises: DataError, before the first piece is asked for.
     """
-    from jaxtune.data.schema import Conversation
-
-    prompt = prompt_ids(model, words, Conversation(tuple(conversation)))
-    desk = Answering(model, words, slots=1)
-    desk.ask(
+    prompt = prompt_ids(model, codec, Conversation(tuple(messages)))
+    generator = TextGenerator(model, codec, slots=1)
+    generator.submit(
         prompt,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop=stop,
-        template=words.template,
+        template=codec.template,
     )
-    return _pieces(desk)
+    return _pieces(generator)
 
 
-def _pieces(desk: Answering) -> Generator[str, None, Answer]:
+def _pieces(generator: TextGenerator) -> Generator[str, None, Generation]:
     while True:
-        for piece in desk.step(1):
-            if piece.text:
-                yield piece.text
-            if piece.answer is not None:
-                return piece.answer
+        for event in generator.step(1):
+            if event.text:
+                yield event.text
+            if event.generation is not None:
+                return event.generation
 
 
-class Answering:
-    """`model.sample.Engine` in words: any number of requests, `slots` of them answered at a time,
-    first come, first served; what a request is answered depends on no other.
+class TextGenerator:
+    """An `Engine` for text: any number of requests, `slots` of them decoded at a time, first come,
+    first served; an answer depends on no other request.
 
-        request = desk.ask(prompt_ids(model, words, conversation), max_new_tokens=256)
-        while desk.busy:
-            for piece in desk.step():        # Piece(request, "text", None), the last with an answer
+        request = generator.submit(prompt_ids(model, codec, conversation), max_new_tokens=256)
+        while generator.busy:
+            for event in generator.step():   # TextEvent(request, "text", None), the last with all
                 ...
 
-    An answer ends before the first of its `stop` strings, wherever tokens begin and end; nothing
-    that may turn out to be one, or to be the template's, is shown before it is known. To be used by
-    one thread.
+    An answer ends before the first of its `stop` strings, wherever tokens begin and end; text that
+    may turn out to be part of one, or the template's, is held back. To be used by one thread.
     """
 
     def __init__(
-        self, model: Model, words: Words, *, slots: int = 8, max_length: int | None = None
+        self, model: Model, codec: TextCodec, *, slots: int = 8, max_length: int | None = None
     ) -> None:
-        from jaxtune.inference.engine import Engine
-
         self._engine = Engine(
             model.spec,
             model.variables,
@@ -156,77 +152,73 @@ class Answering:
             lora=model.lora,
             max_length=max_length,
         )
-        self._stop_ids, self._words = model.stop_ids, words
-        self._texts: dict[int, _Text] = {}
+        self._stop_ids, self._codec = model.stop_ids, codec
+        self._texts: dict[int, Detokenizer] = {}
 
     @property
     def busy(self) -> bool:
-        """Whether any request is being answered or waits."""
+        """Whether any request has a slot or waits."""
         return self._engine.busy
 
     @property
     def waiting(self) -> int:
-        """Requests that have no slot yet."""
+        """The number of requests that have no slot yet."""
         return self._engine.waiting
 
-    def ask(
+    def submit(
         self,
         prompt: Sequence[int],
         *,
         max_new_tokens: int,
-        sampling: Sampling | None = None,
+        sampling: Sampling = GREEDY,
         stop: Sequence[str] = (),
         template: Template | None = None,
         number: int = 0,
     ) -> int:
-        """The request's number. `template` is that of the prompt: what it writes around content is
-        left out, and its end of turn ends the answer; without one the text is what goes on behind
-        the prompt. Random numbers follow from `sampling.seed` and `number` alone; see
-        `Engine.submit`. Raises `ConfigError` and `DataError`."""
-        from jaxtune.data.templating.answer_text import Around, around
-        from jaxtune.inference.sampling import GREEDY
+        """Queue a prompt and return the number of the request.
 
+        `template` is that of the prompt: its text around an answer is left out and its end of turn
+        ends the answer; without one the text continues the prompt. Random numbers depend on
+        `sampling.seed` and `number` alone; see `Engine.submit`. Raises: ConfigError, DataError.
+        """
         if any(not text for text in stop):
             raise ConfigError("stop: has an empty string, which every answer begins with. Drop it.")
         request = self._engine.submit(
             prompt,
             max_new_tokens=max_new_tokens,
             stop_ids=self._stop_ids if template is None else {*self._stop_ids, template.stop_id},
-            sampling=sampling or GREEDY,
+            sampling=sampling,
             number=number,
         )
-        tokenizer, own = self._words.tokenizer, template or self._words.template
+        tokenizer, own = self._codec.tokenizer, template or self._codec.template
         left_out = Around() if template is None else around(template, tokenizer)
-        self._texts[request] = _Text(tokenizer, own.stop_id, tuple(stop), left_out)
+        self._texts[request] = Detokenizer(tokenizer, own.stop_id, tuple(stop), left_out)
         return request
 
     def cancel(self, request: int) -> None:
-        """Ends a request, which has no piece after this; one that ended is ignored."""
+        """End a request, which has no event after this; one that ended is ignored."""
         self._engine.cancel(request)
         self._texts.pop(request, None)
 
     def give_up(self) -> int:
-        """After a `step` that raised for want of memory: the request that is ended, so that the
-        others can go on. See `Engine.give_up`."""
+        """End one request after a `step` that ran out of memory; see `Engine.give_up`."""
         request = self._engine.give_up()
         del self._texts[request]
         return request
 
-    def step(self, most: int | None = None) -> list[Piece]:
-        """Some work, with what came of it: prompts read, or up to `most` tokens of each answer."""
-        events = self._engine.step() if most is None else self._engine.step(most)
-        pieces = []
-        for event in events:
-            text = self._texts[event.request]
-            shown, found = text.add(event.tokens, event.reason)
-            if found is not None:
+    def step(self, most: int = MOST_STEPS) -> list[TextEvent]:
+        """Prefill prompts, or decode up to `most` tokens of each answer; see `Engine.step`."""
+        events = []
+        for event in self._engine.step(most):
+            text, generation = self._texts[event.request].add(event.tokens, event.reason)
+            if generation is not None:
                 self.cancel(event.request)
-            pieces.append(Piece(event.request, shown, found))
-        return pieces
+            events.append(TextEvent(event.request, text, generation))
+        return events
 
 
 @dataclass
-class _Text:
+class Detokenizer:
     """The text of one answer while its tokens come, without what is `around` it."""
 
     tokenizer: Tokenizer
@@ -236,33 +228,30 @@ class _Text:
     ids: list[int] = field(default_factory=list)
     shown: str = ""
 
-    def add(self, ids: Sequence[int], reason: str | None) -> tuple[str, Answer | None]:
-        """What can be shown now, and the answer, if this ends it: for a reason, or with a stop."""
+    def add(self, ids: Sequence[int], reason: str | None) -> tuple[str, Generation | None]:
+        """Add tokens; returns the text that is certain now, and the whole at its end."""
         self.ids += ids
-        text = self._said(len(self.ids))
-        at = _first(self.stop, text)
-        if at is not None:
-            # However many tokens came at once, the answer has those that it took to say the stop.
+        text = self._text(len(self.ids))
+        if _first(self.stop, text) is not None:
+            # However many tokens came at once, the answer has those that the stop string took.
             before = len(self.ids) - len(ids)
             for count in range(before + 1, len(self.ids) + 1):
-                whole = self._said(count)
-                if (found := _first(self.stop, whole)) is not None:
-                    return self._show(whole[:found]), Answer(whole[:found], True, count)
+                whole = self._text(count)
+                if (end := _first(self.stop, whole)) is not None:
+                    return self._show(whole[:end]), Generation(whole[:end], True, count)
         if reason is not None:
             if reason == "stop":
                 text = text.removesuffix(self.around.behind)
-            return self._show(text), Answer(text, reason == "stop", len(self.ids))
+            return self._show(text), Generation(text, reason == "stop", len(self.ids))
         # A character of several tokens decodes to U+FFFD until its last one is there.
         if not text.startswith(self.shown) or text.endswith("\ufffd"):
             return "", None
         # All of what stands behind an answer may be its end, a stop string would have ended it.
         ends = (*self.stop, self.around.behind + "\0")
-        return self._show(text[: len(text) - _begun(ends, text)]), None
+        return self._show(text[: len(text) - _partial_stop(ends, text)]), None
 
-    def _said(self, count: int) -> str:
-        """By the first `count` tokens; nothing while that may be what stands before content."""
-        from jaxtune.data.templating.answer_text import text_of
-
+    def _text(self, count: int) -> str:
+        """Decode the first `count` tokens; empty while that may be what precedes an answer."""
         text = text_of(self.tokenizer, self.ids[:count], behind=self.behind)
         before = self.around.before
         return "" if before.startswith(text) else text.removeprefix(before)
@@ -274,16 +263,14 @@ class _Text:
 
 
 def _first(stop: Sequence[str], text: str) -> int | None:
-    """Where the first of the stop strings begins, None without one."""
+    """Find where the first of the stop strings begins, None without one."""
     return min((at for each in stop if (at := text.find(each)) >= 0), default=None)
 
 
-def _begun(stop: Sequence[str], text: str) -> int:
-    """How many characters at the end of `text` may be the beginning of a stop string."""
+def _partial_stop(stop: Sequence[str], text: str) -> int:
+    """Count the characters at the end of `text` that may be the beginning of a stop string."""
     longest = min(len(text), max(map(len, stop), default=1) - 1)
-    ends = (size for size in range(longest, 0, -1) if _begins(stop, text[-size:]))
-    return next(ends, 0)
-
-
-def _begins(stop: Sequence[str], end: str) -> bool:
-    return any(each.startswith(end) for each in stop)
+    for size in range(longest, 0, -1):
+        if any(each.startswith(text[-size:]) for each in stop):
+            return size
+    return 0

@@ -1,31 +1,34 @@
-"""How long a text may become, so that every slot has room for one as long.
+"""The longest sequence for which every slot has memory.
 
-A model may have more positions than the machine has memory for. What is kept of a text while it is
-answered grows with its length, and all slots of a model are as long as the longest needs.
+A model may have more positions than the machine has memory for: the KV cache of a sequence grows
+with its length, and all slots of a model are as long as the longest one needs.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import jax
 
 from jaxtune.cli import note
 from jaxtune.config import ConfigError
+from jaxtune.inference.load import Model
+from jaxtune.model.decoder import empty_cache
 from jaxtune.parallel import memory
+from jaxtune.parallel.mesh import row_shards
 
-if TYPE_CHECKING:
-    from jaxtune.inference.load import Model
-
-# Of the memory that is free: while slots grow, the former stand beside the new, and what reading a
-# prompt takes comes on top.
+# Of the free memory: growing slots stand beside their former selves, and a prefill comes on top.
 _SHARE = 1 / 3
 _STEP = 1024  # positions
 
 
 def longest_text(models: Sequence[Model], slots: int, wanted: int | None) -> int:
-    """Tokens of prompt and answer: `wanted`, else as many as the models have positions and the
-    memory that is free holds in all slots of all models. Raises `ConfigError`."""
+    """Return the most tokens of prompt and answer: `wanted`, or what fits.
+
+    That is as many as the models have positions and free memory holds in all slots of all models.
+    Raises: ConfigError.
+    """
     positions = max(model.spec.max_positions for model in models)
     if wanted is not None:
         if wanted > positions:
@@ -38,25 +41,20 @@ def longest_text(models: Sequence[Model], slots: int, wanted: int | None) -> int
     fitting = bisect.bisect_right(
         steps,
         most,
-        key=lambda step: sum(_kept_bytes(model, slots, step * _STEP) for model in models),
+        key=lambda step: sum(_cache_bytes(model, slots, step * _STEP) for model in models),
     )
-    found = min(positions, max(1, fitting) * _STEP)
-    if found < positions:
+    length = min(positions, max(1, fitting) * _STEP)
+    if length < positions:
         note(
-            f"prompt and answer: at most {found} tokens of the model's {positions}, for which "
+            f"prompt and answer: at most {length} tokens of the model's {positions}, for which "
             f"{slots} slots have room; --serve_length and --serve_slots set both"
         )
-    return found
+    return length
 
 
-def _kept_bytes(model: Model, slots: int, length: int) -> float:
-    """On one device, of texts that fill every slot; as if no device shared their heads."""
-    import jax
-
-    from jaxtune.model.decoder import empty_cache
-    from jaxtune.parallel.mesh import row_shards
-
-    kept = jax.eval_shape(
+def _cache_bytes(model: Model, slots: int, length: int) -> float:
+    """Return the bytes on one device of a full cache, as if no device shared its heads."""
+    cache = jax.eval_shape(
         lambda: empty_cache(
             model.spec,
             rows=slots,
@@ -64,14 +62,14 @@ def _kept_bytes(model: Model, slots: int, length: int) -> float:
             dtype=model.dtype,
         )
     )
-    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     return whole / row_shards(model.mesh)
 
 
 def _free_bytes(model: Model) -> float:
-    """Of the device of the mesh that has least; of this machine where devices are its cores."""
+    """Return the free bytes of the fullest device, of the machine if devices are its cores."""
     devices = model.mesh.local_devices
     stats = [device.memory_stats() or {} for device in devices]
-    if all("bytes_limit" in found for found in stats):
-        return min(found["bytes_limit"] - found["bytes_in_use"] for found in stats)
+    if all("bytes_limit" in each for each in stats):
+        return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
     return (memory.available_bytes() or memory.machine_bytes()) / len(devices)

@@ -1,8 +1,8 @@
-"""How the next token is chosen from logits: the likeliest, or drawn as each row asks.
+"""The next token of each row from its logits: the likeliest, or a draw.
 
-What is done to the logits is what transformers' logits processors do, in their order: repetition
-penalty, temperature, top-k, top-p. Settings are data, one of each per row, so that one program
-serves rows that ask for different things. Row b's random numbers come from its seed, its prompt's
+The logits go through transformers' logits processors, in their order: repetition penalty,
+temperature, top-k, top-p. Settings are data, one of each per row, so that one program serves rows
+with different settings. Row b's random numbers come from its seed, its prompt's
 number and the token's place in the answer: from nothing that its neighbours could change.
 """
 
@@ -30,13 +30,13 @@ def _check(holds: bool, name: str, value: object, expected: str) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one answer is drawn; the default is greedy.
+    """A way to draw one answer; the default is greedy.
 
-    `temperature` divides the logits; 0 takes the likeliest token, and the two cuts change nothing
+    `temperature` divides the logits; 0 takes the likeliest token, `top_k` and `top_p` do nothing
     then. `top_k` keeps the k largest logits (and what equals the last of them), 0 all. `top_p`
     keeps the fewest tokens, likeliest first, whose probabilities reach p. `repetition_penalty`
     divides positive logits of tokens that prompt or answer already have, and multiplies negative
-    ones (arXiv:1909.05858). `seed`: 0 up to 2^64 - 1. Raises ConfigError.
+    ones (arXiv:1909.05858). `seed`: 0 up to 2^64 - 1. Raises: ConfigError.
     """
 
     temperature: float = 0.0
@@ -63,8 +63,8 @@ class Sampling:
 GREEDY = Sampling()
 
 
-class Settings(NamedTuple):
-    """`Sampling` of each row and its prompt's number, as arrays `[B]`; seeds uint32 `[B 2]`."""
+class SamplingArrays(NamedTuple):
+    """The `Sampling` and the prompt number of each row as arrays `[B]`; seeds uint32 `[B 2]`."""
 
     temperature: Any
     top_k: Any
@@ -74,14 +74,14 @@ class Settings(NamedTuple):
     number: Any
 
 
-def settings(samplings: Sequence[Sampling], numbers: Sequence[int]) -> Settings:
-    """One row each, numpy."""
+def sampling_arrays(samplings: Sequence[Sampling], numbers: Sequence[int]) -> SamplingArrays:
+    """Stack one row for each, numpy."""
 
     def column(name: str, dtype: Any) -> np.ndarray:
         return np.array([getattr(sampling, name) for sampling in samplings], dtype)
 
     halves = [(sampling.seed >> 32, sampling.seed & 0xFFFFFFFF) for sampling in samplings]
-    return Settings(
+    return SamplingArrays(
         column("temperature", np.float32),
         column("top_k", np.int32),
         column("top_p", np.float32),
@@ -91,15 +91,17 @@ def settings(samplings: Sequence[Sampling], numbers: Sequence[int]) -> Settings:
     )
 
 
-def choose(logits: jax.Array, seen: jax.Array, settings: Settings, places: jax.Array) -> jax.Array:
-    """The next token of each row `[B]` int32, of logits `[B V]` in float32.
+def choose(
+    logits: jax.Array, seen: jax.Array, settings: SamplingArrays, places: jax.Array
+) -> jax.Array:
+    """Choose the next token of each row `[B]` int32, from logits `[B V]` in float32.
 
     `seen` `[B V]` are the tokens that a row already has; `places` `[B]` is how many tokens its
     answer has. Equal logits: greedily the lowest id. Rows that all are greedy cost an argmax.
     """
 
     def drawn() -> jax.Array:
-        kept_BV = processed(logits, seen, settings)
+        kept_BV = process_logits(logits, seen, settings)
         noise_BV = jax.vmap(_noise, in_axes=(0, 0, 0, None))(
             settings.seed, settings.number, places, logits.shape[-1]
         )
@@ -112,8 +114,8 @@ def choose(logits: jax.Array, seen: jax.Array, settings: Settings, places: jax.A
     return jax.lax.cond(jnp.all(plain_B), likeliest, drawn).astype(jnp.int32)
 
 
-def processed(logits: jax.Array, seen: jax.Array, settings: Settings) -> jax.Array:
-    """`logits` `[B V]` as the rows ask for them; what is cut off is LOWEST."""
+def process_logits(logits: jax.Array, seen: jax.Array, settings: SamplingArrays) -> jax.Array:
+    """Apply each row's settings to `logits` `[B V]`; tokens that cannot be drawn get LOWEST."""
     penalty_B1 = settings.repetition_penalty[:, None]
     punished_BV = jnp.where(logits < 0, logits * penalty_B1, logits / penalty_B1)
     logits = jnp.where(seen, punished_BV, logits)
@@ -123,25 +125,25 @@ def processed(logits: jax.Array, seen: jax.Array, settings: Settings) -> jax.Arr
     def top_k(logits: jax.Array) -> jax.Array:
         all_B = settings.top_k == 0
         count_B = jnp.where(all_B, logits.shape[-1], settings.top_k).astype(jnp.float32)
-        return _cut(logits, jnp.ones_like(logits), count_B, all_B)
+        return _keep_largest(logits, jnp.ones_like(logits), count_B, all_B)
 
     def top_p(logits: jax.Array) -> jax.Array:
         shares_BV = jax.nn.softmax(logits, axis=-1)
-        return _cut(logits, shares_BV, settings.top_p, settings.top_p >= 1)
+        return _keep_largest(logits, shares_BV, settings.top_p, settings.top_p >= 1)
 
-    # Each looks 32 times at all logits: only where a row asks for it.
+    # Each reads all logits 32 times: only if a row needs it.
     same = lambda logits: logits  # noqa: E731
     logits = jax.lax.cond(jnp.any(settings.top_k > 0), top_k, same, logits)
     return jax.lax.cond(jnp.any(settings.top_p < 1), top_p, same, logits)
 
 
-def _cut(
+def _keep_largest(
     logits_BV: jax.Array, weights_BV: jax.Array, enough_B: jax.Array, all_B: jax.Array
 ) -> jax.Array:
-    """Keeps the largest logits, as few as have weights that sum up to `enough` (all, where they
-    never do), and what equals the smallest of them.
+    """Keep the largest logits, as few as have weights that sum to `enough`, and ties.
 
-    The threshold is found bit by bit from above, which needs no sorting.
+    All are kept if the weights never sum up to that. The threshold is found bit by bit from above,
+    which needs no sorting.
     """
     bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
     negative_BV = bits_BV >> 31 == 1

@@ -1,9 +1,8 @@
 """A model with every layer in a stack of its own: the same numbers in other leaves.
 
-XLA for CPU copies a layer's weights out of their stack before it multiplies with them. Where a step
-is one token, reading weights is all there is to do, and that makes three readings of one: so on a
-CPU what is asked is asked layer by layer. It costs the compiler time for every layer; TPUs and GPUs
-read a stack where it lies.
+XLA for CPU copies a layer's weights out of their stack before it multiplies with them. A step of
+one token does little but read weights, so that copy makes it three times as long: on a CPU models
+decode layer by layer. It costs compile time for every layer; TPUs and GPUs read a stack in place.
 """
 
 from __future__ import annotations
@@ -21,27 +20,26 @@ from jaxtune.tree import named, unnamed
 Variables = Mapping[str, Any]  # collection -> stack_{i} -> ..., leaves [L ...]
 
 
-def unrolled(
+def unstack(
     spec: ModelSpec, variables: Variables, *, platform: str, consume: bool = False
 ) -> tuple[ModelSpec, Variables]:
-    """`spec` and its `variables` for a model that is asked on `platform`.
+    """Unstack the layers of a model that decodes on a CPU; any other comes back as it is.
 
-    `consume` deletes each stacked leaf as soon as its layers are there. What is already layer by
-    layer, or not for a CPU, comes back as it is.
+    `consume` deletes each stacked leaf as soon as its layers exist.
     """
     if platform != "cpu" or all(stack.repeats == 1 for stack in spec.stacks):
         return spec, variables
-    found: dict[str, dict[str, Any]] = {}
+    unstacked: dict[str, dict[str, Any]] = {}
     for name, collection in variables.items():
-        found[name] = {key: tree for key, tree in collection.items() if key[:6] != "stack_"}
-        at = 0
+        unstacked[name] = {key: tree for key, tree in collection.items() if key[:6] != "stack_"}
+        first = 0
         for i, stack in enumerate(spec.stacks):
             if f"stack_{i}" in collection:
                 layers = _layers(collection[f"stack_{i}"], stack.repeats, consume)
-                found[name] |= {f"stack_{at + r}": layer for r, layer in enumerate(layers)}
-            at += stack.repeats
+                unstacked[name] |= {f"stack_{first + r}": layer for r, layer in enumerate(layers)}
+            first += stack.repeats
     stacks = [Stack(stack.pattern, 1) for stack in spec.stacks for _ in range(stack.repeats)]
-    return replace(spec, stacks=tuple(stacks)), found
+    return replace(spec, stacks=tuple(stacks)), unstacked
 
 
 def _layers(tree: Any, repeats: int, consume: bool) -> list[Any]:

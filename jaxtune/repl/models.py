@@ -9,7 +9,7 @@ from jaxtune.config import ConfigError
 from jaxtune.data.schema import Message
 
 if TYPE_CHECKING:
-    from jaxtune.inference.load import Model, Words
+    from jaxtune.inference.load import Model, TextCodec
     from jaxtune.inference.sampling import Sampling
 
 
@@ -56,7 +56,7 @@ def sampling(settings: Settings) -> Sampling:
     return Sampling(**drawn)
 
 
-def voices(models: Mapping[str, Model], words: Words) -> list[Voice]:
+def voices(models: Mapping[str, Model], words: TextCodec) -> list[Voice]:
     """`models` by their labels, in the order in which they answer."""
     return [
         Voice(
@@ -68,7 +68,7 @@ def voices(models: Mapping[str, Model], words: Words) -> list[Voice]:
     ]
 
 
-def _say(model: Model, words: Words) -> Say:
+def _say(model: Model, words: TextCodec) -> Say:
     def say(messages: Sequence[Message], settings: Settings) -> Generator[str, None, Ended]:
         from jaxtune.inference.generate import stream
 

@@ -37,7 +37,7 @@ from jaxtune.server.scheduler import Desk, Event, Job, Wanted
 
 if TYPE_CHECKING:
     from jaxtune.data.templating.template import Template
-    from jaxtune.inference.generate import Answer
+    from jaxtune.inference.generate import Generation
     from jaxtune.inference.sampling import Sampling
 
 _BODY_SECONDS = 20.0  # for a client to send what it has announced
@@ -325,7 +325,7 @@ async def _all(came: asyncio.Queue[Event | Refused], prompt_tokens: int) -> Ende
             return _ended(event.ended, prompt_tokens)
 
 
-def _ended(answer: Answer, prompt_tokens: int) -> Ended:
+def _ended(answer: Generation, prompt_tokens: int) -> Ended:
     return Ended(answer.text, answer.stopped, prompt_tokens, answer.tokens)
 
 

@@ -10,12 +10,12 @@ from jaxtune.data.formats import to_noun
 from jaxtune.data.schema import Conversation, Message
 
 if TYPE_CHECKING:
-    from jaxtune.inference.load import Model, Words
+    from jaxtune.inference.load import Model, TextCodec
 
 
 def chat_ids(
     model: Model,
-    words: Words,
+    words: TextCodec,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]],
 ) -> list[int]:
@@ -52,7 +52,7 @@ def _without_calls(message: Message) -> Message:
     return message._replace(extra=extra)
 
 
-def text_ids(model: Model, words: Words, text: str) -> list[int]:
+def text_ids(model: Model, words: TextCodec, text: str) -> list[int]:
     """Of a text as it stands: control tokens in it are meant, and bos comes first where the
     tokenizer puts it before plain text."""
     from jaxtune.training.initial_weights import check_ids

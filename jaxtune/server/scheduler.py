@@ -23,7 +23,7 @@ from jaxtune.server.openai_schema import BROKEN, BUSY, Refused
 
 if TYPE_CHECKING:
     from jaxtune.data.templating.template import Template
-    from jaxtune.inference.generate import Answer, Piece
+    from jaxtune.inference.generate import Generation, TextEvent
     from jaxtune.inference.sampling import Sampling
 
 # Tokens that every answer is taken further before others are looked at: who waits, who has gone.
@@ -34,18 +34,18 @@ class Event(NamedTuple):
     """More text of an answer; with the last of it how it ended."""
 
     text: str
-    ended: Answer | None
+    ended: Generation | None
 
 
 class Engine(Protocol):
-    """A model that answers several requests at a time: `answering.Answering`."""
+    """A model that answers several requests at a time: `answering.TextGenerator`."""
 
-    def ask(
+    def submit(
         self,
         prompt: Sequence[int],
         *,
         max_new_tokens: int,
-        sampling: Sampling | None = None,
+        sampling: Sampling = ...,
         stop: Sequence[str] = (),
         template: Template | None = None,
     ) -> int:
@@ -54,7 +54,7 @@ class Engine(Protocol):
 
     def cancel(self, request: int) -> None: ...
 
-    def step(self, most: int | None = None) -> Iterable[Piece]: ...
+    def step(self, most: int = ...) -> Iterable[TextEvent]: ...
 
     def give_up(self) -> int:
         """After a step that raised for want of memory: the request that is ended for it."""
@@ -239,7 +239,7 @@ class Desk:
                 job = waiting.popleft()
                 wanted = job.wanted
                 try:
-                    number = engine.ask(
+                    number = engine.submit(
                         wanted.prompt,
                         max_new_tokens=wanted.max_new_tokens,
                         sampling=wanted.sampling,
@@ -266,12 +266,12 @@ class Desk:
             return
         for piece in pieces:
             job = running[piece.request]
-            if piece.answer is not None:
+            if piece.generation is not None:
                 del running[piece.request]
                 self._leaves(job)
                 assert job.began is not None
                 self._mean_seconds += 0.1 * (time.monotonic() - job.began - self._mean_seconds)
-            job.deliver(Event(piece.text, piece.answer))
+            job.deliver(Event(piece.text, piece.generation))
 
     def _too_large(self, wanted: Wanted) -> Refused:
         asked = f"{len(wanted.prompt)} tokens and an answer of up to {wanted.max_new_tokens}"

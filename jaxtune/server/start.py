@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxtune.inference.generate import Answering
+from jaxtune.inference.generate import TextGenerator
 from jaxtune.inference.kv_capacity import longest_text
 from jaxtune.server.app import Defaults, Served, application
 from jaxtune.server.auth import Door
@@ -16,12 +16,12 @@ from jaxtune.server.run import Taken, serve
 from jaxtune.server.scheduler import Desk, Limits
 
 if TYPE_CHECKING:
-    from jaxtune.inference.load import Model, Words
+    from jaxtune.inference.load import Model, TextCodec
 
 
 def start(
     models: Mapping[str, Model],
-    words: Words,
+    words: TextCodec,
     defaults: Defaults,
     limits: Limits,
     taken: Taken,
@@ -47,7 +47,7 @@ def start(
         for name, model in models.items()
     ]
     engines = {
-        name: Answering(model, words, slots=limits.slots, max_length=longest)
+        name: TextGenerator(model, words, slots=limits.slots, max_length=longest)
         for name, model in models.items()
     }
     desk = Desk(engines, limits)

@@ -200,7 +200,7 @@ def test_answers_end_as_any_data_set_was_trained(root: Path, tuned: Path) -> Non
         ends = []
         for more in ({}, {"datasets": [own]}):
             config = inference.resolved(load(overrides={**asked, **more}))
-            words, mesh = inference.open_words(config), inference.open_mesh(config)
+            words, mesh = inference.open_codec(config), inference.open_mesh(config)
             ends.append(inference.load_model(str(name), config, words, mesh).stop_ids)
         assert ends[1] == {*ends[0], *words.tokenizer.encode("<|endoftext|>")}, name
         assert ends[1] != ends[0]
@@ -214,15 +214,15 @@ def test_adapters_beside_the_weights_answer_as_merged(root: Path, tuned: Path, s
         "model_name_or_path": str(tuned / source), "template": TEMPLATE,
     })  # fmt: skip
     config = inference.resolved(config)
-    words, mesh = inference.open_words(config), inference.open_mesh(config)
+    words, mesh = inference.open_codec(config), inference.open_mesh(config)
     merged, beside = (
         inference.load_model(str(tuned / source), config, words, mesh, merge=merge)
         for merge in (True, False)
     )
     prompts = [words.tokenizer.encode(f"Q: Where is {i}?\nA: ") for i in (3, 12)]
 
-    def asked(model: inference.Model) -> list[generate.Answer]:
-        return generate.answer(model, words, prompts, max_new_tokens=12)
+    def asked(model: inference.Model) -> list[generate.Generation]:
+        return generate.generate(model, words, prompts, max_new_tokens=12)
 
     base = inference.load_model(str(root / "base"), config, words, mesh)
     found = asked(beside)

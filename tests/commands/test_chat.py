@@ -154,10 +154,10 @@ def test_streamed_text_never_shows_half_a_character() -> None:
     ids = tokenizer.encode(text)
     assert len(ids) > len(text)  # some characters are several tokens
 
-    answers: list[generate.Answer] = []
+    answers: list[generate.Generation] = []
 
     def text_of(ids: Iterable[int]) -> Generator[str, None, None]:
-        text = generate._Text(tokenizer, BEHIND, (), Around())
+        text = generate.Detokenizer(tokenizer, BEHIND, (), Around())
         for i in ids:
             yield text.add([i], None)[0]
         last, answer = text.add([], "stop")
@@ -166,7 +166,7 @@ def test_streamed_text_never_shows_half_a_character() -> None:
         yield last
 
     pieces = list(filter(None, text_of(ids)))
-    assert answers == [generate.Answer(text, True, len(ids))]
+    assert answers == [generate.Generation(text, True, len(ids))]
     assert "".join(pieces) == text
     assert len(pieces) > 4
     cut = list(text_of(ids[:-1]))

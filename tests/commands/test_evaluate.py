@@ -396,9 +396,9 @@ def thinks(monkeypatch: pytest.MonkeyPatch, said: Sequence[str]) -> list[Any]:
     def answer(model: Any, words: Any, prompts: Any, *, templates: Any, **more: Any) -> Any:
         given.extend(templates)
         encode = words.tokenizer.encode
-        return [generate.Answer(text, True, len(encode(text))) for text in said]
+        return [generate.Generation(text, True, len(encode(text))) for text in said]
 
-    monkeypatch.setattr(generate, "answer", answer)
+    monkeypatch.setattr(generate, "generate", answer)
     return given
 
 
@@ -418,7 +418,7 @@ def test_what_is_thought_is_not_compared(
     assert [row["exact_match"] for row in rows] == [True, True, False]
     assert found["exact_match"] == found["contains"] == pytest.approx(2 / 3)
     assert found["rougeL"] == pytest.approx(2 / 3)
-    encode = inference.open_words(load(overrides={"model_name_or_path": str(parrot.folder)}))[
+    encode = inference.open_codec(load(overrides={"model_name_or_path": str(parrot.folder)}))[
         0
     ].encode
     lengths = [len(encode(text)) for text in said]

@@ -74,9 +74,9 @@ def test_a_judge_sees_no_thinking(
 ) -> None:
     def answer(model: Any, words: Any, prompts: Any, **more: Any) -> Any:
         said = "Sorry." if model.name == str(contrary.folder) else "It is allowed."
-        return [generate.Answer(f"<think>\nHm.\n</think>\n\n{said}", True, 9) for _ in prompts]
+        return [generate.Generation(f"<think>\nHm.\n</think>\n\n{said}", True, 9) for _ in prompts]
 
-    monkeypatch.setattr(generate, "answer", answer)
+    monkeypatch.setattr(generate, "generate", answer)
     with serving(likes_the_longer) as server:
         found = judged(parrot, contrary, data, server.url)
     assert found["judge"]["wins"] == 8

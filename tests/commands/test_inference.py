@@ -1,4 +1,4 @@
-"""Answers in words: stop strings wherever tokens begin and end, many requests at a time."""
+"""Answers in codec: stop strings wherever tokens begin and end, many requests at a time."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ from jaxtune.config import ConfigError, DataError, load
 from jaxtune.data.schema import Conversation, Message
 from jaxtune.data.templating.answer_text import Around
 from jaxtune.data.tokenizer import load_tokenizer
-from jaxtune.inference import generate
 from jaxtune.inference import load as inference
-from jaxtune.inference.generate import Answer, Answering, answer, prompt_ids, stream
+from jaxtune.inference.generate import (
+    Detokenizer,
+    Generation,
+    TextGenerator,
+    generate,
+    prompt_ids,
+    stream,
+)
 from jaxtune.inference.load import load_model
 from jaxtune.inference.sampling import Sampling
 
@@ -28,11 +34,11 @@ BEHIND = 2  # an id to decode behind
 
 @pytest.fixture(scope="module")
 def asked(parrot: Any) -> Any:
-    """The parrot with its words, and the ids of a prompt."""
+    """The parrot with its codec, and the ids of a prompt."""
     config = load(overrides={"model_name_or_path": str(parrot.folder)})
-    words = inference.open_words(config)
-    model = load_model(str(parrot.folder), config, words, inference.open_mesh(config))
-    return model, words, prompt_ids(model, words, Conversation((Message("user", "Can I?"),)))
+    codec = inference.open_codec(config)
+    model = load_model(str(parrot.folder), config, codec, inference.open_mesh(config))
+    return model, codec, prompt_ids(model, codec, Conversation((Message("user", "Can I?"),)))
 
 
 def test_text_in_any_pieces_ends_before_the_first_stop_string() -> None:
@@ -57,7 +63,7 @@ def test_text_in_any_pieces_ends_before_the_first_stop_string() -> None:
             # What the string that came first in tokens leaves.
             expected = tokenizer.decode(ids[:made])
             expected = expected[: min(at for s in stop if (at := expected.find(s)) >= 0)]
-        said = generate._Text(tokenizer, BEHIND, tuple(stop), Around())
+        said = Detokenizer(tokenizer, BEHIND, tuple(stop), Around())
         found, shown, at = None, "", 0
         while found is None:
             size = int(rng.integers(1, 6))
@@ -67,7 +73,7 @@ def test_text_in_any_pieces_ends_before_the_first_stop_string() -> None:
             at += size
             shown += piece
             assert expected.startswith(shown)
-        assert found == Answer(expected, first is not None, made)
+        assert found == Generation(expected, first is not None, made)
         assert shown == expected
     assert 100 < cuts < 300
 
@@ -85,11 +91,11 @@ def test_text_in_any_pieces_ends_before_the_first_stop_string() -> None:
 def test_answers_and_streams_end_before_a_stop_string(
     asked: Any, stop: list[str], text: str
 ) -> None:
-    model, words, prompt = asked
-    (found,) = answer(model, words, [prompt], max_new_tokens=20, stop=stop)
+    model, codec, prompt = asked
+    (found,) = generate(model, codec, [prompt], max_new_tokens=20, stop=stop)
     assert (found.text, found.stopped) == (text, True)
-    assert found.tokens <= len(words.tokenizer.encode(SAID))
-    pieces = stream(model, words, [Message("user", "Can I?")], max_new_tokens=20, stop=stop)
+    assert found.tokens <= len(codec.tokenizer.encode(SAID))
+    pieces = stream(model, codec, [Message("user", "Can I?")], max_new_tokens=20, stop=stop)
     ended = []
 
     def shown() -> Iterator[str]:
@@ -102,8 +108,8 @@ def test_answers_and_streams_end_before_a_stop_string(
 
 def test_many_requests_at_a_time(asked: Any) -> None:
     """More than slots, with settings of their own; one is cancelled, the others do not notice."""
-    model, words, prompt = asked
-    desk = Answering(model, words, slots=2)
+    model, codec, prompt = asked
+    generator = TextGenerator(model, codec, slots=2)
     settings: list[dict[str, Any]] = [
         {"max_new_tokens": 20},
         {"max_new_tokens": 2},
@@ -111,46 +117,46 @@ def test_many_requests_at_a_time(asked: Any) -> None:
         {"max_new_tokens": 8, "sampling": Sampling(50.0, seed=1)},  # hot enough to say anything
         {"max_new_tokens": 20},
     ]
-    requests = [desk.ask(prompt, **each) for each in settings]
-    assert desk.waiting == len(requests)
-    desk.cancel(requests[4])
-    found: dict[int, Answer] = {}
+    requests = [generator.submit(prompt, **each) for each in settings]
+    assert generator.waiting == len(requests)
+    generator.cancel(requests[4])
+    found: dict[int, Generation] = {}
     texts = dict.fromkeys(requests, "")
-    while desk.busy:
-        for piece in desk.step():
+    while generator.busy:
+        for piece in generator.step():
             texts[piece.request] += piece.text
-            if piece.answer is not None:
-                found[piece.request] = piece.answer
+            if piece.generation is not None:
+                found[piece.request] = piece.generation
     assert list(found) == sorted(found, key=list(found).index)
     assert set(found) == set(requests[:4])
     assert {request: each.text for request, each in found.items()} == {
         request: texts[request] for request in requests[:4]
     }
     assert found[requests[0]].text == SAID
-    assert found[requests[1]] == Answer(words.tokenizer.decode(
-        words.tokenizer.encode(f"\n{SAID}")[1:3]), False, 2)  # fmt: skip
+    assert found[requests[1]] == Generation(codec.tokenizer.decode(
+        codec.tokenizer.encode(f"\n{SAID}")[1:3]), False, 2)  # fmt: skip
     assert found[requests[2]].text == "Yes, you "
     assert found[requests[3]].text != SAID
-    again = Answering(model, words, slots=1)
-    again.ask(prompt, **settings[3])
+    again = TextGenerator(model, codec, slots=1)
+    again.submit(prompt, **settings[3])
     pieces = [piece for _ in range(20) for piece in again.step(1)]
-    assert pieces[-1].answer == found[requests[3]]
+    assert pieces[-1].generation == found[requests[3]]
 
 
 def test_an_answer_ends_with_the_turn_of_its_template(asked: Any) -> None:
     """Here one that ends answers with what the parrot says last, which is none of its own stops."""
-    model, words, prompt = asked
-    end = words.tokenizer.encode(f"\n{SAID}")[-1]
-    template = dataclasses.replace(words.template, stop_id=end)
-    (found,) = answer(model, words, [prompt], max_new_tokens=20, templates=[template])
-    assert found == Answer("Yes, you", True, 3)
+    model, codec, prompt = asked
+    end = codec.tokenizer.encode(f"\n{SAID}")[-1]
+    template = dataclasses.replace(codec.template, stop_id=end)
+    (found,) = generate(model, codec, [prompt], max_new_tokens=20, templates=[template])
+    assert found == Generation("Yes, you", True, 3)
 
 
 def test_refusals(asked: Any) -> None:
-    model, words, prompt = asked
+    model, codec, prompt = asked
     with pytest.raises(ConfigError, match="stop: has an empty string, which every answer begins"):
-        answer(model, words, [prompt], max_new_tokens=1, stop=[""])
-    desk = Answering(model, words, max_length=len(prompt))
+        generate(model, codec, [prompt], max_new_tokens=1, stop=[""])
+    generator = TextGenerator(model, codec, max_length=len(prompt))
     with pytest.raises(DataError, match=f"has {len(prompt)} tokens; here are {len(prompt)} posit"):
-        desk.ask(prompt, max_new_tokens=1)
-    assert answer(model, words, [], max_new_tokens=1) == []
+        generator.submit(prompt, max_new_tokens=1)
+    assert generate(model, codec, [], max_new_tokens=1) == []

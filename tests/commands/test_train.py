@@ -267,10 +267,10 @@ def strike(monkeypatch: pytest.MonkeyPatch, where: str, number: int) -> None:
             now()
         return answer(*args, **kwargs)
 
-    evaluate_all, read, answer = loop.evaluate, loop.Loop._read, sample_prompts.answer
+    evaluate_all, read, answer = loop.evaluate, loop.Loop._read, sample_prompts.generate
     monkeypatch.setattr(loop, "evaluate", evaluated)
     monkeypatch.setattr(loop.Loop, "_read", stepped)
-    monkeypatch.setattr(sample_prompts, "answer", answered)
+    monkeypatch.setattr(sample_prompts, "generate", answered)
 
 
 def test_a_run_stopped_in_its_evaluations_is_the_undisturbed_run(

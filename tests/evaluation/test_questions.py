@@ -19,8 +19,8 @@ from jaxtune.data.tokenize import encode_prompt
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evaluation.questions import Question, questions_of
 from jaxtune.evaluation.scores.answers import AnswerPair, answer_scores
-from jaxtune.inference.generate import _Text
-from jaxtune.inference.load import Words
+from jaxtune.inference.generate import Detokenizer
+from jaxtune.inference.load import TextCodec
 
 # The generation prompt begins the reasoning, and answers are written with it.
 BEGUN = """{%- for message in messages -%}
@@ -51,11 +51,11 @@ def tokenizer(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Tokeniz
 
 def opened(
     folder: Path, tokenizer: Tokenizer, template: str, /, *records: dict[str, Any], **entry: Any
-) -> tuple[Dataset, Words, list[DatasetConfig]]:
+) -> tuple[Dataset, TextCodec, list[DatasetConfig]]:
     file = folder / "data.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     entries = [DatasetConfig(path=str(file), **entry)]
-    words = Words(tokenizer, resolve(template, tokenizer))
+    words = TextCodec(tokenizer, resolve(template, tokenizer))
     data = open_dataset(entries, tokenizer=tokenizer, template=words.template, processes=1)
     return data, words, entries
 
@@ -68,7 +68,7 @@ def learnt_by_heart(data: Dataset, question: Question) -> AnswerPair:
     rows = [data.tokens(i).ids.tolist() for i in range(len(data))]
     (rest,) = (row[len(prompt) :] for row in rows if row[: len(prompt)] == prompt)
     ids = rest[: rest.index(template.stop_id)]
-    text = _Text(tokenizer, template.stop_id, (), around(template, tokenizer))
+    text = Detokenizer(tokenizer, template.stop_id, (), around(template, tokenizer))
     _, answer = text.add(ids, "stop")
     assert answer is not None
     tokens = tokenizer.encode(question.spoken(answer.text).strip())

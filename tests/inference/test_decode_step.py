@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from inference.decoding import Decoded, decode_all
 from model.conftest import SPEC
 
 from jaxtune.config import ConfigError, DataError
 from jaxtune.inference import decode_step, engine
-from jaxtune.inference.engine import Generation, generate, stream
 from jaxtune.inference.sampling import Sampling
 from jaxtune.model import decoder
 from jaxtune.model.decoder import Params
@@ -61,16 +61,16 @@ def plain(next_logits: Callable[[list[int]], np.ndarray]) -> list[list[int]]:
     return answers
 
 
-def run(params: Params, prompts: list[list[int]], **options: Any) -> list[Generation]:
+def run(params: Params, prompts: list[list[int]], **options: Any) -> list[Decoded]:
     options = {"max_new_tokens": NEW, "stop_ids": (), "dtype": jnp.float32} | options
-    return generate(SPEC, params, prompts, **options)
+    return decode_all(SPEC, params, prompts, **options)
 
 
 def test_a_batch_of_unequal_prompts_is_the_plain_way(
     params: Params, plain: list[list[int]]
 ) -> None:
     assert len({token for answer in plain for token in answer}) > 10  # no model that babbles
-    assert run(params, PROMPTS) == [Generation(answer, False) for answer in plain]
+    assert run(params, PROMPTS) == [Decoded(answer, False) for answer in plain]
 
 
 def test_a_repetition_penalty_is_on_prompt_and_answer(
@@ -87,26 +87,26 @@ def test_a_repetition_penalty_is_on_prompt_and_answer(
             logits[seen] = np.where(logits[seen] < 0, logits[seen] * 1.8, logits[seen] / 1.8)
             tokens.append(int(logits.argmax()))
             in_answer += before != tokens[-1] and before not in prompt
-        expected.append(Generation(tokens[len(prompt) :], False))
+        expected.append(Decoded(tokens[len(prompt) :], False))
     assert in_answer > 3  # tokens that the answer's own ones kept away
     assert run(params, PROMPTS, sampling=Sampling(repetition_penalty=1.8)) == expected
     assert [each.tokens for each in expected] != plain
 
 
 def test_one_by_one_and_small_batches_are_the_batch(params: Params, plain: list[list[int]]) -> None:
-    assert run(params, PROMPTS, batch_size=3) == [Generation(answer, False) for answer in plain]
-    assert run(params, PROMPTS[1:2]) == [Generation(plain[1], False)]
+    assert run(params, PROMPTS, batch_size=3) == [Decoded(answer, False) for answer in plain]
+    assert run(params, PROMPTS[1:2]) == [Decoded(plain[1], False)]
 
 
 def test_stops_at_a_stop_id_and_leaves_it_out(params: Params, plain: list[list[int]]) -> None:
     stop_ids = {plain[0][4], plain[1][0], plain[3][NEW - 1]}
 
-    def cut(answer: list[int]) -> Generation:
+    def cut(answer: list[int]) -> Decoded:
         stops = [i for i, token in enumerate(answer) if token in stop_ids]
-        return Generation(answer[: stops[0]], True) if stops else Generation(answer, False)
+        return Decoded(answer[: stops[0]], True) if stops else Decoded(answer, False)
 
     expected = [cut(answer) for answer in plain]
-    assert expected[1] == Generation([], True)  # at once
+    assert expected[1] == Decoded([], True)  # at once
     assert not all(generation.stopped for generation in expected)
     assert run(params, PROMPTS, stop_ids=stop_ids) == expected
 
@@ -118,19 +118,19 @@ def test_a_stop_id_after_the_last_allowed_token_is_not_seen(
     n = next(i for i in range(1, NEW) if answer[i] not in answer[:i])
     stop_ids = {answer[n]}
     ended = run(params, PROMPTS[:1], max_new_tokens=n + 1, stop_ids=stop_ids)
-    assert ended == [Generation(answer[:n], True)]
+    assert ended == [Decoded(answer[:n], True)]
     not_yet = run(params, PROMPTS[:1], max_new_tokens=n, stop_ids=stop_ids)
-    assert not_yet == [Generation(answer[:n], False)]
+    assert not_yet == [Decoded(answer[:n], False)]
 
 
 def test_many_stop_ids(params: Params, plain: list[list[int]]) -> None:
     harmless = [1000 + i for i in range(20)]
-    assert run(params, PROMPTS[:1], stop_ids=harmless) == [Generation(plain[0], False)]
+    assert run(params, PROMPTS[:1], stop_ids=harmless) == [Decoded(plain[0], False)]
     at_once = run(params, PROMPTS[:1], stop_ids=[*harmless, plain[0][0]])
-    assert at_once == [Generation([], True)]
+    assert at_once == [Decoded([], True)]
 
 
-def test_the_stream_is_the_batch_token_by_token(params: Params, plain: list[list[int]]) -> None:
+def test_one_token_at_a_time_is_many_at_a_time(params: Params, plain: list[list[int]]) -> None:
     for prompt, answer, stop_ids in (
         (PROMPTS[0], plain[0], ()),
         (PROMPTS[1], plain[1], (plain[1][0],)),
@@ -138,25 +138,16 @@ def test_the_stream_is_the_batch_token_by_token(params: Params, plain: list[list
     ):
         expected = run(params, [prompt], stop_ids=stop_ids)[0]
         assert expected.tokens == answer[: len(expected.tokens)]
-        tokens = stream(
-            SPEC, params, prompt, max_new_tokens=NEW, stop_ids=stop_ids, dtype=jnp.float32
-        )
-        seen = [next(tokens) for _ in expected.tokens]
-        with pytest.raises(StopIteration) as end:
-            next(tokens)
-        assert Generation(seen, end.value.value) == expected
+        assert run(params, [prompt], stop_ids=stop_ids, most=1) == [expected]
 
 
 def test_a_model_on_a_mesh_says_the_same(params: Params, plain: list[list[int]]) -> None:
     grid = mesh.make_mesh({"data": 1, "fsdp": 4, "tensor": 2, "context": 1})
     shardings = mesh.shardings(decoder.axes(SPEC), decoder.abstract(SPEC, jnp.float32), grid)
     spread = jax.device_put(params, shardings)
-    expected = [Generation(answer, False) for answer in plain]
+    expected = [Decoded(answer, False) for answer in plain]
     assert run(spread, PROMPTS, mesh=grid) == expected
-    tokens = stream(
-        SPEC, spread, PROMPTS[0], max_new_tokens=NEW, stop_ids=(), dtype=jnp.float32, mesh=grid
-    )
-    assert list(tokens) == plain[0]
+    assert run(spread, PROMPTS[:1], mesh=grid, most=1) == expected[:1]
     assert jax.sharding.get_abstract_mesh().empty  # nothing is left set between tokens
 
 
@@ -173,9 +164,9 @@ def test_the_last_position_ends_an_answer(params: Params) -> None:
 
 def test_a_new_prompt_of_a_known_size_compiles_nothing(params: Params) -> None:
     run(params, PROMPTS[:2])
-    programs = decode_step.read._cache_size(), decode_step.advance._cache_size()
+    programs = decode_step.prefill._cache_size(), decode_step.decode._cache_size()
     run(params, [[5] * 20, [6] * 18], stop_ids={9}, max_new_tokens=NEW - 3)
-    assert (decode_step.read._cache_size(), decode_step.advance._cache_size()) == programs
+    assert (decode_step.prefill._cache_size(), decode_step.decode._cache_size()) == programs
 
 
 def test_shapes_come_in_few_sizes() -> None:
@@ -204,5 +195,3 @@ def test_refusals(params: Params) -> None:
         run(params, [[]])
     with pytest.raises(ConfigError, match="max_new_tokens is 0; expected at least 1"):
         run(params, [[1]], max_new_tokens=0)
-    with pytest.raises(DataError, match="prompt 0 has no tokens"):  # before the first token
-        stream(SPEC, params, [], max_new_tokens=1, stop_ids=(), dtype=jnp.float32)

@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from inference.decoding import decode_all
 from model.conftest import LIMIT, SPEC
 from scipy import stats
 
 from jaxtune.config import ConfigError, DataError
 from jaxtune.inference import decode_step as device
-from jaxtune.inference.engine import Engine, generate
+from jaxtune.inference.engine import Engine
 from jaxtune.inference.sampling import GREEDY, Sampling
-from jaxtune.inference.unstack import unrolled
+from jaxtune.inference.unstack import unstack
 from jaxtune.model import decoder
 from jaxtune.model.decoder import Params
 from jaxtune.model.lora import Lora
@@ -184,7 +185,7 @@ def test_a_cancelled_text_is_written_no_further(params: Params) -> None:
 def test_generate_numbers_its_prompts(params: Params) -> None:
     """Equal prompts are drawn apart, and by their place in the list alone."""
     run = functools.partial(
-        generate, SPEC, params, max_new_tokens=6, stop_ids=(), dtype=jnp.float32, sampling=DRAWN
+        decode_all, SPEC, params, max_new_tokens=6, stop_ids=(), dtype=jnp.float32, sampling=DRAWN
     )
     prompts = [PROMPTS[0]] * 4 + [PROMPTS[5]] * 2
     found = run(prompts, batch_size=4)
@@ -209,7 +210,7 @@ def test_first_tokens_are_of_the_model_s_distribution(params: Params) -> None:
         dtype=jnp.float32,
     )
     shares = np.asarray(jax.nn.softmax(logits_BTV[0, -1] / 2.0)).astype(np.float64)
-    found = generate(
+    found = decode_all(
         SPEC,
         params,
         [prompt] * draws,
@@ -258,11 +259,11 @@ def test_adapters_beside_the_weights(params: Params) -> None:
 
 def test_layer_by_layer_is_the_same_model(params: Params, alone: list[list[int]]) -> None:
     """What a CPU is asked is what any other is."""
-    spec, variables = unrolled(SPEC, {"params": params}, platform="cpu")
+    spec, variables = unstack(SPEC, {"params": params}, platform="cpu")
     assert [stack.repeats for stack in spec.stacks] == [1, 1, 1]
     assert spec.layers == SPEC.layers
-    assert unrolled(SPEC, {"params": params}, platform="tpu") == (SPEC, {"params": params})
-    again = unrolled(spec, variables, platform="cpu")
+    assert unstack(SPEC, {"params": params}, platform="tpu") == (SPEC, {"params": params})
+    again = unstack(spec, variables, platform="cpu")
     assert again[1] is variables
     inputs = jnp.asarray([PROMPTS[1]])
     places = {"segment_ids": jnp.ones_like(inputs), "positions": jnp.arange(13)[None]}
@@ -279,7 +280,7 @@ def test_a_stack_is_decoded_as_its_layers_are(
 ) -> None:
     """The way of TPUs and GPUs, run here."""
     monkeypatch.setattr(
-        "jaxtune.inference.engine.unrolled", lambda spec, variables, **_: (spec, variables)
+        "jaxtune.inference.engine.unstack", lambda spec, variables, **_: (spec, variables)
     )
     engine = Engine(SPEC, {"params": params}, dtype=jnp.float32, slots=8)
     assert asked(engine) == alone
@@ -287,7 +288,7 @@ def test_a_stack_is_decoded_as_its_layers_are(
 
 def test_consumed_weights_are_gone(params: Params) -> None:
     copy = jax.tree.map(lambda leaf: leaf + 0, params)
-    _, found = unrolled(SPEC, {"params": copy}, platform="cpu", consume=True)
+    _, found = unstack(SPEC, {"params": copy}, platform="cpu", consume=True)
     assert copy["stack_0"]["layer_0"]["mlp"]["up"]["kernel"].is_deleted()
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(found))
 

@@ -9,7 +9,14 @@ import pytest
 from scipy import stats
 
 from jaxtune.config import ConfigError
-from jaxtune.inference.sampling import GREEDY, LOWEST, Sampling, choose, processed, settings
+from jaxtune.inference.sampling import (
+    GREEDY,
+    LOWEST,
+    Sampling,
+    choose,
+    process_logits,
+    sampling_arrays,
+)
 
 V = 24
 ROWS = 4096  # draws of one distribution, or any rows: one shape, one program
@@ -34,7 +41,7 @@ KINDS = {
     "greedy with a penalty": Sampling(repetition_penalty=4.0),
 }
 
-_processed = jax.jit(processed)
+_processed = jax.jit(process_logits)
 _choose = jax.jit(choose)
 
 
@@ -43,7 +50,7 @@ def rows_of(*samplings: Sampling, numbers: Any = None) -> tuple[Any, ...]:
     each = [samplings[i % len(samplings)] for i in range(ROWS)]
     numbers = np.arange(ROWS) if numbers is None else numbers
     logits_BV = np.broadcast_to(LOGITS, (ROWS, V))
-    return logits_BV, np.broadcast_to(SEEN, (ROWS, V)), settings(each, numbers)
+    return logits_BV, np.broadcast_to(SEEN, (ROWS, V)), sampling_arrays(each, numbers)
 
 
 def exact(sampling: Sampling) -> np.ndarray:

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from inference.decoding import decode_all
 
-from jaxtune.inference.engine import generate
 from jaxtune.model import decoder
 from jaxtune.ops.cross_entropy import linear_cross_entropy
 from jaxtune.ops.moe import balance
@@ -98,7 +98,7 @@ def test_experts_spread_over_devices_answer_as_on_one(params):
     placed = jax.device_put(params, meshes.shardings(decoder.axes(SPEC), params, mesh))
     prompts = [[5, 7, 11], [3] * 9, [8, 2, 4, 6, 1]]
     asked = {"max_new_tokens": 6, "stop_ids": (), "dtype": jnp.float32}
-    assert generate(SPEC, placed, prompts, mesh=mesh, **asked) == generate(
+    assert decode_all(SPEC, placed, prompts, mesh=mesh, **asked) == decode_all(
         SPEC, params, prompts, **asked
     )
 

@@ -19,7 +19,7 @@ from jaxtune.data.templating.masking import render
 from jaxtune.data.templating.template import Template, resolve
 from jaxtune.data.tokenize import encode, encode_prompt
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.inference.generate import Answer, _Text
+from jaxtune.inference.generate import Detokenizer, Generation
 from jaxtune.repl import history
 
 TURNS = ("Name a prime.", "Seven, I think.", "Another?", "Eleven.")
@@ -60,9 +60,11 @@ def trained(template: Template, tokenizer: Tokenizer, turns: Sequence[str]) -> A
     return ids.tolist(), ids[start:end].tolist()
 
 
-def streamed(template: Template, tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, Answer]:
+def streamed(
+    template: Template, tokenizer: Tokenizer, ids: Sequence[int]
+) -> tuple[str, Generation]:
     """What is shown while an answer comes token by token, and the answer."""
-    text = _Text(tokenizer, template.stop_id, (), around(template, tokenizer))
+    text = Detokenizer(tokenizer, template.stop_id, (), around(template, tokenizer))
     pieces = [text.add([token], None)[0] for token in ids]
     last, answer = text.add([], "stop")
     assert answer is not None
@@ -91,7 +93,7 @@ def test_what_is_not_the_templates_own_stays(tokenizer: Tokenizer) -> None:
     assert left_out == ("", " ")
     assert left_out.content("Seven.") == "Seven."
     ids = tokenizer.encode("a Seven ")[1:]
-    text = _Text(tokenizer, template.stop_id, (), left_out)
+    text = Detokenizer(tokenizer, template.stop_id, (), left_out)
     shown = "".join(text.add([token], None)[0] for token in ids)
     last, answer = text.add([], "length")
     assert answer is not None
@@ -102,10 +104,10 @@ def test_what_is_not_the_templates_own_stays(tokenizer: Tokenizer) -> None:
 def test_before_content_nothing_is_shown_before_it_is_known(byte_level: Tokenizer) -> None:
     template = resolve(HEADED, byte_level)
     assert around(template, byte_level) == ("\n[final] ", "")
-    text = _Text(byte_level, template.stop_id, (), around(template, byte_level))
+    text = Detokenizer(byte_level, template.stop_id, (), around(template, byte_level))
     pieces = [text.add([token], None)[0] for token in byte_level.encode("\n[final] So it is.")]
     assert "".join(pieces) == "So it is."
-    other = _Text(byte_level, template.stop_id, (), around(template, byte_level))
+    other = Detokenizer(byte_level, template.stop_id, (), around(template, byte_level))
     pieces = [other.add([token], None)[0] for token in byte_level.encode("\n[first] So it is.")]
     assert "".join(pieces) == "\n[first] So it is."
 

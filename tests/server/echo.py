@@ -40,10 +40,10 @@ class Said(NamedTuple):
     tokens: int
 
 
-class Piece(NamedTuple):
+class TextEvent(NamedTuple):
     request: int
     text: str
-    answer: Said | None
+    generation: Said | None
 
 
 class JaxRuntimeError(RuntimeError):
@@ -64,7 +64,7 @@ class Echo:
         self.broken = False
         self._numbers = itertools.count()
 
-    def ask(
+    def submit(
         self,
         prompt: Sequence[int],
         *,
@@ -87,7 +87,7 @@ class Echo:
         self.cancelled.append(request)
         del self.going[request]
 
-    def step(self, most: int | None = None) -> list[Piece]:
+    def step(self, most: int | None = None) -> list[TextEvent]:
         if self.broken:
             raise RuntimeError("no memory for 'a secret question'")
         time.sleep(self.seconds)
@@ -98,7 +98,7 @@ class Echo:
             said += 1
             whole = said == len(text)
             answer = Said(text[:said], whole, said) if whole or said == most_tokens else None
-            pieces.append(Piece(number, text[said - 1], answer))
+            pieces.append(TextEvent(number, text[said - 1], answer))
             self.going[number] = (text, said, most_tokens)
             if answer:
                 del self.going[number]
