@@ -79,7 +79,7 @@ def run(config: Config, options: TrainOptions | None = None) -> Result:
     try:
         with heartbeat.ended_by_signals():
             return _joined(config, options or TrainOptions())
-    except heartbeat.Asked as signal:
+    except heartbeat.StopSignal as signal:
         raise cli.Stopped(
             f"stopped by {signal} where there was nothing to save. The same command goes on from "
             "what is saved."
@@ -98,7 +98,7 @@ def _joined(config: Config, options: TrainOptions) -> Result:
     run_dir = rundir.place_of(str(config.output_dir), reading=reading)
     limit = config.hang_timeout_seconds
     with (
-        heartbeat.Watch(hang_seconds=limit, folder=run_dir) as watching,
+        heartbeat.Heartbeat(hang_seconds=limit, folder=run_dir) as watching,
         memory.explained(_smaller(config)),
         contextlib.ExitStack() as end,
     ):
@@ -112,7 +112,7 @@ def _run(
     model_name: str,
     run_dir: Path,
     mirror: Mirror | None,
-    watching: heartbeat.Watch,
+    watching: heartbeat.Heartbeat,
 ) -> Result:
     # How this run was launched is not what it is: its config can be used again anywhere.
     config = config.model_copy(update={"hosts": HostsConfig()})

@@ -97,7 +97,7 @@ def evaluate_model(config: Config, options: EvaluateOptions) -> EvaluateResult:
         f"max_length (now {config.max_length}), dtype bfloat16, or more devices along "
         f"mesh.fsdp (now {config.mesh.fsdp}; -1 is all there are)."
     )
-    with heartbeat.Watch(hang_seconds=0), memory.explained(smaller):
+    with heartbeat.Heartbeat(hang_seconds=0), memory.explained(smaller):
         judge = _open_judge(options)
         experiment = _prepare(config, options)
         benchmarks = _benchmarks(experiment)  # while no device is taken

@@ -22,7 +22,7 @@ from jaxtune.data.dataset import Batches, Dataset, eval_batches, prefetch
 from jaxtune.data.progress import counts_before, counts_of, epoch_at
 from jaxtune.parallel import processes
 from jaxtune.parallel.chips import peak_flops
-from jaxtune.parallel.heartbeat import Notice, Watch, asked_to_stop
+from jaxtune.parallel.heartbeat import Heartbeat, Notice, stop_notices
 from jaxtune.parallel.mesh import put_batch, row_shards
 from jaxtune.terminal.progress import TrainProgress
 from jaxtune.training import debug_step
@@ -94,7 +94,7 @@ class Loop:
         plan: Plan,
         checkpoints: Checkpoints,
         writer: MetricsWriter,
-        watch: Watch,
+        watch: Heartbeat,
         *,
         run_dir: Path,
         start: int,
@@ -138,7 +138,7 @@ class Loop:
             return state, done
         with contextlib.ExitStack() as using:
             using.enter_context(self._progress)
-            self._asked = using.enter_context(asked_to_stop(note))
+            self._asked = using.enter_context(stop_notices(note))
             tracing = using.enter_context(Tracing(self.run_dir, self.config.profile_steps))
             if self.standing.due:
                 self._conclude(state, frozen, done)
