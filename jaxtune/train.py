@@ -495,10 +495,10 @@ def _export(
 def _draw_report(
     config: Config, run_dir: Path, material: Material, report: Mapping[str, Any]
 ) -> None:
-    from jaxtune.data.preprocess import Settings
+    from jaxtune.data.preprocess import PreprocessConfig
     from jaxtune.reporting.write import after_training
 
-    settings = Settings(
+    settings = PreprocessConfig(
         material.tokenizer, material.template, config.train_on, config.max_length, config.truncation
     )
     after_training(run_dir, config, settings, material.train, report)

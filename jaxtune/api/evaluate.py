@@ -11,7 +11,7 @@ from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, parse_model
 from jaxtune.data.dataset import Dataset
 from jaxtune.data.in_memory import dataset_file
-from jaxtune.data.tokenize import encode_prompt
+from jaxtune.data.tokenize import tokenize_prompt
 from jaxtune.evaluation import harness
 from jaxtune.evaluation.general import open_general
 from jaxtune.evaluation.judge import pairwise
@@ -141,7 +141,7 @@ def _check_same(experiment: _Experiment) -> None:
     config, options, models, inputs, *_ = experiment
     own = options.model_dump(mode="json", exclude={"dataset", "base", "general", "as_json"})
     prompts = [
-        encode_prompt(q.words.template, q.words.tokenizer, q.asked.messages, tools=q.asked.tools)
+        tokenize_prompt(q.words.template, q.words.tokenizer, q.asked.messages, tools=q.asked.tools)
         for q in inputs.questions
     ]
     general = inputs.general
