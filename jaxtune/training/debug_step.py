@@ -80,7 +80,7 @@ def rows_of(batches: Batches, step: int) -> list[list[dict[str, Any]]]:
     ]
 
 
-def again(
+def replay(
     step: int, program: Program, batches: Batches, start: int, state: TrainState, frozen: Any
 ) -> tuple[StepMetrics, list[float | str | None]]:
     """Steps `start + 1` to `step` as they were; of the last one its metrics and each row's loss,

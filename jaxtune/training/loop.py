@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +24,7 @@ from jaxtune.data.dataset import Batches, Dataset, eval_batches, prefetch
 from jaxtune.data.progress import counts_before, counts_of, epoch_at
 from jaxtune.parallel import processes
 from jaxtune.parallel.chips import peak_flops
-from jaxtune.parallel.heartbeat import Heartbeat, Notice, stop_notices
+from jaxtune.parallel.heartbeat import Notice, Watch, asked_to_stop
 from jaxtune.parallel.mesh import put_batch, row_shards
 from jaxtune.terminal.progress import TrainProgress
 from jaxtune.training import debug_step
@@ -36,24 +38,56 @@ from jaxtune.training.step import StepMetrics
 from jaxtune.tree import named
 
 
-class Plan(NamedTuple):
-    """What a run goes through: batches by step, and what it is evaluated on. `meta` is what every
-    checkpoint says of the run. `answer(trained, frozen, step, between)` answers the sample prompts
-    and calls `between` as it goes, which may end it.
+class RunPlan(NamedTuple):
+    """A run's batches by step, its held-out data, and the step it starts from.
+
+    `meta` goes into every checkpoint; `past` is the meta of the checkpoint of `start`.
     """
 
     batches: Batches
-    meta: Mapping[str, Any]
-    total_steps: int
     held_out: Dataset | None
+    total_steps: int
+    meta: Mapping[str, Any]
     flops_per_token: float
-    answer: Callable[[Any, Any, int, Callable[[], None]], None] | None = None
+    run_dir: Path
+    start: int = 0
+    past: Mapping[str, Any] = {}
 
 
-class Standing(NamedTuple):
-    """What a resumed run has to know of its past, kept in every checkpoint: the lowest eval_loss,
-    the step it was at, evaluations since then, steps that were skipped, and whether this step's
-    evaluation is `due`: the run was left before it had ended."""
+class Outputs(NamedTuple):
+    """The places that a loop writes to, and the thread that watches it."""
+
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    watch: Watch
+
+
+Sample = Callable[[Any, Any, int, Callable[[], None]], None]
+Measure = Callable[[Any, Any, int, Callable[[], None]], dict[str, float]]
+
+
+class Hooks(NamedTuple):
+    """Functions that the loop calls, on every host.
+
+    `sample(trained, frozen, step, between)` answers the sample prompts; `measure`, called alike,
+    returns more columns of an eval row. Both call `between` as they go, which may raise.
+    `row(row)` sees every row that is written, `saved(step, folder)` every checkpoint once it is
+    whole. The run ends early, as if done, if `stop_reason()` is not empty on one host.
+    """
+
+    sample: Sample | None = None
+    measure: Measure | None = None
+    row: Callable[[dict[str, Any]], None] = lambda row: None
+    saved: Callable[[int, Path], None] | None = None
+    stop_reason: Callable[[], str] = lambda: ""
+
+
+class EvalHistory(NamedTuple):
+    """A record of evaluations, kept in every checkpoint: the lowest eval_loss, its step, and the
+    number of evaluations since; and of the steps that were skipped.
+
+    `due`: the evaluation of this step is not done, since the run was left before it had ended.
+    """
 
     best_step: int | None = None
     best_loss: float | None = None
@@ -62,14 +96,14 @@ class Standing(NamedTuple):
     due: bool = False
 
     @classmethod
-    def of(cls, past: Mapping[str, Any]) -> Standing:
+    def of(cls, past: Mapping[str, Any]) -> EvalHistory:
         """As a checkpoint's meta says; a lowest loss that is not finite is none."""
         found = cls(**past.get("standing", {}))
         if found.best_loss is not None and not math.isfinite(found.best_loss):
             found = found._replace(best_step=None, best_loss=None)
         return found
 
-    def after(self, eval_loss: float, step: int) -> Standing:
+    def after(self, eval_loss: float, step: int) -> EvalHistory:
         """Once the step is evaluated; a loss that is not finite is no improvement."""
         known = self._replace(due=False)
         lower = self.best_loss is None or eval_loss < self.best_loss
@@ -91,31 +125,25 @@ class Loop:
         self,
         config: Config,
         program: Program,
-        plan: Plan,
-        checkpoints: Checkpoints,
-        writer: MetricsWriter,
-        watch: Heartbeat,
-        *,
-        run_dir: Path,
-        start: int,
-        past: Mapping[str, Any],
+        plan: RunPlan,
+        outputs: Outputs,
+        hooks: Hooks | None = None,
     ) -> None:
         self.config = config
         self.program = program
         self.plan = plan
-        self.checkpoints = checkpoints
-        self.writer = writer
-        self.watch = watch
-        self.run_dir = run_dir
-        self.start = start
+        self.checkpoints, self.writer, self.watch = outputs
+        self.hooks = hooks or Hooks()
         self.last: dict[str, dict[str, Any]] = {}
-        self.standing = Standing.of(past)
+        self.history = EvalHistory.of(plan.past)
+        self.stop_reason = ""
         if plan.held_out is None:
-            self.standing = self.standing._replace(due=False)
-        self._seen = counts_before(plan.batches, start)
-        self._progress = TrainProgress(start, plan.total_steps, quiet=not processes.is_first())
+            self.history = self.history._replace(due=False)
+        self._seen = counts_before(plan.batches, plan.start)
+        self._progress = TrainProgress(plan.start, plan.total_steps, quiet=not processes.is_first())
+        self._hosts_asked = False
         self._pending: tuple[int, StepMetrics] | None = None  # a step still on the device
-        self._asked: Notice = lambda: None
+        self._notice: Notice = lambda: None
         self._spikes = Spikes()
         kind = jax.devices()[0].device_kind
         self._meter = Meter(
@@ -133,14 +161,14 @@ class Loop:
             rows = functools.partial(batches.batch_rows, step)
             return put_batch(rows, **size, mesh=self.program.mesh)
 
-        done = self.start
+        done = self.plan.start
         if self._ended(done):
             return state, done
         with contextlib.ExitStack() as using:
             using.enter_context(self._progress)
-            self._asked = using.enter_context(stop_notices(note))
-            tracing = using.enter_context(Tracing(self.run_dir, self.config.profile_steps))
-            if self.standing.due:
+            self._notice = using.enter_context(asked_to_stop(note))
+            tracing = using.enter_context(Tracing(self.plan.run_dir, self.config.profile_steps))
+            if self.history.due:
                 self._conclude(state, frozen, done)
             feed = using.enter_context(contextlib.closing(prefetch(on_device, done, end)))
             while not self._ended(done):
@@ -151,39 +179,59 @@ class Loop:
                 self._pending = done, metrics
                 done += 1
                 tracing.after(done, metrics)
-                self.standing = self.standing._replace(due=self._evaluates_after(done))
+                self.history = self.history._replace(due=self._evaluates_after(done))
                 self._conclude(state, frozen, done)
         if done < end:
-            note(f"early stopping: {self._waited_for()}; training ends at step {done} of {end}")
+            reason = self.stop_reason or f"early stopping: {self._waited_for()}"
+            note(f"{reason}; training ends at step {done} of {end}")
         return state, done
 
     def _conclude(self, state: TrainState, frozen: Any, done: int) -> None:
         """What follows a step: its evaluation where one is due, its checkpoint where one is. Raises
         `Stopped` where that was asked for."""
-        asking, improved = self._asked(), False
-        if self.standing.due and not asking:
+        signal, improved = self._signal(), False
+        if self.history.due and not signal:
             self._read()
             try:
                 improved = self._evaluate(state.trained, frozen, done)
-                asking = self._asked()
+                signal = self._signal()
             except _Left as left:
-                asking = str(left)
+                signal = str(left)
         ended = self._ended(done)
-        if asking or ended or improved or done % self.config.save_steps == 0:
+        if signal or ended or improved or done % self.config.save_steps == 0:
             self._read()
             self._save(state, done)
-        if asking and not ended:
+        if signal and not ended:
             self.checkpoints.wait()
-            first = " with its evaluation" if self.standing.due else ""
+            first = " with its evaluation" if self.history.due else ""
             raise Stopped(
-                f"stopped by {asking} after step {done}, which is saved in "
+                f"stopped by {signal} after step {done}, which is saved in "
                 f"{self.checkpoints.where}. The same command goes on from there{first}."
             )
 
-    def _stay(self) -> None:
-        """Asked between parts of an evaluation. Raises `_Left`."""
-        if asking := self._asked():
-            raise _Left(asking)
+    def _signal(self) -> str | None:
+        """Return the signal for which all hosts are to save and leave.
+
+        If it was sent for the `stop_reason` of a host, all hosts know that from here on, and the
+        run ends as if done.
+        """
+        if self.stop_reason:
+            return None
+        own = self.hooks.stop_reason()
+        if processes.count() == 1:
+            self.stop_reason = own
+            return self._notice()
+        if own and not self._hosts_asked:
+            self._hosts_asked = True
+            os.kill(os.getpid(), SIGTERM)  # which JAX passes on to all hosts
+        if signal := self._notice():
+            self.stop_reason = max(processes.everyones(own))
+        return None if self.stop_reason else signal
+
+    def _leave_if_signalled(self) -> None:
+        """Called between parts of an evaluation. Raises: _Left."""
+        if signal := self._signal():
+            raise _Left(signal)
 
     def _next(self, feed: Any, step: int) -> Any:
         self.watch.at(step, "waiting for data")
@@ -194,17 +242,18 @@ class Loop:
         return batch
 
     def _ended(self, done: int) -> bool:
-        """Whether nothing follows step `done`, not its own evaluation either."""
-        patience, standing = self.config.early_stopping_patience, self.standing
-        waited = patience is not None and standing.since_best >= patience
-        return not standing.due and (waited or done == self.plan.total_steps)
+        """Tell whether nothing follows step `done`, not its own evaluation either."""
+        patience, history = self.config.early_stopping_patience, self.history
+        waited = patience is not None and history.since_best >= patience
+        ended = waited or done == self.plan.total_steps or bool(self.stop_reason)
+        return ended and not history.due
 
     def _waited_for(self) -> str:
-        standing = self.standing
-        below = "that is finite" if standing.best_loss is None else (
-            f"below {standing.best_loss:.4f} of step {standing.best_step}"
+        history = self.history
+        below = "that is finite" if history.best_loss is None else (
+            f"below {history.best_loss:.4f} of step {history.best_step}"
         )  # fmt: skip
-        return f"{standing.since_best} evaluations without an eval_loss {below}"
+        return f"{history.since_best} evaluations without an eval_loss {below}"
 
     def _read(self) -> None:
         """Takes the pending step's metrics off the device; non-finite ones end the run."""
@@ -226,7 +275,7 @@ class Loop:
         if (usual := self._spikes.notice(loss)) is not None:
             note(
                 f"step {done}: the loss jumped to {loss:.4f}; it was about {usual:.4f}. To look at "
-                f"that step: {debug_step.command_for(self.run_dir, done)}"
+                f"that step: {debug_step.command_for(self.plan.run_dir, done)}"
             )
         self._progress.advance(loss)
         if done % self.config.logging_steps and done != self.plan.total_steps:
@@ -257,18 +306,18 @@ class Loop:
     def _not_finite(self, done: int, metrics: StepMetrics) -> None:
         """The step changed nothing. Writes down what is known of it; ends the run, or skips it."""
         self.checkpoints.wait()  # so that the one being written counts too
-        kept = self.checkpoints.latest()
-        path = debug_step.path_of(self.run_dir, done)
+        kept, run_dir = self.checkpoints.latest(), self.plan.run_dir
+        path = debug_step.path_of(run_dir, done)
         if processes.is_first():
             names = list(named(self.program.abstract.trained))
-            found = debug_step.describe(self.run_dir, done, metrics, names, self.plan.batches, kept)
-            debug_step.write(path, found)
-        skipped = self.standing.skipped + 1
+            facts = debug_step.describe(run_dir, done, metrics, names, self.plan.batches, kept)
+            debug_step.write(path, facts)
+        skipped = self.history.skipped + 1
         what = f"step {done}: the loss is {metrics.loss:g} and the gradient norm " + (
             f"{metrics.grad_norm:g}. "
         )
         if skipped <= self.config.max_skipped_steps:
-            self.standing = self.standing._replace(skipped=skipped)
+            self.history = self.history._replace(skipped=skipped)
             note(
                 f"{what}Skipped, {skipped} of max_skipped_steps "
                 f"{self.config.max_skipped_steps}; parameters are as before. See {path}."
@@ -279,7 +328,7 @@ class Loop:
             f"{what}It changed nothing; "
             + (f"the newest checkpoint is step {kept}. " if kept else "none was saved before it. ")
             + "The batch's rows and the gradient norm of each parameter are in "
-            f"{path}. To look at that step: {debug_step.command_for(self.run_dir, done)}. Lower "
+            f"{path}. To look at that step: {debug_step.command_for(run_dir, done)}. Lower "
             f"learning_rate (now {metrics.learning_rate:g}), mend the rows, or allow "
             "max_skipped_steps."
         )
@@ -304,7 +353,7 @@ class Loop:
             for batch in eval_batches(data.only(name), rows, packing=self.config.packing):
                 self.watch.at(done, "evaluating")
                 yield batch
-                self._stay()
+                self._leave_if_signalled()
 
         parts = {
             name: evaluate(
@@ -318,27 +367,35 @@ class Loop:
         }
         row = sum(parts.values(), Totals()).row()
         by_dataset = {name: part.row() for name, part in parts.items()}
-        self._record({"kind": "eval", "step": done, **row, "by_dataset": by_dataset})
-        if self.plan.answer is not None:
+        own: dict[str, float] = {}
+        if self.hooks.measure is not None:
+            self.watch.at(done, "generating answers to measure")
+            own = self.hooks.measure(trained, frozen, done, self._leave_if_signalled)
+        self._record({"kind": "eval", "step": done, **row, **own, "by_dataset": by_dataset})
+        if self.hooks.sample is not None:
             self.watch.at(done, "answering the sample prompts")
-            self.plan.answer(trained, frozen, done, self._stay)
-        self.standing = self.standing.after(row["eval_loss"], done)
+            self.hooks.sample(trained, frozen, done, self._leave_if_signalled)
+        self.history = self.history.after(row["eval_loss"], done)
         self._meter.pause()
-        return self.config.load_best_model_at_end and self.standing.best_step == done
+        return self.config.load_best_model_at_end and self.history.best_step == done
 
     def _save(self, state: TrainState, done: int) -> None:
         if done == self.checkpoints.latest():
             return
         self.watch.at(done, "saving")
-        best = self.standing.best_step if self.config.load_best_model_at_end else None
-        meta = {**self.plan.meta, "standing": self.standing._asdict()}
+        best = self.history.best_step if self.config.load_best_model_at_end else None
+        meta = {**self.plan.meta, "standing": self.history._asdict()}
         self.checkpoints.save(state, meta, step=done, best=best)
+        if self.hooks.saved is not None:
+            self.checkpoints.wait()
+            self.hooks.saved(done, self.checkpoints.folder / str(done))
         self._meter.pause()
 
     def _record(self, row: dict[str, Any]) -> None:
         self.last[row["kind"]] = row
         self.writer.write(row)
         self._progress.show(row)
+        self.hooks.row(row)
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

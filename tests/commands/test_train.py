@@ -316,7 +316,7 @@ def test_other_data_is_refused_on_resume(material: Path, straight: Path, tmp_pat
         assert (done.returncode, "other data" in done.stderr) == (2, True), changed
 
 
-def run(material: Path, out: Path, **more: object) -> train.Result:
+def run(material: Path, out: Path, **more: object) -> train.TrainResult:
     names = flags(material, out, **more)
     overrides = dict(zip((n[2:] for n in names[::2]), names[1::2], strict=True))
     listed = {name: value for name, value in more.items() if isinstance(value, list)}
@@ -637,9 +637,9 @@ def test_a_best_step_that_is_gone_or_of_other_data_is_forgotten(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     losses = {2: 1.0, 4: 3.0, 6: 2.5, 8: 2.0, 10: 9.0, 12: 8.0}
-    after = loop.Standing.after
+    after = loop.EvalHistory.after
     monkeypatch.setattr(
-        loop.Standing, "after", lambda self, loss, step: after(self, losses[step], step)
+        loop.EvalHistory, "after", lambda self, loss, step: after(self, losses[step], step)
     )
     out = tmp_path / "out"
     more = {"eval_steps": 2, "save_steps": 2, "save_total_limit": 1, "init": "random",

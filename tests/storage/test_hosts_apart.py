@@ -45,8 +45,8 @@ object_store.put = refused
 """
 # Each evaluation is worse than the one before.
 FIRST_IS_BEST = """
-after = loop.Standing.after
-loop.Standing.after = lambda self, loss, step: after(self, float(step), step)
+after = loop.EvalHistory.after
+loop.EvalHistory.after = lambda self, loss, step: after(self, float(step), step)
 """
 
 

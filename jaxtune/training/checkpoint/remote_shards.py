@@ -74,12 +74,12 @@ class Parts:
         if own == 0:
             self._mirror.put_files()  # the rows up to this step
             for other in range(1, processes.count()):
-                processes.receive(put, other)
+                processes.hear(put, other)
             object_store.put_all(here, [mark], place)
-            processes.publish(counts)
+            processes.tell(counts)
         else:
-            processes.publish(put)
-            processes.receive(counts, 0)
+            processes.tell(put)
+            processes.hear(counts, 0)
         self._mirror.steps.add(step)
 
     def fetch(self, step: int, here: Path, wanted: Wanted) -> str:

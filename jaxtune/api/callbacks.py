@@ -1,0 +1,109 @@
+"""A user's own code beside a run: callbacks that watch it and may stop it, and their errors.
+
+They run on the first host. Each gets copies, so that nothing it does changes a number.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from jaxtune.api.results import TrainResult
+from jaxtune.config import Config, JaxtuneError
+from jaxtune.parallel import processes
+
+FAILED: Final = "error in "  # how `Callbacks.stop_reason` begins after an exception
+STOP: Final = True  # what `on_step` and `on_evaluation` return to end the run
+
+
+class CallbackError(JaxtuneError):
+    """An exception of a callback or a metric, which is its cause; the run was saved."""
+
+
+class RunInfo(NamedTuple):
+    """A run that begins or goes on: steps `start` + 1 to `total_steps`."""
+
+    config: Config
+    output_dir: Path
+    start: int
+    total_steps: int
+
+
+class Callback:
+    """A base for callbacks, whose methods do nothing; override those that are of use.
+
+    `row` is a row of metrics.jsonl. A run that is stopped saves, exports and ends as if done.
+    """
+
+    def on_start(self, run: RunInfo) -> None:
+        """Called before the first step of this process."""
+
+    def on_step(self, row: dict[str, Any]) -> bool | None:
+        """Called for every train row, each `logging_steps`; return `STOP` to end the run."""
+
+    def on_evaluation(self, row: dict[str, Any]) -> bool | None:
+        """Called for every eval row; return `STOP` to end the run."""
+
+    def on_save(self, step: int, folder: Path) -> None:
+        """Called once the checkpoint in `folder` is whole."""
+
+    def on_end(self, result: TrainResult) -> None:
+        """Called after the export."""
+
+
+class Callbacks:
+    """The callbacks of a run, called in order on the first host.
+
+    `stop_reason` says why the run is to end; after an exception `error` holds it.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback] = ()) -> None:
+        self._callbacks = tuple(callbacks)
+        self.stop_reason = ""
+        self.error: CallbackError | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._callbacks)
+
+    @property
+    def watches_saves(self) -> bool:
+        return any(type(each).on_save is not Callback.on_save for each in self._callbacks)
+
+    def start(self, run: RunInfo) -> None:
+        self._call_all("on_start", run)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        self._call_all("on_step" if row["kind"] == "train" else "on_evaluation", row)
+
+    def saved(self, step: int, folder: Path) -> None:
+        self._call_all("on_save", step, folder)
+
+    def end(self, result: TrainResult) -> None:
+        self._call_all("on_end", result)
+
+    def guard(self, name: str, call: Callable[[], Any]) -> Any:
+        """Call a user's function; what it raises becomes `error` and ends the run after a save."""
+        try:
+            return call()
+        except Exception as error:
+            self.stop_reason = f"{FAILED}{name}: {type(error).__name__}: {error}"
+            self.error = CallbackError(self.stop_reason)
+            self.error.__cause__ = error
+            return None
+
+    def _call_all(self, method: str, *args: Any) -> None:
+        if not processes.is_first():
+            return
+        for each in self._callbacks:
+            if self.error is not None:
+                return
+            name = f"callback {type(each).__name__}.{method}"
+            call = functools.partial(getattr(each, method), *copy.deepcopy(args))
+            wants_stop = self.guard(name, call)
+            if isinstance(wants_stop, bool | np.bool_) and wants_stop and not self.stop_reason:
+                self.stop_reason = f"{name} asked to stop"
