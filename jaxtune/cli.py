@@ -1,7 +1,7 @@
-"""argv in, (Config, door options) out; exceptions in, exit codes out.
+"""argv in, (Config, a command's options) out; exceptions in, exit codes out.
 
-Every door is two functions, `run(config, options) -> Result` for Python and `main(argv)` for the
-shell; `main` is `command.execute(...)`. This room knows no JAX, so `--help` is quick.
+Every command is two functions: `run(config, options)`, which returns its result, and `main(argv)`
+for the shell, which is `execute(...)`. This module knows no JAX, so `--help` is quick.
 
 Exit codes: 0 done, 2 bad input, 3 diverged, 75 stopped after saving, with a lost host or a store
 that cannot be reached, 130 interrupted without saving, 1 a bug (with its traceback).
@@ -60,7 +60,7 @@ class CommandModule(types.ModuleType):
 
 
 class Options(pydantic.BaseModel):
-    """A door's own flags, next to the config's. `positional` names those given without a flag.
+    """A command's own flags, next to the config's; `positional` names those without a flag.
 
     A field whose name Python or pydantic wants for itself has its flag as alias:
     `as_json: bool = Field(False, alias="json", description=...)`.
@@ -83,14 +83,14 @@ O = TypeVar("O", bound=Options)
 
 
 class Stopped(Exception):
-    """Training was asked to stop and has saved; the same command resumes."""
+    """A training that a signal stopped and that has saved; the same command resumes."""
 
 
-class Place:
-    """Where this process stands among those of a run: `watch` says so once they have joined.
+class ThisProcess:
+    """A process's place among those of a run, set by `heartbeat` once they have joined.
 
     `quiet` processes make no notes; their errors begin with `name`. `leave(code, message)` ends a
-    process that fails, when the others are to hear of it.
+    process that fails, and tells the others.
     """
 
     quiet = False
@@ -99,66 +99,70 @@ class Place:
 
 
 def note(message: str) -> None:
-    """One line for the person at the terminal, on stderr: stdout is for results."""
-    if not Place.quiet:
-        say(message)
+    """Prints a line for the person at the terminal, on stderr: stdout is for results."""
+    if not ThisProcess.quiet:
+        emit(message)
 
 
-def say(message: str) -> None:
-    """What every process says, not the first alone."""
+def emit(message: str) -> None:
+    """Prints a message from every process, not the first alone."""
     print(message, file=sys.stderr, flush=True)
 
 
 def execute(
-    door: str,
+    command: str,
     description: str,
     options: type[O],
     run: Callable[[Config, O], Any],
     argv: Sequence[str] | None = None,
 ) -> int:
     """Parses, runs, and turns what went wrong into an exit code and one message on stderr."""
-    code, said, together = 0, "", False
+    code, message, together = 0, "", False
     try:
-        config, chosen = parse(sys.argv[1:] if argv is None else argv, door, description, options)
+        config, chosen = parse(
+            sys.argv[1:] if argv is None else argv, command, description, options
+        )
         run(config, chosen)
     except Diverged as error:
-        code, said = DIVERGED, str(error)
+        code, message = DIVERGED, str(error)
     except JaxtuneError as error:
-        code, said = STOPPED if error.passes else BAD_INPUT, _harmless(str(error))
+        code, message = STOPPED if error.passes else BAD_INPUT, _harmless(str(error))
     except Stopped as error:
-        code, said, together = STOPPED, str(error), True
+        code, message, together = STOPPED, str(error), True
     except KeyboardInterrupt:
-        code, said = INTERRUPTED, "interrupted."
+        code, message = INTERRUPTED, "interrupted."
     except BrokenPipeError:  # the reader of stdout left (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_REFUSES:
-            said = f"{error.filename or 'a file'}: cannot be written: {error.strerror}."
+            message = f"{error.filename or 'a file'}: cannot be written: {error.strerror}."
             code = BAD_INPUT
-        elif Place.leave is None:
+        elif ThisProcess.leave is None:
             raise
         else:
             traceback.print_exc()
-            code, said = BUG, f"{type(error).__name__}: {error}"
+            code, message = BUG, f"{type(error).__name__}: {error}"
     if code:
-        say(f"jaxtune {door}: {Place.name}{said}")
-        if Place.leave is not None and not together:
-            Place.leave(code, said)
+        emit(f"jaxtune {command}: {ThisProcess.name}{message}")
+        if ThisProcess.leave is not None and not together:
+            ThisProcess.leave(code, message)
     return code
 
 
 def _harmless(text: str) -> str:
-    """A message may quote a stranger's file: what would steer the terminal is spelled out."""
+    """Spells out what would steer the terminal: a message may quote a stranger's file."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
-def parse(argv: Sequence[str], door: str, description: str, options: type[O]) -> tuple[Config, O]:
-    """`--config FILE`, every config field, and the door's own flags.
+def parse(
+    argv: Sequence[str], command: str, description: str, options: type[O]
+) -> tuple[Config, O]:
+    """Parses `--config FILE`, every config field, and the command's own flags.
 
     `--name value`, `--name=value`, `-` and `_` alike; a flag alone means true; lists take several
     values or one YAML value (`--datasets '[{path: a.jsonl, limit: 10}]'`; see `_strings`). `none`
-    unsets a config field; to a door's own text it is a word. Raises `ConfigError` with the nearest
-    name for a flag nobody knows.
+    unsets a config field; in a command's own text it is a word. Raises `ConfigError` with the
+    nearest name for an unknown flag.
     """
     own = {field.alias or name: field for name, field in options.model_fields.items()}
     positional = options.positional()
@@ -167,10 +171,11 @@ def parse(argv: Sequence[str], door: str, description: str, options: type[O]) ->
     if len(loose) > len(positional):
         extra = loose[len(positional)]
         raise ConfigError(f"flags: '{extra}' belongs to no flag. Every value needs its --name.")
-    usage = " ".join(["jaxtune", door, *(name.upper() for name in positional)])
-    given = _read_with_tyro(words, usage, description, flags)
+    usage = " ".join(["jaxtune", command, *(name.upper() for name in positional)])
+    typed_values = _read_with_tyro(words, usage, description, flags)
     values = {
-        name: _value(name, said, flags.get(name), own=name in own) for name, said in given.items()
+        name: _value(name, texts, flags.get(name), own=name in own)
+        for name, texts in typed_values.items()
     }
 
     chosen: dict[str, Any] = dict(zip(positional, loose, strict=False))
@@ -187,14 +192,14 @@ def parse(argv: Sequence[str], door: str, description: str, options: type[O]) ->
 
 
 def _object(url: str) -> object_store.Item:
-    found = object_store.find(url)
-    if found is None:
+    item = object_store.find(url)
+    if item is None:
         raise ConfigError(f"{url}: cannot read the config: there is no such object.")
-    return found
+    return item
 
 
 def _split(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str], dict[str, str]]:
-    """argv -> (flags with their values, words before the first flag, field name -> name typed)."""
+    """Splits argv: (flags with their values, words before the first flag, field -> name typed)."""
     words: list[str] = []
     loose: list[str] = []
     typed: dict[str, str] = {}
@@ -219,7 +224,7 @@ def _split(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str], 
 def _read_with_tyro(
     words: list[str], usage: str, description: str, flags: Mapping[str, FieldInfo]
 ) -> dict[str, list[str]]:
-    """Flag name -> the words after it, of the flags that are there."""
+    """Maps the flags that are set to the words after them."""
     import tyro  # here, so that a mistyped flag is answered without it
 
     fields: list[tuple[str, Any, Any]] = [("config", _flag("config", "FILE", "YAML config"), None)]
@@ -230,8 +235,8 @@ def _read_with_tyro(
     parsed: Any = tyro.cli(
         namespace, args=words, prog=usage, description=description, use_underscores=True
     )
-    given = {name: getattr(parsed, name.replace(".", "__")) for name in ["config", *flags]}
-    return {name: values for name, values in given.items() if values is not None}
+    values = {name: getattr(parsed, name.replace(".", "__")) for name in ["config", *flags]}
+    return {name: texts for name, texts in values.items() if texts is not None}
 
 
 def _flag(name: str, metavar: str, help_text: str) -> Any:
@@ -275,8 +280,10 @@ def _choices_and_default(field: FieldInfo) -> str:
 
 
 def _value(name: str, values: list[str], field: FieldInfo | None, *, own: bool) -> Any:
-    """The words after a flag as one value, still text where pydantic gives it its type; none =
-    true, YAML where the field is structured. `own` says that the flag is the door's."""
+    """Makes one value of the words after a flag, still text where pydantic gives it its type.
+
+    No word is true; a structured field is YAML. `own` flags are the command's.
+    """
     text = "str" if field is None else str(field.annotation)
     if not values:
         if "bool" in text or name == "gradient_checkpointing":
@@ -303,8 +310,10 @@ def _holds_strings(annotation: str) -> bool:
 
 
 def _strings(name: str, values: list[str]) -> list[Any]:
-    """Several words, or one YAML list. Tokens and prompts begin with brackets, too, so that a word
-    is a list only where it has a comma or quotes and is one.
+    """Reads several words, or one YAML list.
+
+    Tokens and prompts begin with brackets, too: a word is a list only where it has a comma or
+    quotes and is one.
 
         [a, b]   ["a"]                     lists
         [INST]   [draft] hi, you   [a]     text
@@ -313,9 +322,9 @@ def _strings(name: str, values: list[str]) -> list[Any]:
     if len(values) > 1 or not word.startswith("[") or not any(c in word for c in ",\"'"):
         return values
     try:
-        found = yaml.safe_load(word)
+        value = yaml.safe_load(word)
     except (yaml.YAMLError, *YAML_FAILS):
         if word.startswith(('["', "['")):  # meant as a list
             raise ConfigError(f"flags: --{name}: not valid YAML: {shown(word)}") from None
         return values
-    return found if isinstance(found, list) else values
+    return value if isinstance(value, list) else values

@@ -11,7 +11,7 @@ from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, parse_model
 from jaxtune.data.dataset import Dataset
 from jaxtune.data.in_memory import dataset_file
-from jaxtune.data.tokenize import encode_prompt
+from jaxtune.data.tokenize import tokenize_prompt
 from jaxtune.evaluation import harness
 from jaxtune.evaluation.general import open_general
 from jaxtune.evaluation.judge import pairwise
@@ -97,7 +97,7 @@ def evaluate_model(config: Config, options: EvaluateOptions) -> EvaluateResult:
         f"max_length (now {config.max_length}), dtype bfloat16, or more devices along "
         f"mesh.fsdp (now {config.mesh.fsdp}; -1 is all there are)."
     )
-    with heartbeat.Watch(hang_seconds=0), memory.explained(smaller):
+    with heartbeat.Heartbeat(hang_seconds=0), memory.explained(smaller):
         judge = _open_judge(options)
         experiment = _prepare(config, options)
         benchmarks = _benchmarks(experiment)  # while no device is taken
@@ -141,7 +141,7 @@ def _check_same(experiment: _Experiment) -> None:
     config, options, models, inputs, *_ = experiment
     own = options.model_dump(mode="json", exclude={"dataset", "base", "general", "as_json"})
     prompts = [
-        encode_prompt(q.words.template, q.words.tokenizer, q.asked.messages, tools=q.asked.tools)
+        tokenize_prompt(q.words.template, q.words.tokenizer, q.asked.messages, tools=q.asked.tools)
         for q in inputs.questions
     ]
     general = inputs.general

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jaxtune.cli import note
 from jaxtune.config import Config, DatasetConfig
 from jaxtune.data.in_memory import dataset_file
-from jaxtune.data.preprocess import Prepared, Settings
+from jaxtune.data.preprocess import PreprocessConfig, PreprocessedRow
 from jaxtune.data.tokenize import runs
 from jaxtune.reporting.data import data_report, examples, open_settings, rows
 from jaxtune.reporting.write import write_data_page
@@ -94,7 +94,7 @@ def show_preview(
     return PreviewResult([], report)
 
 
-def _example(name: str, prepared: Prepared) -> PreviewExample:
+def _example(name: str, prepared: PreprocessedRow) -> PreviewExample:
     tokens, dropped = prepared.tokens, prepared.dropped
     return PreviewExample(
         name,
@@ -106,7 +106,7 @@ def _example(name: str, prepared: Prepared) -> PreviewExample:
     )
 
 
-def _texts(config: Config, settings: Settings, count: int) -> Iterator[str]:
+def _texts(config: Config, settings: PreprocessConfig, count: int) -> Iterator[str]:
     """Write examples for a person: in colour on a terminal, with `[[ ]]` elsewhere."""
     color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for name, prepared in rows(config, settings, count):
@@ -122,7 +122,7 @@ def _texts(config: Config, settings: Settings, count: int) -> Iterator[str]:
 
 
 def _write_page(
-    file: Path, config: Config, settings: Settings, report: Mapping[str, Any], count: int
+    file: Path, config: Config, settings: PreprocessConfig, report: Mapping[str, Any], count: int
 ) -> None:
     names = ", ".join(report["by_dataset"])
     title = f"{names} as trained with template {settings.template.name}"

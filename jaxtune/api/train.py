@@ -20,7 +20,7 @@ from jaxtune.config import Config, ConfigError, HostsConfig, dump, load_config, 
 from jaxtune.data.dataset import Batches, Dataset
 from jaxtune.data.in_memory import dataset_file
 from jaxtune.data.open import open_sides, open_template, open_tokenizer, stop_ids
-from jaxtune.data.preprocess import Settings
+from jaxtune.data.preprocess import PreprocessConfig
 from jaxtune.data.progress import fingerprint, largest_id
 from jaxtune.data.report.data_report import near_overlap, overlap, refuse
 from jaxtune.data.report.data_report import report as data_report
@@ -73,7 +73,7 @@ class Workplace(NamedTuple):
 
     run_dir: Path
     mirror: Mirror | None
-    watch: heartbeat.Watch
+    watch: heartbeat.Heartbeat
 
 
 class Run(NamedTuple):
@@ -196,13 +196,13 @@ def _workplace(config: Config, *, reading: bool) -> Iterator[Workplace]:
             run_dir = run_dirs.place_of(str(config.output_dir), reading=reading)
             limit = config.hang_timeout_seconds
             with (
-                heartbeat.Watch(hang_seconds=limit, folder=run_dir) as watch,
+                heartbeat.Heartbeat(hang_seconds=limit, folder=run_dir) as watch,
                 memory.explained(_smaller(config)),
                 contextlib.ExitStack() as end,
             ):
                 mirror = run_dirs.claim(str(config.output_dir), run_dir, end, reading=reading)
                 yield Workplace(run_dir, mirror, watch)
-    except heartbeat.Asked as signal:
+    except heartbeat.StopSignal as signal:
         raise cli.Stopped(
             f"stopped by {signal} where there was nothing to save. The same command goes on from "
             "what is saved."
@@ -392,7 +392,7 @@ def _loop(
     hooks = _hooks(run, calls, start, due)
     loop = Loop(config, program, plan, Outputs(checkpoints, writer, watch), hooks)
     calls.start(RunInfo(config, run.run_dir, start, run.total_steps))
-    _raise_errors(calls, max(processes.everyones(calls.stop_reason)) if calls else "")
+    _raise_errors(calls, max(processes.gather_texts(calls.stop_reason)) if calls else "")
     state, done = loop.run(state, frozen)
     watch.at(done, "saving")
     checkpoints.wait()
@@ -520,7 +520,7 @@ def _export_adapter(run: Run, lora: Lora, adapters: Any) -> Path:
 
 def _write_report(run: Run, report: Mapping[str, Any]) -> None:
     config, data = run.config, run.data
-    settings = Settings(
+    settings = PreprocessConfig(
         data.tokenizer, data.template, config.train_on, config.max_length, config.truncation
     )
     after_training(run.run_dir, config, settings, data.train, report)

@@ -27,15 +27,15 @@ ARRAYS: dict[str, np.dtype[Any]] = {
     "trained": np.dtype(np.int32),  # how many of example i's tokens carry weight
     "rows": np.dtype(np.int64),  # the record, from 0, that example i came from
     "values": np.dtype(np.int32),  # example i's value in the column of `proportions`, by number
-    "flags": np.dtype(np.uint8),  # bits, by `prepare.FLAGS`
+    "flags": np.dtype(np.uint8),  # bits, by `preprocess.FLAGS`
     "lost": np.dtype(np.int32),  # trained tokens of example i cut off by truncation
     "digests": np.dtype(np.uint64),  # of example i's ids, to find duplicates
-    "signatures": np.dtype(np.uint32),  # PLACES numbers each, by `likeness.signatures`
+    "signatures": np.dtype(np.uint32),  # PLACES numbers each, by `near_duplicates.signatures`
 }
 _SUMMARY = "summary.json"
 
 
-class Stored(NamedTuple):
+class CachedSource(NamedTuple):
     """One tokenised source: the arrays of `ARRAYS`, memory-mapped, and what was counted."""
 
     arrays: dict[str, NDArray[Any]]
@@ -51,7 +51,7 @@ def code_version() -> str:
 
 def stored(
     folder: Path, key: str, build: Callable[[Writer], dict[str, Any]]
-) -> tuple[Stored, str | None]:
+) -> tuple[CachedSource, str | None]:
     """The arrays under `key`, built by `build(writer) -> summary` where they are not there yet.
 
     The second result is a note for the user when the cache could not be written; the arrays then
@@ -86,9 +86,9 @@ def stored(
     return _open(final), note
 
 
-def _open(folder: Path) -> Stored:
+def _open(folder: Path) -> CachedSource:
     arrays = {name: _load(folder / f"{name}.npy") for name in ARRAYS}
-    return Stored(arrays, json.loads((folder / _SUMMARY).read_text(encoding="utf-8")))
+    return CachedSource(arrays, json.loads((folder / _SUMMARY).read_text(encoding="utf-8")))
 
 
 def _load(path: Path) -> NDArray[Any]:

@@ -23,10 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxtune.config import ConfigError, DataError
-from jaxtune.data import cache, mixing, preprocess
-from jaxtune.data import packing as pack
-from jaxtune.data.preprocess import Entry, Progress, Settings, Truncation
-from jaxtune.data.schema import Batch, Example, Tokens
+from jaxtune.data import cache, mixing, packing, preprocess
+from jaxtune.data.preprocess import Entry, PreprocessConfig, Progress, Truncation
+from jaxtune.data.schema import Batch, Example, WeightedTokens
 from jaxtune.data.templating.masking import TrainOn
 from jaxtune.data.templating.template import Template
 from jaxtune.data.tokenize import shift
@@ -46,7 +45,7 @@ class Source:
     name: str
     path: str
     files: tuple[str, ...]  # by name; `stored` counts them
-    stored: cache.Stored
+    stored: cache.CachedSource
     stop_id: int  # what ends an answer, or a text
     weight: float = 1.0
     column: str | None = None  # whose values have target shares
@@ -102,13 +101,13 @@ class Dataset:
         rows = self.gather("rows")
         return self.source_of * (int(rows.max(initial=0)) + 1) + rows
 
-    def tokens(self, index: int) -> Tokens:
+    def tokens(self, index: int) -> WeightedTokens:
         """Example `index`, whole and unshifted."""
         source = int(self.source_of[index])
         arrays = self.sources[source].stored.arrays
         local = int(self.chosen[index] - self.starts[source])
         start, end = arrays["offsets"][local : local + 2]
-        return Tokens(arrays["ids"][start:end], arrays["weights"][start:end])
+        return WeightedTokens(arrays["ids"][start:end], arrays["weights"][start:end])
 
     def example(self, index: int) -> Example:
         return shift(self.tokens(index))
@@ -128,7 +127,7 @@ class Dataset:
             values = source.stored.arrays["values"][self.chosen[own] - self.starts[number]]
             known = source.stored.summary["values"]
             parts.append(
-                mixing.Part(
+                mixing.MixedDataset(
                     source.name,
                     source.path,
                     source.weight,
@@ -180,13 +179,13 @@ def open_dataset(
     """
     if not entries:
         raise ConfigError("dataset: none given. Set --dataset FILE, or a list under datasets.")
-    shared = Settings(tokenizer, template, train_on, max_length, truncation)
+    shared = PreprocessConfig(tokenizer, template, train_on, max_length, truncation)
     templates: list[str] = []
     folder = cache_dir or default_folder()
     opened: list[Source] = []
     notes: list[str] = []
     for entry, name in zip(entries, preprocess.dataset_names(entries), strict=True):
-        settings = preprocess.settings_of(entry, shared)
+        settings = preprocess.entry_config(entry, shared)
         templates.append(settings.template.fingerprint)
         key = preprocess.cache_key(entry, settings)
         build = functools.partial(
@@ -216,8 +215,10 @@ def open_dataset(
     return replace(dataset, notes=tuple(notes))
 
 
-def _source(entry: Entry, name: str, stored: cache.Stored, settings: Settings) -> Source:
-    template, control = settings.template, settings.tokenizer.control
+def _source(
+    entry: Entry, name: str, stored: cache.CachedSource, settings: PreprocessConfig
+) -> Source:
+    template, control = settings.template, settings.tokenizer.special_tokens
     is_text = stored.summary["format"] == "text"
     return Source(
         name=name,
@@ -263,7 +264,7 @@ def split(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset, Datase
             "set eval_split 0."
         )
     held_out = np.zeros(len(unique), bool)
-    held_out[pack.permutation(len(unique), seed)[:count]] = True
+    held_out[packing.permutation(len(unique), seed)[:count]] = True
     mask = held_out[record_of.reshape(-1)]
     return (
         replace(dataset, chosen=dataset.chosen[~mask]),
@@ -310,23 +311,23 @@ class Batches:
             return np.arange(len(self.dataset))
         return mixing.draw(self.dataset.strata, self.seed, epoch)
 
-    def _packed(self, epoch: int) -> pack.Bins:
+    def _packed(self, epoch: int) -> packing.Bins:
         """Found once where every epoch has the same lengths: see `_bins_of`."""
         lengths = np.sort(self._lengths[self.drawn(epoch)])[::-1]
         if not self._packing:
-            return pack.one_each(len(lengths))
-        return pack.best_fit_decreasing(lengths, self.row_length)
+            return packing.one_each(len(lengths))
+        return packing.best_fit_decreasing(lengths, self.row_length)
 
-    def _bins_of(self, epoch: int) -> pack.Bins:
+    def _bins_of(self, epoch: int) -> packing.Bins:
         return self._bins(epoch if self._mixed else 0)
 
-    def _plan(self, epoch: int) -> pack.Rows:
+    def _plan(self, epoch: int) -> packing.PackedRows:
         numbers, bins = self.drawn(epoch), self._bins_of(epoch)
         lengths = self._lengths[numbers]
         if self._order == "file":
-            rows = pack.in_order(bins, lengths)
+            rows = packing.in_order(bins, lengths)
         else:
-            rows = pack.shuffled(bins, lengths, self.seed, epoch)
+            rows = packing.shuffled(bins, lengths, self.seed, epoch)
         return rows._replace(examples=numbers[rows.examples])
 
     @property
@@ -390,7 +391,9 @@ class Batches:
 
     def batch_rows(self, step: int, low: int, high: int) -> Batch:
         """Rows low..high - 1 of the step's batch: what one host needs."""
-        return pack.fill(self.examples(step)[low:high], self.dataset.example, self.row_length)
+        return packing.packed_batch(
+            self.examples(step)[low:high], self.dataset.example, self.row_length
+        )
 
 
 class EvalBatch(NamedTuple):

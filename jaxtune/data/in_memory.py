@@ -49,7 +49,7 @@ def dataset_file(data: Any, *, name: str = "data") -> str:
             folder = place / _write(written, rows, name)
             cache_eviction.use(folder)
             if not (folder / _FILE).exists():
-                object_store.make_room(written.stat().st_size)
+                object_store.free_space(written.stat().st_size)
                 folder.mkdir(exist_ok=True)
                 os.replace(written, folder / _FILE)
     except OSError as error:

@@ -25,7 +25,7 @@ from jaxtune.data.packing import Indices, permutation
 OTHER = "(in no target)"
 
 
-class Part(NamedTuple):
+class MixedDataset(NamedTuple):
     """One dataset's side of a mixture."""
 
     name: str
@@ -61,7 +61,7 @@ def apportion(total: int, shares: Sequence[float]) -> list[int]:
     return counts
 
 
-def strata(parts: Sequence[Part]) -> tuple[Stratum, ...]:
+def strata(parts: Sequence[MixedDataset]) -> tuple[Stratum, ...]:
     """The strata of a mixture. Raises `DataError` for a target that no example meets."""
     parts = [part for part in parts if len(part.numbers)]
     split = [_by_value(part) for part in parts]
@@ -86,7 +86,7 @@ def strata(parts: Sequence[Part]) -> tuple[Stratum, ...]:
     return tuple(found)
 
 
-def _by_value(part: Part) -> dict[str, Indices]:
+def _by_value(part: MixedDataset) -> dict[str, Indices]:
     """The examples of each value in the target; of a part without one, all of them."""
     if part.column is None:
         return {"": part.numbers}

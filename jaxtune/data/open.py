@@ -8,7 +8,7 @@ from typing import Protocol
 
 from jaxtune.data.dataset import Dataset, Progress, open_dataset, split
 from jaxtune.data.preprocess import Entry, Truncation
-from jaxtune.data.templating.format_string import said_once
+from jaxtune.data.templating.format_string import preamble
 from jaxtune.data.templating.masking import TrainOn
 from jaxtune.data.templating.template import Template, resolve, tokens_to_add, variant
 from jaxtune.data.tokenizer import Tokenizer, load_tokenizer
@@ -16,7 +16,7 @@ from jaxtune.data.tokenizer import Tokenizer, load_tokenizer
 Note = Callable[[str], None]
 
 
-class Asked(Protocol):
+class DataConfig(Protocol):
     """What is needed to know of a run; `config.Config` is one."""
 
     @property
@@ -51,68 +51,70 @@ class Asked(Protocol):
     def seed(self) -> int: ...
 
 
-def open_tokenizer(asked: Asked, name: str, *, note: Note) -> Tokenizer:
-    """The tokenizer `name`, with the control tokens that `add_tokens` asks for."""
-    own = [entry.template for entry in (*asked.datasets, *asked.eval_datasets)]
-    templates = [asked.template, *filter(None, own)]
-    add = tokens_to_add(asked.add_tokens, templates, stop=asked.stop)
-    tokenizer = load_tokenizer(name, revision=asked.revision, add=add)
+def open_tokenizer(config: DataConfig, name: str, *, note: Note) -> Tokenizer:
+    """The tokenizer `name`, with the special tokens that `add_tokens` asks for."""
+    own = [entry.template for entry in (*config.datasets, *config.eval_datasets)]
+    templates = [config.template, *filter(None, own)]
+    add = tokens_to_add(config.add_tokens, templates, stop=config.stop)
+    tokenizer = load_tokenizer(name, revision=config.revision, add=add)
     if tokenizer.added:
         note(f"add_tokens: {', '.join(f'{t} = {i}' for t, i in tokenizer.added.items())}")
     return tokenizer
 
 
-def open_template(asked: Asked, tokenizer: Tokenizer, *, note: Note) -> Template:
+def open_template(config: DataConfig, tokenizer: Tokenizer, *, note: Note) -> Template:
     """The run's template, resolved for the tokenizer; says which date it will write."""
     template = resolve(
-        asked.template,
+        config.template,
         tokenizer,
-        system_prompt=asked.system_prompt,
-        stop=asked.stop,
-        no_input=asked.template_no_input,
-        date=asked.template_date,
+        system_prompt=config.system_prompt,
+        stop=config.stop,
+        no_input=config.template_no_input,
+        date=config.template_date,
     )
-    if template.ours and template.name == "custom" and (once := said_once(asked.template)):
+    if template.ours and template.name == "custom" and (once := preamble(config.template)):
         note(f"template: {once!r} is said once; later questions of a conversation go without it")
     if "strftime_now" in template.jinja:
         note(f"template '{template.name}' writes today's date: {template.date} (template_date)")
     return template
 
 
-def stop_ids(asked: Asked, tokenizer: Tokenizer, template: Template) -> list[int]:
+def stop_ids(config: DataConfig, tokenizer: Tokenizer, template: Template) -> list[int]:
     """The ends of turn that were trained: the run's, and those of datasets with a template."""
-    own = [entry.template for entry in asked.datasets if entry.template]
+    own = [entry.template for entry in config.datasets if entry.template]
     others = [variant(template, tokenizer, template=name, system_prompt=None) for name in own]
     return list(dict.fromkeys(found.stop_id for found in (template, *others)))
 
 
 def open_entries(
-    asked: Asked,
+    config: DataConfig,
     entries: Sequence[Entry],
     tokenizer: Tokenizer,
     template: Template,
     *,
     progress: Progress,
 ) -> Dataset:
-    """`entries` prepared as the run asks. Raises what `pipeline.open_dataset` raises."""
+    """Opens `entries` as the run's config says. Raises what `open_dataset` raises."""
     return open_dataset(
         entries,
         tokenizer=tokenizer,
         template=template,
-        train_on=asked.train_on,
-        max_length=asked.max_length,
-        truncation=asked.truncation,
-        processes=asked.dataset_num_proc,
+        train_on=config.train_on,
+        max_length=config.max_length,
+        truncation=config.truncation,
+        processes=config.dataset_num_proc,
         progress=progress,
     )
 
 
 def open_sides(
-    asked: Asked, tokenizer: Tokenizer, template: Template, *, progress: Progress
+    config: DataConfig, tokenizer: Tokenizer, template: Template, *, progress: Progress
 ) -> tuple[Dataset, Dataset | None]:
     """(what is trained on, what is held out): `eval_datasets`, or `eval_split` of the rest."""
-    train = open_entries(asked, asked.datasets, tokenizer, template, progress=progress)
-    if asked.eval_datasets:
-        held_out = open_entries(asked, asked.eval_datasets, tokenizer, template, progress=progress)
+    train = open_entries(config, config.datasets, tokenizer, template, progress=progress)
+    if config.eval_datasets:
+        held_out = open_entries(
+            config, config.eval_datasets, tokenizer, template, progress=progress
+        )
         return train, held_out
-    return split(train, asked.eval_split, seed=asked.seed) if asked.eval_split else (train, None)
+    return split(train, config.eval_split, seed=config.seed) if config.eval_split else (train, None)

@@ -25,7 +25,7 @@ class Bins(NamedTuple):
     starts: Indices  # [number of rows + 1]
 
 
-class Rows(NamedTuple):
+class PackedRows(NamedTuple):
     """Row r holds the examples `examples[starts[r]:starts[r + 1]]`."""
 
     examples: Indices
@@ -74,7 +74,7 @@ def one_each(count: int) -> Bins:
     return Bins(np.arange(count), np.arange(count + 1))
 
 
-def shuffled(bins: Bins, lengths: NDArray[np.integer], seed: int, epoch: int) -> Rows:
+def shuffled(bins: Bins, lengths: NDArray[np.integer], seed: int, epoch: int) -> PackedRows:
     """The rows of an epoch, a pure function of the lengths, `seed` and `epoch`.
 
     Examples are permuted before they are ranked by length, so those of one length change places
@@ -83,7 +83,7 @@ def shuffled(bins: Bins, lengths: NDArray[np.integer], seed: int, epoch: int) ->
     order = permutation(len(lengths), seed, epoch, 0)
     by_length = order[np.argsort(-lengths[order].astype(np.int64), kind="stable")]
     row_order = permutation(len(bins.starts) - 1, seed, epoch, 1)
-    return _reordered(Rows(by_length[bins.ranks], bins.starts), row_order)
+    return _reordered(PackedRows(by_length[bins.ranks], bins.starts), row_order)
 
 
 def permutation(count: int, *seeds: int) -> Indices:
@@ -95,23 +95,25 @@ def permutation(count: int, *seeds: int) -> Indices:
     return np.argsort(keys, kind="stable")
 
 
-def in_order(bins: Bins, lengths: NDArray[np.integer]) -> Rows:
+def in_order(bins: Bins, lengths: NDArray[np.integer]) -> PackedRows:
     """The rows without any shuffling, for evaluation: ordered by their first example."""
     by_length = np.argsort(-lengths.astype(np.int64), kind="stable")
     examples = by_length[bins.ranks]
     if not len(examples):
-        return Rows(examples, bins.starts)
-    return _reordered(Rows(examples, bins.starts), np.argsort(examples[bins.starts[:-1]]))
+        return PackedRows(examples, bins.starts)
+    return _reordered(PackedRows(examples, bins.starts), np.argsort(examples[bins.starts[:-1]]))
 
 
-def _reordered(rows: Rows, order: Indices) -> Rows:
+def _reordered(rows: PackedRows, order: Indices) -> PackedRows:
     sizes = np.diff(rows.starts)[order]
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
     offsets = np.arange(starts[-1]) - np.repeat(starts[:-1], sizes)
-    return Rows(rows.examples[np.repeat(rows.starts[:-1][order], sizes) + offsets], starts)
+    return PackedRows(rows.examples[np.repeat(rows.starts[:-1][order], sizes) + offsets], starts)
 
 
-def fill(rows: Sequence[Sequence[int]], example: Callable[[int], Example], length: int) -> Batch:
+def packed_batch(
+    rows: Sequence[Sequence[int]], example: Callable[[int], Example], length: int
+) -> Batch:
     """Batch [B length] of the examples in each row, in order; a row may be empty.
 
     row (A, B), inputs A = [5 6], B = [7], length 4

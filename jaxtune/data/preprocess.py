@@ -22,11 +22,11 @@ from jaxtune.config import DataError, label
 from jaxtune.data import formats, sources
 from jaxtune.data.cache import Writer, code_version
 from jaxtune.data.report.near_duplicates import signatures
-from jaxtune.data.schema import Conversation, Document, Dropped, Span, Tokens
+from jaxtune.data.schema import Conversation, Document, Dropped, Span, WeightedTokens
 from jaxtune.data.templating import literal_special_tokens
 from jaxtune.data.templating.masking import TrainOn, render
 from jaxtune.data.templating.template import Template, variant
-from jaxtune.data.tokenize import encode, truncate
+from jaxtune.data.tokenize import tokenize_rows, truncate
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.data.workers import in_order
 
@@ -84,7 +84,7 @@ class Entry(Protocol):
     def revision(self) -> str | None: ...
 
 
-class Settings(NamedTuple):
+class PreprocessConfig(NamedTuple):
     """How every source of a run is prepared."""
 
     tokenizer: Tokenizer
@@ -94,7 +94,7 @@ class Settings(NamedTuple):
     truncation: Truncation = "drop"
 
 
-def settings_of(entry: Entry, settings: Settings) -> Settings:
+def entry_config(entry: Entry, settings: PreprocessConfig) -> PreprocessConfig:
     """`settings` with the entry's own template and system prompt where it has them."""
     own = variant(
         settings.template,
@@ -108,7 +108,7 @@ def settings_of(entry: Entry, settings: Settings) -> Settings:
 Numbered = tuple[int, sources.Record]  # a record and its place in its file, from 0
 
 
-class Prepared(NamedTuple):
+class PreprocessedRow(NamedTuple):
     """A row as it will be trained, or why it will not. `tokens` may be there either way."""
 
     row: int  # the record's place in its file, from 0
@@ -116,15 +116,15 @@ class Prepared(NamedTuple):
     line: int  # it starts on, from 1; in a table its row
     value: str  # in the column of `proportions`; "" where there are none
     text: str
-    tokens: Tokens | None
+    tokens: WeightedTokens | None
     dropped: Dropped | None
     split: bool = False
     inexact: bool = False
     cut: bool = False  # to max_length
     lost: int = 0  # trained tokens cut off with it
-    typed_control: bool = False  # the record's own text contains control tokens
+    literal_special: bool = False  # the record's own text contains special tokens
     short: bool = False  # a trained answer is one word
-    said: str = ""  # the record's own text, without what its system messages say
+    own_text: str = ""  # the record's own text, without what its system messages say
 
     @property
     def where(self) -> str:
@@ -167,12 +167,12 @@ def format_of(entry: Entry) -> str:
     return formats.resolve(entry.format, entry.columns, first.fields, first.where)
 
 
-def prepare(entry: Entry, settings: Settings) -> Iterator[Prepared]:
+def preprocess(entry: Entry, settings: PreprocessConfig) -> Iterator[PreprocessedRow]:
     """Every row of a source in order, dropped ones included."""
-    settings = settings_of(entry, settings)
+    settings = entry_config(entry, settings)
     name = format_of(entry)
     for chunk in _chunks(read(entry)):
-        yield from _prepare_chunk(chunk, name, entry, settings)
+        yield from _preprocess_chunk(chunk, name, entry, settings)
 
 
 def _chunks(records: Iterator[Numbered]) -> Iterator[list[Numbered]]:
@@ -181,15 +181,15 @@ def _chunks(records: Iterator[Numbered]) -> Iterator[list[Numbered]]:
         yield chunk
 
 
-def _prepare_chunk(
-    chunk: Sequence[Numbered], name: str, entry: Entry, settings: Settings
-) -> Iterator[Prepared]:
+def _preprocess_chunk(
+    chunk: Sequence[Numbered], name: str, entry: Entry, settings: PreprocessConfig
+) -> Iterator[PreprocessedRow]:
     """The rows of some records that are read as format `name`; encoded together."""
-    rendered: list[tuple[Prepared, tuple[Span, ...] | Dropped]] = []
+    rendered: list[tuple[PreprocessedRow, tuple[Span, ...] | Dropped]] = []
     for row, record in chunk:
         noun = formats.to_noun(name, record.fields, entry.columns, record.where)
         value = label(record.fields.get(entry.proportions.column)) if entry.proportions else ""
-        base = Prepared(row, record.file, record.line, value, "", None, None)
+        base = PreprocessedRow(row, record.file, record.line, value, "", None, None)
         if isinstance(noun, Dropped):
             rendered.append((base, noun))
             continue
@@ -197,12 +197,12 @@ def _prepare_chunk(
             rendered.append((base, Dropped("the text is not valid Unicode")))
             continue
         base = base._replace(
-            typed_control=_types_control(noun, settings.tokenizer), said=_said(noun)
+            literal_special=_holds_special(noun, settings.tokenizer), own_text=_own_text(noun)
         )
         rows = render(settings.template, noun, train_on=settings.train_on)
         rendered += [(base, spans) for spans in rows]
     whole = [spans for _, spans in rendered if not isinstance(spans, Dropped)]
-    encoded = iter(encode(whole, settings.tokenizer))
+    encoded = iter(tokenize_rows(whole, settings.tokenizer))
     for base, spans in rendered:
         if isinstance(spans, Dropped):
             yield base._replace(dropped=spans)
@@ -222,7 +222,7 @@ def _prepare_chunk(
         yield _fit(prepared, entry, settings)
 
 
-def _fit(prepared: Prepared, entry: Entry, settings: Settings) -> Prepared:
+def _fit(prepared: PreprocessedRow, entry: Entry, settings: PreprocessConfig) -> PreprocessedRow:
     """Applies `truncation` to a row longer than `max_length` tokens."""
     tokens, limit = prepared.tokens, settings.max_length
     if tokens is None or len(tokens.ids) <= limit:
@@ -269,7 +269,7 @@ def _is_unicode(noun: Conversation | Document) -> bool:
     return True
 
 
-def _said(noun: Conversation | Document) -> str:
+def _own_text(noun: Conversation | Document) -> str:
     if isinstance(noun, Document):
         return noun.text
     return "\n".join(
@@ -284,11 +284,11 @@ def _has_short_answer(spans: tuple[Span, ...], stop: str) -> bool:
     return any(len(text.removesuffix(stop).split(None, 2)) < 2 for text in answers)
 
 
-def _types_control(noun: Conversation | Document, tokenizer: Tokenizer) -> bool:
-    return tokenizer.control_pattern.search("\0".join(_texts(noun))) is not None
+def _holds_special(noun: Conversation | Document, tokenizer: Tokenizer) -> bool:
+    return tokenizer.special_pattern.search("\0".join(_texts(noun))) is not None
 
 
-def cache_key(entry: Entry, settings: Settings) -> str:
+def cache_key(entry: Entry, settings: PreprocessConfig) -> str:
     """Everything that decides the tokens of a source; no path, no name, no output folder."""
     parts = {
         "data": sources.digest(files_of(entry)),
@@ -306,7 +306,7 @@ def cache_key(entry: Entry, settings: Settings) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
 
-class Made(NamedTuple):
+class TokenizedChunk(NamedTuple):
     """What a chunk of records became: arrays to append to the cache, and counts."""
 
     arrays: dict[str, NDArray[Any]]  # by the names of `cache.ARRAYS`; lengths in place of offsets
@@ -315,15 +315,17 @@ class Made(NamedTuple):
     dropped: dict[str, dict[str, Any]]  # reason -> {"count", "first": [{"file", "line", "detail"}]}
 
 
-def make(chunk: Sequence[Numbered], *, name: str, entry: Entry, settings: Settings) -> Made:
+def tokenize_chunk(
+    chunk: Sequence[Numbered], *, name: str, entry: Entry, settings: PreprocessConfig
+) -> TokenizedChunk:
     """Records -> arrays; a pure function of its arguments, run in any process."""
     counts: Counter[str] = Counter(records=len(chunk))
     for column in entry.columns.values():
         counts[_COLUMN + column] = sum(column in record.fields for _, record in chunk)
     dropped: dict[str, dict[str, Any]] = {}
-    kept: list[Prepared] = []
-    tokens: list[Tokens] = []
-    for item in _prepare_chunk(chunk, name, entry, settings):
+    kept: list[PreprocessedRow] = []
+    tokens: list[WeightedTokens] = []
+    for item in _preprocess_chunk(chunk, name, entry, settings):
         if item.dropped or item.tokens is None:
             reason, detail = item.dropped or Dropped("nothing to train")
             first = [{"file": item.file, "line": item.line, "detail": detail}]
@@ -344,13 +346,13 @@ def make(chunk: Sequence[Numbered], *, name: str, entry: Entry, settings: Settin
         "flags": np.array([_flags(item) for item in kept], np.uint8),
         "lost": np.array([item.lost for item in kept], np.int32),
         "digests": np.array([_digest(part.ids) for part in tokens], np.uint64),
-        "signatures": signatures([item.said for item in kept]).reshape(-1),
+        "signatures": signatures([item.own_text for item in kept]).reshape(-1),
     }
-    return Made(arrays, tuple(values), counts, dropped)
+    return TokenizedChunk(arrays, tuple(values), counts, dropped)
 
 
 def build(
-    writer: Writer, entry: Entry, settings: Settings, processes: int, progress: Progress
+    writer: Writer, entry: Entry, settings: PreprocessConfig, processes: int, progress: Progress
 ) -> dict[str, Any]:
     """Writes the examples of a source and returns what was counted on the way."""
     name = format_of(entry)
@@ -360,7 +362,7 @@ def build(
     known: dict[str, int] = {}  # values of the column of `proportions`
     end = 0
     writer.append("offsets", np.zeros(1, np.int64))
-    work = functools.partial(make, name=name, entry=entry, settings=settings)
+    work = functools.partial(tokenize_chunk, name=name, entry=entry, settings=settings)
     with contextlib.closing(in_order(work, _chunks(read(entry)), processes)) as parts:
         for made in parts:
             counts.update(made.counts)
@@ -398,10 +400,10 @@ def _merge(dropped: dict[str, dict[str, Any]], more: Mapping[str, dict[str, Any]
         entry["first"] = (entry["first"] + found["first"])[:_SHOWN]
 
 
-def _flags(item: Prepared) -> int:
+def _flags(item: PreprocessedRow) -> int:
     """Bit i is set where `FLAGS[i]` is true of the row."""
-    said = (item.split, item.inexact, item.cut, item.lost > 0, item.typed_control, item.short)
-    return sum(flag << bit for bit, flag in enumerate(said))
+    marks = (item.split, item.inexact, item.cut, item.lost > 0, item.literal_special, item.short)
+    return sum(flag << bit for bit, flag in enumerate(marks))
 
 
 def _joined(parts: list[NDArray[Any]]) -> NDArray[Any]:

@@ -1,6 +1,6 @@
-"""The nouns of the data room, in the order in which a record passes through them.
+"""The nouns of the data package, in the order in which a record passes through them.
 
-    Conversation | Document  ->  Span, Span, ...  ->  Tokens  ->  Example  ->  Batch
+    Conversation | Document  ->  Span, Span, ...  ->  WeightedTokens  ->  Example  ->  Batch
 
 At every arrow a row may become `Dropped` instead, with its reason. What carries loss is said by
 `weights` alone: nobody reads meaning from a token's value. Numpy only; nothing here does anything.
@@ -54,7 +54,7 @@ class Span(NamedTuple):
     """A piece of the rendered text. Tokens never reach over the edge of a span.
 
     `answer` marks what the model must produce: it ends with exactly one end of turn. `breaks` are
-    places inside control tokens that a message holds as text: cut there, they stay text. A
+    places inside special tokens that a message holds as text: cut there, they stay text. A
     `document` is encoded as the beginning of a text, and may hold any number of ends of turn.
     """
 
@@ -65,7 +65,7 @@ class Span(NamedTuple):
     document: bool = False
 
 
-class Tokens(NamedTuple):
+class WeightedTokens(NamedTuple):
     """A whole example, unshifted: `weights[i]` is the loss weight of `ids[i]` as a target."""
 
     ids: Ints  # [n]
@@ -73,7 +73,7 @@ class Tokens(NamedTuple):
 
 
 class Example(NamedTuple):
-    """An example after its one and only shift (`encode.shift`); all [n - 1]."""
+    """An example after its one and only shift (`tokenize.shift`); all [n - 1]."""
 
     inputs: Ints
     targets: Ints

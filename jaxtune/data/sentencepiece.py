@@ -21,7 +21,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from jaxtune.config import ConfigError
 
 
-class Kind(IntEnum):
+class PieceKind(IntEnum):
     """What a piece is (`ModelProto.SentencePiece.Type`)."""
 
     NORMAL = 1
@@ -32,16 +32,16 @@ class Kind(IntEnum):
     BYTE = 6
 
 
-class Piece(NamedTuple):
+class VocabularyPiece(NamedTuple):
     text: str
     score: float
-    kind: Kind
+    kind: PieceKind
 
 
-class Model(NamedTuple):
+class SentencePieceModel(NamedTuple):
     """What of a model decides its ids. The number of a piece is its id; -1 = there is none."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[VocabularyPiece, ...]
     is_unigram: bool  # else byte-pair encoding
     byte_fallback: bool
     unk_id: int
@@ -60,7 +60,7 @@ _BLANK = "▁"
 _UNIGRAM, _BPE = 1, 2
 
 
-def read(file: Path) -> Model:
+def read(file: Path) -> SentencePieceModel:
     """Raises `ConfigError` where the file is no SentencePiece model of a kind that is known."""
     try:
         fields = list(_fields(file.read_bytes()))
@@ -71,7 +71,7 @@ def read(file: Path) -> Model:
         pieces = tuple(_piece(_bytes(value)) for number, value in fields if number == 1)
         if not pieces:
             raise ValueError("no pieces")
-        model = Model(
+        model = SentencePieceModel(
             pieces=pieces,
             is_unigram=_int(trainer, 3, _UNIGRAM) == _UNIGRAM,
             byte_fallback=bool(_int(trainer, 35, 0)),
@@ -93,7 +93,7 @@ def read(file: Path) -> Model:
     return model
 
 
-def convert(model: Model) -> tokenizers.Tokenizer:
+def convert(model: SentencePieceModel) -> tokenizers.Tokenizer:
     """The tokenizer: same pieces, same ids, control pieces as special tokens."""
     vocabulary = [(piece.text, piece.score) for piece in model.pieces]
     unknown = model.text(model.unk_id)
@@ -121,7 +121,7 @@ def convert(model: Model) -> tokenizers.Tokenizer:
     if model.add_dummy_prefix:
         back.append(decoders.Strip(" ", 1, 0))
     backend.decoder = decoders.Sequence(back)
-    steering = (Kind.CONTROL, Kind.UNKNOWN)
+    steering = (PieceKind.CONTROL, PieceKind.UNKNOWN)
     backend.add_special_tokens(
         [
             tokenizers.AddedToken(piece.text, special=True, normalized=False)
@@ -133,20 +133,20 @@ def convert(model: Model) -> tokenizers.Tokenizer:
         [
             tokenizers.AddedToken(piece.text, normalized=False)
             for piece in model.pieces
-            if piece.kind == Kind.USER_DEFINED
+            if piece.kind == PieceKind.USER_DEFINED
         ]
     )
     return backend
 
 
-def named(model: Model) -> dict[str, str]:
+def named(model: SentencePieceModel) -> dict[str, str]:
     """bos_token, eos_token, ... as the model has them."""
     ids = {"bos": model.bos_id, "eos": model.eos_id, "unk": model.unk_id, "pad": model.pad_id}
     texts = {f"{name}_token": model.text(number) for name, number in ids.items()}
     return {name: text for name, text in texts.items() if text is not None}
 
 
-def _merges(model: Model) -> list[tuple[str, str]]:
+def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
     """Every way to make a piece of two others, the likeliest piece first.
 
     Control pieces are made by no merge: text that spells one stays text.
@@ -154,7 +154,7 @@ def _merges(model: Model) -> list[tuple[str, str]]:
     ids = {piece.text: number for number, piece in enumerate(model.pieces)}
     ways: list[tuple[float, int, int, int, str, str]] = []
     for number, piece in enumerate(model.pieces):
-        if piece.kind not in (Kind.NORMAL, Kind.USER_DEFINED):
+        if piece.kind not in (PieceKind.NORMAL, PieceKind.USER_DEFINED):
             continue
         for cut in range(1, len(piece.text)):
             left, right = piece.text[:cut], piece.text[cut:]
@@ -163,10 +163,12 @@ def _merges(model: Model) -> list[tuple[str, str]]:
     return [(left, right) for *_, left, right in sorted(ways)]
 
 
-def _piece(data: bytes) -> Piece:
+def _piece(data: bytes) -> VocabularyPiece:
     fields = dict(_fields(data))
     score = struct.unpack("<f", _bytes(fields.get(2, bytes(4))))[0]
-    return Piece(_bytes(fields[1]).decode("utf-8"), score, Kind(_int(fields, 3, Kind.NORMAL)))
+    return VocabularyPiece(
+        _bytes(fields[1]).decode("utf-8"), score, PieceKind(_int(fields, 3, PieceKind.NORMAL))
+    )
 
 
 def _int(fields: dict[int, int | bytes], number: int, default: int) -> int:

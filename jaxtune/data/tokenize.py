@@ -8,8 +8,8 @@ the tokens before it change), the row is split there, so that the prompt ids tha
 
     "A:" + "yes"       "A:" alone [A :]    jointly [A:yes]    ->  [A :] [yes]     split
 
-A control token that a message holds as text is cut in two the same way (`Span.breaks`), so that no
-tokenizer sees it whole: it stays text, and decodes to what was typed.
+A special token that a message holds as text is cut in two the same way (`Span.breaks`), so that no
+tokenizer sees it whole: it stays text, and decodes to what the message holds.
 
 Token ids are compared rather than character offsets: tokenizers report offsets that leave out
 blanks (`trim_offsets`) or cover several byte tokens at once; ids cannot mislead. Every answer is
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.config import DataError
-from jaxtune.data.schema import Dropped, Example, Message, Span, Tokens
+from jaxtune.data.schema import Dropped, Example, Message, Span, WeightedTokens
 from jaxtune.data.templating.masking import render_prompt
 from jaxtune.data.templating.template import Template
 from jaxtune.data.tokenizer import Tokenizer
@@ -40,13 +40,13 @@ _LETTER = 8  # tokens that one letter may be spread over; bytes that are none st
 Row = tuple[Span, ...]
 
 
-class Encoded(NamedTuple):
-    tokens: Tokens
+class TokenizedRow(NamedTuple):
+    tokens: WeightedTokens
     split: bool  # a token would have reached over an edge
     inexact: bool  # the tokenizer does not keep the answer's blanks or Unicode form
 
 
-def encode(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Encoded | Dropped]:
+def tokenize_rows(rows: Sequence[Row], tokenizer: Tokenizer) -> list[TokenizedRow | Dropped]:
     """Rows of spans -> whole examples, in the same order.
 
     Every answer span with weight ends with exactly one end-of-turn token and decodes to its text
@@ -54,13 +54,13 @@ def encode(rows: Sequence[Row], tokenizer: Tokenizer) -> list[Encoded | Dropped]
     """
     pieces, split = _pieces(rows, tokenizer)
     decoded = _decode_answers(rows, pieces, tokenizer)
-    results: list[Encoded | Dropped] = []
+    results: list[TokenizedRow | Dropped] = []
     for number, row in enumerate(rows):
         results.append(_checked(row, pieces[number], decoded, number, tokenizer, split[number]))
     return results
 
 
-def encode_prompt(
+def tokenize_prompt(
     template: Template,
     tokenizer: Tokenizer,
     messages: Sequence[Message],
@@ -78,18 +78,18 @@ def encode_prompt(
     return [token for piece in found for token in piece]
 
 
-def shift(tokens: Tokens) -> Example:
+def shift(tokens: WeightedTokens) -> Example:
     """[n] -> inputs, targets, weights [n - 1]: position i predicts token i + 1. Only here."""
     ids, weights = tokens
     return Example(inputs=ids[:-1], targets=ids[1:], weights=weights[1:])
 
 
-def truncate(tokens: Tokens, max_length: int) -> Tokens:
+def truncate(tokens: WeightedTokens, max_length: int) -> WeightedTokens:
     """The first `max_length` tokens; no end of turn is put where the text went on."""
-    return Tokens(tokens.ids[:max_length], tokens.weights[:max_length])
+    return WeightedTokens(tokens.ids[:max_length], tokens.weights[:max_length])
 
 
-def runs(tokens: Tokens, tokenizer: Tokenizer) -> list[tuple[str, float]]:
+def runs(tokens: WeightedTokens, tokenizer: Tokenizer) -> list[tuple[str, float]]:
     """The example's tokens as text, cut where the weight changes: [(text, weight), ...]."""
     edges = [*(np.flatnonzero(np.diff(tokens.weights)) + 1).tolist(), len(tokens.ids)]
     found: list[tuple[str, float]] = []
@@ -101,7 +101,7 @@ def runs(tokens: Tokens, tokenizer: Tokenizer) -> list[tuple[str, float]]:
     return found
 
 
-def token_texts(tokens: Tokens, tokenizer: Tokenizer) -> list[tuple[str, list[int], float]]:
+def token_texts(tokens: WeightedTokens, tokenizer: Tokenizer) -> list[tuple[str, list[int], float]]:
     """The example token by token: [(text, ids, weight), ...].
 
     Several ids stand together where a letter is spread over them. Each is decoded behind those
@@ -121,16 +121,16 @@ def token_texts(tokens: Tokens, tokenizer: Tokenizer) -> list[tuple[str, list[in
     return found
 
 
-class _Part(NamedTuple):
+class _SpanPart(NamedTuple):
     """What is encoded at once: a span, or what lies between its breaks."""
 
     text: str
-    apart: bool  # with what stands before it, it would be a control token
+    apart: bool  # with what stands before it, it would be a special token
     begins: bool  # a text, whatever stands before it
     answer: bool
 
     @classmethod
-    def of(cls, span: Span) -> list[_Part]:
+    def of(cls, span: Span) -> list[_SpanPart]:
         edges = [0, *span.breaks, len(span.text)]
         texts = (span.text[a:b] for a, b in itertools.pairwise(edges))
         return [cls(text, i > 0, span.document, span.answer) for i, text in enumerate(texts)]
@@ -140,7 +140,7 @@ def _pieces(
     rows: Sequence[Row], tokenizer: Tokenizer
 ) -> tuple[list[list[list[int]] | None], list[bool]]:
     """Token ids of each span of each row (None: no way to cut), and whether a row was split."""
-    parts = [[part for span in row for part in _Part.of(span)] for row in rows]
+    parts = [[part for span in row for part in _SpanPart.of(span)] for row in rows]
     contexts = [_contexts(row, tokenizer) for row in parts]
     wanted: set[str] = set()
     for row, before in zip(parts, contexts, strict=True):
@@ -157,7 +157,7 @@ def _pieces(
             if not part.apart:
                 prefix, whole = joint[context], joint[context + part.text]
                 ids = whole[len(prefix) :] if whole[: len(prefix)] == prefix else None
-                # Blanks may belong to the control token before them.
+                # Blanks may belong to the special token before them.
                 ids = None if not ids and (part.answer or part.text.strip()) else ids
             found[-1].append(ids)
             if ids is None:
@@ -174,7 +174,7 @@ def _pieces(
 
 
 def _completed(
-    row: Sequence[_Part], found: list[list[int] | None], cut: dict[str, list[int] | None]
+    row: Sequence[_SpanPart], found: list[list[int] | None], cut: dict[str, list[int] | None]
 ) -> list[list[int]] | None:
     """`found` with what it lacks taken from `cut`; None where that has nothing either."""
     complete: list[list[int]] = []
@@ -197,28 +197,28 @@ def _joined(row: Row, parts: list[list[int]] | None) -> list[list[int]] | None:
     ]
 
 
-def _contexts(row: Sequence[_Part], tokenizer: Tokenizer) -> list[str]:
-    """For each part what must stand before it: the text before, from its last control token on.
+def _contexts(row: Sequence[_SpanPart], tokenizer: Tokenizer) -> list[str]:
+    """For each part what must stand before it: the text before, from its last special token on.
 
-    Control tokens separate: what follows one is encoded the same whatever came before it.
+    Special tokens separate: what follows one is encoded the same whatever came before it.
     """
     contexts: list[str] = []
     before = ""
     for part in row:
         before = "" if part.begins and not part.apart else before
         contexts.append(before)
-        before = tokenizer.last_control(("" if part.apart else before) + part.text)
+        before = tokenizer.from_last_special(("" if part.apart else before) + part.text)
     return contexts
 
 
 def _continuations(texts: set[str], tokenizer: Tokenizer) -> dict[str, list[int] | None]:
     """Ids of each text as it is encoded behind other text, or None where no anchor comes off.
 
-    Only what stands before the first control token needs an anchor.
+    Only what stands before the first special token needs an anchor.
     """
     heads: dict[str, tuple[str, str]] = {}
     for text in sorted(texts):
-        control = tokenizer.control_pattern.search(text)
+        control = tokenizer.special_pattern.search(text)
         at = control.start() if control else len(text)
         heads[text] = text[:at], text[at:]
     anchored = _anchored({head for head, _ in heads.values() if head}, tokenizer)
@@ -231,9 +231,9 @@ def _continuations(texts: set[str], tokenizer: Tokenizer) -> dict[str, list[int]
 
 
 def _anchored(texts: set[str], tokenizer: Tokenizer) -> dict[str, list[int] | None]:
-    """Ids of texts without control tokens, encoded behind an anchor that comes off whole."""
+    """Ids of texts without special tokens, encoded behind an anchor that comes off whole."""
     done: dict[str, list[int] | None] = dict.fromkeys(texts)
-    # A control token is the cleanest anchor, where the tokenizer puts no blank behind it.
+    # A special token is the cleanest anchor, where the tokenizer puts no blank behind it.
     anchors = (*([tokenizer.eos_token] if tokenizer.eos_token else []), *ANCHORS)
     left = sorted(texts)
     for anchor in anchors:
@@ -284,7 +284,7 @@ def _checked(
     number: int,
     tokenizer: Tokenizer,
     split: bool,
-) -> Encoded | Dropped:
+) -> TokenizedRow | Dropped:
     if parts is None:
         return Dropped(
             "no token boundary at the answer", "no way to cut the text before the answer"
@@ -294,15 +294,15 @@ def _checked(
         trained = span.answer and span.weight > 0
         if trained and not _ends(parts[index], tokenizer, once=not span.document):
             return Dropped("not exactly one end of turn", f"behind {span.text[-40:]!r}")
-        if span.breaks and not _typed_as_text(span, parts[index], tokenizer):
-            return Dropped("a typed control token would steer", f"{span.text[:60]!r}")
+        if span.breaks and not _literal_as_text(span, parts[index], tokenizer):
+            return Dropped("a literal special token would steer", f"{span.text[:60]!r}")
         back = decoded.get((number, index), span.text)
         if back != span.text:
             if _essence(back) != _essence(span.text):
                 return Dropped(
                     "the tokenizer cannot write the answer"
                     if trained
-                    else "the tokenizer cannot write a typed control token as text",
+                    else "the tokenizer cannot write a literal special token as text",
                     f"{back[:40]!r} for {span.text[:40]!r}",
                 )
             inexact = inexact or trained
@@ -312,21 +312,23 @@ def _checked(
     weights[:1] = 0.0  # nothing predicts the first token
     if not weights.any():
         return Dropped("nothing to train", f"{len(ids)} token{'s' if len(ids) != 1 else ''}")
-    return Encoded(Tokens(ids, weights), split, inexact)
+    return TokenizedRow(WeightedTokens(ids, weights), split, inexact)
 
 
 def _ends(ids: Sequence[int], tokenizer: Tokenizer, *, once: bool) -> bool:
     end = ids[-1]
-    return end in tokenizer.control_ids and (not once or ids.count(end) == 1)
+    return end in tokenizer.special_ids and (not once or ids.count(end) == 1)
 
 
-def _typed_as_text(span: Span, ids: list[int], tokenizer: Tokenizer) -> bool:
-    """Whether the control tokens among `ids` are those that the template wrote, and no more."""
-    texts = [part.text for part in _Part.of(span)]
+def _literal_as_text(span: Span, ids: list[int], tokenizer: Tokenizer) -> bool:
+    """Whether the special tokens among `ids` are those that the template wrote, and no more."""
+    texts = [part.text for part in _SpanPart.of(span)]
     written = [
-        tokenizer.control[t] for text in texts for t in tokenizer.control_pattern.findall(text)
+        tokenizer.special_tokens[t]
+        for text in texts
+        for t in tokenizer.special_pattern.findall(text)
     ]
-    return written == [i for i in ids if i in tokenizer.control_ids and i != tokenizer.unk_id]
+    return written == [i for i in ids if i in tokenizer.special_ids and i != tokenizer.unk_id]
 
 
 def _essence(text: str) -> str:

@@ -48,15 +48,15 @@ _FILES = (
 class Tokenizer:
     """Text -> ids without anything added, ids -> text without anything left out.
 
-    `named`: bos_token, eos_token, ... as chat templates know them. `control`: text -> id of the
-    tokens that steer the model; they are found in any text that contains them.
+    `named`: bos_token, eos_token, ... as chat templates know them. `special_tokens`: text -> id
+    of the tokens that steer the model; they are found in any text that contains them.
     `begins_with_bos`: whether the tokenizer itself puts bos before plain text.
     """
 
     backend: tokenizers.Tokenizer
     folder: Path
     named: Mapping[str, str]
-    control: Mapping[str, int]
+    special_tokens: Mapping[str, int]
     chat_template: str | None
     begins_with_bos: bool
     size: int  # largest id + 1
@@ -80,11 +80,11 @@ class Tokenizer:
     def decode_each(self, ids: Sequence[int]) -> str:
         """What each id writes behind another token, joined: `decode` where no token changes its
         neighbours and no letter is spread over several."""
-        return "".join(map(self._written.__getitem__, ids))
+        return "".join(map(self._texts.__getitem__, ids))
 
     @functools.cached_property
-    def _written(self) -> _Written:
-        return _Written(self.decode)
+    def _texts(self) -> _TokenTexts:
+        return _TokenTexts(self.decode)
 
     @property
     def bos_token(self) -> str | None:
@@ -115,24 +115,24 @@ class Tokenizer:
         return None if token is None else self.backend.token_to_id(token)
 
     @functools.cached_property
-    def control_ids(self) -> frozenset[int]:
-        return frozenset(self.control.values())
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(self.special_tokens.values())
 
     @functools.cached_property
-    def control_pattern(self) -> re.Pattern[str]:
-        """Matches any control token, the longest first; never matches when there is none."""
-        tokens = sorted(self.control, key=len, reverse=True)
+    def special_pattern(self) -> re.Pattern[str]:
+        """Matches any special token, the longest first; never matches when there is none."""
+        tokens = sorted(self.special_tokens, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
-    def last_control(self, text: str) -> str:
-        """`text` from its last control token on; all of it where it has none."""
+    def from_last_special(self, text: str) -> str:
+        """`text` from its last special token on; all of it where it has none."""
         start = 0
-        for found in self.control_pattern.finditer(text):
+        for found in self.special_pattern.finditer(text):
             start = found.start()
         return text[start:]
 
 
-class _Written(dict[int, str]):
+class _TokenTexts(dict[int, str]):
     """id -> the text it adds behind another token, which is itself; asked once for each."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
@@ -150,7 +150,7 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Opens a folder (also a run directory), or downloads the tokenizer files of a hub id.
 
-    `add` are control tokens it shall have; those it lacks get the ids behind all others. Raises
+    `add` are special tokens it shall have; those it lacks get the ids behind all others. Raises
     `ConfigError` for what is no tokenizer, `ModelError` for files that cannot be read or fetched.
     """
     file = _file(path_or_name, revision)
@@ -178,7 +178,7 @@ def load_tokenizer(
     backend.no_truncation()
     try:
         _add_tokens(backend, settings)
-        _declare_control(backend, settings)
+        _declare_special(backend, settings)
         chat_template = _chat_template(folder, settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{folder / 'tokenizer_config.json'}: malformed: {error!r}.") from None
@@ -187,20 +187,20 @@ def load_tokenizer(
         _set_plain_text_processor(backend, settings, named)
     except (ValueError, TypeError) as error:  # half a surrogate pair is no text
         raise ConfigError(f"{folder / 'tokenizer_config.json'}: malformed: {error!r}.") from None
-    lacking = [token for token in dict.fromkeys(add) if token not in _control(backend)]
-    new = _add_control(backend, lacking)
-    control = _control(backend)
+    lacking = [token for token in dict.fromkeys(add) if token not in _special(backend)]
+    new = _add_special(backend, lacking)
+    special = _special(backend)
     bos = named.get("bos_token")
     begins_with_bos = bos is not None and backend.encode("a").tokens[:1] == [bos]
-    identity = json.dumps([named, begins_with_bos, sorted(control.items())]).encode()
+    identity = json.dumps([named, begins_with_bos, sorted(special.items())]).encode()
     if bare:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    changed = _files(backend, settings, control, lacking) if lacking or bare else {}
+    changed = _files(backend, settings, special, lacking) if lacking or bare else {}
     return Tokenizer(
         backend=backend,
         folder=folder,
         named=named,
-        control=control,
+        special_tokens=special,
         chat_template=chat_template,
         begins_with_bos=begins_with_bos,
         size=max(backend.get_vocab().values(), default=-1) + 1,
@@ -268,24 +268,24 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> N
             backend.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
 
 
-def _declare_control(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
-    """Makes control tokens of those that tokenizer_config.json alone calls special."""
+def _declare_special(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
+    """Makes special tokens of those that tokenizer_config.json alone calls special."""
     texts: list[Any] = []
     for name in ("additional_special_tokens", "extra_special_tokens"):
         listed = settings.get(name) or ()
         values = listed.values() if isinstance(listed, dict) else listed
         texts += [value.get("content") if isinstance(value, dict) else value for value in values]
     known = [t for t in texts if isinstance(t, str) and backend.token_to_id(t) is not None]
-    backend.add_special_tokens([t for t in known if t not in _control(backend)])
+    backend.add_special_tokens([t for t in known if t not in _special(backend)])
 
 
-def _control(backend: tokenizers.Tokenizer) -> dict[str, int]:
+def _special(backend: tokenizers.Tokenizer) -> dict[str, int]:
     added = backend.get_added_tokens_decoder()
     return {token.content: number for number, token in added.items() if token.special}
 
 
-def _add_control(backend: tokenizers.Tokenizer, tokens: Sequence[str]) -> dict[str, int]:
-    """Makes `tokens` control tokens; returns the ids of those that were not there at all."""
+def _add_special(backend: tokenizers.Tokenizer, tokens: Sequence[str]) -> dict[str, int]:
+    """Makes `tokens` special tokens; returns the ids of those that were not there at all."""
     lacking = [token for token in tokens if backend.token_to_id(token) is None]
     backend.add_special_tokens(
         [tokenizers.AddedToken(token, special=True, normalized=False) for token in tokens]
@@ -297,7 +297,7 @@ def _add_control(backend: tokenizers.Tokenizer, tokens: Sequence[str]) -> dict[s
 def _files(
     backend: tokenizers.Tokenizer,
     settings: Mapping[str, Any],
-    control: Mapping[str, int],
+    special: Mapping[str, int],
     add: Sequence[str],
 ) -> dict[str, bytes]:
     """tokenizer.json and tokenizer_config.json in which `add` are special tokens."""
@@ -310,7 +310,7 @@ def _files(
             break
     if isinstance(declared := settings.get("added_tokens_decoder"), dict):
         flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-        new = {str(control[t]): {"content": t, **flags, "special": True} for t in add}
+        new = {str(special[t]): {"content": t, **flags, "special": True} for t in add}
         settings["added_tokens_decoder"] = {**declared, **new}
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"

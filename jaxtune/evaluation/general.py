@@ -16,7 +16,7 @@ from jaxtune.config import Config, DataError, DatasetConfig
 from jaxtune.data import packing
 from jaxtune.data.dataset import Dataset
 from jaxtune.data.open import open_entries
-from jaxtune.data.schema import Batch, Example, Tokens
+from jaxtune.data.schema import Batch, Example, WeightedTokens
 from jaxtune.data.tokenize import shift
 from jaxtune.inference.load import TextCodec
 from jaxtune.terminal.progress import TokenizeProgress
@@ -34,7 +34,7 @@ class GeneralText(NamedTuple):
     def example(self, number: int) -> Example:
         document, start, stop = self.windows[number]
         ids, weights = self.texts.tokens(document)
-        return shift(Tokens(ids[start:stop], weights[start:stop]))
+        return shift(WeightedTokens(ids[start:stop], weights[start:stop]))
 
 
 def open_general(config: Config, path: str, words: TextCodec) -> GeneralText:
@@ -69,4 +69,4 @@ def batches(general: GeneralText, batch_size: int) -> Iterator[tuple[Batch, list
             else []
             for row in range(first, first + batch_size)
         ]
-        yield packing.fill(here, general.example, general.row_length), here
+        yield packing.packed_batch(here, general.example, general.row_length), here

@@ -18,10 +18,10 @@ from jaxtune.data.open import open_entries
 from jaxtune.data.preprocess import format_of, read
 from jaxtune.data.report.columns import column_names, column_values
 from jaxtune.data.schema import Conversation
-from jaxtune.data.templating.answer_text import answer_ids, around, text_of
+from jaxtune.data.templating.answer_text import affixes, answer_ids, text_of
 from jaxtune.data.templating.masking import render_prompt
 from jaxtune.data.templating.template import variant
-from jaxtune.data.tokenize import encode_prompt
+from jaxtune.data.tokenize import tokenize_prompt
 from jaxtune.evaluation.scores.reasoning import spoken
 from jaxtune.inference.load import TextCodec
 from jaxtune.terminal.progress import TokenizeProgress
@@ -132,7 +132,7 @@ def that_fit(questions: Sequence[Question], positions: int) -> tuple[Question, .
     """
     sizes = [
         len(
-            encode_prompt(
+            tokenize_prompt(
                 q.words.template, q.words.tokenizer, q.asked.messages, tools=q.asked.tools
             )
         )
@@ -161,7 +161,7 @@ def _conversations(
         words.template, words.tokenizer, template=entry.template, system_prompt=entry.system_prompt
     )
     words_here = words._replace(template=own)
-    left_out = around(own, words.tokenizer)
+    left_out = affixes(own, words.tokenizer)
     format_name = format_of(entry)
     for row, record in read(entry):
         if row not in first:

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from jaxtune.config import ConfigError
 from jaxtune.data.schema import Conversation, Message
-from jaxtune.data.templating.answer_text import Around, around, text_of
+from jaxtune.data.templating.answer_text import Affixes, affixes, text_of
 from jaxtune.data.templating.template import Template
-from jaxtune.data.tokenize import encode_prompt
+from jaxtune.data.tokenize import tokenize_prompt
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.inference.engine import MOST_STEPS, Engine, by_length
 from jaxtune.inference.load import Model, TextCodec
@@ -48,7 +48,7 @@ class TextEvent(NamedTuple):
 def prompt_ids(model: Model, codec: TextCodec, conversation: Conversation) -> list[int]:
     """Tokenize a conversation as training does: the first tokens of the row it would make."""
     messages, tools = conversation.messages, conversation.tools
-    ids = encode_prompt(codec.template, codec.tokenizer, messages, tools=tools)
+    ids = tokenize_prompt(codec.template, codec.tokenizer, messages, tools=tools)
     check_ids(max(ids, default=0), model.name, model.spec, codec.tokenizer)
     return ids
 
@@ -191,7 +191,7 @@ class TextGenerator:
             number=number,
         )
         tokenizer, own = self._codec.tokenizer, template or self._codec.template
-        left_out = Around() if template is None else around(template, tokenizer)
+        left_out = Affixes() if template is None else affixes(template, tokenizer)
         self._texts[request] = Detokenizer(tokenizer, own.stop_id, tuple(stop), left_out)
         return request
 
@@ -224,7 +224,7 @@ class Detokenizer:
     tokenizer: Tokenizer
     behind: int  # a token to be decoded behind
     stop: tuple[str, ...]
-    around: Around
+    around: Affixes
     ids: list[int] = field(default_factory=list)
     shown: str = ""
 

@@ -26,7 +26,7 @@ class Places(NamedTuple):
     `rotations` holds the cosines and sines `[B T k]` of every kind of rope in the model, in the
     order of `kinds_of_rope`: computed once, not once per layer. `row_segments` and `row_positions`
     `[B S]` are of all tokens of these rows: more than a device's own, where it has a share of them
-    (`collectives.shares`).
+    (`collectives.zigzag_positions`).
     """
 
     segment_ids: jax.Array
@@ -141,7 +141,7 @@ class Attention(nn.Module):
 
         length = k_BSGK.shape[1]
         shared = collectives.row_devices() > 1
-        order = collectives.shares(length, collectives.row_devices()) if shared else None
+        order = collectives.zigzag_positions(length, collectives.row_devices()) if shared else None
 
         def mix(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> jax.Array:
             of_q, of_k, at_q, at_k, sinks, device = rest

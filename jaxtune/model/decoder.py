@@ -327,7 +327,7 @@ class Decoder(nn.Module):
     ) -> tuple[jax.Array, jax.Array, Cache | None]:
         spec, sizes = self.spec, {"V": self.spec.vocab, "D": self.spec.width}
         table_VD = Matrix("table", "VD", sizes, self.build, name="embed")()
-        x_BTD = collectives.looked_up(table_VD, inputs_BT, spec.width, self.build.compute)
+        x_BTD = collectives.sharded_lookup(table_VD, inputs_BT, spec.width, self.build.compute)
         if spec.embed_scale != 1.0:
             # Rounded to compute dtype first, as the models were trained.
             x_BTD = x_BTD * jnp.asarray(spec.embed_scale, x_BTD.dtype)
@@ -338,7 +338,9 @@ class Decoder(nn.Module):
         row = collectives.whole_rows(segment_ids_BT), collectives.whole_rows(positions_BT)
         last_BT = None
         if collectives.row_devices() > 1:
-            last_BT = rope.last_positions(row[1], row[0])[:, collectives.row_share(row[0].shape[1])]
+            last_BT = rope.last_positions(row[1], row[0])[
+                :, collectives.row_positions(row[0].shape[1])
+            ]
         rotations = tuple(
             rope.angles(*kind, positions_BT, segment_ids_BT, last=last_BT)
             for kind in kinds_of_rope(spec)

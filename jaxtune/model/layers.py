@@ -104,11 +104,11 @@ def weight(
     """
     stored = _stored(module, name, lambda key: Declared(initialiser(key, shape, new), axes))
     if compute is None:
-        return collectives.gathered(stored, axes, shape, stored.dtype)
+        return collectives.all_gathered(stored, axes, shape, stored.dtype)
     arriving = None
     if module.has_variable(ARRIVING, name):
         arriving = module.get_variable(ARRIVING, name)
-    return collectives.gathered(stored, axes, shape, compute, arriving)
+    return collectives.all_gathered(stored, axes, shape, compute, arriving)
 
 
 def _stored(module: nn.Module, name: str, new: Callable[[jax.Array], Any]) -> Any:
@@ -207,7 +207,7 @@ def quantised_weight(
 
     stored = _stored(module, "kernel", new)
     return {
-        name: collectives.gathered(leaf, axes[name], found[name].shape, leaf.dtype)
+        name: collectives.all_gathered(leaf, axes[name], found[name].shape, leaf.dtype)
         for name, leaf in stored.items()
     }
 
@@ -229,7 +229,7 @@ def _adapter_leaf(module: nn.Module, sizes: Mapping[str, int], build: Build) -> 
         if name == "rows":  # beside a table that stays cut as they are
             return stored
         dtype = stored.dtype if name == "magnitude" else build.compute
-        return collectives.gathered(stored, axes, shape, dtype)
+        return collectives.all_gathered(stored, axes, shape, dtype)
 
     return declare
 

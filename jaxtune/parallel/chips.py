@@ -1,4 +1,4 @@
-"""What a chip can do and what a slice is called: published figures, nothing measured, no JAX.
+"""Chips and slices: what they can do and their names; published figures, nothing measured, no JAX.
 
 Names are those people rent by: `v5e-16`, `v5litepod-16`, `v6e-8`, `v5p-128`, `v4-8`, `tpu7x-8`, or
 a shape, `v5e:4x4`; several slices as `2 x v5e-256`. A v4, v5p or tpu7x name counts TensorCores, two
@@ -17,7 +17,7 @@ from jaxtune.config import ConfigError, nearest
 
 
 class Chip(NamedTuple):
-    """One chip. `flops`: dense bf16 a second; `hbm`: bytes a program may use; `hbm_rate` and
+    """A chip. `flops`: dense bf16 a second; `hbm`: bytes a program may use; `hbm_rate` and
     `link_rate` (all links of a chip, one way): bytes a second; `kinds`: what JAX calls its device.
     `clock`: cycles a second, of those the TPU compiler counts.
     """
@@ -65,7 +65,7 @@ CHIPS: Mapping[str, Chip] = {
     "h200": Chip(989e12, 140 * _GIB, 4800e9, 450e9, ("NVIDIA H200",), hosts_of=8),
 }
 # fmt: on
-# The machine at hand: how much memory it has is asked when it is wanted.
+# The machine at hand, whose memory is read when it is needed.
 CPU = Chip(0.0, 0, 0.0, 0.0, ("cpu",))
 HOST_RATE = 16e9  # bytes a second between a chip and its host's memory; an assumption, PCIe 3 x16
 DCN_RATE = 6.25e9  # bytes a second that a chip sends to other slices; an assumption, 50 Gbit/s
@@ -105,7 +105,7 @@ class Slice(NamedTuple):
 
     @property
     def platform(self) -> str:
-        """What JAX calls it: tpu, gpu or cpu."""
+        """Names the platform as JAX does: tpu, gpu or cpu."""
         return "cpu" if self.kind == "cpu" else "tpu" if self.kind in _TPUS else "gpu"
 
     @property
@@ -192,7 +192,7 @@ def _machine(name: str, kind: str, count: int, machines: int) -> Slice:
 
 
 def larger(slice: Slice) -> Slice | None:
-    """One slice of the next size there is, or None."""
+    """Returns a slice of the next size, or None at the largest."""
     chip = slice.chip
     if slice.platform == "gpu":
         count = 2 * slice.chips

@@ -1,9 +1,9 @@
-"""What devices do together inside of a step: one function on every device, and what they trade.
+"""Collectives inside of a step: one function on every device, and what devices exchange.
 
-Training and evaluation run under `per_device`: one function on every device's own rows, tokens and
-slices of weights. There a weight is `gathered` where it is used and its gradient reduce-scattered,
-by collectives that stand in the code. What is cut over `tensor` is left to the compiler, guided by
-`mesh.constrain`. Where slices lie is the table's business, in `mesh`.
+Training and evaluation run under `shard_map_step`: one function on every device's own rows, tokens
+and slices of weights. There a weight is `all_gathered` where it is used and its gradient is
+reduce-scattered, by collectives in the code. The compiler shards over `tensor`, guided by
+`mesh.constrain`. The table of who holds which slice is in `mesh`.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ LANES = 128  # a slice of a table's rows is not cut narrower than a vector of th
 EVERYWHERE = PartitionSpec()
 
 
-def per_device(f: Callable[..., Any], mesh: Mesh, given: Sequence[Any], made: Any) -> Any:
-    """`f` as it runs on every device, for that device's own rows, tokens and slices of weights.
+def shard_map_step(f: Callable[..., Any], mesh: Mesh, given: Sequence[Any], made: Any) -> Any:
+    """Maps `f` over the devices, each with its own rows, tokens and slices of weights.
 
     `given` are the specs of its arguments, `made` those of its result: `slices`, `tokens`, or
-    `EVERYWHERE`. Inside, `gathered` makes weights whole; a gradient is of the SUM of what all
+    `EVERYWHERE`. Inside, `all_gathered` makes weights whole; a gradient is of the SUM of what all
     devices return, so nothing is added up before `summed` and `total`. Axes of size 1 are each
     device's own too, so that a kernel finds none that the compiler would have to cut.
     """
@@ -56,14 +56,17 @@ def per_device(f: Callable[..., Any], mesh: Mesh, given: Sequence[Any], made: An
 
 
 def slices(axes: Any, tree: Any, mesh: Mesh) -> Any:
-    """Specs, for `per_device`, of a tree of weights with these logical axes."""
+    """Returns the specs, for `shard_map_step`, of weights with these logical axes."""
     return map_named(
         lambda _, leaf, names: partition_spec(names, leaf.shape, mesh, only=MANUAL), tree, axes
     )
 
 
 def tokens(shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """The spec, for `per_device`, of arrays `[B T]`; ValueError where they do not divide."""
+    """Returns the spec, for `shard_map_step`, of arrays `[B T]`.
+
+    Raises `ValueError` where they do not divide.
+    """
     sizes = row_shards(mesh), mesh.shape["context"]
     if shape[0] % sizes[0] or shape[1] % sizes[1]:
         raise ValueError(
@@ -74,7 +77,7 @@ def tokens(shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
 
 
 def cut(axis: str | None, size: int) -> tuple[str, ...]:
-    """The mesh axes over which each device has its own slice of a dimension of `size`."""
+    """Lists the mesh axes over which each device has its own slice of a dimension of `size`."""
     mesh = in_context()
     return () if mesh is None else cut_over(axis, size, mesh, manual(mesh))
 
@@ -99,7 +102,7 @@ class _Cut(NamedTuple):
     over: tuple[str, ...]
 
     def whole(self, x: jax.Array) -> jax.Array:
-        """All slices, joined."""
+        """Joins all slices."""
         if not self.over:
             return x
         # Over three dimensions of a torus at once the TPU compiler makes an all-reduce of it.
@@ -113,7 +116,7 @@ class _Cut(NamedTuple):
         return _beside(join, x, self.axes)
 
     def summed(self, x: jax.Array) -> jax.Array:
-        """The inverse: `x` added up over the devices, of which each gets its slice."""
+        """Adds up `x` over the devices, of which each gets its slice: the inverse of `whole`."""
 
         def scatter(x: jax.Array) -> jax.Array:
             for name in self.over:
@@ -124,8 +127,10 @@ class _Cut(NamedTuple):
 
 
 def _cut(axes: Axes, shape: Sequence[int]) -> _Cut:
-    """Of an array of `shape` in all. Experts side by side stay where they are: of what is left no
-    weight has two dimensions of each device's own."""
+    """Finds the sharded dimension of an array of `shape` in all.
+
+    Experts side by side stay where they are: of what is left no weight has two such dimensions.
+    """
     mesh = in_context()
     every = [()] * len(axes) if mesh is None else cuts(axes, shape, mesh, manual(mesh))
     found = [(dim, over) for dim, over in enumerate(every) if over and axes[dim] != "expert"]
@@ -133,19 +138,19 @@ def _cut(axes: Axes, shape: Sequence[int]) -> _Cut:
 
 
 def row_devices() -> int:
-    """Over how many devices, here, the tokens of a row are cut: 1 outside of `per_device`."""
+    """Counts the devices that share a row's tokens; 1 outside of `shard_map_step`."""
     mesh = in_context()
     return 1 if mesh is None or "context" not in manual(mesh) else mesh.shape["context"]
 
 
-def shares(length: int, devices: int) -> np.ndarray:
-    """Which tokens of a row each device has for its own, int32 `[devices length/devices]`.
+def zigzag_positions(length: int, devices: int) -> np.ndarray:
+    """Lists the tokens of a row that each device has, int32 `[devices length/devices]`.
 
     Under a causal mask a token costs as much as stands before it, so a device has a stretch from
     the front and the one as far from the back: all cost the same. Plain stretches, where the row
     does not divide into two for each device.
 
-        shares(8, 2)  ->  0 1 6 7
+        zigzag_positions(8, 2)  ->  0 1 6 7
                           2 3 4 5
     """
     if length % (2 * devices):
@@ -154,20 +159,20 @@ def shares(length: int, devices: int) -> np.ndarray:
     return np.concatenate([stretches[:devices], stretches[: devices - 1 : -1]], axis=1)
 
 
-def row_share(length: int) -> jax.Array:
-    """`shares` of this device: the places `[T]` of its tokens in rows of `length`."""
+def row_positions(length: int) -> jax.Array:
+    """Returns the positions `[T]` of this device's tokens in rows of `length`."""
     here = jax.lax.axis_index("context") if row_devices() > 1 else 0
-    return jnp.asarray(shares(length, row_devices()))[here]
+    return jnp.asarray(zigzag_positions(length, row_devices()))[here]
 
 
-def dealt(batch: B) -> B:
-    """A batch of arrays `[B T ...]` as `put_batch` placed it, T in stretches, dealt by `shares`."""
+def zigzag_split(batch: B) -> B:
+    """Splits rows by `zigzag_positions`, which `put_batch` placed in stretches, `[B T ...]`."""
     if row_devices() == 1:
         return batch
 
     def deal(x: jax.Array) -> jax.Array:
         row = _of_row(x.ndim).whole(x)
-        return jnp.take(row, row_share(row.shape[1]), axis=1)
+        return jnp.take(row, row_positions(row.shape[1]), axis=1)
 
     return jax.tree.map(deal, batch)
 
@@ -177,7 +182,7 @@ def _of_row(dims: int, axes: Axes = ()) -> _Cut:
 
 
 def whole_rows(x: jax.Array, axes: Axes = ()) -> jax.Array:
-    """`[B T ...]` of this device's tokens, as `dealt` -> of all tokens of its rows, in order.
+    """Joins `[B T ...]` of this device's tokens (`zigzag_split`) to whole rows, in order.
 
     `axes` name the dimensions of x, where others than its tokens may be cut.
     """
@@ -185,7 +190,7 @@ def whole_rows(x: jax.Array, axes: Axes = ()) -> jax.Array:
     if n == 1:
         return x
     if jnp.issubdtype(x.dtype, jnp.floating):
-        row = _gathered(x, None, slices, x.dtype, x.dtype)
+        row = _all_gathered(x, None, slices, x.dtype, x.dtype)
     else:
         row = slices.whole(x)
     if row.shape[1] % (2 * n):
@@ -196,68 +201,70 @@ def whole_rows(x: jax.Array, axes: Axes = ()) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _gathered(
-    w: jax.Array, arriving: jax.Array | None, slices: _Cut, dtype: Any, stored_dtype: Any
+def _all_gathered(
+    w: jax.Array, gradient_sink: jax.Array | None, slices: _Cut, dtype: Any, stored_dtype: Any
 ) -> jax.Array:
     return slices.whole(w.astype(dtype))
 
 
-def _gathered_forward(
-    w: jax.Array, arriving: jax.Array | None, *static: Any
+def _all_gathered_forward(
+    w: jax.Array, gradient_sink: jax.Array | None, *static: Any
 ) -> tuple[jax.Array, bool]:
-    return _gathered(w, arriving, *static), arriving is None
+    return _all_gathered(w, gradient_sink, *static), gradient_sink is None
 
 
-def _gathered_backward(
+def _all_gathered_backward(
     slices: _Cut, dtype: Any, stored_dtype: Any, stays: bool, d_w: jax.Array
 ) -> tuple[jax.Array | None, jax.Array | None]:
     mine = slices.summed(d_w)
     return (mine.astype(stored_dtype), None) if stays else (None, mine)
 
 
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+_all_gathered.defvjp(_all_gathered_forward, _all_gathered_backward)
 
 
-def gathered(
+def all_gathered(
     w: jax.Array,
     axes: Axes,
     shape: Sequence[int],
     dtype: Any,
-    arriving: jax.Array | None = None,
+    gradient_sink: jax.Array | None = None,
 ) -> jax.Array:
-    """A stored weight of `shape`, of which `w` may be a slice, whole and in `dtype`; of experts
-    side by side those that are this device's.
+    """Gathers a stored weight of `shape`, of which `w` may be a slice, whole and in `dtype`.
 
-    The cast comes first so that the gather moves bytes of the computation's dtype. The gradient
-    goes back the same way: reduce-scattered in compute dtype, then in the stored dtype. Given
-    `arriving`, zeros like `w` in `dtype`, the gradient is that of `arriving` and stays as narrow as
-    it came. Decoding has no gradient; there the compiler is asked for the whole.
+    Of experts side by side it is those of this device. The cast comes first so that the gather
+    moves bytes of the computation's dtype. The gradient goes back the same way: reduce-scattered in
+    compute dtype, then in the stored dtype. With `gradient_sink`, zeros like `w` in `dtype`, the
+    gradient is that of the sink and stays as narrow as it came. Decoding has no gradient; there the
+    compiler makes the whole.
     """
     mesh = in_context()
     if mesh is not None and not manual(mesh):
         others = [name for name in AXES if name not in RULES["embed"]]
         spec = partition_spec(axes, shape, mesh, only=others)
         return jax.lax.with_sharding_constraint(w.astype(dtype), spec)
-    if arriving is not None:
+    if gradient_sink is not None:
         w = jax.lax.stop_gradient(w)
-    return _gathered(w, arriving, _cut(axes, shape), np.dtype(dtype), w.dtype)
+    return _all_gathered(w, gradient_sink, _cut(axes, shape), np.dtype(dtype), w.dtype)
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of a table of some `width` "embed", any number of entries at a time; for a loss that
-    streams them. The bytes that travel are of `dtype`."""
+    """A table of `width` "embed", gathered by blocks of entries, for a loss that streams them.
+
+    The bytes that travel are of `dtype`.
+    """
 
     axes: Axes
     width: int
     dtype: Any
 
     def gather(self, block: jax.Array) -> jax.Array:
-        """Entries of the table as stored, of which a device may have its slice -> whole."""
-        return gathered(block, self.axes, self._shape(block), self.dtype)
+        """Makes entries of the table whole, of which a device may have its slice."""
+        return all_gathered(block, self.axes, self._shape(block), self.dtype)
 
     def scatter(self, gradient: jax.Array) -> jax.Array:
-        """The gradient of whole entries, added up over devices -> this device's slice."""
+        """Adds up the gradient of whole entries over devices and returns this device's slice."""
         slices = _cut(self.axes, self._shape(gradient))
         return slices.summed(gradient.astype(self.dtype)) if slices.over else gradient
 
@@ -266,29 +273,29 @@ class Blocks:
         return tuple(self.width if axis == "embed" else size for axis, size in sizes)
 
 
-def looked_up(table: jax.Array, ids: jax.Array, width: int, dtype: Any) -> jax.Array:
-    """Rows `ids` `[B T]` of a table `[V width]`, of which `table` may be a slice -> `[B T width]`.
+def sharded_lookup(table: jax.Array, ids: jax.Array, width: int, dtype: Any) -> jax.Array:
+    """Looks up `ids` `[B T]` in a table `[V width]` that may be sharded; `[B T width]`.
 
     A table cut along its width stays cut: every device looks up its columns for the tokens of its
-    neighbours too, and they trade. That moves the tokens' bytes instead of the table's, and the
-    gradient adds up where the slice lives, in the dtype it is stored in.
+    neighbours too, and they exchange them. That moves the tokens' bytes instead of the table's, and
+    the gradient adds up where the slice lives, in the dtype it is stored in.
     """
     mesh, axes = in_context(), ("vocab", "embed")
     if mesh is not None and not manual(mesh):
-        table = gathered(table, axes, (table.shape[0], width), table.dtype)
+        table = all_gathered(table, axes, (table.shape[0], width), table.dtype)
     over = cut("embed", width)
-    trade: tuple[str, ...] = ()
+    exchange: tuple[str, ...] = ()
     for name in over:
-        if trade and width // jax.lax.axis_size((*trade, name)) < LANES:
+        if exchange and width // jax.lax.axis_size((*exchange, name)) < LANES:
             break
-        trade = (*trade, name)
-    rest = _Cut(axes, 1, over[len(trade) :])
-    table = _gathered(table, None, rest, table.dtype, table.dtype)
-    if not trade:
+        exchange = (*exchange, name)
+    rest = _Cut(axes, 1, over[len(exchange) :])
+    table = _all_gathered(table, None, rest, table.dtype, table.dtype)
+    if not exchange:
         return _rows(table, ids[None], np.dtype(dtype))[0]
-    asked = jax.lax.all_gather(ids, trade)  # [n B T]
-    found = _rows(table, asked, np.dtype(dtype))  # [n B T width/n]
-    mine = jax.lax.all_to_all(found, trade, split_axis=0, concat_axis=0, tiled=True)
+    every_ids = jax.lax.all_gather(ids, exchange)  # [n B T]
+    columns = _rows(table, every_ids, np.dtype(dtype))  # [n B T width/n]
+    mine = jax.lax.all_to_all(columns, exchange, split_axis=0, concat_axis=0, tiled=True)
     return jnp.moveaxis(mine, 0, 2).reshape(*ids.shape, width)
 
 
@@ -322,8 +329,7 @@ _rows.defvjp(_rows_forward, _rows_backward)
 
 
 def summed(grads: Any, axes: Any, shapes: Any) -> Any:
-    """Gradients of slices as `per_device` leaves them, each added up over the devices that hold
-    the same slice."""
+    """Adds up the gradients of slices over the devices that hold the same slice."""
     mesh = in_context()
     if mesh is None:
         return grads
@@ -348,7 +354,7 @@ def total(tree: Any) -> Any:
 
 def _words(key: jax.Array, rows: int, length: int) -> jax.Array:
     """Two random words, uint32, for each token: `[B T 2]`."""
-    numbers, tokens = jnp.arange(rows), row_share(length * row_devices())
+    numbers, tokens = jnp.arange(rows), row_positions(length * row_devices())
     mesh = in_context()
     if mesh is not None and manual(mesh):
         numbers = numbers + rows * jax.lax.axis_index(ROWS)

@@ -1,8 +1,8 @@
-"""A thread beside a run: tells the hosts what each is doing, and ends one that waits in vain.
+"""A thread beside a run: it shares what each host is doing, and ends a host that waits in vain.
 
 Every host writes a beat every two seconds into the key-value store that JAX keeps on host 0, and
-reads those of the others. So the hosts hear of one that failed and why, a lost one has a name, and
-a step that hangs shows who lags. When host 0 is lost, or a host is silent for
+reads those of the others. This names a host that failed, with its reason, and one that is lost or
+lags. When host 0 is lost, or a host is silent for
 `hosts.heartbeat_timeout_seconds`, JAX itself ends the process by SIGABRT: here it ends with a
 message and exit code 75, since the same command goes on from the last checkpoint.
 """
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtune.cli import STOPPED, Place, say
+from jaxtune.cli import STOPPED, ThisProcess, emit
 from jaxtune.config import HostsConfig
 from jaxtune.parallel import memory, processes
 
@@ -36,27 +36,27 @@ _STATUS = re.compile("(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_E
 
 
 class Beat(NamedTuple):
-    """What a host last said, and when that was heard, by this host's clock."""
+    """A host's last report, and when it was received, by this host's clock."""
 
     number: int
     step: int
     doing: str
-    heard: float
+    received: float
 
 
-def join(asked: HostsConfig) -> None:
-    """Joins the other processes (`hosts.start`), and says who speaks. Every door begins so."""
-    processes.start(asked, before=_answer_aborts)
-    if processes.count() == 1 or Place.name:
+def join(hosts: HostsConfig) -> None:
+    """Joins the other processes and sets `cli.ThisProcess`: the beginning of every command."""
+    processes.start(hosts, before=_handle_aborts)
+    if processes.count() == 1 or ThisProcess.name:
         return
-    Place.name = f"host {processes.index()} of {processes.count()}: "
-    Place.quiet = not processes.is_first()
-    Place.leave = _leave
+    ThisProcess.name = f"host {processes.index()} of {processes.count()}: "
+    ThisProcess.quiet = not processes.is_first()
+    ThisProcess.leave = _leave
     _keep_stdout()
 
 
-class Watch:
-    """`at(step, doing)` is called as the run goes; nothing for `hang_seconds` ends it, 0 = never.
+class Heartbeat:
+    """A monitor that ends the run after `hang_seconds` without a call of `at`; 0 = never.
 
     A context manager; without other hosts and without a limit there is no thread.
     """
@@ -71,7 +71,7 @@ class Watch:
         self.peers: dict[int, Beat] = {}
         self._thread = threading.Thread(target=self._run, name="jaxtune-watch", daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Heartbeat:
         if self._store is not None or self._hang_seconds:
             _State.watch = self
             self._thread.start()
@@ -89,7 +89,7 @@ class Watch:
 
     @contextlib.contextmanager
     def unlimited(self, doing: str) -> Iterator[None]:
-        """What may take as long as it likes, such as an export of unknown size."""
+        """Stops the clock while something takes as long as it needs, such as an export."""
         self._now, self._since = (self._now[0], doing), None
         yield
         self._since = time.monotonic()
@@ -111,30 +111,34 @@ class Watch:
         store.key_value_set(own, f"{self._number} {step} {doing}", allow_overwrite=True)
         for key, value in store.key_value_dir_get(_HOST):
             host = int(key.rpartition("/")[2])
-            number, at, said = value.split(" ", 2)
+            number, at, doing_there = value.split(" ", 2)
             before = self.peers.get(host)
             if before is None or before.number != int(number):
-                self.peers[host] = Beat(int(number), int(at), said, time.monotonic())
+                self.peers[host] = Beat(int(number), int(at), doing_there, time.monotonic())
         for key, value in store.key_value_dir_get(_ENDED):
-            host, (code, stacks, said) = int(key.rpartition("/")[2]), value.split("\n", 2)
+            host, (code, stacks, reason) = int(key.rpartition("/")[2]), value.split("\n", 2)
             if host != processes.index():
                 if stacks == _STACKS:
                     self._show_stacks()
-                _exit(int(code), f"host {host} has ended, so this one does too. It said: {said}")
+                _exit(int(code), f"host {host} has ended, so this one does too. It said: {reason}")
 
     def silent(self, *, beats: int = _SILENT_BEATS) -> list[int]:
-        """The other hosts of which nothing was heard for so many beats while others were; of
-        several the ones that fell silent first, since those after them may have ended for it."""
+        """Lists the other hosts without a beat for so long while others had some.
+
+        Of several only the first to fall silent: those after them may have ended for it.
+        """
         own = processes.index()
-        heard = {host: beat.heard for host, beat in self.peers.items()}
-        limit = max(heard.values(), default=0.0) - beats * _BEAT_SECONDS
-        quiet = {host: at for host, at in heard.items() if at < limit and host != own}
+        received = {host: beat.received for host, beat in self.peers.items()}
+        limit = max(received.values(), default=0.0) - beats * _BEAT_SECONDS
+        quiet = {host: at for host, at in received.items() if at < limit and host != own}
         first = min(quiet.values(), default=0.0) + 2 * _BEAT_SECONDS
         return sorted(host for host, at in quiet.items() if at <= first)
 
     def _blame(self, error: BaseException | None) -> None:
-        """A collective fails at once when another host is gone, before JAX hears that it is: a few
-        beats show which. Returns if all are well: then the error is our own."""
+        """Names the host that is gone when a collective fails; returns if all are well.
+
+        A collective fails at once, before JAX knows of the loss; a few beats show which host it is.
+        """
         deadline = time.monotonic() + (_SILENT_BEATS + 2) * _BEAT_SECONDS
         while time.monotonic() < deadline:
             if silent := self.silent():
@@ -155,7 +159,7 @@ class Watch:
         )
 
     def _show_stacks(self) -> str:
-        """Every thread's stack to stderr, and into a file where there is room; says where."""
+        """Writes every thread's stack to stderr and, where possible, into a file; returns where."""
         faulthandler.dump_traceback(sys.__stderr__ or 2)
         if self._folder is not None:
             path = self._folder / f"stacks-host-{processes.index()}.txt"
@@ -178,23 +182,23 @@ class Watch:
             )
         others = [h for h, beat in self.peers.items() if beat.doing != self._now[1]]
         if others:
-            told = ", ".join(f"host {host}: {self.peers[host].doing}" for host in sorted(others))
-            return f"All hosts are at that step, but not all do the same ({told}). "
+            each = ", ".join(f"host {host}: {self.peers[host].doing}" for host in sorted(others))
+            return f"All hosts are at that step, but not all do the same ({each}). "
         return f"All {len(self.peers)} hosts are at that step and do the same. "
 
 
 class _State:
-    """What the handler of a signal can find."""
+    """A place for what the handler of a signal reads."""
 
-    watch: Watch | None = None
+    watch: Heartbeat | None = None
     handler: Any = None  # kept: C calls it
 
 
-def _leave(code: int, said: str) -> None:
-    """Ends this host without waiting for the others, and lets them know why."""
+def _leave(code: int, message: str) -> None:
+    """Ends this host without waiting for the others, and tells them why."""
     store: Any = processes.store()
     with contextlib.suppress(Exception):
-        _tell(store, code, said)
+        _publish_end(store, code, message)
         deadline = time.monotonic() + _ENDED_SECONDS
         while processes.is_first() and time.monotonic() < deadline:
             if len(store.key_value_dir_get(_ENDED)) == processes.count():
@@ -205,23 +209,25 @@ def _leave(code: int, said: str) -> None:
 
 
 def _exit(code: int, message: str, *, stacks: bool = False) -> None:
-    """From a thread; the main one may hang in a call that never returns. With `stacks` the other
-    hosts show theirs too."""
-    say(f"jaxtune: {Place.name}{message}")
+    """Ends the process from a thread; the main one may hang in a call that never returns.
+
+    With `stacks` the other hosts show theirs too.
+    """
+    emit(f"jaxtune: {ThisProcess.name}{message}")
     store = processes.store()
     with contextlib.suppress(Exception):
         if store is not None:
-            _tell(store, code, message, stacks=stacks)
+            _publish_end(store, code, message, stacks=stacks)
     if processes.count() > 1 and processes.is_first():
         time.sleep(2 * _BEAT_SECONDS)
     _flush()
     os._exit(code)
 
 
-def _tell(store: Any, code: int, message: str, *, stacks: bool = False) -> None:
-    """Leaves for the other hosts what `Watch._exchange` reads."""
-    told = f"{code}\n{_STACKS if stacks else ''}\n{message}"
-    store.key_value_set(f"{_ENDED}{processes.index()}", told)
+def _publish_end(store: Any, code: int, message: str, *, stacks: bool = False) -> None:
+    """Writes for the other hosts what `Heartbeat._exchange` reads."""
+    text = f"{code}\n{_STACKS if stacks else ''}\n{message}"
+    store.key_value_set(f"{_ENDED}{processes.index()}", text)
 
 
 def _flush() -> None:
@@ -230,8 +236,8 @@ def _flush() -> None:
             stream.flush()
 
 
-def _answer_aborts() -> None:
-    """JAX's own answer to a lost host is abort(): this says which, and exits as the caller expects.
+def _handle_aborts() -> None:
+    """Replaces JAX's abort() when a host is lost: names the host and exits as documented.
 
     A handler of Python's would never run, since abort() does not return to the interpreter; one of
     C's runs in the thread that aborts, which waits for the interpreter's lock like any other.
@@ -241,28 +247,31 @@ def _answer_aborts() -> None:
 
 
 def _on_abort(number: int) -> None:
-    if not Place.name:
+    if not ThisProcess.name:
         os.write(2, f"jaxtune: {processes.LATE}\n".encode())
         os._exit(STOPPED)
     watch = _State.watch
     silent = watch.silent(beats=2) if watch is not None else []
     lost = _lost(silent, watch._now[0] if watch is not None else 0)
-    os.write(2, f"jaxtune: {Place.name}{lost}\n".encode())
+    os.write(2, f"jaxtune: {ThisProcess.name}{lost}\n".encode())
     os._exit(STOPPED)
 
 
 def _lost(silent: list[int], step: int) -> str:
-    who = " and ".join(map(str, silent)) or "0, which coordinates the others,"
+    lost = " and ".join(map(str, silent)) or "0, which coordinates the others,"
     return (
-        f"host {who} was lost at step {step}: killed, restarted or cut off. Ending; the same "
+        f"host {lost} was lost at step {step}: killed, restarted or cut off. Ending; the same "
         "command on all hosts goes on from the last checkpoint."
     )
 
 
 def _of_runtime(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, came from XLA: as its own, or as a `ValueError` that
-    begins with a status, as a collective fails when it is called for the first time."""
-    import jax
+    """Tests if an error, or its cause, came from XLA.
+
+    It comes as XLA's own, or as a `ValueError` that begins with a status: so a collective fails
+    when it is called for the first time.
+    """
+    import jax  # here: `--help` reads this module
 
     while error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError):
@@ -274,28 +283,32 @@ def _of_runtime(error: BaseException | None) -> bool:
 
 
 def _keep_stdout() -> None:
-    """The collectives of CPUs write greetings to stdout, which is for results: those go to stderr,
-    by the number of the file, and what Python prints goes where it did."""
+    """Sends to stderr what the collectives of CPUs write to stdout, which is for results.
+
+    The number of the file is exchanged; what Python prints goes where it did.
+    """
     if sys.stdout is sys.__stdout__ and sys.stdout is not None:
         sys.stdout.flush()
         sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
         os.dup2(2, 1)
 
 
-class Asked(KeyboardInterrupt):
-    """A signal where there is nothing to save; its text names it."""
+class StopSignal(KeyboardInterrupt):
+    """A signal that came where nothing has to be saved; its text names it."""
 
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Outside of `asked_to_stop`: the first SIGTERM or SIGINT raises `Asked`. Of several hosts one
-    that is interrupted tells the others, and SIGTERM is JAX's."""
+    """Raises `StopSignal` at the first SIGTERM or SIGINT, outside of `stop_notices`.
+
+    Of several hosts an interrupted one tells the others, and SIGTERM is JAX's.
+    """
 
     def end(number: int, frame: Any) -> None:
         restore()
         if processes.count() > 1:
             raise KeyboardInterrupt
-        raise Asked(signal.Signals(number).name)
+        raise StopSignal(signal.Signals(number).name)
 
     def restore() -> None:
         for number, handler in before.items():
@@ -316,12 +329,12 @@ def ended_by_signals() -> Iterator[None]:
 
 
 Notice = Callable[[], str | None]
-_looks = itertools.count(1)  # of this process, as of every other: `asked_to_stop`
+_looks = itertools.count(1)  # of this process, as of every other: `stop_notices`
 
 
 @contextlib.contextmanager
-def asked_to_stop(note: Callable[[str], None]) -> Iterator[Notice]:
-    """Gives `notice()`: the signal for which all hosts are to save now, or None.
+def stop_notices(note: Callable[[str], None]) -> Iterator[Notice]:
+    """Yields `notice()`: the signal for which all hosts are to save now, or None.
 
     SIGTERM (or a TPU's notice of maintenance, which JAX receives) and SIGINT; on many hosts the
     one that hears of it tells the others. JAX agrees on a look that none of them is beyond: one
@@ -329,24 +342,24 @@ def asked_to_stop(note: Callable[[str], None]) -> Iterator[Notice]:
     be left, and one that says so has to be obeyed: no later one does. A second SIGINT interrupts
     as usual.
     """
-    asked: list[str] = []
+    signals: list[str] = []
     many = processes.count() > 1
 
     def remember(number: int, frame: Any) -> None:
-        if asked and number == signal.SIGINT:
+        if signals and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.append(signal.Signals(number).name)
-        say(f"{Place.name}{asked[0]}: finishing what the devices are at, then saving")
+        signals.append(signal.Signals(number).name)
+        emit(f"{ThisProcess.name}{signals[0]}: finishing what the devices are at, then saving")
         if many:
             os.kill(os.getpid(), signal.SIGTERM)  # which JAX passes on
 
     def notice() -> str | None:
         if not many:
-            return asked[0] if asked else None
+            return signals[0] if signals else None
         from jax.experimental import multihost_utils
 
         if multihost_utils.reached_preemption_sync_point(next(_looks)):
-            return asked[0] if asked else "SIGTERM on one of the hosts"
+            return signals[0] if signals else "SIGTERM on one of the hosts"
         return None
 
     # On many hosts SIGTERM is JAX's: its handler stands since they joined.

@@ -1,5 +1,5 @@
-"""How much memory this machine has, and what is said where that of a device does not suffice. Knows
-no JAX: the error is known by its name, so that a door that never used a device imports nothing."""
+"""The memory of this machine, and the error where a device's does not suffice. Imports no JAX: it
+knows the error by its name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def machine_bytes() -> int:
 
 
 def available_bytes() -> int | None:
-    """What of it a new process could use; None where the system does not say."""
+    """Returns what a new process could use of it; None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
@@ -41,7 +41,7 @@ def explained(advice: str) -> Iterator[None]:
 
 
 def is_exhausted(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is a device without memory to give."""
+    """Tests if an error, or its cause, is that a device's memory is full."""
     while error is not None:
         if _exhausted(error) is not None:
             return True

@@ -1,8 +1,8 @@
-"""The processes of a run: how they find each other, who speaks, what they agree on.
+"""The processes of a run: how they find each other, which one writes, what they agree on.
 
 One process is the usual case and starts without a wait: a cluster is looked for only where the
-environment says that there is one. Knows no model and no data. Host 0 is the one that writes and
-speaks; all of them compute.
+environment describes one. Knows no model and no data. Host 0 writes files and messages; all of them
+compute.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, Protocol
 
 from jaxtune.config import ConfigError
 
-_TEXT = 1024  # bytes of a text that hosts show each other
-_HEAR_SECONDS = 60  # between two looks
+_TEXT = 1024  # bytes of a text that hosts exchange
+_RECEIVE_SECONDS = 60  # between two looks
 _JOIN_SECONDS = 300  # machines of a pod do not boot at the same moment
 
 
-class Asked(Protocol):
-    """What a config says of hosts; each None where the cluster is to say it."""
+class HostSettings(Protocol):
+    """A config's description of hosts; each field None where the cluster knows it."""
 
     @property
     def coordinator_address(self) -> str | None: ...
@@ -40,15 +40,14 @@ LATE = (
 )
 
 
-def start(asked: Asked, before: Callable[[], None] = lambda: None) -> None:
-    """Joins the other processes of the run, after a call of `before`; with one process there is
-    nothing to join.
+def start(hosts: HostSettings, before: Callable[[], None] = lambda: None) -> None:
+    """Joins the other processes of the run, if there are several, after a call of `before`.
 
-    To be called before JAX looks for devices; a second call does nothing. Raises `ConfigError`
+    Call it before JAX looks for devices; a second call does nothing. Raises `ConfigError`
     when the others cannot be found; JAX may abort() instead, for which `LATE` is the reason.
     """
-    given = _given(asked)
-    if not given and not detected():
+    settings = _settings(hosts)
+    if not settings and not detected():
         return
     import jax
 
@@ -59,14 +58,15 @@ def start(asked: Asked, before: Callable[[], None] = lambda: None) -> None:
     before()
     try:
         jax.distributed.initialize(
-            **given,
-            heartbeat_timeout_seconds=asked.heartbeat_timeout_seconds,
+            **settings,
+            heartbeat_timeout_seconds=hosts.heartbeat_timeout_seconds,
             initialization_timeout=_JOIN_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
-        where = given.get("coordinator_address", "the cluster that the environment describes")
+        where = settings.get("coordinator_address", "the cluster that the environment describes")
         raise ConfigError(
-            f"hosts: process {given.get('process_id', '?')} of {given.get('num_processes', '?')} "
+            f"hosts: process {settings.get('process_id', '?')} of "
+            f"{settings.get('num_processes', '?')} "
             f"could not join {where}: {str(error).splitlines()[0]} Every process gets the same "
             "hosts.coordinator_address (HOST:PORT of process 0) and hosts.num_processes, and its "
             "own hosts.process_id from 0; all start within five minutes.",
@@ -74,21 +74,21 @@ def start(asked: Asked, before: Callable[[], None] = lambda: None) -> None:
         ) from None
 
 
-def _given(asked: Asked) -> dict[str, Any]:
-    """What is set, by flags or by JAX's variables. Raises `ConfigError` for a part of it."""
+def _settings(hosts: HostSettings) -> dict[str, Any]:
+    """Reads what flags or JAX's variables set. Raises `ConfigError` for a part of it."""
     environment: Mapping[str, str] = os.environ
-    address = asked.coordinator_address or environment.get("JAX_COORDINATOR_ADDRESS")
-    count, own = asked.num_processes, asked.process_id
+    address = hosts.coordinator_address or environment.get("JAX_COORDINATOR_ADDRESS")
+    count, own = hosts.num_processes, hosts.process_id
     if count is None and "JAX_NUM_PROCESSES" in environment:
         count = int(environment["JAX_NUM_PROCESSES"])
     if own is None and "JAX_PROCESS_ID" in environment:
         own = int(environment["JAX_PROCESS_ID"])
-    found = {"coordinator_address": address, "num_processes": count, "process_id": own}
-    known = {name: value for name, value in found.items() if value is not None}
+    fields = {"coordinator_address": address, "num_processes": count, "process_id": own}
+    known = {name: value for name, value in fields.items() if value is not None}
     if not known or (count == 1 and own in (None, 0)):
         return {}
-    if len(known) < len(found) and not detected():
-        missing = ", ".join(f"hosts.{name}" for name in found if name not in known)
+    if len(known) < len(fields) and not detected():
+        missing = ", ".join(f"hosts.{name}" for name in fields if name not in known)
         raise ConfigError(f"hosts: {missing} is not set, and no cluster is here to say it.")
     if count is not None and own is not None and not 0 <= own < count:
         raise ConfigError(f"hosts.process_id: {own} of {count}; expected 0 to {count - 1}.")
@@ -96,7 +96,7 @@ def _given(asked: Asked) -> dict[str, Any]:
 
 
 def detected(environment: Mapping[str, str] | None = None, devices: Path = Path("/dev")) -> bool:
-    """Whether JAX will find a cluster of several processes here; asks no network.
+    """Tests if JAX will find a cluster of several processes here, without the network.
 
     SLURM and Open MPI say how many they are, SLURM where srun has started them: an allocation alone
     has one process, whatever it may hold. A TPU machine is asked only where it has TPUs that
@@ -119,7 +119,7 @@ def detected(environment: Mapping[str, str] | None = None, devices: Path = Path(
 
 
 def _is_google(devices: Path) -> bool:
-    """A TPU VM, rather than another machine with devices under /dev/vfio."""
+    """Tests if this is a TPU VM, and no other machine with devices under /dev/vfio."""
     try:
         import libtpu  # noqa: F401
     except ImportError:
@@ -135,7 +135,7 @@ def _is_google(devices: Path) -> bool:
 
 
 def _joined() -> Any | None:
-    """JAX's state of the cluster; None for a process that is alone. Asking it finds no devices."""
+    """Returns JAX's state of the cluster, None for a process that is alone; finds no devices."""
     if "jax" not in sys.modules:
         return None
     # Not public, and the only way to the key-value store; Orbax takes it from here too.
@@ -156,7 +156,7 @@ def count() -> int:
 
 
 def store() -> Any | None:
-    """The key-value store on host 0 that all hosts reach; None for a process that is alone."""
+    """Returns the key-value store on host 0 that all hosts reach, None for a process alone."""
     state = _joined()
     return None if state is None else state.client
 
@@ -165,45 +165,50 @@ def is_first() -> bool:
     return index() == 0
 
 
-def everyones(text: str) -> list[str]:
-    """What each host says, by host; all must call. Long texts are cut."""
+def gather_texts(text: str) -> list[str]:
+    """Gathers each host's text, by host; all must call. Long texts are cut."""
     if count() == 1:
         return [text]
     import numpy as np
     from jax.experimental import multihost_utils
 
     own = text.encode()[:_TEXT].ljust(_TEXT, b"\0")
-    gathered = multihost_utils.process_allgather(np.frombuffer(own, np.uint8))
-    said = (row.tobytes().rstrip(b"\0") for row in np.asarray(gathered).reshape(count(), _TEXT))
-    return [row.decode(errors="replace") for row in said]
+    rows = multihost_utils.process_allgather(np.frombuffer(own, np.uint8))
+    texts = (row.tobytes().rstrip(b"\0") for row in np.asarray(rows).reshape(count(), _TEXT))
+    return [text.decode(errors="replace") for text in texts]
 
 
-def tell(name: str, text: str = "") -> None:
-    """Leaves `text` for the others under a `name` that this host uses once. Any thread may call:
-    no device takes part."""
-    if (found := store()) is not None:
-        found.key_value_set(_said(name, index()), text)
+def publish(name: str, text: str = "") -> None:
+    """Publishes `text` to the others under a `name` that this host uses once.
+
+    Any thread may call: no device takes part.
+    """
+    if (shared := store()) is not None:
+        shared.key_value_set(_key(name, index()), text)
 
 
-def hear(name: str, host: int) -> str:
-    """What `host` told under `name`; waits for it, as long as that host lives. One that ends with
-    an error ends this one too, by `watch`."""
-    found = store()
-    assert found is not None, "alone"
+def receive(name: str, host: int) -> str:
+    """Waits for what `host` publishes under `name`, as long as that host lives.
+
+    One that ends with an error ends this one too, by `heartbeat`.
+    """
+    shared = store()
+    assert shared is not None, "alone"
     while True:
         try:
-            return str(found.blocking_key_value_get(_said(name, host), 1000 * _HEAR_SECONDS))
+            milliseconds = 1000 * _RECEIVE_SECONDS
+            return str(shared.blocking_key_value_get(_key(name, host), milliseconds))
         except RuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
 
 
-def _said(name: str, host: int) -> str:
+def _key(name: str, host: int) -> str:
     return f"jaxtune/said/{name}/{host}"
 
 
 def wait(name: str) -> None:
-    """Until all hosts are here."""
+    """Waits until all hosts are here."""
     if count() > 1:
         from jax.experimental import multihost_utils
 
@@ -211,7 +216,7 @@ def wait(name: str) -> None:
 
 
 def on_first(act: Callable[[], None], name: str) -> None:
-    """`act()` on host 0, while the others wait."""
+    """Calls `act()` on host 0, while the others wait."""
     if is_first():
         act()
     wait(name)
@@ -222,13 +227,13 @@ def check_shared(folder: Path) -> None:
     if count() == 1:
         return
     path = folder / ".seen-by-all-hosts"
-    secret = everyones(secrets.token_hex(8))[0]
+    secret = gather_texts(secrets.token_hex(8))[0]
     on_first(lambda: _write(path, secret), "shared folder")
     try:
         seen = path.read_text(encoding="utf-8") == secret
     except OSError:
         seen = False
-    blind = [str(host) for host, said in enumerate(everyones("" if seen else "blind")) if said]
+    blind = [str(host) for host, text in enumerate(gather_texts("" if seen else "blind")) if text]
     on_first(lambda: path.unlink(missing_ok=True), "shared folder seen")
     if blind:
         raise ConfigError(

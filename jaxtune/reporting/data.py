@@ -10,7 +10,7 @@ from typing import Any
 from jaxtune.config import Config, ConfigError
 from jaxtune.data.dataset import Batches
 from jaxtune.data.open import open_sides, open_template, open_tokenizer
-from jaxtune.data.preprocess import Prepared, Settings, dataset_names, prepare
+from jaxtune.data.preprocess import PreprocessConfig, PreprocessedRow, dataset_names, preprocess
 from jaxtune.data.report.data_report import (
     distribution,
     histograms,
@@ -25,7 +25,7 @@ from jaxtune.terminal.progress import TokenizeProgress
 _MOST_TOKENS = 2000  # of an example that a page shows: each costs it some 80 bytes
 
 
-def open_settings(config: Config, *, note: Callable[[str], None]) -> Settings:
+def open_settings(config: Config, *, note: Callable[[str], None]) -> PreprocessConfig:
     """Open what prepares the rows of a run.
 
     Raises: `ConfigError` if the config names no tokenizer or no data; `DataError`.
@@ -37,20 +37,24 @@ def open_settings(config: Config, *, note: Callable[[str], None]) -> Settings:
         raise ConfigError("dataset is not set. Give --dataset FILE, or datasets in the config.")
     tokenizer = open_tokenizer(config, name, note=note)
     template = open_template(config, tokenizer, note=note)
-    return Settings(tokenizer, template, config.train_on, config.max_length, config.truncation)
+    return PreprocessConfig(
+        tokenizer, template, config.train_on, config.max_length, config.truncation
+    )
 
 
-def rows(config: Config, settings: Settings, limit: int | None) -> Iterator[tuple[str, Prepared]]:
+def rows(
+    config: Config, settings: PreprocessConfig, limit: int | None
+) -> Iterator[tuple[str, PreprocessedRow]]:
     """Yield every row of every dataset in order, as (dataset, row), the first `limit` of all."""
     every = (
         (name, prepared)
         for name, entry in zip(dataset_names(config.datasets), config.datasets, strict=True)
-        for prepared in prepare(entry, settings)
+        for prepared in preprocess(entry, settings)
     )
     return itertools.islice(every, limit)
 
 
-def examples(config: Config, settings: Settings, limit: int) -> Iterator[ExampleView]:
+def examples(config: Config, settings: PreprocessConfig, limit: int) -> Iterator[ExampleView]:
     """Yield the first `limit` rows, token by token, for a page."""
     for name, prepared in rows(config, settings, limit):
         tokens, dropped = prepared.tokens, prepared.dropped
@@ -67,7 +71,9 @@ def examples(config: Config, settings: Settings, limit: int) -> Iterator[Example
         )
 
 
-def data_report(config: Config, settings: Settings, columns: Sequence[str] = ()) -> dict[str, Any]:
+def data_report(
+    config: Config, settings: PreprocessConfig, columns: Sequence[str] = ()
+) -> dict[str, Any]:
     """Report on the data that a run of this config trains, on one device."""
     with TokenizeProgress() as progress:
         dataset, held_out = open_sides(

@@ -13,7 +13,7 @@ from jaxtune import __version__
 from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError
 from jaxtune.data.dataset import Dataset
-from jaxtune.data.preprocess import Settings
+from jaxtune.data.preprocess import PreprocessConfig
 from jaxtune.data.report.data_report import histograms
 from jaxtune.reporting.data import examples, with_targets
 from jaxtune.reporting.files import EXAMPLES, RunFiles, read_run
@@ -90,7 +90,11 @@ def _replace(file: Path, text: str) -> None:
 
 
 def after_training(
-    run_dir: Path, config: Config, settings: Settings, train: Dataset, report: Mapping[str, Any]
+    run_dir: Path,
+    config: Config,
+    settings: PreprocessConfig,
+    train: Dataset,
+    report: Mapping[str, Any],
 ) -> None:
     """Write the page at the end of a run, with the data report that it has at hand.
 

@@ -22,7 +22,7 @@ _GOING = ".going-"
 _held: dict[Path, int] = {}  # folder -> the file that is locked as long as this process lives
 
 
-class _Kept(NamedTuple):
+class _Cached(NamedTuple):
     folder: Path
     size: int
     used: float
@@ -61,7 +61,7 @@ def use(folder: Path) -> None:
     os.utime(_held[folder])
 
 
-def make_room(needed: int, places: Iterable[Path]) -> None:
+def evict(needed: int, places: Iterable[Path]) -> None:
     """Removes folders of `places` until `needed` more bytes are within the limit, or all that is
     left is in use. Raises `ConfigError` for a limit that is no number."""
     there = [place for place in places if place.is_dir()]
@@ -76,7 +76,7 @@ def make_room(needed: int, places: Iterable[Path]) -> None:
             over -= each.size
 
 
-def _kept(place: Path) -> list[_Kept]:
+def _kept(place: Path) -> list[_Cached]:
     found = []
     for folder in place.iterdir():
         if folder.name.startswith(_GOING):  # of a process that was killed
@@ -87,7 +87,7 @@ def _kept(place: Path) -> list[_Kept]:
                 used = (mark if mark.exists() else folder).stat().st_mtime
             except FileNotFoundError:  # another process removes it
                 continue
-            found.append(_Kept(folder, _size(folder), used))
+            found.append(_Cached(folder, _size(folder), used))
     return found
 
 

@@ -249,7 +249,7 @@ def cached(items: Sequence[Item]) -> Path:
     try:
         cache_eviction.use(folder)
         lacking = [item for item in items if not (folder / _plain_name(item)).is_file()]
-        make_room(sum(item.size for item in lacking))
+        free_space(sum(item.size for item in lacking))
         _all(lambda item: fetch(item, folder / _plain_name(item)), lacking)
     except OSError as error:
         raise StoreError(
@@ -259,11 +259,11 @@ def cached(items: Sequence[Item]) -> Path:
     return folder
 
 
-def make_room(needed: int) -> None:
+def free_space(needed: int) -> None:
     """Evicts what was used longest ago until so many more bytes fit; see `cache_eviction`."""
     if needed:
         places = [default_folder() / name for name in ("stores", "read", IN_MEMORY)]
-        cache_eviction.make_room(needed, places)
+        cache_eviction.evict(needed, places)
 
 
 def download(url: str, patterns: Sequence[str]) -> Path:

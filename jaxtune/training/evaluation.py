@@ -17,7 +17,7 @@ from jaxtune.training.step import EachToken, Evaluate
 
 class Part(Protocol):
     """A batch [batch_size length] of which each host makes its rows; `trained` of all its targets
-    carry weight. `data.pipeline.EvalBatch` is one."""
+    carry weight. `data.dataset.EvalBatch` is one."""
 
     @property
     def batch_size(self) -> int: ...

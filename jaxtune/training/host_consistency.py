@@ -36,10 +36,10 @@ def check_same(parts: Mapping[str, str]) -> None:
     """`parts` are this host's: name -> value or digest. All hosts call. Raises `ConfigError` on
     every one where they are not alike."""
     own = json.dumps(parts, sort_keys=True)
-    if len(set(processes.everyones(_digest(own)))) == 1:
+    if len(set(processes.gather_texts(_digest(own)))) == 1:
         return
-    processes.tell(_TOLD, own)
-    everyones = [json.loads(processes.hear(_TOLD, host)) for host in range(processes.count())]
+    processes.publish(_TOLD, own)
+    everyones = [json.loads(processes.receive(_TOLD, host)) for host in range(processes.count())]
     raise ConfigError(
         f"hosts: they are not about to run the same: {'; '.join(differences(everyones))}. Start "
         "the same command on all of them, with the same files and the same versions."

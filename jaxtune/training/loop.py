@@ -24,7 +24,7 @@ from jaxtune.data.dataset import Batches, Dataset, eval_batches, prefetch
 from jaxtune.data.progress import counts_before, counts_of, epoch_at
 from jaxtune.parallel import processes
 from jaxtune.parallel.chips import peak_flops
-from jaxtune.parallel.heartbeat import Notice, Watch, asked_to_stop
+from jaxtune.parallel.heartbeat import Heartbeat, Notice, stop_notices
 from jaxtune.parallel.mesh import put_batch, row_shards
 from jaxtune.terminal.progress import TrainProgress
 from jaxtune.training import debug_step
@@ -59,7 +59,7 @@ class Outputs(NamedTuple):
 
     checkpoints: Checkpoints
     writer: MetricsWriter
-    watch: Watch
+    watch: Heartbeat
 
 
 Sample = Callable[[Any, Any, int, Callable[[], None]], None]
@@ -166,7 +166,7 @@ class Loop:
             return state, done
         with contextlib.ExitStack() as using:
             using.enter_context(self._progress)
-            self._notice = using.enter_context(asked_to_stop(note))
+            self._notice = using.enter_context(stop_notices(note))
             tracing = using.enter_context(Tracing(self.plan.run_dir, self.config.profile_steps))
             if self.history.due:
                 self._conclude(state, frozen, done)
@@ -225,7 +225,7 @@ class Loop:
             self._hosts_asked = True
             os.kill(os.getpid(), SIGTERM)  # which JAX passes on to all hosts
         if signal := self._notice():
-            self.stop_reason = max(processes.everyones(own))
+            self.stop_reason = max(processes.gather_texts(own))
         return None if self.stop_reason else signal
 
     def _leave_if_signalled(self) -> None:

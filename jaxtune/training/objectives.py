@@ -74,7 +74,7 @@ def next_token(
     )
 
     def objective(variables: Variables, batch: Tokens, key: jax.Array | None) -> Sums:
-        batch = collectives.dealt(batch)
+        batch = collectives.zigzag_split(batch)
         noise = None
         if noise_alpha is not None and key is not None:
             key, own = jax.random.split(key)
@@ -103,7 +103,7 @@ def each_token(
     """`next_token` before it is added up: `[B T]`, each token where it lies in the batch."""
 
     def losses(variables: Variables, batch: Tokens) -> TokenLosses:
-        batch = collectives.dealt(batch)
+        batch = collectives.zigzag_split(batch)
         output = _read(
             spec, variables, batch, dtype=dtype, remat="none", lora=lora, platform=platform
         )

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxtune.model import decoder
 from jaxtune.model.lora import COLLECTION, Lora
 from jaxtune.ops.cross_entropy import TokenLosses
-from jaxtune.parallel.collectives import EVERYWHERE, per_device, slices, tokens
+from jaxtune.parallel.collectives import EVERYWHERE, shard_map_step, slices, tokens
 from jaxtune.parallel.mesh import platform_of, put, replicated, shardings
 from jaxtune.spec import ModelSpec
 from jaxtune.training.objectives import Objective, each_token, next_token
@@ -120,7 +120,7 @@ def build(
         )
         own, others = slices(axes, trained, mesh), slices(axes, frozen, mesh)
         given = own, others, tokens(batch.inputs.shape, mesh), EVERYWHERE
-        return per_device(here, mesh, given, (own, EVERYWHERE))(trained, frozen, batch, step)
+        return shard_map_step(here, mesh, given, (own, EVERYWHERE))(trained, frozen, batch, step)
 
     def step(state: TrainState, frozen: Any, batch: Any) -> Any:
         if optim_offload:
@@ -168,7 +168,7 @@ def build_token_losses(spec: ModelSpec, mesh: Mesh, *, dtype: Any) -> EachToken:
     def losses(variables: Any, batch: Any) -> TokenLosses:
         rows = tokens(batch.inputs.shape, mesh)
         given = (slices(axes, variables, mesh), rows)
-        return per_device(here, mesh, given, type(rows)(rows[0]))(variables, batch)
+        return shard_map_step(here, mesh, given, type(rows)(rows[0]))(variables, batch)
 
     return jax.jit(losses, out_shardings=replicated(mesh))
 
@@ -188,7 +188,7 @@ def _evaluation(axes: Any, mesh: Mesh, objective: Objective) -> Evaluate:
             *(slices(axes, tree, mesh) for tree in (trained, frozen)),
             tokens(batch.inputs.shape, mesh),
         )
-        return per_device(here, mesh, given, EVERYWHERE)(trained, frozen, batch)
+        return shard_map_step(here, mesh, given, EVERYWHERE)(trained, frozen, batch)
 
     return jax.jit(evaluate, out_shardings=replicated(mesh))
 

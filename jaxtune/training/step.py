@@ -70,8 +70,8 @@ def gradient(
 ) -> tuple[Any, Sums]:
     """Gradients of loss + penalty, f32 and summed, and the sums.
 
-    Runs under `collectives.per_device`. `axes` and `shapes` are of the whole `trained`, of which a
-    device has its slices; `dtype` is that of the computation.
+    Runs under `collectives.shard_map_step`. `axes` and `shapes` are of the whole `trained`, of
+    which a device has its slices; `dtype` is that of the computation.
     """
     key_of_step = jax.random.fold_in(jax.random.key(seed), step)
     weights = trained.get("params", {})
@@ -157,7 +157,7 @@ def train_step(
 def eval_step(trained: Any, frozen: Any, batch: Tokens, *, objective: Objective) -> Sums:
     """Sums over one batch; the caller adds batches up and divides once. Nothing is random.
 
-    Runs under `collectives.per_device`.
+    Runs under `collectives.shard_map_step`.
     """
     return collectives.total(objective(merge(trained, frozen), batch, None))
 

@@ -1,4 +1,4 @@
-"""A template whose control tokens the base model lacks, from `add_tokens` to transformers."""
+"""A template whose special tokens the base model lacks, from `add_tokens` to transformers."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_ours_loads_it_without_adding_again(base: Path, tuned: Path, tmp_path: P
     found = load_tokenizer(str(tuned / "hf"), add=NEW)
     assert found.added == {}
     assert found.changed_files == {}
-    assert set(NEW) <= found.control.keys()
+    assert set(NEW) <= found.special_tokens.keys()
     config = json.loads((tuned / "hf" / "config.json").read_text())
     assert config["vocab_size"] == found.size
     written = load(tuned / "config.yaml")

@@ -12,7 +12,7 @@ import pytest
 
 from jaxtune import chat
 from jaxtune.config import load
-from jaxtune.data.templating.answer_text import Around
+from jaxtune.data.templating.answer_text import Affixes
 from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.inference import generate
 from jaxtune.terminal.text import printable
@@ -157,7 +157,7 @@ def test_streamed_text_never_shows_half_a_character() -> None:
     answers: list[generate.Generation] = []
 
     def text_of(ids: Iterable[int]) -> Generator[str, None, None]:
-        text = generate.Detokenizer(tokenizer, BEHIND, (), Around())
+        text = generate.Detokenizer(tokenizer, BEHIND, (), Affixes())
         for i in ids:
             yield text.add([i], None)[0]
         last, answer = text.add([], "stop")

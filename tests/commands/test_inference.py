@@ -13,7 +13,7 @@ import pytest
 
 from jaxtune.config import ConfigError, DataError, load
 from jaxtune.data.schema import Conversation, Message
-from jaxtune.data.templating.answer_text import Around
+from jaxtune.data.templating.answer_text import Affixes
 from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.inference import load as inference
 from jaxtune.inference.generate import (
@@ -63,7 +63,7 @@ def test_text_in_any_pieces_ends_before_the_first_stop_string() -> None:
             # What the string that came first in tokens leaves.
             expected = tokenizer.decode(ids[:made])
             expected = expected[: min(at for s in stop if (at := expected.find(s)) >= 0)]
-        said = Detokenizer(tokenizer, BEHIND, tuple(stop), Around())
+        said = Detokenizer(tokenizer, BEHIND, tuple(stop), Affixes())
         found, shown, at = None, "", 0
         while found is None:
             size = int(rng.integers(1, 6))

@@ -451,7 +451,7 @@ def test_an_interrupt_is_one_line_and_the_other_hosts_are_told(
     assert cli.execute("door", "does.", Door, run, ["D"]) == 130
     assert capsys.readouterr().err == "jaxtune door: interrupted.\n"
     told = []
-    monkeypatch.setattr(cli.Place, "leave", lambda code, said: told.append((code, said)))
+    monkeypatch.setattr(cli.ThisProcess, "leave", lambda code, said: told.append((code, said)))
     cli.execute("door", "does.", Door, run, ["D"])
     assert told == [(130, "interrupted.")]
 

@@ -1,6 +1,6 @@
 """Chat templates in the manner of the real ones, written for these tests; how each really differs.
 
-Each takes the control tokens of `conftest.CONTROL`.
+Each takes the special tokens of `conftest.CONTROL`.
 """
 
 HEADERS = """{%- for message in messages -%}

@@ -46,7 +46,7 @@ def byte_level_backend() -> tokenizers.Tokenizer:
 
 
 def sentencepiece_backend(scheme: str = "always") -> tokenizers.Tokenizer:
-    """As converted from SentencePiece: a blank before text and, "always", behind control tokens.
+    """As converted from SentencePiece: a blank before text and, "always", behind special tokens.
 
     `legacy` is the oldest form of it, with the blank put by a normalizer (Llama 2).
     """

@@ -75,7 +75,7 @@ PUBLIC = {
 
 @pytest.fixture(scope="module")
 def rich(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Has the control tokens of every named template."""
+    """Has the special tokens of every named template."""
     backend = byte_level_backend()
     backend.add_special_tokens([token for name in BUILTIN for token in needed_tokens(name)])
     return save(tmp_path_factory.mktemp("rich"), backend, **NAMES)
@@ -91,7 +91,7 @@ def test_text_is_what_the_makers_publish(rich: Tokenizer, name: str) -> None:
     found = resolve(name, rich)
     for messages, expected in zip((ONE, [SYSTEM, *TWO]), PUBLIC[name], strict=True):
         row = only(found, messages)
-        for token in rich.control:  # some hold a bar
+        for token in rich.special_tokens:  # some hold a bar
             expected = expected.replace(token, token.replace("|", "\1"))
         assert bars(row) == expected.replace("|", "\0").replace("\1", "|")
         for i, message in enumerate(messages):

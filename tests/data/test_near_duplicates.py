@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtune.data.report.near_duplicates import PLACES, first_alike, signatures
+from jaxtune.data.report.near_duplicates import PLACES, first_near_duplicates, signatures
 
 WORDS = [f"word{i}" for i in range(400)]
 
@@ -66,7 +66,7 @@ def test_one_changed_word_is_found_and_other_texts_are_not(blanks: bool) -> None
         rows = [[chr(0x4E00 + int(word[4:])) for word in row] for row in rows]
     copies = [[*rows[i][:30], rows[i + 1][0], *rows[i][31:]] for i in range(100)]
     texts = [("" if not blanks else " ").join(row) for row in rows + copies]
-    found = first_alike(signatures(texts))
+    found = first_near_duplicates(signatures(texts))
     assert (found[:300] == len(texts)).all()
     assert (found[300:] == np.arange(100)).mean() >= 0.9  # of expected 0.97: binomial, 32 places
 
@@ -76,4 +76,4 @@ def test_one_changed_word_is_found_and_other_texts_are_not(blanks: bool) -> None
 def test_the_first_of_equals_is_named(texts: list[str]) -> None:
     first = {text: texts.index(text) for text in texts}
     expected = [first[t] if first[t] < i else len(texts) for i, t in enumerate(texts)]
-    assert first_alike(signatures(texts)).tolist() == expected
+    assert first_near_duplicates(signatures(texts)).tolist() == expected

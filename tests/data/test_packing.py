@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtune.data.packing import best_fit_decreasing, fill, in_order, one_each, shuffled
+from jaxtune.data.packing import best_fit_decreasing, in_order, one_each, packed_batch, shuffled
 from jaxtune.data.schema import Example
 
 
@@ -126,7 +126,7 @@ def test_packed_labels_and_positions_of_a_public_suite() -> None:
     of n tokens has n - 1 targets and one of a single token has none.
     """
     documents = [[1, 2, 3], [4, 5, 6], [7, 8, 9, 10]]
-    batch = fill([[0, 1], [2]], lambda i: example(documents[i]), 5)
+    batch = packed_batch([[0, 1], [2]], lambda i: example(documents[i]), 5)
     assert batch.inputs.tolist() == [[1, 2, 4, 5, 0], [7, 8, 9, 0, 0]]
     assert batch.targets.tolist() == [[2, 3, 5, 6, 0], [8, 9, 10, 0, 0]]
     assert batch.weights.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
@@ -141,7 +141,7 @@ def test_no_segment_predicts_its_neighbour(documents: list[list[int]]) -> None:
     lengths = np.array([len(d) - 1 for d in documents])
     made = best_fit_decreasing(np.sort(lengths)[::-1], 10)
     rows = contents(shuffled(made, lengths, 0, 0))
-    batch = fill([list(row) for row in rows], lambda i: example(documents[i]), 10)
+    batch = packed_batch([list(row) for row in rows], lambda i: example(documents[i]), 10)
     assert batch.weights.sum() == lengths.sum()
     seen = []
     for row in range(len(rows)):

@@ -21,7 +21,7 @@ from jaxtune.data.preprocess import dataset_names
 from jaxtune.data.report.data_report import overlap, report
 from jaxtune.data.schema import Message
 from jaxtune.data.templating.template import resolve
-from jaxtune.data.tokenize import encode_prompt
+from jaxtune.data.tokenize import tokenize_prompt
 from jaxtune.data.tokenizer import Tokenizer
 
 ROWS = [{"instruction": f"Say {i}.", "output": "word " * (1 + i % 7) + str(i)} for i in range(40)]
@@ -234,7 +234,7 @@ def test_all_rows_dropped_names_the_commonest_reason(tmp_path: Path, byte_level:
 
 def key(tokenizer: Tokenizer, entry: DatasetConfig, **options: Any) -> str:
     template = resolve(options.pop("template", "alpaca"), tokenizer, stop=options.pop("stop", None))
-    return preprocess.cache_key(entry, pipeline.Settings(tokenizer, template, **options))
+    return preprocess.cache_key(entry, pipeline.PreprocessConfig(tokenizer, template, **options))
 
 
 def test_cache_key_follows_everything_that_makes_tokens(
@@ -267,7 +267,7 @@ def test_second_opening_reads_the_cache(
 ) -> None:
     entry = write(tmp_path / "a.jsonl", ROWS)
     first = opened([entry], byte_level, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(preprocess, "prepare", None)  # tokenising again would fail
+    monkeypatch.setattr(preprocess, "tokenize_chunk", None)  # tokenising again would fail
     again = opened([entry], byte_level, cache_dir=tmp_path / "cache")
     assert ids(again) == ids(first)
     assert again.fingerprint == first.fingerprint
@@ -417,7 +417,7 @@ def test_prompt_of_chat_is_a_prefix_of_the_stored_row(
 ) -> None:
     template = resolve("alpaca_original", byte_level)
     for i, row in enumerate(ROWS[:5]):
-        prompt = encode_prompt(template, byte_level, [Message("user", row["instruction"])])
+        prompt = tokenize_prompt(template, byte_level, [Message("user", row["instruction"])])
         assert dataset.tokens(i).ids[: len(prompt)].tolist() == prompt
 
 

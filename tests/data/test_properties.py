@@ -15,9 +15,9 @@ from jaxtune.config import DataError, DatasetConfig
 from jaxtune.data import preprocess
 from jaxtune.data.dataset import Batches, Dataset, open_dataset
 from jaxtune.data.formats import FORMATS
-from jaxtune.data.packing import best_fit_decreasing, fill, one_each, shuffled
-from jaxtune.data.preprocess import Settings
-from jaxtune.data.schema import Tokens
+from jaxtune.data.packing import best_fit_decreasing, one_each, packed_batch, shuffled
+from jaxtune.data.preprocess import PreprocessConfig
+from jaxtune.data.schema import WeightedTokens
 from jaxtune.data.templating.template import resolve
 from jaxtune.data.tokenize import shift, token_texts
 from jaxtune.data.tokenizer import Tokenizer
@@ -27,27 +27,27 @@ WEIGHTS = st.sampled_from([0.0, 0.125, 0.5, 1.0, 2.0])
 
 
 @st.composite
-def examples(draw: st.DrawFn) -> list[Tokens]:
+def examples(draw: st.DrawFn) -> list[WeightedTokens]:
     """Example i is made of the ids 100 i + 1, 100 i + 2, ...: each token tells where it is from."""
     found = []
     for number in range(draw(st.integers(1, 10))):
         weights = draw(st.lists(WEIGHTS, min_size=2, max_size=12))
         ids = np.arange(100 * number + 1, 100 * number + 1 + len(weights), dtype=np.int32)
-        found.append(Tokens(ids, np.array([0.0, *weights[1:]], np.float32)))
+        found.append(WeightedTokens(ids, np.array([0.0, *weights[1:]], np.float32)))
     return found
 
 
 @given(examples(), st.integers(11, 30), st.booleans(), st.integers(0, 3), st.integers(0, 2))
 @settings(max_examples=120, deadline=None)
 def test_packing_keeps_every_weight_and_lets_no_segment_predict_its_neighbour(
-    made: list[Tokens], capacity: int, packing: bool, seed: int, epoch: int
+    made: list[WeightedTokens], capacity: int, packing: bool, seed: int, epoch: int
 ) -> None:
     lengths = np.array([len(tokens.ids) - 1 for tokens in made])
     descending = np.sort(lengths)[::-1]
     bins = best_fit_decreasing(descending, capacity) if packing else one_each(len(made))
     rows = shuffled(bins, lengths, seed, epoch)
     numbers = [rows.examples[a:b].tolist() for a, b in zip(rows.starts, rows.starts[1:])]  # noqa: B905
-    batch = fill(numbers, lambda i: shift(made[i]), capacity)
+    batch = packed_batch(numbers, lambda i: shift(made[i]), capacity)
     assert batch.weights.sum() == sum(tokens.weights.sum() for tokens in made)
     real = batch.segment_ids > 0
     assert real.sum() == lengths.sum()
@@ -126,7 +126,7 @@ def test_token_by_token_is_the_whole_text(
         found = byte_level.encode(text)
         ids += found
         weights += [weight] * len(found)
-    tokens = Tokens(np.array(ids, np.int32), np.array(weights, np.float32))
+    tokens = WeightedTokens(np.array(ids, np.int32), np.array(weights, np.float32))
     pieces = token_texts(tokens, byte_level)
     assert [number for _, numbers, _ in pieces for number in numbers] == ids
     assert [weight for _, numbers, weight in pieces for _ in numbers] == weights
@@ -187,11 +187,13 @@ def test_any_json_anywhere_is_a_row_or_a_clear_error(
     file = tmp_path / "any.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     template = resolve(data.draw(st.sampled_from(["chatml", "alpaca", "llama2"])), byte_level)
-    chosen = Settings(byte_level, template, data.draw(st.sampled_from(["assistant", "all"])))
+    chosen = PreprocessConfig(
+        byte_level, template, data.draw(st.sampled_from(["assistant", "all"]))
+    )
     entry = DatasetConfig(path=str(file), format=name)
     refused = ""
     try:
-        for item in preprocess.prepare(entry, chosen):
+        for item in preprocess.preprocess(entry, chosen):
             assert (item.dropped is None) or item.dropped.reason
             if item.dropped is None:
                 assert item.tokens is not None

@@ -20,13 +20,13 @@ from jaxtune.config import DatasetConfig
 from jaxtune.data import preprocess
 from jaxtune.data.dataset import open_dataset
 from jaxtune.data.formats import FORMATS, to_noun
-from jaxtune.data.packing import fill
-from jaxtune.data.preprocess import Prepared, Settings
+from jaxtune.data.packing import packed_batch
+from jaxtune.data.preprocess import PreprocessConfig, PreprocessedRow
 from jaxtune.data.report.data_report import report
-from jaxtune.data.schema import Conversation, Dropped, Message, Span, Tokens
+from jaxtune.data.schema import Conversation, Dropped, Message, Span, WeightedTokens
 from jaxtune.data.templating.masking import render
 from jaxtune.data.templating.template import resolve
-from jaxtune.data.tokenize import Encoded, encode, shift, truncate
+from jaxtune.data.tokenize import TokenizedRow, shift, tokenize_rows, truncate
 from jaxtune.data.tokenizer import Tokenizer
 
 PLAIN = "{instruction}{output}"
@@ -39,16 +39,18 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return save(folder, character_backend([]), bos_token="<s>", eos_token="</s>")
 
 
-def tokens(ids: list[int], weights: list[float]) -> Tokens:
-    return Tokens(np.array(ids, np.int32), np.array(weights, np.float32))
+def tokens(ids: list[int], weights: list[float]) -> WeightedTokens:
+    return WeightedTokens(np.array(ids, np.int32), np.array(weights, np.float32))
 
 
-def prepared(tmp_path: Path, letters: Tokenizer, rows: list[Any], **options: Any) -> list[Prepared]:
+def prepared(
+    tmp_path: Path, letters: Tokenizer, rows: list[Any], **options: Any
+) -> list[PreprocessedRow]:
     """The rows of a file under the plainest of templates."""
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    settings = Settings(letters, resolve(PLAIN, letters), **options)
-    return list(preprocess.prepare(DatasetConfig(path=str(file)), settings))
+    settings = PreprocessConfig(letters, resolve(PLAIN, letters), **options)
+    return list(preprocess.preprocess(DatasetConfig(path=str(file)), settings))
 
 
 def pair(prompt: str, completion: str) -> dict[str, str]:
@@ -62,7 +64,7 @@ def test_collation_pads_right_with_weight_0() -> None:
     """trl TestDataCollatorForLanguageModeling: [1 2 3] and [4 5], padded to 3 and to 4."""
     examples = [shift(tokens([1, 2, 3], [1, 1, 1])), shift(tokens([4, 5], [1, 1]))]
     for length in (2, 3):  # 3 and 4 tokens, shifted
-        batch = fill([[0], [1]], lambda i: examples[i], length)
+        batch = packed_batch([[0], [1]], lambda i: examples[i], length)
         more = [0] * (length - 2)
         assert batch.inputs.tolist() == [[1, 2, *more], [4, 0, *more]]
         assert batch.targets.tolist() == [[2, 3, *more], [5, 0, *more]]
@@ -73,7 +75,7 @@ def test_collation_pads_right_with_weight_0() -> None:
 def test_the_pad_id_decides_nothing() -> None:
     """The same suite with pad id 999: a real token that equals the padding keeps its weight."""
     example = shift(tokens([7, 0, 0], [0, 1, 1]))  # 0 is what padding holds
-    batch = fill([[0]], lambda i: example, 4)
+    batch = packed_batch([[0]], lambda i: example, 4)
     assert batch.targets.tolist() == [[0, 0, 0, 0]]
     assert batch.weights.tolist() == [[1, 1, 0, 0]]
 
@@ -139,8 +141,8 @@ def test_all_trains_the_system_message_too(letters: Tokenizer) -> None:
     """The same table masks it under `train_on_all`; here all is all, as in a text document."""
     (row,) = render(resolve("alpaca", letters), Conversation(TURNS), train_on="all")
     assert not isinstance(row, Dropped)
-    (encoded,) = encode([row], letters)
-    assert isinstance(encoded, Encoded)
+    (encoded,) = tokenize_rows([row], letters)
+    assert isinstance(encoded, TokenizedRow)
     assert encoded.tokens.weights.tolist() == [0.0] + [1.0] * (len(encoded.tokens.ids) - 1)
 
 
@@ -150,8 +152,8 @@ def test_weights_of_spans_sum_to_the_number_of_groups(letters: Tokenizer) -> Non
         Span("x", 0.0), Span("a</s>", 1 / 2, answer=True), Span("yz", 0.0),
         Span("bc</s>", 1 / 3, answer=True),
     )  # fmt: skip
-    (found,) = encode([row], letters)
-    assert isinstance(found, Encoded)
+    (found,) = tokenize_rows([row], letters)
+    assert isinstance(found, TokenizedRow)
     expected = [0, 1 / 2, 1 / 2, 0, 0, 1 / 3, 1 / 3, 1 / 3]
     np.testing.assert_allclose(found.tokens.weights, expected, rtol=1e-6)
     uniform = shift(found.tokens).weights.sum() * math.log(50)
@@ -233,7 +235,7 @@ def test_every_format_ends_with_a_stop_whatever_its_columns_are_called(
         file = tmp_path / f"{len(columns)}.jsonl"
         file.write_text(json.dumps(row))
         entry = DatasetConfig(path=str(file), format=name, columns=columns)
-        (found,) = preprocess.prepare(entry, Settings(letters, template))
+        (found,) = preprocess.preprocess(entry, PreprocessConfig(letters, template))
         assert found.tokens is not None, found.dropped
         assert found.tokens.ids[-1] == letters.eos_id
         assert found.tokens.weights[-1] == 1

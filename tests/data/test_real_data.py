@@ -12,7 +12,7 @@ from jaxtune.data.dataset import Batches, open_dataset
 from jaxtune.data.report.data_report import report
 from jaxtune.data.schema import Message
 from jaxtune.data.templating.template import needed_tokens, resolve
-from jaxtune.data.tokenize import encode_prompt
+from jaxtune.data.tokenize import tokenize_prompt
 from jaxtune.data.tokenizer import load_tokenizer
 
 TEMPLATES = [
@@ -41,7 +41,7 @@ def test_trained_tokens_decode_to_answer_and_end(shared_data: Path, name: str) -
         )
         if i % 50 == 0:
             asked = Message("user", record["instruction"], record["input"])
-            prompt = encode_prompt(template, tokenizer, [asked])
+            prompt = tokenize_prompt(template, tokenizer, [asked])
             assert ids[: len(prompt)].tolist() == prompt
             assert not weights[: len(prompt)].any()
             assert weights[len(prompt) :].all()

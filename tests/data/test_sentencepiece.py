@@ -16,7 +16,7 @@ from jaxtune.data import sentencepiece as ours
 from jaxtune.data.schema import Conversation, Document, Message
 from jaxtune.data.templating.masking import render
 from jaxtune.data.templating.template import resolve
-from jaxtune.data.tokenize import Encoded, encode
+from jaxtune.data.tokenize import TokenizedRow, tokenize_rows
 from jaxtune.data.tokenizer import load_tokenizer
 
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -71,8 +71,8 @@ def test_ids_and_text_are_sentencepieces_own(model: Path) -> None:
     mine = (found.bos_id, found.eos_id, found.pad_id, found.unk_id)
     assert tuple(-1 if i is None else i for i in mine) == wanted
     assert found.begins_with_bos == (reference.bos_id() >= 0)
-    assert found.control["<|im_end|>"] == reference.piece_to_id("<|im_end|>")
-    assert "[USR]" not in found.control
+    assert found.special_tokens["<|im_end|>"] == reference.piece_to_id("<|im_end|>")
+    assert "[USR]" not in found.special_tokens
 
 
 def test_fields_are_those_of_the_protocol_buffer(model: Path) -> None:
@@ -114,15 +114,15 @@ def test_bos_once_and_the_end_is_trained(model: Path) -> None:
     for name in ("alpaca", "chatml", "llama2", "plain"):
         template = resolve(name, found)
         row = render(template, Conversation((Message("user", "Q?"), Message("assistant", "Yes."))))
-        (result,) = encode(row, found)  # type: ignore[arg-type]
-        assert isinstance(result, Encoded), result
+        (result,) = tokenize_rows(row, found)  # type: ignore[arg-type]
+        assert isinstance(result, TokenizedRow), result
         ids, weights = result.tokens
         assert ids.tolist().count(found.bos_id) == found.begins_with_bos
         assert (ids[0] == found.bos_id) == found.begins_with_bos
         assert weights[ids == template.stop_id][-1] == 1
     (row,) = render(resolve("plain", found), Document("some text"))
-    (result,) = encode([row], found)  # type: ignore[list-item]
-    assert isinstance(result, Encoded)
+    (result,) = tokenize_rows([row], found)  # type: ignore[list-item]
+    assert isinstance(result, TokenizedRow)
     ids = result.tokens.ids.tolist()
     assert ids.count(found.bos_id) == found.begins_with_bos
     assert ids[-1] == found.eos_id
@@ -136,7 +136,7 @@ def test_a_config_beside_it_is_honoured(tmp_path: Path) -> None:
     )  # fmt: skip
     found = load_tokenizer(str(file))
     assert not found.begins_with_bos
-    assert found.eos_id == found.pad_id == found.control["<|im_end|>"]
+    assert found.eos_id == found.pad_id == found.special_tokens["<|im_end|>"]
     assert found.chat_template == "T"
 
 
@@ -168,7 +168,7 @@ def test_real_model_on_a_whole_file(shared_data: Path, tmp_path: Path) -> None:
         text = "".join(span.text for span in spans)  # type: ignore[union-attr]
         if "  " not in text:
             assert bare.encode(text) == fast.encode(text)
-    assert bare.control == fast.control
+    assert bare.special_tokens == fast.special_tokens
     assert (bare.bos_id, bare.eos_id, bare.size) == (fast.bos_id, fast.eos_id, fast.size)
 
 

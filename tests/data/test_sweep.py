@@ -27,7 +27,7 @@ from data.made import (
 from jaxtune.data.schema import Conversation, Dropped, Message
 from jaxtune.data.templating.masking import render
 from jaxtune.data.templating.template import resolve
-from jaxtune.data.tokenize import Encoded, encode, encode_prompt
+from jaxtune.data.tokenize import TokenizedRow, tokenize_prompt, tokenize_rows
 from jaxtune.data.tokenizer import Tokenizer
 
 CLOCK = {
@@ -129,7 +129,7 @@ def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return save(tmp_path_factory.mktemp(request.param), adds_bos(backend), **NAMES)
 
 
-def trained_texts(result: Encoded, tokenizer: Any, stop_id: int) -> list[str]:
+def trained_texts(result: TokenizedRow, tokenizer: Any, stop_id: int) -> list[str]:
     """Every run of trained tokens as text, runs also ending behind each end of turn."""
     ids, weights = result.tokens
     texts: list[str] = []
@@ -164,8 +164,8 @@ def test_every_row_is_right_or_dropped(kind: Tokenizer, name: str, shape: str) -
     if not reasons:
         assert len(expected) == sum(m.role == "assistant" for m in noun.messages)
     found: list[str] = []
-    for row, result in zip(spans, encode(spans, kind), strict=True):
-        assert isinstance(result, Encoded), result
+    for row, result in zip(spans, tokenize_rows(spans, kind), strict=True):
+        assert isinstance(result, TokenizedRow), result
         assert not result.inexact
         ids, weights = result.tokens
         text = "".join(span.text for span in row)
@@ -179,7 +179,7 @@ def test_every_row_is_right_or_dropped(kind: Tokenizer, name: str, shape: str) -
         starts = [i for i in np.flatnonzero(weights).tolist() if not weights[i - 1]]
         for start in starts:  # each behind exactly what inference feeds, token for token
             fed = [
-                encode_prompt(template, kind, noun.messages[:i], tools=noun.tools)
+                tokenize_prompt(template, kind, noun.messages[:i], tools=noun.tools)
                 for i, message in enumerate(noun.messages)
                 if message.role == "assistant"
             ]

@@ -20,10 +20,17 @@ from data.made import (
 )
 from hypothesis import HealthCheck, given, settings, strategies
 
-from jaxtune.data.schema import Conversation, Document, Dropped, Message, Span, Tokens
+from jaxtune.data.schema import Conversation, Document, Dropped, Message, Span, WeightedTokens
 from jaxtune.data.templating.masking import render
 from jaxtune.data.templating.template import resolve
-from jaxtune.data.tokenize import Encoded, encode, encode_prompt, runs, shift, truncate
+from jaxtune.data.tokenize import (
+    TokenizedRow,
+    runs,
+    shift,
+    tokenize_prompt,
+    tokenize_rows,
+    truncate,
+)
 from jaxtune.data.tokenizer import Tokenizer
 
 
@@ -32,13 +39,13 @@ def spans(*texts: str) -> tuple[Span, ...]:
     return tuple(Span(t, float(i % 2), answer=bool(i % 2)) for i, t in enumerate(texts))
 
 
-def one(row: tuple[Span, ...], tokenizer: Tokenizer) -> Encoded:
-    (found,) = encode([row], tokenizer)
-    assert isinstance(found, Encoded), found
+def one(row: tuple[Span, ...], tokenizer: Tokenizer) -> TokenizedRow:
+    (found,) = tokenize_rows([row], tokenizer)
+    assert isinstance(found, TokenizedRow), found
     return found
 
 
-def trained_text(found: Encoded, tokenizer: Tokenizer) -> str:
+def trained_text(found: TokenizedRow, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(found.tokens.ids[found.tokens.weights > 0].tolist())
 
 
@@ -56,7 +63,7 @@ def answer_merging(tmp_path: Path) -> Tokenizer:
     return save(tmp_path, backend, bos_token="<s>", eos_token="</s>")
 
 
-def tokens_of(found: Encoded, tokenizer: Tokenizer) -> list[str]:
+def tokens_of(found: TokenizedRow, tokenizer: Tokenizer) -> list[str]:
     return [str(tokenizer.backend.id_to_token(i)) for i in found.tokens.ids.tolist()]
 
 
@@ -108,8 +115,8 @@ def test_prompt_of_inference_is_a_prefix_of_the_trained_row(
     found = resolve(FOREIGN.get(name, name), tokenizer)
     messages = SHAPES[shape]
     produced = [row for row in rows(found, messages) if not isinstance(row, Dropped)]
-    for row, result in zip(produced, encode(produced, tokenizer), strict=True):
-        assert isinstance(result, Encoded), result
+    for row, result in zip(produced, tokenize_rows(produced, tokenizer), strict=True):
+        assert isinstance(result, TokenizedRow), result
         ids, weights = result.tokens
         if not result.split:
             assert ids.tolist() == reference(text(row), add_special_tokens=False).input_ids
@@ -118,7 +125,7 @@ def test_prompt_of_inference_is_a_prefix_of_the_trained_row(
         # An answer begins where training begins, or right behind the end of another.
         begins = [int(i) for i in np.flatnonzero(weights > 0) if weights[i - 1] == 0 or i in ends]
         fed = [
-            encode_prompt(found, tokenizer, messages[:i])
+            tokenize_prompt(found, tokenizer, messages[:i])
             for i, message in enumerate(messages)
             if message.role == "assistant"
         ]
@@ -126,14 +133,14 @@ def test_prompt_of_inference_is_a_prefix_of_the_trained_row(
             assert ids[:start].tolist() in fed
             inside = ids[start:end].tolist()
             behind_end = tokenizer.decode([found.stop_id, *inside])
-            if result.inexact:  # an old SentencePiece blank behind a control token, as in HF
+            if result.inexact:  # an old SentencePiece blank behind a special token, as in HF
                 assert "".join(behind_end.split()) == "".join((found.stop + answer).split())
             else:
                 assert behind_end == found.stop + answer
 
 
 def neutral(tokenizer: Tokenizer) -> Tokenizer:
-    """The same, blind to control tokens in text: what a typed one must look like."""
+    """The same, blind to special tokens in text: what a typed one must look like."""
     import tokenizers
 
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
@@ -154,7 +161,7 @@ def test_typed_control_tokens_are_text(tokenizer: Tokenizer, name: str) -> None:
     for clean, dirty in zip(rows(found, plain), rows(found, typed), strict=True):
         assert not isinstance(clean, Dropped)
         assert not isinstance(dirty, Dropped)
-        control = set(tokenizer.control.values())
+        control = set(tokenizer.special_tokens.values())
         expected = [i for i in one(clean, tokenizer).tokens.ids.tolist() if i in control]
         result = one(dirty, tokenizer)
         ids, weights = result.tokens
@@ -165,7 +172,7 @@ def test_typed_control_tokens_are_text(tokenizer: Tokenizer, name: str) -> None:
         assert squeezed == "".join(blind.decode(blind.encode(text(dirty))).split())
         start = int(np.flatnonzero(weights)[0])
         assert ids[:start].tolist() in [
-            encode_prompt(found, tokenizer, typed[:i]) for i in (1, 3, 5)
+            tokenize_prompt(found, tokenizer, typed[:i]) for i in (1, 3, 5)
         ]
 
 
@@ -180,19 +187,19 @@ HOSTILE = strategies.lists(strategies.sampled_from(WORDS), min_size=1, max_size=
 def test_no_text_of_a_message_ever_steers(
     tokenizer: Tokenizer, name: str, asked: str, said: str
 ) -> None:
-    """The control tokens of a row are those of the same conversation in plain words."""
+    """The special tokens of a row are those of the same conversation in plain words."""
     found = resolve(name, tokenizer)
-    control = tokenizer.control_ids
+    control = tokenizer.special_ids
 
     def steering(question: str, answer: str) -> list[list[int]]:
         messages = [Message("user", question), Message("assistant", answer), *TWO]
-        produced = encode(
+        produced = tokenize_rows(
             [row for row in rows(found, messages) if not isinstance(row, Dropped)], tokenizer
         )
         return [
             [i for i in result.tokens.ids.tolist() if i in control]
             for result in produced
-            if isinstance(result, Encoded)
+            if isinstance(result, TokenizedRow)
         ]
 
     expected = steering("q", "w")
@@ -200,7 +207,7 @@ def test_no_text_of_a_message_ever_steers(
 
 
 def test_what_follows_a_typed_token_is_no_beginning(sentencepiece: Tokenizer) -> None:
-    """Behind a real control token an old SentencePiece puts a blank; behind a typed one it may not.
+    """Behind a real special token an old SentencePiece puts a blank; behind a typed one it may not.
 
     The question ends with one, and the answer follows at once.
     """
@@ -257,7 +264,7 @@ def test_a_document_brings_its_own_turns(byte_level_bos: Tokenizer) -> None:
 
 
 def test_blanks_that_belong_to_a_control_token_need_none_of_their_own(tmp_path: Path) -> None:
-    """Phi-3's control tokens take the line end behind them in."""
+    """Phi-3's special tokens take the line end behind them in."""
     backend = byte_level_backend()
     ends = [tokenizers.AddedToken(t, rstrip=True) for t in ("<|end|>", "<|user|>", "<|assistant|>")]
     backend.add_special_tokens([*ends, tokenizers.AddedToken("<|system|>", rstrip=True)])
@@ -291,25 +298,25 @@ def test_weights_are_those_of_the_spans(byte_level: Tokenizer) -> None:
 def test_first_token_is_no_target(byte_level: Tokenizer) -> None:
     ids, weights = one((Span("some text</s>", 1.0, True),), byte_level).tokens
     assert weights.tolist() == [0.0] + [1.0] * (len(ids) - 1)
-    (alone,) = encode([(Span("</s>", 1.0, True),)], byte_level)
+    (alone,) = tokenize_rows([(Span("</s>", 1.0, True),)], byte_level)
     assert alone == Dropped("nothing to train", "1 token")
 
 
 def test_answers_that_cannot_be_proven_are_dropped(byte_level: Tokenizer, tmp_path: Path) -> None:
-    (found,) = encode([spans("Q", "no end")], byte_level)
+    (found,) = tokenize_rows([spans("Q", "no end")], byte_level)
     assert isinstance(found, Dropped)
     assert found.reason == "not exactly one end of turn"
-    (found,) = encode([spans("Q", "a</s>b</s>")], byte_level)
+    (found,) = tokenize_rows([spans("Q", "a</s>b</s>")], byte_level)
     assert isinstance(found, Dropped)
     assert found.reason == "not exactly one end of turn"
     ascii_only = save(tmp_path, character_backend([]), eos_token="</s>")
-    (found,) = encode([spans("Q:", "naïve</s>")], ascii_only)
+    (found,) = tokenize_rows([spans("Q:", "naïve</s>")], ascii_only)
     assert isinstance(found, Dropped)
     assert found.reason == "the tokenizer cannot write the answer"
 
 
 def test_shift_and_truncate() -> None:
-    tokens = Tokens(np.arange(5, dtype=np.int32), np.array([0, 0, 1, 1, 0.5], np.float32))
+    tokens = WeightedTokens(np.arange(5, dtype=np.int32), np.array([0, 0, 1, 1, 0.5], np.float32))
     inputs, targets, weights = shift(tokens)
     assert inputs.tolist() == [0, 1, 2, 3]
     assert targets.tolist() == [1, 2, 3, 4]

@@ -40,7 +40,7 @@ def test_real_tokenizer_equals_transformers(shared_data: Path) -> None:
     for text in TEXTS:
         assert ours.encode(text) == reference(text, add_special_tokens=False).input_ids
     assert ours.size == len(reference) == 32768
-    assert ours.control["[INST]"] == 3
+    assert ours.special_tokens["[INST]"] == 3
 
 
 @pytest.mark.parametrize("wanted", [True, False])
@@ -80,8 +80,8 @@ def test_tokens_that_only_the_config_calls_special_steer(
     backend = byte_level_backend()
     backend.add_tokens([tokenizers.AddedToken(t, special=False) for t in ("<|a|>", "<|b|>")])
     found = save(tmp_path, backend, **{name: listed}, **NAMES)
-    assert {"<|a|>", "<|b|>"} <= found.control.keys()
-    assert found.encode("x<|a|>")[-1] == found.control["<|a|>"]
+    assert {"<|a|>", "<|b|>"} <= found.special_tokens.keys()
+    assert found.encode("x<|a|>")[-1] == found.special_tokens["<|a|>"]
     assert found.size == backend.get_vocab_size()
 
 

@@ -13,9 +13,9 @@ from data.made import NAMES, adds_bos, byte_level_backend, save, sentencepiece_b
 
 from jaxtune.config import DataError, DatasetConfig
 from jaxtune.data.dataset import Dataset, open_dataset
-from jaxtune.data.templating.answer_text import around
+from jaxtune.data.templating.answer_text import affixes
 from jaxtune.data.templating.template import resolve
-from jaxtune.data.tokenize import encode_prompt
+from jaxtune.data.tokenize import tokenize_prompt
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evaluation.questions import Question, questions_of
 from jaxtune.evaluation.scores.answers import AnswerPair, answer_scores
@@ -64,11 +64,11 @@ def learnt_by_heart(data: Dataset, question: Question) -> AnswerPair:
     """What a model says that goes on as a trained row does."""
     tokenizer, template = question.words
     asked = question.asked
-    prompt = encode_prompt(template, tokenizer, asked.messages, tools=asked.tools)
+    prompt = tokenize_prompt(template, tokenizer, asked.messages, tools=asked.tools)
     rows = [data.tokens(i).ids.tolist() for i in range(len(data))]
     (rest,) = (row[len(prompt) :] for row in rows if row[: len(prompt)] == prompt)
     ids = rest[: rest.index(template.stop_id)]
-    text = Detokenizer(tokenizer, template.stop_id, (), around(template, tokenizer))
+    text = Detokenizer(tokenizer, template.stop_id, (), affixes(template, tokenizer))
     _, answer = text.add(ids, "stop")
     assert answer is not None
     tokens = tokenizer.encode(question.spoken(answer.text).strip())

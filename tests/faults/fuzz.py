@@ -241,10 +241,10 @@ def spoil_data(good: Path, folder: Path, dice: random.Random) -> None:
 
 def read_data(folder: Path, good: Path, dice: random.Random) -> None:
     from jaxtune.config import DatasetConfig
-    from jaxtune.data.preprocess import prepare
+    from jaxtune.data.preprocess import preprocess
 
     entry = DatasetConfig(path=str(folder))
-    for row in prepare(entry, _settings(good)):
+    for row in preprocess(entry, _settings(good)):
         json.dumps(row.text)
 
 
@@ -252,14 +252,14 @@ _SETTINGS: dict[Path, Any] = {}
 
 
 def _settings(good: Path) -> Any:
-    from jaxtune.data.preprocess import Settings
+    from jaxtune.data.preprocess import PreprocessConfig
     from jaxtune.data.templating.template import resolve
     from jaxtune.data.tokenizer import load_tokenizer
 
     if good not in _SETTINGS:
         tokenizer = load_tokenizer(str(good / "model"))
         template = resolve("auto", tokenizer, system_prompt=None, stop=None)
-        _SETTINGS[good] = Settings(tokenizer, template, "assistant", 64, "truncate")
+        _SETTINGS[good] = PreprocessConfig(tokenizer, template, "assistant", 64, "truncate")
     return _SETTINGS[good]
 
 
@@ -281,14 +281,14 @@ def spoil_tokenizer(good: Path, folder: Path, dice: random.Random) -> None:
 
 def read_tokenizer(folder: Path, good: Path, dice: random.Random) -> None:
     from jaxtune.config import DatasetConfig
-    from jaxtune.data.preprocess import Settings, prepare
+    from jaxtune.data.preprocess import PreprocessConfig, preprocess
     from jaxtune.data.templating.template import resolve
     from jaxtune.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(folder))
     template = resolve("auto", tokenizer, system_prompt=None, stop=None)
-    settings = Settings(tokenizer, template, "assistant", 64, "truncate")
-    for row in prepare(DatasetConfig(path=str(good / "data" / "chats.jsonl")), settings):
+    settings = PreprocessConfig(tokenizer, template, "assistant", 64, "truncate")
+    for row in preprocess(DatasetConfig(path=str(good / "data" / "chats.jsonl")), settings):
         json.dumps(row.text)
 
 

@@ -189,7 +189,7 @@ def test_hosts_that_would_not_run_the_same_say_what_differs(material: Path, tmp_
          "from jaxtune.training import loop\n"
          "import jax.numpy\n"
          "blamed = lambda *_: print('BLAMED', file=sys.stderr)\n"
-         "if HOST == 1: heartbeat.Watch._blame = blamed\n"
+         "if HOST == 1: heartbeat.Heartbeat._blame = blamed\n"
          "def step(*_): jax.numpy.zeros(2**45).block_until_ready()\n"
          "if HOST == 1: loop.Loop._next = step", 2, "out of memory on a device: RESOURCE_"),
     ],

@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 from multihost.runs import free_port
 
-from jaxtune.parallel.heartbeat import Asked, Beat, Watch, asked_to_stop, ended_by_signals
+from jaxtune.parallel.heartbeat import Beat, Heartbeat, StopSignal, ended_by_signals, stop_notices
 
 HANGS = """
 import sys, time
 from pathlib import Path
-from jaxtune.parallel.heartbeat import Watch
+from jaxtune.parallel.heartbeat import Heartbeat
 
 def never_returns():
     time.sleep(60)
 
-with Watch(hang_seconds=0.4, folder=Path(sys.argv[1])) as watch:
+with Heartbeat(hang_seconds=0.4, folder=Path(sys.argv[1])) as watch:
     with watch.unlimited("exporting"):
         time.sleep(1)
     watch.at(7, "in the step")
@@ -41,7 +41,7 @@ def test_a_hang_shows_every_stack_and_ends_with_75(tmp_path: Path) -> None:
 
 
 def test_who_lags_is_named() -> None:
-    watch = Watch(hang_seconds=1)
+    watch = Heartbeat(hang_seconds=1)
     watch.at(9, "in the step")
     here = dict.fromkeys(range(3), Beat(5, 9, "in the step", 99.0))
     watch.peers = {**here, 1: Beat(5, 8, "waiting for data", 99.0)}
@@ -82,10 +82,10 @@ def test_a_process_that_nobody_joins_ends_with_75() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_where_nothing_is_to_be_saved(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(Asked, match=number.name), ended_by_signals():
+    with pytest.raises(StopSignal, match=number.name), ended_by_signals():
         signal.raise_signal(number)
     assert signal.getsignal(number) is before
-    with ended_by_signals(), asked_to_stop(lambda said: None) as asked:
+    with ended_by_signals(), stop_notices(lambda said: None) as asked:
         signal.raise_signal(number)
         assert asked() == number.name
     assert signal.getsignal(number) is before

@@ -15,18 +15,18 @@ from jaxtune.config import ConfigError
 from jaxtune.parallel import mesh as meshes
 from jaxtune.parallel.collectives import (
     EVERYWHERE,
+    all_gathered,
     bits,
-    dealt,
-    gathered,
-    looked_up,
-    per_device,
-    row_share,
-    shares,
+    row_positions,
+    shard_map_step,
+    sharded_lookup,
     slices,
     summed,
     tokens,
     total,
     whole_rows,
+    zigzag_positions,
+    zigzag_split,
 )
 from jaxtune.parallel.mesh import (
     local,
@@ -158,7 +158,7 @@ def test_a_gathered_weight_is_whole_and_its_gradient_is_reduce_scattered(
 
     def gradient(w: dict[str, jax.Array], x: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
         def use(w: dict[str, jax.Array]) -> jax.Array:
-            whole = gathered(w["w"], names, (4, 16), jnp.bfloat16)
+            whole = all_gathered(w["w"], names, (4, 16), jnp.bfloat16)
             assert (whole.shape, whole.dtype) == ((4, 16), jnp.bfloat16)
             return jnp.sum(jnp.sin(x @ whole.astype(jnp.float32)))
 
@@ -166,7 +166,7 @@ def test_a_gathered_weight_is_whole_and_its_gradient_is_reduce_scattered(
         return summed(found, {"w": names}, {"w": np.zeros((4, 16))}), total(value)
 
     own = slices({"w": names}, w, mesh)
-    f = per_device(gradient, mesh, (own, tokens(x.shape, mesh)), (own, EVERYWHERE))
+    f = shard_map_step(gradient, mesh, (own, tokens(x.shape, mesh)), (own, EVERYWHERE))
     with jax.set_mesh(mesh):
         placed = jax.device_put(w, shardings({"w": names}, w, mesh))
         compiled = jax.jit(f).lower(placed, x).compile()
@@ -187,7 +187,7 @@ def test_a_gathered_weight_is_whole_and_its_gradient_is_reduce_scattered(
 def test_rows_of_a_table_that_is_cut_along_them(
     sizes: dict[str, int], torus: tuple[int, ...], width: int
 ) -> None:
-    """Traded whole, traded along a dimension and gathered along the other, and not cut at all."""
+    """Exchanged whole, exchanged along a dimension and gathered along the other, and not cut."""
     mesh = make_mesh({**ONES, **sizes}, torus=torus)
     names = ("vocab", "embed")
     rng = np.random.default_rng(0)
@@ -197,14 +197,14 @@ def test_rows_of_a_table_that_is_cut_along_them(
 
     def gradient(table: Any, ids: jax.Array, factor: jax.Array) -> tuple[Any, jax.Array]:
         def use(table: Any) -> tuple[jax.Array, jax.Array]:
-            rows = looked_up(table["t"], ids, width, jnp.float32)
+            rows = sharded_lookup(table["t"], ids, width, jnp.float32)
             return jnp.sum(factor[..., None] * jnp.sin(rows)), rows
 
         found, rows = jax.grad(use, has_aux=True)(table)
         return summed(found, {"t": names}, {"t": np.zeros((10, width))}), rows
 
     own, here = slices({"t": names}, table, mesh), tokens(ids.shape, mesh)
-    f = per_device(gradient, mesh, (own, here, here), (own, here))
+    f = shard_map_step(gradient, mesh, (own, here, here), (own, here))
     with jax.set_mesh(mesh):
         found, rows = jax.jit(f)(
             jax.device_put(table, shardings({"t": names}, table, mesh)), ids, factor
@@ -215,7 +215,7 @@ def test_rows_of_a_table_that_is_cut_along_them(
 
 
 def test_what_is_drawn_for_a_token_does_not_depend_on_the_devices() -> None:
-    shape = (8, 6, 5)  # not in pairs of stretches over two devices: dealt as placed
+    shape = (8, 6, 5)  # not in pairs of stretches over two devices: zigzag_split as placed
 
     def draw(ids: jax.Array) -> jax.Array:
         return bits(jax.random.key(3), (*ids.shape, 5))
@@ -226,7 +226,7 @@ def test_what_is_drawn_for_a_token_does_not_depend_on_the_devices() -> None:
         mesh = make_mesh({**ONES, **sizes})
         here = tokens(shape[:2], mesh)
         with jax.set_mesh(mesh):
-            spread_out = jax.jit(per_device(draw, mesh, (here,), here))(jnp.zeros(shape[:2]))
+            spread_out = jax.jit(shard_map_step(draw, mesh, (here,), here))(jnp.zeros(shape[:2]))
         np.testing.assert_array_equal(spread_out, alone)
 
 
@@ -249,27 +249,27 @@ def test_bits_are_even_and_their_own_for_each_number_wherever_tokens_lie() -> No
         mesh = make_mesh({**ONES, **sizes})
         here = tokens(ids.shape, mesh)
         with jax.set_mesh(mesh):
-            shared = jax.jit(per_device(draw, mesh, (here,), here))(ids)
+            shared = jax.jit(shard_map_step(draw, mesh, (here,), here))(ids)
         np.testing.assert_array_equal(shared, alone)
 
 
 @pytest.mark.parametrize("length", [16, 12])
 def test_tokens_are_dealt_in_pairs_and_rows_come_back_in_order(length: int) -> None:
     """8 tokens over 2 devices: 0 1 6 7 and 2 3 4 5; plain stretches where there are no pairs."""
-    assert shares(8, 2).tolist() == [[0, 1, 6, 7], [2, 3, 4, 5]]
-    assert shares(6, 2).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert zigzag_positions(8, 2).tolist() == [[0, 1, 6, 7], [2, 3, 4, 5]]
+    assert zigzag_positions(6, 2).tolist() == [[0, 1, 2], [3, 4, 5]]
     mesh = make_mesh({**ONES, "fsdp": 2, "context": 4})
     rows = jnp.arange(4 * length).reshape(4, length)
 
     def f(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        mine = dealt(x)
+        mine = zigzag_split(x)
         slope = jax.grad(lambda m: jnp.sum(jnp.square(whole_rows(m))))(mine.astype(jnp.float32))
-        return mine, whole_rows(mine)[:, row_share(length)], slope
+        return mine, whole_rows(mine)[:, row_positions(length)], slope
 
     here = tokens(rows.shape, mesh)
     with jax.set_mesh(mesh):
-        mine, again, slope = jax.jit(per_device(f, mesh, (here,), (here, here, here)))(rows)
-    np.testing.assert_array_equal(mine, rows[:, shares(length, 4).reshape(-1)])
+        mine, again, slope = jax.jit(shard_map_step(f, mesh, (here,), (here, here, here)))(rows)
+    np.testing.assert_array_equal(mine, rows[:, zigzag_positions(length, 4).reshape(-1)])
     np.testing.assert_array_equal(again, mine)
     # Each of the four devices of a row adds its share to the sum of what all return.
     np.testing.assert_array_equal(slope, 4 * 2.0 * mine)

@@ -38,7 +38,7 @@ def test_alone_nothing_is_joined() -> None:
     processes.start(HostsConfig())
     processes.start(HostsConfig(num_processes=1))
     assert (processes.index(), processes.count(), processes.store()) == (0, 1, None)
-    assert processes.everyones("x") == ["x"]
+    assert processes.gather_texts("x") == ["x"]
 
 
 @pytest.mark.parametrize(

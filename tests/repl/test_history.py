@@ -14,10 +14,10 @@ from data.chat_templates import BRACKETS_MERGING, TRIMMING_DATED
 from data.made import NAMES, adds_bos, byte_level_backend, save, sentencepiece_backend
 
 from jaxtune.data.schema import Conversation, Dropped, Message
-from jaxtune.data.templating.answer_text import around, text_of
+from jaxtune.data.templating.answer_text import affixes, text_of
 from jaxtune.data.templating.masking import render
 from jaxtune.data.templating.template import Template, resolve
-from jaxtune.data.tokenize import encode, encode_prompt
+from jaxtune.data.tokenize import encode, tokenize_prompt
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.inference.generate import Detokenizer, Generation
 from jaxtune.repl import history
@@ -64,7 +64,7 @@ def streamed(
     template: Template, tokenizer: Tokenizer, ids: Sequence[int]
 ) -> tuple[str, Generation]:
     """What is shown while an answer comes token by token, and the answer."""
-    text = Detokenizer(tokenizer, template.stop_id, (), around(template, tokenizer))
+    text = Detokenizer(tokenizer, template.stop_id, (), affixes(template, tokenizer))
     pieces = [text.add([token], None)[0] for token in ids]
     last, answer = text.add([], "stop")
     assert answer is not None
@@ -80,7 +80,7 @@ def test_the_next_prompt_begins_the_trained_row(tokenizer: Tokenizer, name: str,
     assert shown == found.text
     assert (found.stopped, found.tokens) == (True, len(answer))
     talk = history.answered(history.Talk(), TURNS[0], {"m": found.text})
-    prompt = encode_prompt(template, tokenizer, history.messages(talk, "m", TURNS[2]))
+    prompt = tokenize_prompt(template, tokenizer, history.messages(talk, "m", TURNS[2]))
     assert row[: len(prompt)] == prompt
     if said == TURNS[1]:
         assert found.text == said
@@ -89,7 +89,7 @@ def test_the_next_prompt_begins_the_trained_row(tokenizer: Tokenizer, name: str,
 def test_what_is_not_the_templates_own_stays(tokenizer: Tokenizer) -> None:
     """An answer without the template's blanks; one that was cut; one that goes on from a text."""
     template = resolve(BLANK_BEFORE_STOP, tokenizer)
-    left_out = around(template, tokenizer)
+    left_out = affixes(template, tokenizer)
     assert left_out == ("", " ")
     assert left_out.content("Seven.") == "Seven."
     ids = tokenizer.encode("a Seven ")[1:]
@@ -103,11 +103,11 @@ def test_what_is_not_the_templates_own_stays(tokenizer: Tokenizer) -> None:
 
 def test_before_content_nothing_is_shown_before_it_is_known(byte_level: Tokenizer) -> None:
     template = resolve(HEADED, byte_level)
-    assert around(template, byte_level) == ("\n[final] ", "")
-    text = Detokenizer(byte_level, template.stop_id, (), around(template, byte_level))
+    assert affixes(template, byte_level) == ("\n[final] ", "")
+    text = Detokenizer(byte_level, template.stop_id, (), affixes(template, byte_level))
     pieces = [text.add([token], None)[0] for token in byte_level.encode("\n[final] So it is.")]
     assert "".join(pieces) == "So it is."
-    other = Detokenizer(byte_level, template.stop_id, (), around(template, byte_level))
+    other = Detokenizer(byte_level, template.stop_id, (), affixes(template, byte_level))
     pieces = [other.add([token], None)[0] for token in byte_level.encode("\n[first] So it is.")]
     assert "".join(pieces) == "\n[first] So it is."
 

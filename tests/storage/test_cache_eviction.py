@@ -58,12 +58,12 @@ def names(place: Path) -> list[str]:
 def test_what_was_used_longest_ago_goes_first(place: Path) -> None:
     for name, used in (("a", 300), ("b", 100), ("c", 200)):
         make(place, name, 300, used)
-    cache_eviction.make_room(100, [place])
+    cache_eviction.evict(100, [place])
     assert names(place) == ["a", "b", "c"]
-    cache_eviction.make_room(101, [place])
+    cache_eviction.evict(101, [place])
     assert names(place) == ["a", "c"]
     assert not (place / "b.used").exists()
-    cache_eviction.make_room(5000, [place])
+    cache_eviction.evict(5000, [place])
     assert names(place) == []
 
 
@@ -78,18 +78,18 @@ def test_what_a_process_uses_stays(place: Path) -> None:
         assert other.stdout.readline() == "used\n"
         os.utime(place / "a.used", (100, 100))  # the oldest, and yet in use
         cache_eviction.use(place / "c")
-        cache_eviction.make_room(5000, [place])
+        cache_eviction.evict(5000, [place])
         assert names(place) == ["a", "c"]
     finally:
         other.kill()
         other.wait()
-    cache_eviction.make_room(5000, [place])
+    cache_eviction.evict(5000, [place])
     assert names(place) == ["c"]
 
 
 def test_what_a_killed_removal_left_goes(place: Path) -> None:
     (place / ".going-7-a").mkdir()
-    cache_eviction.make_room(1, [place])
+    cache_eviction.evict(1, [place])
     assert list(place.iterdir()) == []
 
 

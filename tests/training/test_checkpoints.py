@@ -137,7 +137,7 @@ def test_a_disk_that_hosts_share_takes_the_parts_of_all_of_them(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 * needed))
     checkpoints._check_space(state, 1)
-    monkeypatch.setattr(processes, "everyones", lambda text: [text] * 8)
+    monkeypatch.setattr(processes, "gather_texts", lambda text: [text] * 8)
     with pytest.raises(ConfigError, match=r"step 1 needs .* MB and the disk has"):
         checkpoints._check_space(state, 1)
     checkpoints.close()
@@ -279,7 +279,7 @@ def test_what_cannot_be_read_is_not_damaged(
 def test_one_host_that_cannot_read_stops_all(monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"failed": ["", "/run/4/d/0: cannot be read: Input/output error."], "found": ["", "x"]}
     told = iter(said.values())
-    monkeypatch.setattr(processes, "everyones", lambda text: next(told))
+    monkeypatch.setattr(processes, "gather_texts", lambda text: next(told))
     with pytest.raises(ConfigError, match="/run/4/d/0: cannot be read"):
         checkpoint._of_all(lambda: "")
 

@@ -50,9 +50,9 @@ def test_alone_nothing_is_said_and_several_hear_of_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     host_consistency.check_same({"seed": "1"})
-    monkeypatch.setattr(processes, "everyones", lambda text: [text, "another"])
-    monkeypatch.setattr(processes, "tell", lambda name, text: None)
-    monkeypatch.setattr(processes, "hear", lambda name, host: f'{{"seed": "{host}"}}')
+    monkeypatch.setattr(processes, "gather_texts", lambda text: [text, "another"])
+    monkeypatch.setattr(processes, "publish", lambda name, text: None)
+    monkeypatch.setattr(processes, "receive", lambda name, host: f'{{"seed": "{host}"}}')
     monkeypatch.setattr(processes, "count", lambda: 2)
     with pytest.raises(ConfigError, match="not about to run the same: seed is 1 on host 1 and 0"):
         host_consistency.check_same({"seed": "0"})

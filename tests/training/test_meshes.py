@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.model import decoder
 from jaxtune.ops.cross_entropy import Sums
-from jaxtune.parallel.collectives import EVERYWHERE, per_device, slices, tokens
+from jaxtune.parallel.collectives import EVERYWHERE, shard_map_step, slices, tokens
 from jaxtune.parallel.mesh import make_mesh, shardings
 from jaxtune.spec import LayerSpec, ModelSpec, MoeSpec, RopeSpec, Stack
 from jaxtune.training.objectives import next_token
@@ -138,7 +138,7 @@ def gradients(name: str, sizes: dict[str, int], attention: str) -> tuple[Any, Su
     given = own, {}, tokens((ROWS, LENGTH), mesh), EVERYWHERE
     with jax.set_mesh(mesh):
         placed = jax.device_put(variables, shardings(axes, variables, mesh))
-        run = jax.jit(per_device(here, mesh, given, (own, EVERYWHERE)))
+        run = jax.jit(shard_map_step(here, mesh, given, (own, EVERYWHERE)))
         return jax.device_get(run(placed, {}, packed_rows(), jnp.int32(0)))
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from jaxtune.config import DataError
 from jaxtune.data import mixing, preprocess
 from jaxtune.data.dataset import Batches, Dataset
-from jaxtune.data.report import near_duplicates as likeness
+from jaxtune.data.report import near_duplicates as minhash
 from jaxtune.data.report.columns import column_values
 
 # What is counted of examples and records -> what it means.
@@ -154,14 +154,14 @@ def near_overlap(train: Dataset, held_out: Dataset) -> int:
     """How many held-out records say nearly the same as a trained one, or just the same."""
     _, trained = _sayings(train)
     _, asked = _sayings(held_out)
-    alike = likeness.first_alike(np.concatenate([trained, asked]))[len(trained) :]
+    alike = minhash.first_near_duplicates(np.concatenate([trained, asked]))[len(trained) :]
     return int((alike < len(trained)).sum())
 
 
 def near_duplicates(dataset: Dataset) -> int:
     """How many records say nearly the same as an earlier one, those with the same tokens aside."""
     examples, sayings = _sayings(dataset)
-    earlier = likeness.first_alike(sayings)
+    earlier = minhash.first_near_duplicates(sayings)
     later = np.flatnonzero(earlier < len(earlier))
     digests = dataset.gather("digests")[examples]
     _, first = np.unique(digests, return_index=True)
@@ -175,7 +175,7 @@ def _sayings(dataset: Dataset) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
     parts = []
     for number, source in enumerate(dataset.sources):
         here = examples[dataset.source_of[examples] == number]
-        every = source.stored.arrays["signatures"].reshape(-1, likeness.PLACES)
+        every = source.stored.arrays["signatures"].reshape(-1, minhash.PLACES)
         parts.append(every[dataset.chosen[here] - dataset.starts[number]])
     return examples, np.concatenate(parts)
 

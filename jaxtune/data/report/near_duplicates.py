@@ -76,7 +76,7 @@ def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
     return found
 
 
-def first_alike(rows: NDArray[np.uint32]) -> NDArray[np.int64]:
+def first_near_duplicates(rows: NDArray[np.uint32]) -> NDArray[np.int64]:
     """For each of the [n PLACES] signatures an earlier row that is alike, or n where none is.
 
     A row is compared with the first of each band's group and with its neighbour there.

@@ -16,11 +16,11 @@ from jaxtune.data.schema import Conversation, Dropped
 from jaxtune.data.templating import jinja
 from jaxtune.data.templating.masking import render
 from jaxtune.data.templating.template import ASKED, SAID, Template
-from jaxtune.data.tokenize import encode
+from jaxtune.data.tokenize import tokenize_rows
 from jaxtune.data.tokenizer import Tokenizer
 
 
-class Around(NamedTuple):
+class Affixes(NamedTuple):
     """What the template writes before the content of an answer, and between that and its end."""
 
     before: str = ""
@@ -31,18 +31,18 @@ class Around(NamedTuple):
         return said.removeprefix(self.before).removesuffix(self.behind)
 
 
-def around(template: Template, tokenizer: Tokenizer) -> Around:
+def affixes(template: Template, tokenizer: Tokenizer) -> Affixes:
     """Learnt from an answer as it is trained: blanks as this tokenizer gives them back, and other
     text where the template would write it twice. Nothing where the template takes it out of content
     itself, as that of a reasoning model does with an empty reasoning."""
     ids = answer_ids(template, tokenizer, Conversation((ASKED, SAID)))
     if ids is None:
-        return Around()
+        return Affixes()
     said = text_of(tokenizer, ids, behind=template.stop_id)
     before, found, behind = said.partition(SAID.content)
     if not found or ((before + behind).strip() and _takes_out(template, said)):
-        return Around()
-    return Around(before, behind)
+        return Affixes()
+    return Affixes(before, behind)
 
 
 def answer_ids(
@@ -52,7 +52,7 @@ def answer_ids(
     the end of turn. None where that cannot be."""
     messages = tuple(message._replace(weight=None) for message in conversation.messages)
     row = render(template, conversation._replace(messages=messages), train_on="last")[-1]
-    (found,) = (row,) if isinstance(row, Dropped) else encode([row], tokenizer)
+    (found,) = (row,) if isinstance(row, Dropped) else tokenize_rows([row], tokenizer)
     if isinstance(found, Dropped):
         return None
     ids, weights = found.tokens

@@ -95,7 +95,7 @@ def source(
     )
 
 
-def said_once(text: str) -> str:
+def preamble(text: str) -> str:
     """What of a template string stands before the first question alone; "" where nothing does."""
     once, _ = _split_preamble(parse(text).before)
     written = (f"{{{part}}}" if at % 2 else part for at, part in enumerate(once))
@@ -115,7 +115,7 @@ def _split_preamble(parts: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str,
     return ("",), parts
 
 
-class _Piece(NamedTuple):
+class _FormatPart(NamedTuple):
     """Literal text (`name` is empty), or what is given for `name` between `lead` and `trail`, which
     are said only with it."""
 
@@ -129,7 +129,7 @@ _OPTIONAL = {"input": "message.input", "system": "turn.system"}
 
 def _jinja(parts: tuple[str, ...], names: frozenset[str], control: re.Pattern[str]) -> str:
     """Jinja for (literal, name, ..., literal), line by line (see `source`)."""
-    pieces: list[_Piece] = []
+    pieces: list[_FormatPart] = []
     for line in _lines(parts):
         held = [name for name, _ in line if name]
         if len(held) == 1 and held[0] in _OPTIONAL:
@@ -137,7 +137,7 @@ def _jinja(parts: tuple[str, ...], names: frozenset[str], control: re.Pattern[st
             continue
         for name, text in line:
             lead = _taken(pieces, r"[ \t]*$") if name in _OPTIONAL else text
-            _append(pieces, _Piece(name, lead))
+            _append(pieces, _FormatPart(name, lead))
     question = _CONTENT if "input" in names else _WITH_INPUT
     code: list[str] = []
     for name, lead, trail in pieces:
@@ -176,8 +176,8 @@ def _lines(parts: tuple[str, ...]) -> list[list[tuple[str, str]]]:
 
 
 def _alone(
-    line: list[tuple[str, str]], above: list[_Piece], control: re.Pattern[str]
-) -> list[_Piece]:
+    line: list[tuple[str, str]], above: list[_FormatPart], control: re.Pattern[str]
+) -> list[_FormatPart]:
     """A line whose only placeholder may be empty; of what is `above`, the line ends may go too."""
     at = next(i for i, (name, _) in enumerate(line) if name)
     before, behind = ("".join(text for _, text in part) for part in (line[:at], line[at + 1 :]))
@@ -185,24 +185,24 @@ def _alone(
     steers = [found.end() for found in control.finditer(before)]
     to_answer = bool(behind.strip()) and not behind.endswith("\n")
     if not (steers or to_answer or control.search(behind)):
-        return [_Piece(name, before, behind)]
+        return [_FormatPart(name, before, behind)]
     cut = steers[-1] if steers else 0
     head, label = before[:cut], before[cut:]
     if not head and [piece.name for piece in above[-2:]] == ["instruction", ""]:
         label = _taken(above, r"\n+$") + label
-    return [_Piece("", head), _Piece(name, label), _Piece("", behind)]
+    return [_FormatPart("", head), _FormatPart(name, label), _FormatPart("", behind)]
 
 
-def _append(pieces: list[_Piece], *more: _Piece) -> None:
+def _append(pieces: list[_FormatPart], *more: _FormatPart) -> None:
     """Literal text behind literal text is one piece with it."""
     for piece in more:
         if piece.name or not pieces or pieces[-1].name:
             pieces.append(piece)
         else:
-            pieces[-1] = _Piece("", pieces[-1].lead + piece.lead)
+            pieces[-1] = _FormatPart("", pieces[-1].lead + piece.lead)
 
 
-def _taken(pieces: list[_Piece], end: str) -> str:
+def _taken(pieces: list[_FormatPart], end: str) -> str:
     """What matches `end` in the literal that came last, from which it is cut."""
     if not pieces or pieces[-1].name:
         return ""

@@ -31,7 +31,7 @@ class TemplateFailed(Exception):
     reason = "the template refuses the conversation"
 
 
-class _Generation(jinja2.ext.Extension):
+class _GenerationTag(jinja2.ext.Extension):
     """`{% generation %}...{% endgeneration %}` renders as what it holds, between marks if asked."""
 
     tags = {"generation"}  # noqa: RUF012 - declared so by jinja
@@ -89,7 +89,7 @@ def _tojson(
 def _compile(source: str, date: datetime.date, marked: bool, trusted: bool) -> jinja2.Template:
     kind = jinja2.Environment if trusted else jinja2.sandbox.ImmutableSandboxedEnvironment
     environment = kind(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception

@@ -20,8 +20,8 @@ trained either way (marks often leave out the end of turn, or take in the header
 feeds); an answer that the marks leave out, or whose marks take in more than header, answer and
 blanks, is dropped.
 
-Control tokens that a message holds as text stay text (`typed`). Documents of format `text` are the
-exception: they bring their own template, and their control tokens are meant.
+Special tokens that a message holds as text stay text (`literal_special_tokens`). Documents of
+format `text` are the exception: they bring their own template, and their special tokens are meant.
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ from typing import Any, Literal, NamedTuple
 from jaxtune.config import ConfigError
 from jaxtune.data.schema import Conversation, Document, Dropped, Message, Span
 from jaxtune.data.templating import jinja
-from jaxtune.data.templating.literal_special_tokens import Said, Unlocated, mask, take_apart, unmask
+from jaxtune.data.templating.literal_special_tokens import (
+    LiteralTokensNotFound,
+    MaskedConversation,
+    mask,
+    take_apart,
+    unmask,
+)
 from jaxtune.data.templating.rendered_checks import (
     appears,
     as_object,
@@ -61,26 +67,31 @@ def render(
     weights = _weights(noun, train_on)
     if isinstance(weights, Dropped):
         return (weights,)
-    said = _said(template, noun)
+    conversation = _masked(template, noun)
     try:
-        full = _text(template, said)
+        full = _text(template, conversation)
         # A tool's name may stand in a message too: that the template shows tools is seen without.
-        if said.tools and full == template.text(said.messages):
+        if conversation.tools and full == template.text(conversation.messages):
             return (Dropped("the template does not show the tools", "it reads none"),)
     except jinja.TemplateFailed as error:
         return (Dropped(error.reason, str(error)),)
-    turns = {i: _turn(template, said, i, full) for i in weights}
+    turns = {i: _turn(template, conversation, i, full) for i in weights}
     background = 1.0 if train_on == "all" else 0.0
     whole = _cut(full, turns, weights, background)
     if whole is None:
         trained = [max(weights)] if train_on == "all" else [i for i in weights if weights[i] > 0]
         if train_on == "all" and any(_own_weight(m) for m in noun.messages[: trained[0]]):
             return (_UNPLACED,)
-        return tuple(_alone(template, said, i, turns[i], weights[i], background) for i in trained)
-    placed = _weighted(template, said, full, whole) if train_on == "all" else whole
+        return tuple(
+            _alone(template, conversation, i, turns[i], weights[i], background) for i in trained
+        )
+    placed = _weighted(template, conversation, full, whole) if train_on == "all" else whole
     if isinstance(placed, Dropped):
         return (placed,)
-    return (_hidden(said, full) or take_apart(placed, said.typed, template.control),)
+    return (
+        _hidden(conversation, full)
+        or take_apart(placed, conversation.literals, template.special_pattern),
+    )
 
 
 def render_prompt(
@@ -91,18 +102,18 @@ def render_prompt(
     Its spans are cut exactly where those of a trained row are. Raises `ConfigError` when the
     template refuses the messages.
     """
-    said = _said(template, Conversation(tuple(messages), tools))
+    conversation = _masked(template, Conversation(tuple(messages), tools))
     try:
-        masked = _prompt_spans(template, said, 0.0)
+        masked = _prompt_spans(template, conversation, 0.0)
     except jinja.TemplateFailed as error:
         raise ConfigError(f"template '{template.name}': {error.reason}: {error}") from None
-    row = take_apart(masked, said.typed, template.control)
+    row = take_apart(masked, conversation.literals, template.special_pattern)
     if isinstance(row, Dropped):
         raise ConfigError(f"template '{template.name}': {row.reason}: {row.detail}")
     return row
 
 
-class _Turn(NamedTuple):
+class _RenderedAnswer(NamedTuple):
     prompt: str
     answer: str
     tail: str  # what `whole` holds behind the end of turn
@@ -119,24 +130,26 @@ def _document(template: Template, text: str) -> Row:
     return (*first, Span(text, 1.0, answer=True, document=True))
 
 
-def _said(template: Template, noun: Conversation) -> Said:
-    """The conversation in the form that shows its tool calls, with typed control tokens masked.
+def _masked(template: Template, noun: Conversation) -> MaskedConversation:
+    """The conversation in the form that shows its tool calls, with literal special tokens masked.
 
     Arguments are given as they came; where the template cannot show them so (it joins strings, or
     would quote a string twice), as objects or as JSON text.
     """
-    said = mask(template.control, noun.messages, noun.tools)
+    conversation = mask(template.special_pattern, noun.messages, noun.tools)
     if not any(message.extra.get("tool_calls") for message in noun.messages):
-        return said
+        return conversation
     for convert in (as_object, as_text):
         try:
-            text = squeeze(_text(template, said))
-            if all(shows_calls(message, text) for message in said.messages):
-                return said
+            text = squeeze(_text(template, conversation))
+            if all(shows_calls(message, text) for message in conversation.messages):
+                return conversation
         except jinja.TemplateFailed:
             pass
-        said = mask(template.control, [with_calls(m, convert) for m in noun.messages], noun.tools)
-    return said
+        conversation = mask(
+            template.special_pattern, [with_calls(m, convert) for m in noun.messages], noun.tools
+        )
+    return conversation
 
 
 def _weights(noun: Conversation, train_on: TrainOn) -> dict[int, float] | Dropped:
@@ -164,23 +177,31 @@ def _weights(noun: Conversation, train_on: TrainOn) -> dict[int, float] | Droppe
     return weights
 
 
-def _text(template: Template, said: Said, upto: int | None = None, *, prompt: bool = False) -> str:
+def _text(
+    template: Template,
+    conversation: MaskedConversation,
+    upto: int | None = None,
+    *,
+    prompt: bool = False,
+) -> str:
     """The rendered text of the first `upto` messages; raises `jinja.TemplateFailed`."""
-    text = template.text(said.messages[:upto], said.tools, prompt=prompt)
-    if said.typed:
-        plain = template.text(said.plain[:upto], said.plain_tools, prompt=prompt)
-        if unmask(text, said.typed) != plain:
-            raise Unlocated(", ".join(said.typed.values()))
+    text = template.text(conversation.messages[:upto], conversation.tools, prompt=prompt)
+    if conversation.literals:
+        plain = template.text(conversation.plain[:upto], conversation.plain_tools, prompt=prompt)
+        if unmask(text, conversation.literals) != plain:
+            raise LiteralTokensNotFound(", ".join(conversation.literals.values()))
     return text
 
 
-def _turn(template: Template, said: Said, i: int, full: str | None = None) -> _Turn | Dropped:
+def _turn(
+    template: Template, conversation: MaskedConversation, i: int, full: str | None = None
+) -> _RenderedAnswer | Dropped:
     """Message i as inference meets it: its prompt and its answer, or why that cannot be shown."""
     where = f"message {i + 1}"
     try:
-        prompt = _text(template, said, i, prompt=True)
-        is_last = full is not None and i == len(said.messages) - 1
-        whole = full if full is not None and is_last else _text(template, said, i + 1)
+        prompt = _text(template, conversation, i, prompt=True)
+        is_last = full is not None and i == len(conversation.messages) - 1
+        whole = full if full is not None and is_last else _text(template, conversation, i + 1)
     except jinja.TemplateFailed as error:
         return Dropped(error.reason, f"up to {where}: {error}")
     if not whole.startswith(prompt):
@@ -193,18 +214,20 @@ def _turn(template: Template, said: Said, i: int, full: str | None = None) -> _T
     end = whole.find(template.stop, len(prompt))
     if end < 0:
         return Dropped("no end of turn follows the answer", f"{where}: expected {template.stop}")
-    wrong = _wrong(template, said, i, whole[len(prompt) : end])
+    wrong = _wrong(template, conversation, i, whole[len(prompt) : end])
     end += len(template.stop)
-    wrong = wrong or _marked_otherwise(template, said, i, whole, len(prompt), end)
-    return wrong or _Turn(prompt, whole[len(prompt) : end], whole[end:])
+    wrong = wrong or _marked_otherwise(template, conversation, i, whole, len(prompt), end)
+    return wrong or _RenderedAnswer(prompt, whole[len(prompt) : end], whole[end:])
 
 
 _THINKING = ("reasoning_content", "reasoning", "thinking")
 
 
-def _wrong(template: Template, said: Said, i: int, text: str) -> Dropped | None:
+def _wrong(
+    template: Template, conversation: MaskedConversation, i: int, text: str
+) -> Dropped | None:
     """Why `text` is not what message i says."""
-    message, where = said.messages[i], f"message {i + 1}"
+    message, where = conversation.messages[i], f"message {i + 1}"
     if text == message.content and not message.extra:
         return None
     words, content = squeeze(text), squeeze(message.content)
@@ -217,24 +240,24 @@ def _wrong(template: Template, said: Said, i: int, text: str) -> Dropped | None:
     if not shows_calls(message, words):
         return Dropped("the template does not show the tool calls", where)
     before, _, behind = words.rpartition(content) if content else (words, "", "")
-    others = (squeeze(other.content) for other in said.messages[:i])
+    others = (squeeze(other.content) for other in conversation.messages[:i])
     if any(other and (other in before or other in behind) for other in others) and _holds_another(
-        template, said, i
+        template, conversation, i
     ):
         return Dropped("the rendered answer holds another message", where)
     return None
 
 
-def _holds_another(template: Template, said: Said, i: int) -> bool:
+def _holds_another(template: Template, conversation: MaskedConversation, i: int) -> bool:
     """Whether the answer changes with the messages before it: each is replaced by a sign."""
     signs = [chr(0x100000 + j) for j in range(i)]
     messages = [
         message._replace(content=sign)
-        for message, sign in zip(said.messages[:i], signs, strict=True)
+        for message, sign in zip(conversation.messages[:i], signs, strict=True)
     ]
     try:
-        prompt = template.text(messages, said.tools, prompt=True)
-        whole = template.text([*messages, said.messages[i]], said.tools)
+        prompt = template.text(messages, conversation.tools, prompt=True)
+        whole = template.text([*messages, conversation.messages[i]], conversation.tools)
     except jinja.TemplateFailed:
         return True
     if not whole.startswith(prompt):
@@ -244,14 +267,14 @@ def _holds_another(template: Template, said: Said, i: int) -> bool:
 
 
 def _marked_otherwise(
-    template: Template, said: Said, i: int, whole: str, start: int, end: int
+    template: Template, conversation: MaskedConversation, i: int, whole: str, start: int, end: int
 ) -> Dropped | None:
     """Why the template's own `{% generation %}` contradicts whole[start:end]; None without any."""
     if not jinja.has_marks(template.jinja):
         return None
     where = f"message {i + 1}"
     try:
-        text = template.text(said.messages[: i + 1], said.tools, marked=True)
+        text = template.text(conversation.messages[: i + 1], conversation.tools, marked=True)
     except jinja.TemplateFailed:
         text = ""
     plain, marks = jinja.take_marks(text)
@@ -261,22 +284,22 @@ def _marked_otherwise(
     if not mine:
         return Dropped("the template's generation marks leave the answer out", where)
     first, last = min(a for a, _ in mine), max(b for _, b in mine)
-    if whole[end:last].strip() or first < min(start, _header(template, said, i)):
+    if whole[end:last].strip() or first < min(start, _header(template, conversation, i)):
         return Dropped("the template's generation marks take in more than the answer", where)
     return None
 
 
-def _header(template: Template, said: Said, i: int) -> int:
+def _header(template: Template, conversation: MaskedConversation, i: int) -> int:
     """Where what the template writes for message i begins, its header included."""
     try:
-        return len(_text(template, said, i)) if i else 0
+        return len(_text(template, conversation, i)) if i else 0
     except jinja.TemplateFailed:
         return sys.maxsize
 
 
 def _cut(
     full: str,
-    turns: Mapping[int, _Turn | Dropped],
+    turns: Mapping[int, _RenderedAnswer | Dropped],
     weights: Mapping[int, float],
     background: float,
 ) -> Row | None:
@@ -306,15 +329,17 @@ def _own_weight(message: Message) -> bool:
     return message.weight not in (None, 1.0)
 
 
-def _weighted(template: Template, said: Said, full: str, row: Row) -> Row | Dropped:
+def _weighted(
+    template: Template, conversation: MaskedConversation, full: str, row: Row
+) -> Row | Dropped:
     """`row` of all of `full`, where messages that are no answers have the weights they bring."""
-    for i, message in enumerate(said.messages):
+    for i, message in enumerate(conversation.messages):
         weight = message.weight
         if message.role == "assistant" or weight is None or not _own_weight(message):
             continue
         try:
-            before = _text(template, said, i) if i else ""
-            behind = _text(template, said, i + 1)
+            before = _text(template, conversation, i) if i else ""
+            behind = _text(template, conversation, i + 1)
         except jinja.TemplateFailed:
             return _UNPLACED
         if not (full.startswith(behind) and behind.startswith(before)):
@@ -340,13 +365,13 @@ def _between(row: Row, start: int, end: int, weight: float) -> Row:
 
 
 def _prompt_spans(
-    template: Template, said: Said, background: float, upto: int | None = None
+    template: Template, conversation: MaskedConversation, background: float, upto: int | None = None
 ) -> Row:
     """What inference feeds for the first `upto` messages, cut at the answers in it."""
-    prompt = _text(template, said, upto, prompt=True)
+    prompt = _text(template, conversation, upto, prompt=True)
     turns = {
-        i: _turn(template, said, i)
-        for i, message in enumerate(said.messages[:upto])
+        i: _turn(template, conversation, i)
+        for i, message in enumerate(conversation.messages[:upto])
         if message.role == "assistant"
     }
     whole = _cut(prompt, turns, dict.fromkeys(turns, background), background)
@@ -357,37 +382,39 @@ def _prompt_spans(
 
 def _alone(
     template: Template,
-    said: Said,
+    conversation: MaskedConversation,
     i: int,
-    turn: _Turn | Dropped,
+    turn: _RenderedAnswer | Dropped,
     weight: float,
     background: float,
 ) -> Row | Dropped:
     """One row for answer i: the prompt as inference feeds it, then the answer."""
     if isinstance(turn, Dropped):
         return turn
-    hidden = _hidden(said, turn.prompt, i)
+    hidden = _hidden(conversation, turn.prompt, i)
     if hidden:
         return hidden
     row = [
-        *_prompt_spans(template, said, background, i),
+        *_prompt_spans(template, conversation, background, i),
         Span(turn.answer, weight, answer=True),
         *([Span(turn.tail, background)] if turn.tail else []),
     ]
-    return take_apart(tuple(row), said.typed, template.control)
+    return take_apart(tuple(row), conversation.literals, template.special_pattern)
 
 
-def _hidden(said: Said, text: str, upto: int | None = None) -> Dropped | None:
+def _hidden(conversation: MaskedConversation, text: str, upto: int | None = None) -> Dropped | None:
     """Every message that is not the assistant's must appear in the text, every tool and call.
 
-    What an assistant said or thought earlier may be left out: that is rewriting history.
+    What an assistant conversation or thought earlier may be left out: that is rewriting history.
     """
-    asked = [m for m in said.messages[:upto] if m.role != "assistant"]
-    calling = said.tools or any(m.extra.get("tool_calls") for m in said.messages[:upto])
-    if not calling and all(m.content in text and m.input in text for m in asked):
+    others = [m for m in conversation.messages[:upto] if m.role != "assistant"]
+    calling = conversation.tools or any(
+        m.extra.get("tool_calls") for m in conversation.messages[:upto]
+    )
+    if not calling and all(m.content in text and m.input in text for m in others):
         return None
     words = squeeze(text)
-    for i, message in enumerate(said.messages[:upto]):
+    for i, message in enumerate(conversation.messages[:upto]):
         parts = (message.content, message.input)
         if message.role != "assistant" and not all(appears(part, words) for part in parts):
             return Dropped(
@@ -395,7 +422,7 @@ def _hidden(said: Said, text: str, upto: int | None = None) -> Dropped | None:
             )
         if not shows_calls(message, words):
             return Dropped("the template does not show the tool calls", f"message {i + 1}")
-    for tool in said.tools or ():
+    for tool in conversation.tools or ():
         function = tool.get("function", tool) if isinstance(tool, Mapping) else tool
         name = function.get("name") if isinstance(function, Mapping) else function
         if isinstance(name, str) and not appears(name, words):

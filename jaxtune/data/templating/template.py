@@ -1,8 +1,8 @@
 """What a template is: how it was asked for, its jinja, and how its answers end.
 
 A name, the tokenizer's own, a string with placeholders or a jinja file all become one `Template`;
-every one is jinja (ours come from `wording` and `placeholders`) and is rendered as transformers
-renders it. What of the rendered text is trained is decided in `spans`.
+every one is jinja (ours come from `builtin_templates` and `format_string`) and is rendered as
+transformers renders it. What of the rendered text is trained is decided in `masking`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DATE = datetime.date(2024, 7, 26)
 ASKED, SAID = Message("user", "jaxtuneasks"), Message("assistant", "jaxtunesays")
 
 
-class Asked(NamedTuple):
+class TemplateRequest(NamedTuple):
     """What a template was resolved from."""
 
     template: str
@@ -57,8 +57,8 @@ class Template:
     opening: str  # before a `Document`: bos where the tokenizer puts one before plain text
     closing: str  # after a `Document`: eos
     named: Mapping[str, str]  # bos_token, eos_token, ... as the template's variables
-    control: re.Pattern[str]  # what is a control token where the template writes it
-    asked: Asked
+    special_pattern: re.Pattern[str]  # the special tokens that steer where the template writes one
+    request: TemplateRequest
     date: datetime.date = DATE
 
     @property
@@ -132,7 +132,7 @@ def resolve(
     when the template is unknown, the tokenizer lacks a token it needs, or an answer would not end
     with exactly one token of the tokenizer.
     """
-    asked = Asked(template, system_prompt, stop, no_input)
+    request = TemplateRequest(template, system_prompt, stop, no_input)
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "alpaca"
     if no_input is not None and (template in BUILTIN or "{input}" not in template):
@@ -143,11 +143,13 @@ def resolve(
     if template in BUILTIN:
         name, choice = template, BUILTIN[template]
         missing = [
-            token for token in needed_tokens(name, stop=stop) if token not in tokenizer.control
+            token
+            for token in needed_tokens(name, stop=stop)
+            if token not in tokenizer.special_tokens
         ]
         if missing:
             raise ConfigError(
-                f"template '{name}' needs control tokens that this tokenizer lacks: "
+                f"template '{name}' needs special tokens that this tokenizer lacks: "
                 f"{', '.join(missing)}. Set add_tokens: true to add them (the embedding grows "
                 "where it has no rows left for them), or choose a template written in plain text, "
                 "such as alpaca or llama2."
@@ -168,7 +170,7 @@ def resolve(
             strings,
             lead_out=lead_out,
             rest=rest,
-            control=tokenizer.control_pattern,
+            control=tokenizer.special_pattern,
             without_input=_without_input(parts, no_input),
         )
     else:
@@ -181,14 +183,14 @@ def resolve(
         name=name,
         jinja=source,
         stop=end,
-        stop_id=tokenizer.control.get(end, -1),
+        stop_id=tokenizer.special_tokens.get(end, -1),
         ours=ours,
         system_prompt=system,
         opening=bos or "",
         closing=tokenizer.eos_token or end,
         named=tokenizer.named,
-        control=tokenizer.control_pattern,
-        asked=asked,
+        special_pattern=tokenizer.special_pattern,
+        request=request,
         date=date,
     )
     return resolved if ours else _probed(resolved, tokenizer, stop)
@@ -200,19 +202,19 @@ def variant(
     """`base` with what one dataset has instead: another template, another system prompt."""
     if template is None and system_prompt is None:
         return base
-    asked = base.asked
+    request = base.request
     return resolve(
-        asked.template if template is None else template,
+        request.template if template is None else template,
         tokenizer,
-        system_prompt=asked.system_prompt if system_prompt is None else system_prompt,
-        stop=asked.stop,
-        no_input=asked.no_input if template is None else None,
+        system_prompt=request.system_prompt if system_prompt is None else system_prompt,
+        stop=request.stop,
+        no_input=request.no_input if template is None else None,
         date=base.date,
     )
 
 
 def needed_tokens(template: str, *, stop: str | None = None) -> tuple[str, ...]:
-    """The control tokens that a named template writes; none where it is another kind."""
+    """The special tokens that a named template writes; none where it is another kind."""
     if template not in BUILTIN:
         return ()
     choice = BUILTIN[template]
@@ -223,7 +225,7 @@ def needed_tokens(template: str, *, stop: str | None = None) -> tuple[str, ...]:
 def tokens_to_add(
     wanted: bool | Sequence[str], templates: Iterable[str], *, stop: str | None = None
 ) -> tuple[str, ...]:
-    """The control tokens that `add_tokens` asks for: those of the named templates, or a list."""
+    """The special tokens that `add_tokens` asks for: those of the named templates, or a list."""
     if not isinstance(wanted, bool):
         return tuple(wanted)
     needed = [token for name in templates for token in needed_tokens(name, stop=stop)]
@@ -245,18 +247,18 @@ def _without_input(parts: Placeholders, no_input: str | None) -> Placeholders | 
 
 
 def _stop_token(stop: str | None, tokenizer: Tokenizer) -> str:
-    """`stop`, proven to be one control token of the tokenizer."""
+    """`stop`, proven to be one special token of the tokenizer."""
     if not stop:
         raise ConfigError(
             "stop: the tokenizer names no eos_token, so nothing would end an answer. Set stop to "
-            f"one of its control tokens: {_some(tokenizer.control)}."
+            f"one of its special tokens: {_some(tokenizer.special_tokens)}."
         )
-    if stop not in tokenizer.control:
+    if stop not in tokenizer.special_tokens:
         pieces = len(tokenizer.encode(stop))
         raise ConfigError(
-            f"stop: {stop!r} is not a control token of the tokenizer (as text it is {pieces} "
+            f"stop: {stop!r} is not a special token of the tokenizer (as text it is {pieces} "
             f"token{'s' if pieces != 1 else ''}), so generation could not stop at it exactly. Set "
-            f"stop to one of: {_some(tokenizer.control)}."
+            f"stop to one of: {_some(tokenizer.special_tokens)}."
         )
     return stop
 
@@ -269,7 +271,7 @@ def _some(tokens: Mapping[str, int]) -> str:
 def _end_of_answer(after: str, stop: str | None, tokenizer: Tokenizer) -> tuple[str, str, str]:
     """Text behind {output} -> (blanks, end of turn, rest). Exactly one end of turn comes of it."""
     blanks = after[: len(after) - len(after.lstrip())]
-    written = tokenizer.control_pattern.match(after, len(blanks))
+    written = tokenizer.special_pattern.match(after, len(blanks))
     if stop and after.startswith(stop, len(blanks)):
         end = _stop_token(stop, tokenizer)
     elif written and not stop and written[0] != tokenizer.bos_token:
@@ -314,12 +316,12 @@ def _probed(template: Template, tokenizer: Tokenizer, stop: str | None) -> Templ
             f"it renders them as {text[:80]!r}."
         )
     behind = tail.lstrip()
-    written = tokenizer.control_pattern.match(behind)
+    written = tokenizer.special_pattern.match(behind)
     end = stop if stop and behind.startswith(stop) else (written[0] if written else None)
     if end is None or (stop and end != stop):
         raise ConfigError(
             f"template '{template.name}' puts {behind[:20]!r} after an answer; expected "
-            f"{repr(stop) if stop else 'a control token of the tokenizer'}, so that the model "
+            f"{repr(stop) if stop else 'a special token of the tokenizer'}, so that the model "
             "learns to stop. Set stop to what the template writes there, or choose another."
         )
     if template.system_prompt:
@@ -332,4 +334,4 @@ def _probed(template: Template, tokenizer: Tokenizer, stop: str | None) -> Templ
         if squeeze(template.system_prompt) not in squeeze(shown):
             raise ConfigError(f"system_prompt: template '{template.name}' does not show it. Unset.")
     _stop_token(end, tokenizer)
-    return dataclasses.replace(template, stop=end, stop_id=tokenizer.control[end])
+    return dataclasses.replace(template, stop=end, stop_id=tokenizer.special_tokens[end])

@@ -1,6 +1,6 @@
 """Answers of models on a page: samples step by step, base beside tuned with the words that differ.
 
-Takes plain values only. Prompts and answers are hostile: they pass through `escaped`.
+Takes plain values only. Prompts and answers are hostile: they are escaped.
 """
 
 from __future__ import annotations
@@ -10,72 +10,94 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxtune.reporting.html.markup import Markup, escaped
+from markupsafe import Markup
+
+from jaxtune.reporting.html.markup import escaped, part
 
 _ANSWERS, _OPEN = 50, 8  # of an evaluation file that are shown; those not folded away
 _PROMPTS, _STEPS = 20, 8  # of samples.jsonl
 _LONGEST = 4000  # letters of a text
 _MOST_WORK = 1_000_000  # pairs of equal words looked at for a difference, about 0.3 seconds
-_LONG = 400  # letters with their marks, from which a text scrolls
 _ALIKE = 0.3  # below this share of common words two answers are shown as they are
 
 
+class _Answer(NamedTuple):
+    """A text of a card under its name, with its marks."""
+
+    name: str
+    text: Markup
+    unstopped: bool = False
+    exact: bool = False
+    verdict: str = ""
+    expected: bool = False
+
+
+class _Card(NamedTuple):
+    """A question with texts below or beside each other."""
+
+    prompt: str
+    answers: Sequence[_Answer]
+    beside: bool
+
+
 def difference(before: str, after: str) -> tuple[Markup, Markup]:
-    """Both texts as HTML: what only the first has in `<del>`, what only the second has in `<ins>`.
+    """Mark two texts: what only the first has in `<del>`, what only the second has in `<ins>`.
 
     Words and the blanks between them are compared. Texts with little in common stay plain: marks
     everywhere would show nothing. So do texts that repeat a few words so often that comparing them
     would take minutes, as answers do that loop.
 
     >>> difference("a red fox", "a blue fox")[1]
-    'a <ins>blue</ins> fox'
+    Markup('a <ins>blue</ins> fox')
     """
     before, after = _cut(before), _cut(after)
     old, new = _words(before), _words(after)
-    found = _opcodes(old, new)
-    shared = _letters(w for what, a, b, *_ in found if what == "equal" for w in old[a:b])
+    steps = _opcodes(old, new)
+    shared = _letters(w for what, a, b, *_ in steps if what == "equal" for w in old[a:b])
     if 2 * shared < _ALIKE * (_letters(old) + _letters(new)):
-        return Markup(escaped(before)), Markup(escaped(after))
-    left, right = "", ""
-    for what, a, b, c, d in found:
-        gone, come = escaped("".join(old[a:b])), escaped("".join(new[c:d]))
-        left += gone if what == "equal" or not gone else f"<del>{gone}</del>"
-        right += come if what == "equal" or not come else f"<ins>{come}</ins>"
-    return Markup(left), Markup(right)
+        return escaped(before), escaped(after)
+    left = right = Markup("")
+    for what, a, b, c, d in steps:
+        removed, added = escaped("".join(old[a:b])), escaped("".join(new[c:d]))
+        equal = what == "equal"
+        left += removed if equal or not removed else Markup(f"<del>{removed}</del>")
+        right += added if equal or not added else Markup(f"<ins>{added}</ins>")
+    return left, right
 
 
-def answer_cards(name: str, found: Mapping[str, Any]) -> str:
-    """The answers that `evaluate --json` printed, a card per question; nothing without any."""
-    answers, base = found.get("generations"), found.get("base")
+def answer_cards(name: str, evaluation: Mapping[str, Any]) -> Markup:
+    """Write the answers of `evaluate --json`, a card per question; nothing without any."""
+    answers, base = evaluation.get("generations"), evaluation.get("base")
     if not answers:
-        return ""
-    cards = _answers(answers, base and base.get("generations"))
-    return f"<h3>Answers in {escaped(name)}</h3>{cards}"
+        return Markup("")
+    cards = _answer_cards(answers, base and base.get("generations"))
+    return part("answers", name, cards, _OPEN, len(answers))
 
 
-def samples(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of samples.jsonl, by prompt: how the answer changed from step to step."""
+def samples(rows: Sequence[Mapping[str, Any]]) -> Markup:
+    """Write rows of samples.jsonl by prompt: how the answer changed from step to step."""
     by_prompt: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_prompt.setdefault(row["prompt"], []).append(row)
     cards = []
-    for prompt, answers in itertools.islice(by_prompt.items(), _PROMPTS):
-        lines, before = [], None
-        for row in _spread(answers, _STEPS):
-            text = Markup(escaped(_cut(row["response"])))
-            if before is not None:
-                text = difference(before, row["response"])[1]
-            before = row["response"]
-            ending = _ending(row.get("stopped"))
-            lines.append(f"<div><dt>step {row['step']:,}{ending}</dt>{_said(text)}</div>")
-        cards.append(f"<article>{_prompt(prompt)}<dl>{''.join(lines)}</dl></article>")
-    return "".join(cards) + _more(len(by_prompt), _PROMPTS, "prompts", "samples.jsonl")
+    for prompt, every in itertools.islice(by_prompt.items(), _PROMPTS):
+        shown = _spread(every, _STEPS)
+        texts = [escaped(_cut(shown[0]["response"]))]
+        texts += [difference(a["response"], b["response"])[1] for a, b in itertools.pairwise(shown)]
+        answers = [
+            _Answer(f"step {row['step']:,}", text, unstopped=row.get("stopped") is False)
+            for row, text in zip(shown, texts, strict=True)
+        ]
+        cards.append(_Card(_cut(prompt), answers, beside=False))
+    return part("samples", cards, len(by_prompt))
 
 
-def _answers(tuned: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]] | None) -> str:
-    """A card per question; with a base that answered the same questions both, else one.
+def _answer_cards(
+    tuned: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]] | None
+) -> list[_Card]:
+    """Make a card per question; with a base that answered the same questions both, else one.
 
     Tuned is compared with base; where these have little in common or are equal, with what was
     expected, which is then the difference that tells something.
@@ -83,83 +105,54 @@ def _answers(tuned: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any
     paired = base is not None and [r["prompt"] for r in base] == [r["prompt"] for r in tuned]
     cards = []
     for i, row in enumerate(tuned[:_ANSWERS]):
-        wanted, answer = row["reference"], row["response"]
-        expected = Markup(escaped(_cut(wanted)))
+        reference, response = row["reference"], row["response"]
+        expected = escaped(_cut(reference))
         if paired and base is not None:
-            before = base[i]["response"]
-            left, right = difference(before, answer)
+            left, right = difference(base[i]["response"], response)
             against = "base"
             if not _marked(left, right):
                 against = "expected"
-                expected, right = difference(wanted, answer)
-            against = f", beside {against}" if _marked(expected, left, right) else ""
-            columns = [("base", left, base[i]), (f"tuned{against}", right, row)]
+                expected, right = difference(reference, response)
+            name = f"tuned, beside {against}" if _marked(expected, left, right) else "tuned"
+            answers = [
+                _answer("base", left, base[i], reference),
+                _answer(name, right, row, reference),
+            ]
         else:
-            expected, right = difference(wanted, answer)
-            columns = [("answer", right, row)]
-        said = "".join(
-            f"<div><dt>{name}{_mark(found, wanted)}{_ending(found.get('stopped'))}</dt>"
-            f"{_said(text)}</div>"
-            for name, text, found in columns
-        )
+            expected, right = difference(reference, response)
+            answers = [_answer("answer", right, row, reference)]
         cards.append(
-            f'<article>{_prompt(row["prompt"])}<dl class="beside">'
-            f'<div class="expected"><dt>expected</dt>{_said(expected)}</div>'
-            f"{said}</dl></article>"
+            _Card(
+                _cut(row["prompt"]),
+                [_Answer("expected", expected, expected=True), *answers],
+                beside=True,
+            )
         )
-    first, others = cards[:_OPEN], cards[_OPEN:]
-    folded = (
-        f"<details><summary>{len(others)} more answers</summary>{''.join(others)}</details>"
-        if others
-        else ""
+    return cards
+
+
+def _answer(name: str, text: Markup, row: Mapping[str, Any], reference: str) -> _Answer:
+    verdict = row.get("verdict")
+    return _Answer(
+        name,
+        text,
+        unstopped=row.get("stopped") is False,
+        exact=row.get("exact_match", row["response"].strip() == reference.strip()),
+        verdict=verdict if verdict in ("win", "loss", "tie") else "",
     )
-    return "".join(first) + folded + _more(len(tuned), _ANSWERS, "answers", "the file")
-
-
-def _prompt(prompt: str) -> str:
-    return (
-        f'<h3 class="unseen">A question</h3><p class="asked" dir="auto">{escaped(_cut(prompt))}</p>'
-    )
-
-
-def _said(text: Markup) -> str:
-    """A long text scrolls in its place, also with the keyboard."""
-    if not text:
-        return '<dd><i class="empty">nothing</i></dd>'
-    long = ' class="long" tabindex="0"' if len(text) > _LONG else ""
-    return f'<dd{long}><span class="said" dir="auto">{text}</span></dd>'
 
 
 def _marked(*texts: str) -> bool:
     return any("<ins>" in text or "<del>" in text for text in texts)
 
 
-def _mark(answer: Mapping[str, Any], wanted: str) -> str:
-    same = answer.get("exact_match", answer["response"].strip() == wanted.strip())
-    found = ' <b class="right">exact</b>' if same else ""
-    word = answer.get("verdict")
-    if word in ("win", "loss", "tie"):
-        found += f' <i class="judged">judged a {word}</i>'
-    return found
-
-
-def _ending(stopped: Any) -> str:
-    return "" if stopped is not False else ' <i class="wrong">did not stop</i>'
-
-
-def _more(there: int, shown: int, what: str, where: str) -> str:
-    if there <= shown:
-        return ""
-    return f'<p class="empty">The first {shown} of {there:,} {what}; {where} has all.</p>'
-
-
 class _TooMuchWork(Exception):
-    pass
+    """A comparison that would take too long."""
 
 
 class _Matcher(difflib.SequenceMatcher[str]):
-    """Gives up after `_MOST_WORK`: of words that repeat the work grows with the third power. Blanks
-    begin no match, they only go on with one, or every pair of them would be looked at."""
+    """A matcher with a bound: of words that repeat the work grows with the third
+    power. Blanks begin no match, they only go on with one, or every pair of them would count."""
 
     def __init__(self, old: Sequence[str], new: Sequence[str]) -> None:
         super().__init__(str.isspace, old, new, autojunk=False)
@@ -178,10 +171,12 @@ class _Matcher(difflib.SequenceMatcher[str]):
 
 
 def _opcodes(old: list[str], new: list[str]) -> list[tuple[str, int, int, int, int]]:
-    """`SequenceMatcher.get_opcodes`, where what both begin and end with costs nothing; nothing in
-    common where it would be too much work."""
-    begin = _alike(old, new)
-    end = _alike(old[begin:][::-1], new[begin:][::-1])
+    """Compare word lists as `SequenceMatcher.get_opcodes`, with a common start and end for free.
+
+    They have nothing in common where comparing them would be too much work.
+    """
+    begin = _common_start(old, new)
+    end = _common_start(old[begin:][::-1], new[begin:][::-1])
     before, after = len(old) - end, len(new) - end
     try:
         middle = _Matcher(old[begin:before], new[begin:after]).get_opcodes()
@@ -194,8 +189,8 @@ def _opcodes(old: list[str], new: list[str]) -> list[tuple[str, int, int, int, i
     ]
 
 
-def _alike(old: list[str], new: list[str]) -> int:
-    """How many words both begin with."""
+def _common_start(old: list[str], new: list[str]) -> int:
+    """Count the words that both begin with."""
     pairs = zip(old, new, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -205,7 +200,7 @@ def _words(text: str) -> list[str]:
 
 
 def _letters(words: Iterable[str]) -> int:
-    """Without blanks, which any two texts share."""
+    """Count letters without blanks, which any two texts share."""
     return sum(len(word) for word in words if not word.isspace())
 
 
@@ -214,7 +209,7 @@ def _cut(text: str) -> str:
 
 
 def _spread(rows: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of them, evenly, the first and the last among them."""
+    """Choose at most `most` rows, evenly, the first and the last among them."""
     if len(rows) <= most:
         return list(rows)
     return [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]

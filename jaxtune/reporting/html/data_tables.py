@@ -1,16 +1,39 @@
-"""The data report of `data.doctor` as tiles, tables and bars of a page. Takes plain values only."""
+"""The data report as tiles, tables and bars of a page. Takes plain values only."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
 
 from jaxtune.reporting.html.bars import ShareBar, bar, histogram
-from jaxtune.reporting.html.markup import Number, escaped, table
+from jaxtune.reporting.html.markup import Number, Table
 
 
-def tiles(report: Mapping[str, Any]) -> str:
-    found = [
+class DataView(NamedTuple):
+    """A data report for a page: numbers of its head, drawings, tables wide and narrow, notes."""
+
+    tiles: Sequence[tuple[str, str]]
+    histograms: Sequence[Markup]
+    wide: Sequence[Table]
+    narrow: Sequence[Table]
+    dropped: Table
+    notes: Sequence[str]
+
+
+def data_view(report: Mapping[str, Any]) -> DataView:
+    """Lay out a data report; `histograms` and the targets of the mixture may be absent."""
+    wide = [_mixture(report.get("mixture", ()))]
+    wide += [_column(column, values) for column, values in report.get("columns", {}).items()]
+    drawings = [histogram(name, bins) for name, bins in report.get("histograms", {}).items()]
+    return DataView(
+        _tiles(report), drawings, wide, _narrow_tables(report), _dropped(report), report["notes"]
+    )
+
+
+def _tiles(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    tiles = [
         (f"{report['examples']:,}", "examples"),
         (f"{report['tokens_total']:,}", "tokens"),
         (f"{report['trained_share']:.1%}", "trained"),
@@ -18,76 +41,65 @@ def tiles(report: Mapping[str, Any]) -> str:
     ]
     packing = report.get("packing")
     if packing:
-        found.append((f"{packing['fill']:.1%}", "of each row filled"))
+        tiles.append((f"{packing['fill']:.1%}", "of each row filled"))
         if "total_steps" in packing:
-            found.append((f"{packing['total_steps']:,}", "steps"))
-    return "".join(f"<span><b>{value}</b> {name}</span>" for value, name in found)
+            tiles.append((f"{packing['total_steps']:,}", "steps"))
+    return tiles
 
 
-def data_tables(report: Mapping[str, Any]) -> str:
-    """`histograms` (of `data.doctor`) and a `target` in the rows of the mixture may be absent."""
+def _narrow_tables(report: Mapping[str, Any]) -> list[Table]:
     quantiles = ("p50", "p90", "p99", "max")
-    drawn = "".join(histogram(name, found) for name, found in report.get("histograms", {}).items())
-    tables = [
-        table(
-            "Lengths in tokens",
-            ("", *quantiles),
-            [
-                (name, *(report[key].get(q, 0) for q in quantiles))
-                for name, key in (("example", "lengths"), ("trained", "trained_lengths"))
-            ],
-        ),
-        table(
-            "Sources",
-            ("", "format", "examples", "tokens", "trained"),
-            [
-                (name, part["format"], part["examples"], part["tokens_total"],
-                 part["tokens_trained"])
-                for name, part in report["by_dataset"].items()
-            ],
-        ),
-        table(
-            "Found",
-            ("", "count"),
-            [(meaning, report[flag]) for flag, meaning in report["flags"].items() if report[flag]],
-        ),
-    ]  # fmt: skip
-    if report.get("evaluation"):
-        held = report["evaluation"]
-        rows = [(name.replace("_", " "), count) for name, count in held.items()]
-        tables.append(table("Held out for evaluation", ("", "count"), rows))
-    parts = [
-        f'<div class="two">{drawn}</div>' if drawn else "",
-        _mixture(report.get("mixture", ())),
-        *(_column(column, values) for column, values in report.get("columns", {}).items()),
-        f'<div class="two">{"".join(tables)}</div>',
+    lengths = [
+        (name, *(report[key].get(q, 0) for q in quantiles))
+        for name, key in (("example", "lengths"), ("trained", "trained_lengths"))
     ]
-    dropped = [
-        (reason, found["count"], "\n".join(
-            f"{first['where']}{': ' if first['detail'] else ''}{first['detail']}"
-            for first in found["first"][:3]))
-        for reason, found in report["dropped_by_reason"].items()
-    ]  # fmt: skip
-    if dropped:
-        parts.append(table("Dropped", ("reason", "count", "first"), dropped))
-    notes = "".join(f"<li>{escaped(note)}</li>" for note in report["notes"])
-    return "\n".join(parts) + (f"<ul>{notes}</ul>" if notes else "")
+    sources = [
+        (name, part["format"], part["examples"], part["tokens_total"], part["tokens_trained"])
+        for name, part in report["by_dataset"].items()
+    ]
+    flags = [(text, report[flag]) for flag, text in report["flags"].items() if report[flag]]
+    held_out = report.get("evaluation") or {}
+    return [
+        Table("Lengths in tokens", ("", *quantiles), lengths),
+        Table("Sources", ("", "format", "examples", "tokens", "trained"), sources),
+        Table("Found", ("", "count"), flags),
+        Table(
+            "Held out for evaluation",
+            ("", "count"),
+            [(name.replace("_", " "), count) for name, count in held_out.items()],
+        ),
+    ]
 
 
-def _mixture(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What is drawn of each part, beside what there is and what was asked for."""
-    aimed = any(part.get("target") is not None for part in rows)
+def _dropped(report: Mapping[str, Any]) -> Table:
+    rows = [
+        (
+            reason,
+            dropped["count"],
+            "\n".join(
+                ": ".join(filter(None, (row["where"], row["detail"])))
+                for row in dropped["first"][:3]
+            ),
+        )
+        for reason, dropped in report["dropped_by_reason"].items()
+    ]
+    return Table("Dropped", ("reason", "count", "first"), rows)
+
+
+def _mixture(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Compare what is drawn of each part with its share before mixing and with its target."""
+    has_targets = any(part.get("target") is not None for part in rows)
     header = ("", "value", "", "share after", "share before", "drawn in an epoch", "examples")
-    return table(
+    return Table(
         "Mixture",
-        (*header[:4], *(("target",) if aimed else ()), *header[4:]),
+        (*header[:4], *(("target",) if has_targets else ()), *header[4:]),
         [
             (
                 part["dataset"],
                 "" if part["value"] is None else part["value"],
                 bar(ShareBar(part["share_after"], part["share_before"], part.get("target"))),
                 Number(f"{part['share_after']:.1%}"),
-                *((_percent(part.get("target")),) if aimed else ()),
+                *((_percent(part.get("target")),) if has_targets else ()),
                 Number(f"{part['share_before']:.1%}"),
                 part["per_epoch"],
                 part["examples"],
@@ -97,9 +109,9 @@ def _mixture(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _column(column: str, values: Mapping[str, Mapping[str, int]]) -> str:
+def _column(column: str, values: Mapping[str, Mapping[str, int]]) -> Table:
     total = max(1, sum(part["examples"] for part in values.values()))
-    return table(
+    return Table(
         f"By {column}",
         ("", "", "share", "examples", "records"),
         [

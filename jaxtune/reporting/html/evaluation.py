@@ -1,40 +1,37 @@
-"""What `evaluate --json` printed, as tables of a page: scores, groups, benchmarks."""
+"""Scores, groups and benchmarks of `evaluate --json` as tables of a page."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from markupsafe import Markup
+
 from jaxtune.evaluation.tables import LEGEND, Sheet, judge_lines, sheets
-from jaxtune.reporting.html.markup import Markup, Number, escaped, table
+from jaxtune.reporting.html.markup import Number, Table, part
 
 _COLOURED = {"better": "right", "worse": "wrong"}
 
 
-def evaluation_tables(name: str, found: Mapping[str, Any]) -> str:
-    """All that is in it but the answers. `name` is that of its file."""
-    base = found.get("base")
-    columns = {"base": base, "tuned": found} if base else {"model": found}
-    tables = "\n".join(_table(name, sheet) for sheet in sheets(columns, counts=True))
-    said = [*judge_lines(found), *([LEGEND] if "difference" in found else [])]
-    notes = "".join(f"<p>{escaped(line)}</p>" for line in said)
-    return f'{tables}<div class="found empty">{notes}</div>'
+def evaluation_tables(name: str, evaluation: Mapping[str, Any]) -> Markup:
+    """Write all of an evaluation but its answers; `name` is that of its file."""
+    base = evaluation.get("base")
+    columns = {"base": base, "tuned": evaluation} if base else {"model": evaluation}
+    tables = [_table(name, sheet) for sheet in sheets(columns, counts=True)]
+    legend = [LEGEND] if "difference" in evaluation else []
+    return part("scores", tables, [*judge_lines(evaluation), *legend])
 
 
-def _table(name: str, sheet: Sheet) -> str:
-    caption = f"{name}: {sheet.caption}" if sheet.caption else name
+def _table(name: str, sheet: Sheet) -> Table:
     width = len(sheet.header)
     rows = [
-        [
-            _cell(cell, number, sheet)
-            for number, cell in enumerate((*row, *[""] * (width - len(row))))
-        ]
+        [_cell(cell, i, sheet) for i, cell in enumerate((*row, *[""] * (width - len(row))))]
         for row in sheet.rows
     ]
-    return table(caption, sheet.header, rows)
+    return Table(f"{name}: {sheet.caption}" if sheet.caption else name, sheet.header, rows)
 
 
 def _cell(cell: str, number: int, sheet: Sheet) -> object:
     if cell in _COLOURED and number:
-        return Markup(f'<b class="{_COLOURED[cell]}">{cell}</b>')
+        return Markup('<b class="{}">{}</b>').format(_COLOURED[cell], cell)
     return Number(cell) if 0 < number <= sheet.numbers else cell

@@ -164,7 +164,7 @@ class Checkpoints:
     def counts(self, step: int) -> bool:
         """Whether every host sees that step, here or in the store. All call."""
         seen = step in self._steps_here() | self._steps_there()
-        return all(processes.everyones("seen" if seen else ""))
+        return all(processes.gather_texts("seen" if seen else ""))
 
     def _steps_here(self) -> set[int]:
         """Of these, what is in the store too is fetched where it is needed."""
@@ -288,13 +288,13 @@ class Checkpoints:
         shards = (s for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards)
         needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
         if self._parts is None:
-            needed = sum(map(int, processes.everyones(str(needed))))
+            needed = sum(map(int, processes.gather_texts(str(needed))))
         free = shutil.disk_usage(self.folder).free
         full = "" if free >= needed else (
             f"{self.folder}: step {step} needs {needed / 1e6:,.1f} MB and the disk has "
             f"{free / 1e6:,.1f} MB free. {self._advice()}"
         )  # fmt: skip
-        if said := [text for text in processes.everyones(full) if text]:
+        if said := [text for text in processes.gather_texts(full) if text]:
             raise ConfigError(said[0])
 
     def _advice(self) -> str:
@@ -429,9 +429,9 @@ def _of_all(look: Callable[[], str]) -> str:
         found, failed = look(), ""
     except ConfigError as error:
         found, failed = "", str(error)
-    if said := [text for text in processes.everyones(failed) if text]:
+    if said := [text for text in processes.gather_texts(failed) if text]:
         raise ConfigError(said[0])
-    return next((text for text in processes.everyones(found) if text), "")
+    return next((text for text in processes.gather_texts(found) if text), "")
 
 
 def _counting(folder: Path) -> list[int]:

@@ -77,11 +77,11 @@ class Mirror:
         """
         if processes.is_first():
             identity = self._claim()
-            processes.tell(
+            processes.publish(
                 _CLAIMED, json.dumps({"identity": identity, "steps": sorted(self.steps)})
             )
         else:
-            self._join(json.loads(processes.hear(_CLAIMED, 0)))
+            self._join(json.loads(processes.receive(_CLAIMED, 0)))
         self._thread.start()
 
     def look(self) -> None:
@@ -91,9 +91,9 @@ class Mirror:
         cache_eviction.use(self._folder)
         if processes.is_first():
             self.steps = set(steps_of(self.url))
-            processes.tell(_CLAIMED, json.dumps({"steps": sorted(self.steps)}))
+            processes.publish(_CLAIMED, json.dumps({"steps": sorted(self.steps)}))
         else:
-            self.steps = set(json.loads(processes.hear(_CLAIMED, 0))["steps"])
+            self.steps = set(json.loads(processes.receive(_CLAIMED, 0))["steps"])
 
     def put(self, name: str) -> None:
         """One file of the folder. Raises `StoreError`."""
@@ -225,9 +225,9 @@ class Mirror:
                 for step in sorted(set(_counting(self._folder / FOLDER)) - self.steps):
                     self.put_step(step)
             self._put_files()
-        processes.tell(_FINISHED)
+        processes.publish(_FINISHED)
         for other in set(range(processes.count())) - {processes.index()}:
-            processes.hear(_FINISHED, other)
+            processes.receive(_FINISHED, other)
         self._note(f"{self.url}: has all of the run, compared with {self._folder}")
 
     def close(self) -> None:
@@ -358,6 +358,6 @@ def _bring(url: str, step: int, here: Path) -> None:
     mark = join(url, FOLDER, step, integrity.MARK)
     known_here = (here / integrity.MARK).is_file() and (here / integrity.MARK).read_bytes()
     if known_here != object_store.read(mark) or integrity.damage(here):
-        object_store.make_room(sum(i.size for i in object_store.listed(join(url, FOLDER, step))))
+        object_store.free_space(sum(i.size for i in object_store.listed(join(url, FOLDER, step))))
         here.parent.mkdir(parents=True, exist_ok=True)
         fetch_step(url, step, here)

@@ -74,12 +74,12 @@ class Parts:
         if own == 0:
             self._mirror.put_files()  # the rows up to this step
             for other in range(1, processes.count()):
-                processes.hear(put, other)
+                processes.receive(put, other)
             object_store.put_all(here, [mark], place)
-            processes.tell(counts)
+            processes.publish(counts)
         else:
-            processes.tell(put)
-            processes.hear(counts, 0)
+            processes.publish(put)
+            processes.receive(counts, 0)
         self._mirror.steps.add(step)
 
     def fetch(self, step: int, here: Path, wanted: Wanted) -> str:
