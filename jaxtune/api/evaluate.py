@@ -46,7 +46,7 @@ from jaxtune.training.initial_weights import fetched
 
 
 class EvaluateResult(NamedTuple):
-    """The `scores` of the model as `evaluate --json` prints them, those of the base under "base";
+    """A result: `scores` as `evaluate --json` prints it, those of the base under "base";
     `text` is the same for a person, and what `print` shows."""
 
     scores: Mapping[str, Any]
@@ -62,7 +62,8 @@ class _Judge(NamedTuple):
 
 
 class _Experiment(NamedTuple):
-    """Everything that is equal for both models; `models` are names by column, the last is ours."""
+    """A comparison: all that is equal for both models. `models` are names by column, the last is
+    the tuned."""
 
     config: Config
     options: EvaluateOptions

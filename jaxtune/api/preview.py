@@ -37,7 +37,7 @@ class PreviewExample(NamedTuple):
 
 
 class PreviewResult(NamedTuple):
-    """The examples in order, dropped rows included, and the data report of all the data."""
+    """A list of examples in order, dropped rows included, and the data report of all the data."""
 
     examples: list[PreviewExample]
     report: Mapping[str, Any] | None

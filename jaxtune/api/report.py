@@ -18,7 +18,7 @@ from jaxtune.training.initial_weights import fetched, run_config
 
 
 class ReportResult(NamedTuple):
-    """The files written; `picture` is None without `png`, `card` without `card`."""
+    """A set of files written; `picture` is None without `png`, `card` without `card`."""
 
     page: Path
     picture: Path | None
@@ -26,7 +26,7 @@ class ReportResult(NamedTuple):
 
 
 class _RunData(NamedTuple):
-    """The data report or why it is missing, the examples, and the model that was tuned."""
+    """A data report or why it is missing, the examples, and the model that was tuned."""
 
     report: Mapping[str, Any] | str
     examples: Sequence[ExampleView] = ()

@@ -23,7 +23,7 @@ _LAST_LINES = 3  # of what the harness said, when it fails
 
 
 def folder_of(name: str) -> str:
-    """What the harness is given for a model: a hub id, a folder in HF format, or a run's RUN/hf.
+    """Name a model for the harness: a hub id, a folder in HF format, or a run's RUN/hf.
 
     Raises `ConfigError` for what it cannot be given, and where it is not installed.
     """
@@ -45,9 +45,10 @@ def folder_of(name: str) -> str:
 
 
 def run(name: str, tasks: Sequence[str], more: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    """{task: {metric: value}} with standard errors as `METRIC_stderr`; None for what is not
-    finite. `tasks` are names that the harness knows or YAML files of tasks; `more` are its own
-    flags.
+    """Run tasks on a model and return {task: {metric: value}}, None for what is not finite.
+
+    `tasks` are names that the harness knows or YAML files of tasks; `more` are its own flags.
+    Standard errors are called `METRIC_stderr`.
 
     Raises `ConfigError` with the end of what it said when it fails.
     """
@@ -78,7 +79,7 @@ def run(name: str, tasks: Sequence[str], more: Sequence[str]) -> dict[str, dict[
 
 
 def _results(found: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """`acc,none` is `acc`: only another filter than none stays in the name."""
+    """Read scores, `acc,none` as `acc`: only another filter than none stays in the name."""
     return {
         task: {
             key.removesuffix(",none"): float(value) if math.isfinite(value) else None

@@ -37,8 +37,11 @@ class Inputs(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A model's scores: `losses` of the examples, `general` of the documents of general text, with
-    how many tokens of each were predicted; `answers` of the questions."""
+    """A model's scores and answers.
+
+    `losses` are scores of the examples, `general` of the documents of general text, with how
+    many tokens of each were predicted; `answers` of the questions.
+    """
 
     losses: Mapping[str, Score]
     tokens: Any  # i64 [examples]

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 
 class Metric(NamedTuple):
-    """`better` is 1 where more is better, -1 where less is, 0 where that depends."""
+    """A name and format; `better` is 1 where more is better, -1 where less is, 0 where that
+    depends."""
 
     name: str
     how: str  # a format, in which % makes a share a percentage
@@ -40,19 +41,20 @@ METRICS: Mapping[str, Metric] = {
 
 
 def metric(key: str) -> Metric:
-    """Numbers that this version does not know follow under their own names."""
+    """Look a metric up; numbers that this version does not know follow under their own names."""
     return METRICS.get(key, Metric(key.replace("_", " "), ".4g"))
 
 
 def written(value: Any, how: str) -> str:
-    """ "not finite" for null, NaN and infinity; nothing where there is no number."""
+    """Format a number: "not finite" for null, NaN and infinity; nothing for text."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "not finite"
     return format(value, how) if isinstance(value, int | float) else ""
 
 
 def change(value: float, how: str) -> str:
-    """With its sign; of percentages in points. A change too small to show has none."""
+    """Format a change with its sign; of percentages in points. A change too small to show has no
+    sign."""
     points = " points" if how.endswith("%") else ""
     return f"{_signed(value, how)}{points}"
 
@@ -63,7 +65,7 @@ def _signed(value: float, how: str) -> str:
 
 
 def between(ends: Any, how: str, *, signed: bool = False) -> str:
-    """`[low, high]` as text; nothing where there is no interval."""
+    """Format `[low, high]`; nothing where there is no interval."""
     if not is_interval(ends):
         return ""
     if signed:
@@ -73,7 +75,7 @@ def between(ends: Any, how: str, *, signed: bool = False) -> str:
 
 
 def verdict(key: str, difference: Any) -> str:
-    """What a difference is called: nothing, unless it is more than chance."""
+    """Name a difference: nothing, unless it is more than chance."""
     if not is_difference(difference) or not difference.get("clear"):
         return ""
     up = metric(key).better * (1 if difference["value"] > 0 else -1)
@@ -89,5 +91,5 @@ def is_interval(found: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """A finite one; a truth value is none."""
+    """Tell whether a value is a finite number; a truth value is none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -26,8 +26,8 @@ Row = dict[str, Any]
 
 
 class Groups(NamedTuple):
-    """Which examples and which questions belong together: `datasets` is that of each example,
-    `questions` the example of each question."""
+    """A grouping of examples and questions: `datasets` is that of each example, `questions` the
+    example of each question."""
 
     datasets: NDArray[np.object_]
     questions: NDArray[np.int64]
@@ -38,14 +38,14 @@ class Groups(NamedTuple):
 
 
 class Members(NamedTuple):
-    """By number."""
+    """A group, by number."""
 
     examples: NDArray[np.int64]
     questions: NDArray[np.int64]
 
 
 def summaries(found: Mapping[str, Measured], groups: Groups, how: Bootstrap) -> dict[str, Row]:
-    """Of one model, or of base and tuned, where the second is compared with the first."""
+    """Sum up one model, or base and tuned, of which the second is compared with the first."""
     *base, tuned = found.values()
     rows = [_summary(each, None, groups, how) for each in base]
     rows.append(_summary(tuned, base[0] if base else None, groups, how))
@@ -115,7 +115,7 @@ def _scored(scores: Scores, base: Scores | None, how: Bootstrap) -> Row:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no infinity and no NaN: they are null."""
+    """Return None for infinity and NaN, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 

@@ -27,8 +27,8 @@ _OF_GROUPS = ("eval_loss", "exact_match")
 
 
 class Sheet(NamedTuple):
-    """The first cell of a row is its name, the next `numbers` are numbers, the others words. A row
-    may be shorter than the header."""
+    """A table of text. The first cell of a row is its name, the next `numbers` are numbers, the
+    others words; a row may be shorter than the header."""
 
     caption: str
     header: tuple[str, ...]
@@ -37,7 +37,7 @@ class Sheet(NamedTuple):
 
 
 def score_sheet(columns: Mapping[str, Row], *, counts: bool = False) -> Sheet:
-    """A row per score that is there: with the interval of a model alone, or of how two differ.
+    """Make a row per score: with the interval of a model alone, or of how two differ.
 
     `counts`: also of how much it was measured on.
     """
@@ -55,7 +55,7 @@ def score_sheet(columns: Mapping[str, Row], *, counts: bool = False) -> Sheet:
 
 
 def group_sheets(columns: Mapping[str, Row]) -> list[Sheet]:
-    """A table per way of grouping: by data set where there are several, by the asked columns."""
+    """Make a table per grouping: by data set if there are several, and by the columns chosen."""
     *_, last = columns.values()
     sheets = []
     if len(last.get("by_dataset", {})) > 1:
@@ -70,7 +70,7 @@ def group_sheets(columns: Mapping[str, Row]) -> list[Sheet]:
 
 
 def harness_sheet(columns: Mapping[str, Row]) -> Sheet | None:
-    """Public benchmarks, each with its standard error as the harness has it."""
+    """List public benchmarks, each with its standard error as the harness has it."""
     *_, last = columns.values()
     rows = [
         (
@@ -90,7 +90,7 @@ def harness_sheet(columns: Mapping[str, Row]) -> Sheet | None:
 
 
 def judge_lines(scores: Row) -> list[str]:
-    """What a judge found, in sentences; none where none was asked."""
+    """Write the verdicts of a judge in sentences; none without a judge."""
     judge = scores.get("judge")
     if not judge:
         return []
@@ -152,7 +152,7 @@ def _group_sheet(way: str, sides: Mapping[str, Mapping[str, Row]]) -> Sheet:
 
 
 def _with_error(found: Mapping[str, Any], key: str) -> str:
-    """`acc` with its `acc_stderr`, `acc,filter` with its `acc_stderr,filter`."""
+    """Write `acc` with its `acc_stderr`, `acc,filter` with its `acc_stderr,filter`."""
     name, comma, rest = key.partition(",")
     error = found.get(f"{name}_stderr{comma}{rest}")
     value = written(found.get(key, ""), ".4f")
@@ -160,6 +160,6 @@ def _with_error(found: Mapping[str, Any], key: str) -> str:
 
 
 def sheets(columns: Mapping[str, Row], *, counts: bool = False) -> Sequence[Sheet]:
-    """All of them."""
+    """Make all tables of an evaluation."""
     found = [score_sheet(columns, counts=counts), *group_sheets(columns), harness_sheet(columns)]
     return [sheet for sheet in found if sheet is not None]

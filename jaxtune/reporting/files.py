@@ -23,7 +23,8 @@ _NUMBERS = {"train": ("loss",), "eval": ("eval_loss",)}
 
 
 class RunFiles(NamedTuple):
-    """`train` and `evals` are rows of metrics.jsonl by step; `notes` says what was left out."""
+    """A run directory: `train` and `evals` are rows of metrics.jsonl by step; `notes` list what
+    was left out."""
 
     folder: Path
     train: list[Row]
@@ -35,7 +36,10 @@ class RunFiles(NamedTuple):
 
 
 def read_run(folder: Path) -> RunFiles:
-    """Raises `ConfigError` for what is no run directory, `DataError` for a broken line."""
+    """Read a run directory.
+
+    Raises: `ConfigError` for what is no run directory, `DataError` for a broken line.
+    """
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "there is no such folder"
         raise ConfigError(f"{folder}: {what}. Give the output_dir of a training run.")
@@ -62,7 +66,8 @@ def read_run(folder: Path) -> RunFiles:
 
 
 def read_evaluation(file: Path) -> Row:
-    """What `evaluate --json` printed. Raises `ConfigError` when the file holds something else."""
+    """Read what `evaluate --json` printed. Raises `ConfigError` when the file holds something
+    else."""
     try:
         found = parse_json(file.read_bytes())
     except OSError as error:
@@ -121,7 +126,7 @@ def _is_judged(found: Any) -> bool:
 
 
 def _lines(file: Path, notes: list[str]) -> list[tuple[str, Row]]:
-    """(file:line, object) of every line; none where there is no file."""
+    """Read (file:line, object) of every line; none where there is no file."""
     if not file.is_file():
         return []
     found = []

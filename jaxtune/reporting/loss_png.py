@@ -12,7 +12,7 @@ from jaxtune.config import ConfigError
 def save_loss(
     file: Path, name: str, train: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]]
 ) -> None:
-    """1600 x 900 pixels. Raises `ConfigError` where matplotlib is missing."""
+    """Draw 1600 x 900 pixels. Raises `ConfigError` where matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -45,5 +45,5 @@ def save_loss(
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib draws as it is: between two dollars it would read formulas."""
+    """Escape what matplotlib would read as a formula: text between two dollars."""
     return text.replace("$", r"\$")

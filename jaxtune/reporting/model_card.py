@@ -25,7 +25,7 @@ def model_card(
     data: Mapping[str, Any],
     config: str,
 ) -> str:
-    """Markdown with the YAML header that the Hugging Face hub reads.
+    """Write Markdown with the YAML header that the Hugging Face hub reads.
 
     `metrics` holds the last "train" and "eval" rows; `data` is the data report; `config` the
     resolved config as YAML, which repeats the run.
@@ -71,7 +71,7 @@ was taken on the answers only, their end of turn included.
 
 
 def with_evaluation(card: str, found: Mapping[str, Any]) -> str:
-    """The card with what `evaluate --json` found, in place of what an earlier one had found.
+    """Put an evaluation into a card, in place of an earlier one.
 
     It stands before the data, or last where the card has no such heading.
     """
@@ -103,19 +103,19 @@ def _markdown(sheet: Sheet) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line: names come from paths, hubs and users."""
+    """Escape text for Markdown, on one line: names come from paths, hubs and users."""
     return re.sub(r"([\\`*_{}\[\]<>()#|!&~$])", r"\\\1", " ".join(text.split()))
 
 
 def _code(text: str) -> str:
-    """A code span, which ends only where more backticks stand than anywhere in the text."""
+    """Make a code span, which ends only where more backticks stand than anywhere in the text."""
     ticks = "`" * (_longest_run(text) + 1)
     text = " ".join(text.split())
     return f"{ticks} {text} {ticks}" if len(ticks) > 1 else f"`{text}`"
 
 
 def _fenced(language: str, text: str) -> str:
-    """A block that no line of the text can close."""
+    """Make a block that no line of the text can close."""
     fence = "`" * max(3, _longest_run(text) + 1)
     return f"{fence}{language}\n{text}\n{fence}"
 

@@ -28,7 +28,8 @@ def record_start(
     devices: int,
     hosts: int,
 ) -> None:
-    """`device` is what JAX calls one; `devices` and `hosts` are those of the whole run."""
+    """Add a line for a start; `device` is JAX's name of one, `devices` and `hosts` are those of
+    the whole run."""
     row = {
         "step": step,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

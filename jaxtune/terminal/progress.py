@@ -124,14 +124,15 @@ class TrainProgress:
         self._bar.update(self._task, advance=1, loss=f"{loss:.4f}")
 
     def show(self, row: Mapping[str, Any]) -> None:
-        """A row of metrics.jsonl as one line above the bar."""
+        """Print a row of metrics.jsonl as one line above the bar."""
         if row.get("tokens_per_second"):
             self._bar.update(self._task, rate=f"{row['tokens_per_second']:,.0f} tok/s")
         self._console.print(line(row, self._total), soft_wrap=True)
 
 
 def line(row: Mapping[str, Any], total: int) -> str:
-    """
+    """Write a row of metrics.jsonl for the terminal.
+
     >>> line({"kind": "eval", "step": 5, "eval_loss": 1.5, "eval_perplexity": 4.48169,
     ...       "eval_token_accuracy": 0.5, "eval_tokens_trained": 20}, 10)
     'step 5/10  eval loss 1.5000  perplexity 4.482  token accuracy 50.0%  over 20 tokens'

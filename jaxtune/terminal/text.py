@@ -6,7 +6,7 @@ Takes plain values only. Text of a data set is hostile: control characters are s
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any
 
 _GREEN, _DIM, _PLAIN = "\033[32m", "\033[2m", "\033[0m"
@@ -26,7 +26,7 @@ _VISIBLE: dict[int, str] = {
 
 
 def marked(runs: Iterable[tuple[str, float]], *, color: bool) -> str:
-    """Text of (piece, weight): trained pieces in green, or as `[[piece]]` without colour.
+    """Mark text of (piece, weight): trained pieces in green, or as `[[piece]]` without colour.
 
     A weight other than 0 and 1 is written behind its piece.
 
@@ -51,75 +51,86 @@ def printable(text: str) -> str:
 def show_report(
     report: Mapping[str, Any], *, short: bool = False, file: IO[str] | None = None
 ) -> None:
-    """Prints `report_text`, by default to stderr: stdout is for results."""
+    """Print `report_text`, by default to stderr: stdout is for results."""
     print(report_text(report, short=short), file=file or sys.stderr, flush=True)
 
 
 def report_text(report: Mapping[str, Any], *, short: bool = False) -> str:
-    """The data report of `data_report` as aligned lines; what is zero and unremarkable is left out.
+    """Write the data report as aligned lines; what is zero and unremarkable is left out.
 
     `report["flags"]` explains the counts that are shown only when they are not zero. `short` shows
     one dropped row of each reason instead of three.
     """
-    lines = [
-        *(f"  {printable(text)}" for text in report["notes"]),
-        f"  {report['records']:,} records -> {report['examples']:,} examples, "
-        f"{report['tokens_total']:,} tokens, {report['tokens_trained']:,} trained "
-        f"({report['trained_share']:.1%})",
-        *_table(
-            ("tokens", "p50", "p90", "p99", "max"),
-            [("per example", report["lengths"]), ("trained", report["trained_lengths"])],
-        ),
-    ]
-    if len(report["by_dataset"]) > 1:
-        lines += [
-            f"  {printable(name)} ({part['format']}): {part['examples']:,} examples, "
-            f"{part['tokens_trained']:,} of {part['tokens_total']:,} tokens trained"
-            for name, part in report["by_dataset"].items()
+    return "\n".join(
+        [
+            "data",
+            *(f"  {printable(text)}" for text in report["notes"]),
+            f"  {report['records']:,} records -> {report['examples']:,} examples, "
+            f"{report['tokens_total']:,} tokens, {report['tokens_trained']:,} trained "
+            f"({report['trained_share']:.1%})",
+            *_table(
+                ("tokens", "p50", "p90", "p99", "max"),
+                [("per example", report["lengths"]), ("trained", report["trained_lengths"])],
+            ),
+            *_parts(report),
+            *_batches(report),
+            *_remarks(report, shown_rows=1 if short else 3),
         ]
+    )
+
+
+def _parts(report: Mapping[str, Any]) -> Iterator[str]:
+    """Write the data sets, their shares of an epoch, and the values of columns."""
+    if len(report["by_dataset"]) > 1:
+        for name, part in report["by_dataset"].items():
+            yield (
+                f"  {printable(name)} ({part['format']}): {part['examples']:,} examples, "
+                f"{part['tokens_trained']:,} of {part['tokens_total']:,} tokens trained"
+            )
     for part in report.get("mixture", ()):
         name = part["dataset"] + ("" if part["value"] is None else f", {part['value']}")
-        lines.append(
+        yield (
             f"  {printable(name)}: {part['share_before']:.1%} of the examples, "
             f"{part['share_after']:.1%} of an epoch ({part['per_epoch']:,} drawn of "
             f"{part['examples']:,})"
         )
     for column, values in report.get("columns", {}).items():
-        lines.append(f"  {printable(column)}:")
-        lines += [
-            f"    {printable(value)}: {part['examples']:,} examples "
-            f"({part['examples'] / max(1, report['examples']):.1%})"
-            for value, part in values.items()
-        ]
-    packing = report.get("packing")
+        yield f"  {printable(column)}:"
+        for value, part in values.items():
+            share = part["examples"] / max(1, report["examples"])
+            yield f"    {printable(value)}: {part['examples']:,} examples ({share:.1%})"
+
+
+def _batches(report: Mapping[str, Any]) -> Iterator[str]:
+    packing, evaluation = report.get("packing"), report.get("evaluation")
     if packing:
-        lines.append(
+        yield (
             f"  {packing['rows']:,} rows of {packing['row_length']:,} tokens, "
             f"{packing['fill']:.1%} full: {packing['steps_per_epoch']:,} steps an epoch with "
             f"{packing['batch_size']:,} rows a step"
             + (f", {packing['total_steps']:,} in all" if "total_steps" in packing else "")
         )
-    evaluation = report.get("evaluation")
     if evaluation:
-        lines.append(
+        yield (
             f"  evaluation: {evaluation['examples']:,} examples, {evaluation['also_trained']:,} "
             f"also trained, {evaluation['nearly_trained']:,} records nearly so"
         )
+
+
+def _remarks(report: Mapping[str, Any], *, shown_rows: int) -> Iterator[str]:
     if report["stop_trained_share"] < 1:
-        lines.append(f"  {report['stop_trained_share']:.1%} of the rows teach where to stop")
-    lines += [
-        f"  {report[flag]:,} {meaning}" for flag, meaning in report["flags"].items() if report[flag]
-    ]
-    for reason, found in report["dropped_by_reason"].items():
-        lines.append(f"  dropped {found['count']:,}: {printable(reason)}")
-        for first in found["first"][: 1 if short else 3]:
-            detail = f": {first['detail']}" if first["detail"] else ""
-            lines.append(f"    {printable(first['where'] + detail)}")
-    return "\n".join(["data", *lines])
+        yield f"  {report['stop_trained_share']:.1%} of the rows teach where to stop"
+    for flag, meaning in report["flags"].items():
+        if report[flag]:
+            yield f"  {report[flag]:,} {meaning}"
+    for reason, dropped in report["dropped_by_reason"].items():
+        yield f"  dropped {dropped['count']:,}: {printable(reason)}"
+        for row in dropped["first"][:shown_rows]:
+            yield f"    {printable(': '.join(filter(None, (row['where'], row['detail']))))}"
 
 
 def _table(header: tuple[str, ...], rows: Iterable[tuple[str, Mapping[str, int]]]) -> list[str]:
-    names, *columns = header
-    found = [("  " + names.ljust(12), *columns)]
-    found += [("  " + name.ljust(12), *(f"{v.get(c, 0):,}" for c in columns)) for name, v in rows]
-    return [row[0] + "".join(cell.rjust(9) for cell in row[1:]) for row in found]
+    corner, *columns = header
+    lines = [(corner, *columns)]
+    lines += [(name, *(f"{values.get(c, 0):,}" for c in columns)) for name, values in rows]
+    return [f"  {name:12}" + "".join(cell.rjust(9) for cell in cells) for name, *cells in lines]

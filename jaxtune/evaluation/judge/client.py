@@ -29,16 +29,16 @@ _SHOWN = 300  # letters of what an endpoint said
 
 
 class RequestRefused(JaxtuneError):
-    """The endpoint says that this request is wrong: it will say so again."""
+    """A request that the endpoint calls wrong: another try would end the same."""
 
 
 class RequestFailed(JaxtuneError):
-    """The endpoint could not be reached, or gave no usable reply, as often as it was tried."""
+    """A request without a usable reply, after all its tries."""
 
 
 class Endpoint(NamedTuple):
-    """`url` ends in /chat/completions. `timeout` is seconds for one try, `first_wait` seconds
-    before the second; it doubles from there."""
+    """An endpoint whose `url` ends in /chat/completions. `timeout` is seconds for one try,
+    `first_wait` seconds before the second; it doubles from there."""
 
     url: str
     model: str
@@ -53,8 +53,10 @@ class Endpoint(NamedTuple):
 
 
 def open_endpoint(url: str, model: str | None, *, key_name: str | None, **more: Any) -> Endpoint:
-    """`url` with or without /chat/completions. `key_name` is the environment variable that holds
-    the key; None = `DEFAULT_KEY` where it is set, but not over plain http to another machine.
+    """Check an address with or without /chat/completions, and find its key.
+
+    `key_name` is the environment variable that holds the key; None = `DEFAULT_KEY` where it is set,
+    but not over plain http to another machine.
 
     Raises `ConfigError`.
     """
@@ -86,7 +88,8 @@ def open_endpoint(url: str, model: str | None, *, key_name: str | None, **more: 
 
 
 def ask(endpoint: Endpoint, prompt: str) -> str:
-    """The reply to one message of a user. Raises `RequestRefused` and `RequestFailed`."""
+    """Send one message of a user and return the reply. Raises `RequestRefused` and
+    `RequestFailed`."""
     body: dict[str, Any] = {
         "model": endpoint.model,
         "messages": [{"role": "user", "content": prompt}],
@@ -157,7 +160,7 @@ def _text(reply: bytes) -> str:
 
 
 def _said(error: urllib.error.HTTPError, endpoint: Endpoint) -> str:
-    """What came with a status, on one line."""
+    """Read what came with a status, on one line."""
     try:
         with error:
             text = error.read(_LARGEST).decode("utf-8", "replace")
@@ -174,7 +177,7 @@ def _without_key(text: str, endpoint: Endpoint) -> str:
 
 
 def _retry_after(headers: email.message.Message | None) -> float | None:
-    """Seconds; a date, which few endpoints send, counts as nothing said."""
+    """Read seconds; a date, which few endpoints send, counts as none."""
     try:
         return float((headers or {})["Retry-After"])  # type: ignore[index]
     except (KeyError, TypeError, ValueError):

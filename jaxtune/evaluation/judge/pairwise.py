@@ -24,14 +24,16 @@ class Pair(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """Why a request has no reply."""
+    """A reason why a request has no reply."""
 
     why: str
 
 
 class Outcome(NamedTuple):
-    """Of one pair: `points` of tuned, 1 for a win, 0.5 for a tie, 0 for a loss; None where there is
-    no verdict, and `why`: "unparseable", or what went wrong. `agreed`: both orders said the same.
+    """A verdict on one pair: `points` of tuned, 1 for a win, 0.5 for a tie, 0 for a loss.
+
+    `points` is None without a verdict; `why` is then "unparseable" or what went wrong. `agreed`:
+    both orders gave the same verdict.
     """
 
     points: float | None
@@ -40,7 +42,8 @@ class Outcome(NamedTuple):
 
 
 def check(endpoint: Endpoint, rubric: str) -> None:
-    """One request before any work is done. Raises `ConfigError` where it is refused or fails."""
+    """Send one request before any work is done. Raises `ConfigError` where it is refused or
+    fails."""
     try:
         ask(endpoint, _prompt(rubric, Pair("What is 1 + 1?", "2", "2", "3")))
     except (RequestRefused, RequestFailed) as error:
@@ -53,8 +56,11 @@ def check(endpoint: Endpoint, rubric: str) -> None:
 def judge(
     endpoint: Endpoint, rubric: str, pairs: Sequence[Pair], *, concurrency: int
 ) -> list[Outcome]:
-    """Of each pair in order; `concurrency` requests at a time. Raises nothing: what was answered
-    so far is worth more than one request that failed. When interrupted it asks for nothing more."""
+    """Judge the pairs in order, `concurrency` requests at a time.
+
+    Raises nothing: the verdicts so far are worth more than one request that failed. When
+    interrupted it sends nothing more.
+    """
     prompts = [
         _prompt(rubric, order)
         for pair in pairs
@@ -77,7 +83,7 @@ def judge(
 
 
 def outcome(first: Verdict | Failure | None, swapped: Verdict | Failure | None) -> Outcome:
-    """`first` with base as A, `swapped` with tuned as A."""
+    """Combine two verdicts: `first` with base as A, `swapped` with tuned as A."""
     for found in (first, swapped):
         if isinstance(found, Failure):
             return Outcome(None, why=found.why)

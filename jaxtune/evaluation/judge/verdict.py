@@ -16,7 +16,7 @@ _LINE = re.compile(r"[*`]*VERDICT: (A|B|TIE)[*`]*")
 
 
 def rubric(file: str | None) -> str:
-    """The text of `file`, else `judge/rubric.txt`. Raises `ConfigError`."""
+    """Read the text of `file`, else `judge/rubric.txt`. Raises `ConfigError`."""
     if file is None:
         return (
             importlib.resources.files("jaxtune.evaluation.judge")
@@ -39,14 +39,14 @@ def rubric(file: str | None) -> str:
 
 
 def filled(rubric: str, *, question: str, reference: str, answer_a: str, answer_b: str) -> str:
-    """In one pass: a text that holds `{answer_b}` itself stays as it is."""
+    """Fill a rubric in one pass: a text that holds `{answer_b}` itself stays as it is."""
     fields = {"question": question, "reference": reference, "answer_a": answer_a,
               "answer_b": answer_b}  # fmt: skip
     return _FIELD.sub(lambda found: fields[found[1]], rubric)
 
 
 def parse(reply: str) -> Verdict | None:
-    """The verdict in the last line of a reply that has exactly one; else None.
+    """Read the verdict in the last line of a reply that has exactly one; else None.
 
     >>> parse("A is right.\\nVERDICT: A\\n"), parse("VERDICT: A or B"), parse("I prefer A.")
     ('A', None, None)

@@ -59,8 +59,9 @@ def answer_scores(answered: Sequence[AnswerPair]) -> dict[str, Score]:
 
 
 def repetition(tokens: Sequence[Hashable], n: int = _REPEATED) -> float:
-    """Share of n-grams that stood in the same answer before, seq-rep-n (Welleck et al., 2020);
-    0 for an answer shorter than n.
+    """Compute the share of n-grams that stood in the same answer before, 0 if it is shorter than n.
+
+    Called seq-rep-n (Welleck et al., 2020).
 
     >>> repetition("abcdabcd")  # of abcd bcda cdab dabc abcd one is there again
     0.2

@@ -26,7 +26,7 @@ _DRAWS = 2**22  # numbers drawn at a time: 32 MiB
 
 
 class Bootstrap(NamedTuple):
-    """How intervals are made. `level` is the share of intervals that hold the truth."""
+    """A choice of how intervals are made; `level` is the share of intervals that hold the truth."""
 
     resamples: int = 2000
     level: float = 0.95
@@ -39,8 +39,11 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Tuned minus base. `clear`: the interval excludes 0, and at least `FEWEST_PAIRS` examples
-    differ; then, and only then, it is called a difference."""
+    """A difference, tuned minus base.
+
+    `clear`: the interval excludes 0, and at least `FEWEST_PAIRS` examples differ; then, and only
+    then, it is called a difference.
+    """
 
     value: float
     interval: Interval | None
@@ -48,13 +51,13 @@ class Difference(NamedTuple):
 
 
 def intervals(scores: Scores, how: Bootstrap) -> dict[str, Interval | None]:
-    """None for fewer than two examples, and where a score is not finite."""
+    """Compute intervals; None for fewer than two examples, and where a score is not finite."""
     drawn = _drawn({name: s for name, s in scores.items() if isinstance(s, Measure)}, how)
     return {name: _interval(score, drawn.get(name), how) for name, score in scores.items()}
 
 
 def differences(base: Scores, tuned: Scores, how: Bootstrap) -> dict[str, Difference]:
-    """Of the scores that both have, over the same examples in the same order."""
+    """Compare the scores that both have, over the same examples in the same order."""
     both = [name for name in tuned if name in base]
     # One seed and one number of examples: the same resamples on both sides.
     drawn_base, drawn_tuned = (
@@ -83,8 +86,11 @@ def differences(base: Scores, tuned: Scores, how: Bootstrap) -> dict[str, Differ
 
 
 def wilson(hits: float, count: float, level: float) -> Interval:
-    """Of a share (Wilson, 1927): also where all examples or none are in, of which every resample
-    would be the same. Where some count half, as ties do, it is wider than it need be."""
+    """Compute the interval of a share (Wilson, 1927).
+
+    It holds also where all examples or none are in, of which every resample would be the same.
+    Where some count half, as ties do, it is wider than it need be.
+    """
     z = float(special.ndtri(0.5 + level / 2))
     share, more = hits / count, z * z / count
     middle = (share + more / 2) / (1 + more)
@@ -93,9 +99,12 @@ def wilson(hits: float, count: float, level: float) -> Interval:
 
 
 def paired_shares(before: Floats, after: Floats, level: float) -> Interval:
-    """Of the difference of two shares of the same examples, each 0 or 1 (Agresti and Min, 2005):
-    half an example more in each of the four cells. A bootstrap of 20 examples of which 4 changed is
-    too sure, and of examples that all changed it knows no doubt at all."""
+    """Compute the interval of the difference of two shares of the same examples, each 0 or 1
+    (Agresti and Min, 2005).
+
+    Half an example more is in each of the four cells. A bootstrap of 20 examples of which 4
+    changed is too sure, and of examples that all changed it knows no doubt at all.
+    """
     count = len(before) + 2
     up = float((after > before).sum()) + 0.5
     down = float((after < before).sum()) + 0.5
@@ -116,7 +125,7 @@ def _interval(score: Score, drawn: Floats | None, how: Bootstrap) -> Interval | 
 
 
 def _drawn(measures: Mapping[str, Measure], how: Bootstrap) -> dict[str, Floats]:
-    """The value of each on every resample `[R]`; all on the same ones."""
+    """Compute the value of each measure on every resample `[R]`, the same for all."""
     if not measures:
         return {}
     parts = np.concatenate([measure.parts for measure in measures.values()], axis=1)
@@ -131,7 +140,7 @@ def _drawn(measures: Mapping[str, Measure], how: Bootstrap) -> dict[str, Floats]
 
 
 def _counts(n: int, how: Bootstrap) -> Iterator[Floats]:
-    """How often each of n examples is in each resample: blocks `[r n]`, R rows in all."""
+    """Count how often each of n examples is in each resample: blocks `[r n]`, R rows in all."""
     rng = np.random.Generator(np.random.PCG64(how.seed))
     size = max(1, _DRAWS // n)
     for start in range(0, how.resamples, size):
@@ -150,7 +159,7 @@ def _quantiles(drawn: Floats, n: int, how: Bootstrap) -> Interval | None:
 
 
 def _jackknife(value: float, without_each: NDArray[np.float64], how: Bootstrap) -> Interval | None:
-    """`value` more and less what leaving out one answer after the other says of its error."""
+    """Take `value` more and less the error that leaving out one answer after the other shows."""
     n = len(without_each)
     if n < 2:
         return None

@@ -6,8 +6,9 @@ _BEGIN, _END = "<think>", "</think>"
 
 
 def spoken(text: str, reference: str = "") -> str:
-    """All behind the last end of a reasoning, and nothing of one that never ends. A `reference`
-    with an end and no beginning says that the prompt has begun it.
+    """Return all behind the last end of a reasoning, and nothing of one that never ends.
+
+    A `reference` with an end and no beginning says that the prompt has begun it.
 
     >>> spoken("<think>\\n2 + 2\\n</think>\\n\\n4"), spoken("4"), spoken("<think>\\n2 + 2 + 2 + 2")
     ('4', '4', '')

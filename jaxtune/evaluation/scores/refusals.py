@@ -55,5 +55,5 @@ _PATTERN = re.compile(
 
 
 def refuses(answer: str) -> bool:
-    """Whether one of `PHRASINGS` stands in the beginning of the answer."""
+    """Tell whether one of `PHRASINGS` stands in the beginning of the answer."""
     return _PATTERN.search(answer[:_LOOKED_AT]) is not None

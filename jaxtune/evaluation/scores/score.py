@@ -20,8 +20,11 @@ Indices = NDArray[np.integer]
 
 
 class Measure(NamedTuple):
-    """`parts` are float64 `[n k]`; `rate` says that they are (what is in, what could be), from 0 to
-    1 in each example, and the value a share."""
+    """A score made of sums: `parts` are float64 `[n k]`.
+
+    `rate`: parts are (what is in, what could be), from 0 to 1 in each example, and the value a
+    share.
+    """
 
     parts: Floats
     value: Callable[[Floats], Floats]  # [.. k] -> [..]
@@ -35,8 +38,10 @@ class Measure(NamedTuple):
 
 
 class Distinct(NamedTuple):
-    """Distinct n-grams over all n-grams of a corpus of answers, distinct-n (Li et al., 2016). No
-    sum over answers, so a resample, which repeats answers, does not say how sure it is.
+    """A count of distinct n-grams over all n-grams of a corpus of answers, distinct-n (Li et al.,
+    2016).
+
+    No sum over answers, so a resample, which repeats answers, does not say how sure it is.
 
     `grams` are numbers of n-grams, `owners` the answer of each, of so many `answers`.
     """
@@ -55,7 +60,7 @@ class Distinct(NamedTuple):
         return len(np.unique(self.grams)) / max(1, len(self.grams))
 
     def without_each(self) -> Floats:
-        """The value of the corpus without answer i `[n]`."""
+        """Compute the value of the corpus without answer i `[n]`."""
         kinds, inverse = np.unique(self.grams, return_inverse=True)
         pairs = np.unique(np.stack([inverse, self.owners]), axis=1)  # each kind once an answer
         in_answers = np.bincount(pairs[0], minlength=len(kinds))
@@ -70,7 +75,7 @@ Scores = Mapping[str, Score]
 
 
 def take(scores: Scores, chosen: Indices) -> dict[str, Score]:
-    """The same scores of some of the examples."""
+    """Select the same scores of some of the examples."""
     return {name: score.take(chosen) for name, score in scores.items()}
 
 
@@ -84,7 +89,7 @@ def rate(hits: Sequence[bool]) -> Measure:
 
 
 def ratio(above: Sequence[float] | Floats, below: Sequence[float] | Floats) -> Measure:
-    """sum(above) / sum(below); NaN where nothing is below."""
+    """Make the measure sum(above) / sum(below); NaN where nothing is below."""
     parts = np.stack([np.asarray(above, np.float64), np.asarray(below, np.float64)], axis=1)
     return Measure(parts, _quotient)
 
@@ -94,7 +99,7 @@ def exp_of_ratio(above: Floats, below: Floats) -> Measure:
 
 
 def distinct(answers: Sequence[Sequence[Hashable]], n: int) -> Distinct:
-    """Of the n-grams of token sequences; 0 where no answer has n tokens."""
+    """Count the n-grams of token sequences; the value is 0 where no answer has n tokens."""
     numbers: dict[tuple[Hashable, ...], int] = {}
     grams = [
         (numbers.setdefault(gram, len(numbers)), owner)

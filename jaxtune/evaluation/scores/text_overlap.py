@@ -19,22 +19,25 @@ _BLEU_ORDER = 4
 
 
 def rouge_l(references: Sequence[str], answers: Sequence[str]) -> Measure:
-    """The mean f-measure of the rouge-score package without stemming, 0 to 1. It sees Latin letters
-    and digits only: answers in other scripts score 0."""
+    """Compute the mean f-measure of the rouge-score package without stemming, 0 to 1.
+
+    It sees Latin letters and digits only: answers in other scripts score 0.
+    """
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     pairs = zip(references, answers, strict=True)
     return mean([scorer.score(a, b)["rougeL"].fmeasure for a, b in pairs])
 
 
 def chrf(references: Sequence[str], answers: Sequence[str]) -> Measure:
-    """chrF2 of the whole set, 0 to 100: letters, so it knows every script."""
+    """Compute chrF2 of the whole set, 0 to 100: letters, so it knows every script."""
     # What the package's own significance test resamples: [answer, reference, match] by order.
     counts = CHRF()._extract_corpus_statistics(list(answers), [list(references)])
     return Measure(np.asarray(counts, np.float64), _chrf)
 
 
 def bleu(references: Sequence[str], answers: Sequence[str]) -> Measure:
-    """BLEU of the whole set, 0 to 100, with sacrebleu's tokens (13a) and smoothing (exp)."""
+    """Compute BLEU of the whole set, 0 to 100, with sacrebleu's tokens (13a) and smoothing
+    (exp)."""
     # [answer length, reference length, matches by order, n-grams by order]
     counts = BLEU(force=True)._extract_corpus_statistics(list(answers), [list(references)])
     return Measure(np.asarray(counts, np.float64), _bleu)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class TokenText(NamedTuple):
-    """The text of one token, or of several that share a letter; `weight` is that in the loss."""
+    """A text of one token, or of several that share a letter; `weight` is that in the loss."""
 
     text: str
     ids: Sequence[int]

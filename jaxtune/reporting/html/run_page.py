@@ -21,8 +21,11 @@ Row = Mapping[str, Any]
 
 
 class RunPage(NamedTuple):
-    """What the page shows. `data` is the data report, or a sentence that says why there is none;
-    `evaluations` are (name, what `evaluate --json` printed)."""
+    """A run for its page.
+
+    `data` is the data report, or a sentence that says why there is none; `evaluations` are
+    (name, what `evaluate --json` printed).
+    """
 
     name: str
     train: Sequence[Row]
