@@ -17,7 +17,7 @@ from jaxtune.data.schema import Conversation, Dropped, Message
 from jaxtune.data.templating.answer_text import affixes, text_of
 from jaxtune.data.templating.masking import render
 from jaxtune.data.templating.template import Template, resolve
-from jaxtune.data.tokenize import encode, tokenize_prompt
+from jaxtune.data.tokenize import tokenize_prompt, tokenize_rows
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.inference.generate import Detokenizer, Generation
 from jaxtune.repl import history
@@ -52,7 +52,7 @@ def trained(template: Template, tokenizer: Tokenizer, turns: Sequence[str]) -> A
     """(the ids of the row, those of its first answer without the end)."""
     (row,) = render(template, Conversation(messages(turns)))
     assert not isinstance(row, Dropped)
-    (found,) = encode([row], tokenizer)
+    (found,) = tokenize_rows([row], tokenizer)
     assert not isinstance(found, Dropped), found
     ids, weights = found.tokens
     start = int((weights > 0).argmax())
