@@ -11,7 +11,6 @@ from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, parse_model
 from jaxtune.data.dataset import Dataset
 from jaxtune.data.in_memory import dataset_file
-from jaxtune.data.tokenize import tokenize_prompt
 from jaxtune.evaluation import harness
 from jaxtune.evaluation.general import open_general
 from jaxtune.evaluation.judge import pairwise
@@ -90,7 +89,7 @@ def evaluate_model(config: Config, options: EvaluateOptions) -> EvaluateResult:
     """Measure a model as the command does, on all hosts of a run together."""
     heartbeat.join(config.hosts)
     if options.judge and processes.count() > 1:
-        raise ConfigError("judge: is asked by one host. Evaluate there, or without it.")
+        raise ConfigError("judge: runs on one host. Evaluate there, or without it.")
     if options.harness and processes.count() > 1:
         raise ConfigError("harness: runs on one host. Evaluate there, or without it.")
     smaller = (
@@ -114,22 +113,22 @@ def _prepare(config: Config, options: EvaluateOptions) -> _Experiment:
     base = options.base
     if base is not None and "/checkpoints/" in base:
         base = fetched(base)
-    words = open_codec(config)
+    codec = open_codec(config)
     if base is not None:
-        check_base(base, words)
+        check_base(base, codec)
     entries = entries_of(config, options.dataset)
-    dataset = open_data(config, entries, words)
+    dataset = open_data(config, entries, codec)
     column = None if options.by is None else open_column(dataset, entries, options.by)
-    general = None if options.general is None else open_general(config, options.general, words)
+    general = None if options.general is None else open_general(config, options.general, codec)
     assert config.model_name_or_path is not None
     models = {"tuned" if base else "model": config.model_name_or_path}
     if base is not None:
         models = {"base": base, **models}
-    every = questions = questions_of(entries, dataset, words, options.generate)
+    every = questions = questions_of(entries, dataset, codec, options.generate)
     if every:  # the same for both models
         questions = that_fit(every, min(positions(name, config) for name in models.values()))
     left_out = len(every) - len(questions) if every else None
-    inputs = Inputs(words, dataset, general, questions)
+    inputs = Inputs(codec, dataset, general, questions)
     experiment = _Experiment(config, options, models, inputs, column, left_out)
     if processes.count() > 1:
         _check_same(experiment)
@@ -141,10 +140,7 @@ def _check_same(experiment: _Experiment) -> None:
     """Compare the inputs of all hosts. Raises `ConfigError`."""
     config, options, models, inputs, *_ = experiment
     own = options.model_dump(mode="json", exclude={"dataset", "base", "general", "as_json"})
-    prompts = [
-        tokenize_prompt(q.words.template, q.words.tokenizer, q.asked.messages, tools=q.asked.tools)
-        for q in inputs.questions
-    ]
+    prompts = [question.prompt_ids for question in inputs.questions]
     general = inputs.general
     datasets: Sequence[Dataset] = [inputs.dataset, *([] if general is None else [general.texts])]
     check_same(evaluation_fingerprints(config, own, list(models.values()), datasets, prompts))
@@ -157,7 +153,7 @@ def _measure(experiment: _Experiment) -> dict[str, Measured]:
     mesh = open_mesh(config)
     return {
         column: measure(
-            load_model(name, config, inputs.words, mesh),
+            load_model(name, config, inputs.codec, mesh),
             config,
             inputs,
             max_new_tokens=options.max_new_tokens,
@@ -218,7 +214,7 @@ def _judged(measured: Mapping[str, Measured], experiment: _Experiment, judge: _J
     sides = (measured["base"].generations, measured["tuned"].generations)
     pairs = [
         pairwise.Pair(
-            q.conversation, *map(q.spoken, (q.reference, base["response"], tuned["response"]))
+            q.transcript, *map(q.spoken, (q.reference, base["response"], tuned["response"]))
         )
         for q, base, tuned in zip(questions, *sides, strict=True)
     ]

@@ -111,11 +111,11 @@ def _open_data(flags: Config, files: RunFiles, count: int, columns: Sequence[str
     base = config.model_name_or_path
     try:
         settings = open_settings(config, note=note)
-        found = data_report(config, settings, columns)
+        summary = data_report(config, settings, columns)
         if not isinstance(rows_per_step, int):
             # Batches depend on the devices of the run, and no file there names them.
-            found.pop("packing")
-        return _RunData(found, list(examples(config, settings, count)), base)
+            summary.pop("packing")
+        return _RunData(summary, list(examples(config, settings, count)), base)
     except (ConfigError, DataError, ModelError) as error:
         if columns:
             raise

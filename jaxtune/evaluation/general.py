@@ -37,14 +37,14 @@ class GeneralText(NamedTuple):
         return shift(WeightedTokens(ids[start:stop], weights[start:stop]))
 
 
-def open_general(config: Config, path: str, words: TextCodec) -> GeneralText:
+def open_general(config: Config, path: str, codec: TextCodec) -> GeneralText:
     """Cut a file of text into windows. Raises `DataError` where it cannot be read as text."""
     whole = config.model_copy(update={"max_length": 2**30})  # windows are cut here
     entry = DatasetConfig(path=path, format="text")
     with TokenizeProgress() as progress:
-        texts = open_entries(whole, (entry,), words.tokenizer, words.template, progress=progress)
+        texts = open_entries(whole, (entry,), codec.tokenizer, codec.template, progress=progress)
     length, windows = config.max_length, []
-    closed = bool(words.template.closing)
+    closed = bool(codec.template.closing)
     for document, size in enumerate((texts.token_counts - closed).tolist()):
         windows += [(document, at, min(at + length + 1, size)) for at in range(0, size - 1, length)]
     if not windows:

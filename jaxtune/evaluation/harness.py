@@ -19,13 +19,13 @@ from typing import Any
 from jaxtune.cli import note
 from jaxtune.config import ConfigError
 
-_LAST_LINES = 3  # of what the harness said, when it fails
+_LAST_LINES = 3  # of the harness's messages, when it fails
 
 
 def folder_of(name: str) -> str:
     """Name a model for the harness: a hub id, a folder in HF format, or a run's RUN/hf.
 
-    Raises `ConfigError` for what it cannot be given, and where it is not installed.
+    Raises `ConfigError` for what it cannot take, and where it is not installed.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("harness: lm_eval is not installed. pip install 'jaxtune[harness]'")
@@ -50,7 +50,7 @@ def run(name: str, tasks: Sequence[str], more: Sequence[str]) -> dict[str, dict[
     `tasks` are names that the harness knows or YAML files of tasks; `more` are its own flags.
     Standard errors are called `METRIC_stderr`.
 
-    Raises `ConfigError` with the end of what it said when it fails.
+    Raises `ConfigError` with the end of its messages when it fails.
     """
     note(f"harness: {', '.join(tasks)} on {name}")
     with tempfile.TemporaryDirectory() as out:
@@ -70,15 +70,15 @@ def run(name: str, tasks: Sequence[str], more: Sequence[str]) -> dict[str, dict[
         )
         files = sorted(Path(out).rglob("results*.json"))
         if done.returncode or not files:
-            said = [line for line in done.stderr.splitlines() if line.strip()]
+            messages = [line for line in done.stderr.splitlines() if line.strip()]
             raise ConfigError(
                 f"harness: lm_eval ended with {done.returncode}: "
-                f"{' | '.join(said[-_LAST_LINES:]) or 'it said nothing'}"
+                f"{' | '.join(messages[-_LAST_LINES:]) or 'it said nothing'}"
             )
         return _results(json.loads(files[-1].read_text(encoding="utf-8")))
 
 
-def _results(found: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+def _results(output: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """Read scores, `acc,none` as `acc`: only another filter than none stays in the name."""
     return {
         task: {
@@ -86,5 +86,5 @@ def _results(found: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
             for key, value in scores.items()
             if isinstance(value, int | float) and not isinstance(value, bool) and "," in key
         }
-        for task, scores in found["results"].items()
+        for task, scores in output["results"].items()
     }

@@ -30,7 +30,7 @@ from jaxtune.training.program import build_token_losses
 class Inputs(NamedTuple):
     """A data set, plain text and questions, and how they become tokens: equal for both models."""
 
-    words: TextCodec
+    codec: TextCodec
     dataset: Dataset
     general: GeneralText | None
     questions: Sequence[Question]
@@ -60,9 +60,9 @@ def measure(
     Raises: `ConfigError` for tokens that the model has no row for, `DataError` for a question
     that is too long for it.
     """
-    words, dataset, general, questions = inputs
+    codec, dataset, general, questions = inputs
     for data in (dataset, *([general.texts] if general else ())):
-        check_ids(largest_id(data), model.name, model.spec, words.tokenizer)
+        check_ids(largest_id(data), model.name, model.spec, codec.tokenizer)
     rows = config.per_device_eval_batch_size * row_shards(model.mesh)
     sums = _each(model, eval_rows(dataset, rows, packing=config.packing), len(dataset))
     plain = None
@@ -150,14 +150,17 @@ def _answer_pairs(
     model: Model, inputs: Inputs, max_new_tokens: int, sampling: Sampling
 ) -> list[AnswerPair]:
     """Answer all questions."""
-    words, questions = inputs.words, inputs.questions
+    codec, questions = inputs.codec, inputs.questions
     answers = generate.generate(
         model,
-        words,
-        [generate.prompt_ids(model, question.words, question.asked) for question in questions],
+        codec,
+        [
+            generate.prompt_ids(model, question.codec, question.conversation)
+            for question in questions
+        ],
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        templates=[question.words.template for question in questions],
+        templates=[question.codec.template for question in questions],
     )
     return [
         AnswerPair(
@@ -165,7 +168,7 @@ def _answer_pairs(
             answer=answer.text,
             stopped=answer.stopped,
             reference_tokens=question.reference_ids,
-            tokens=words.tokenizer.encode(question.spoken(answer.text).strip()),
+            tokens=codec.tokenizer.encode(question.spoken(answer.text).strip()),
             made=answer.tokens,
         )
         for question, answer in zip(questions, answers, strict=True)

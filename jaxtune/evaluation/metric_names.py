@@ -82,12 +82,12 @@ def verdict(key: str, difference: Any) -> str:
     return {1: "better", -1: "worse"}.get(up, "more" if difference["value"] > 0 else "less")
 
 
-def is_difference(found: Any) -> bool:
-    return isinstance(found, Mapping) and is_number(found.get("value"))
+def is_difference(value: Any) -> bool:
+    return isinstance(value, Mapping) and is_number(value.get("value"))
 
 
-def is_interval(found: Any) -> bool:
-    return isinstance(found, list | tuple) and len(found) == 2 and all(map(is_number, found))
+def is_interval(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(is_number, value))
 
 
 def is_number(value: Any) -> bool:

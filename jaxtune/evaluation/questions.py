@@ -1,4 +1,4 @@
-"""What is asked: the examples, the questions among them, and the groups they fall into."""
+"""The examples of an evaluation, the questions among them, and the groups they fall into."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jaxtune.evaluation.scores.reasoning import spoken
 from jaxtune.inference.load import TextCodec
 from jaxtune.terminal.progress import TokenizeProgress
 
-MOST_VALUES = 20  # of a column that are told apart; the others are one group
+MOST_VALUES = 20  # of a column that are values of their own; the others are one group
 OTHER = "other"
 
 
@@ -35,22 +35,30 @@ class Question(NamedTuple):
 
     dataset: str
     example: int  # its first, by number in the dataset
-    words: TextCodec  # with the data set's own template where it has one
-    asked: Conversation
+    codec: TextCodec  # with the data set's own template where it has one
+    conversation: Conversation
     reference: str  # as a model says it that has learnt the example by heart
     reference_ids: tuple[int, ...]  # without the end of turn
 
     @property
     def prompt(self) -> str:
         """Render the text that the model reads."""
-        spans = render_prompt(self.words.template, self.asked.messages, tools=self.asked.tools)
+        turns = self.conversation
+        spans = render_prompt(self.codec.template, turns.messages, tools=turns.tools)
         return "".join(span.text for span in spans)
 
     @property
-    def conversation(self) -> str:
+    def prompt_ids(self) -> list[int]:
+        """Tokenize the prompt."""
+        turns, codec = self.conversation, self.codec
+        return tokenize_prompt(codec.template, codec.tokenizer, turns.messages, tools=turns.tools)
+
+    @property
+    def transcript(self) -> str:
         """Write the turns for a reader, without the marks of a template."""
         turns = [
-            (m.role, "\n".join(filter(None, (m.content, m.input)))) for m in self.asked.messages
+            (m.role, "\n".join(filter(None, (m.content, m.input))))
+            for m in self.conversation.messages
         ]
         return turns[0][1] if len(turns) == 1 else "\n\n".join(f"{r}: {t}" for r, t in turns)
 
@@ -76,10 +84,10 @@ def entries_of(config: Config, dataset: str | None) -> Sequence[DatasetConfig]:
     return entries
 
 
-def open_data(config: Config, entries: Sequence[DatasetConfig], words: TextCodec) -> Dataset:
+def open_data(config: Config, entries: Sequence[DatasetConfig], codec: TextCodec) -> Dataset:
     """Open the examples; of the config's own datasets those that eval_split holds out."""
     with TokenizeProgress() as progress:
-        dataset = open_entries(config, entries, words.tokenizer, words.template, progress=progress)
+        dataset = open_entries(config, entries, codec.tokenizer, codec.template, progress=progress)
     if entries is config.datasets and config.eval_split:
         _, dataset = split(dataset, config.eval_split, seed=config.seed)
     for source in dataset.sources:
@@ -97,12 +105,12 @@ def open_column(dataset: Dataset, entries: Sequence[DatasetConfig], name: str) -
             f"by: no record that is evaluated has a column '{name}'. The first has: {there}."
         )
     named = Counter(values.tolist()).most_common(MOST_VALUES)
-    kept = {value for value, _ in named}
-    return Column(name, np.array([v if v in kept else OTHER for v in values], object))
+    common = {value for value, _ in named}
+    return Column(name, np.array([v if v in common else OTHER for v in values], object))
 
 
 def questions_of(
-    entries: Sequence[DatasetConfig], dataset: Dataset, words: TextCodec, limit: int
+    entries: Sequence[DatasetConfig], dataset: Dataset, codec: TextCodec, limit: int
 ) -> tuple[Question, ...]:
     """List the first `limit` conversations of each entry that are among the examples of `dataset`.
 
@@ -115,7 +123,7 @@ def questions_of(
     for number, entry in enumerate(entries):
         own = np.flatnonzero(dataset.source_of == number)
         first = dict(zip(rows[own[::-1]].tolist(), own[::-1].tolist(), strict=True))
-        every = _conversations(entry, dataset.names[number], first, words)
+        every = _conversations(entry, dataset.names[number], first, codec)
         questions += itertools.islice(every, limit)
     if not questions:
         raise DataError(
@@ -130,14 +138,7 @@ def that_fit(questions: Sequence[Question], positions: int) -> tuple[Question, .
 
     Raises: `DataError` if none does.
     """
-    sizes = [
-        len(
-            tokenize_prompt(
-                q.words.template, q.words.tokenizer, q.asked.messages, tools=q.asked.tools
-            )
-        )
-        for q in questions
-    ]
+    sizes = [len(question.prompt_ids) for question in questions]
     fit = tuple(q for q, size in zip(questions, sizes, strict=True) if size < positions)
     if len(fit) == len(questions):
         return fit
@@ -154,14 +155,14 @@ def that_fit(questions: Sequence[Question], positions: int) -> tuple[Question, .
 
 
 def _conversations(
-    entry: DatasetConfig, name: str, first: dict[int, int], words: TextCodec
+    entry: DatasetConfig, name: str, first: dict[int, int], codec: TextCodec
 ) -> Iterator[Question]:
     """Yield the questions of an entry; `first` maps each row evaluated to its first example."""
     own = variant(
-        words.template, words.tokenizer, template=entry.template, system_prompt=entry.system_prompt
+        codec.template, codec.tokenizer, template=entry.template, system_prompt=entry.system_prompt
     )
-    words_here = words._replace(template=own)
-    left_out = affixes(own, words.tokenizer)
+    own_codec = codec._replace(template=own)
+    left_out = affixes(own, codec.tokenizer)
     format_name = format_of(entry)
     for row, record in read(entry):
         if row not in first:
@@ -173,10 +174,10 @@ def _conversations(
         if not noun.messages[last].content.strip():  # a tool call alone is no answer in words
             continue
         until = noun._replace(messages=noun.messages[: last + 1])
-        ids = answer_ids(own, words.tokenizer, until)
+        ids = answer_ids(own, codec.tokenizer, until)
         if ids is None:  # an earlier answer of the record is trained, this one cannot be
             continue
-        asked = noun._replace(messages=noun.messages[:last])
-        reference = left_out.content(text_of(words.tokenizer, ids, behind=own.stop_id))
+        turns = noun._replace(messages=noun.messages[:last])
+        reference = left_out.content(text_of(codec.tokenizer, ids, behind=own.stop_id))
         if spoken(reference, reference).strip():
-            yield Question(name, first[row], words_here, asked, reference, tuple(ids))
+            yield Question(name, first[row], own_codec, turns, reference, tuple(ids))

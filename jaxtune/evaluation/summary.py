@@ -44,17 +44,17 @@ class Members(NamedTuple):
     questions: NDArray[np.int64]
 
 
-def summaries(found: Mapping[str, Measured], groups: Groups, how: Bootstrap) -> dict[str, Row]:
+def summaries(measured: Mapping[str, Measured], groups: Groups, how: Bootstrap) -> dict[str, Row]:
     """Sum up one model, or base and tuned, of which the second is compared with the first."""
-    *base, tuned = found.values()
+    *base, tuned = measured.values()
     rows = [_summary(each, None, groups, how) for each in base]
     rows.append(_summary(tuned, base[0] if base else None, groups, how))
-    return dict(zip(found, rows, strict=True))
+    return dict(zip(measured, rows, strict=True))
 
 
-def _summary(found: Measured, base: Measured | None, groups: Groups, how: Bootstrap) -> Row:
+def _summary(measured: Measured, base: Measured | None, groups: Groups, how: Bootstrap) -> Row:
     def of(is_in: NDArray[np.bool_]) -> Row:
-        return _group(found, base, groups.members(is_in), how)
+        return _group(measured, base, groups.members(is_in), how)
 
     names = groups.datasets
     row = of(np.ones(len(names), bool))
@@ -63,34 +63,34 @@ def _summary(found: Measured, base: Measured | None, groups: Groups, how: Bootst
         values = groups.column.values
         common = [value for value, _ in Counter(values.tolist()).most_common()]
         row["by_column"] = {groups.column.name: {v: of(values == v) for v in common}}
-    if found.general:
+    if measured.general:
         row["general"] = {
-            **_scored(found.general, None if base is None else base.general, how),
-            "eval_tokens_trained": found.general_tokens,
+            **_scored(measured.general, None if base is None else base.general, how),
+            "eval_tokens_trained": measured.general_tokens,
         }
     row["bootstrap"] = how._asdict()
-    if found.judge is not None:
+    if measured.judge is not None:
         ends = row["intervals"]["win_rate"]
-        decided = found.judge["wins"] + found.judge["losses"]
+        decided = measured.judge["wins"] + measured.judge["losses"]
         excludes = ends is not None and not ends[0] <= 0.5 <= ends[1]
         row["judge"] = {
-            **found.judge,
+            **measured.judge,
             "win_rate": row["win_rate"],
             "interval": ends,
             "clear": excludes and decided >= FEWEST_PAIRS,
         }
-    if found.generations:
-        row["generations"] = found.generations
+    if measured.generations:
+        row["generations"] = measured.generations
     return row
 
 
-def _group(found: Measured, base: Measured | None, members: Members, how: Bootstrap) -> Row:
+def _group(measured: Measured, base: Measured | None, members: Members, how: Bootstrap) -> Row:
     def scored(name: str, chosen: NDArray[np.int64]) -> Row:
         before = None if base is None else take(getattr(base, name), chosen)
-        return _scored(take(getattr(found, name), chosen), before, how)
+        return _scored(take(getattr(measured, name), chosen), before, how)
 
     row = scored("losses", members.examples)
-    row["eval_tokens_trained"] = int(found.tokens[members.examples].sum())
+    row["eval_tokens_trained"] = int(measured.tokens[members.examples].sum())
     row["examples"] = len(members.examples)
     if len(members.questions):
         for key, value in scored("answers", members.questions).items():
@@ -101,15 +101,15 @@ def _group(found: Measured, base: Measured | None, members: Members, how: Bootst
 
 def _scored(scores: Scores, base: Scores | None, how: Bootstrap) -> Row:
     row: Row = {name: _finite(score.point()) for name, score in scores.items()}
-    row["intervals"] = {name: _ends(found) for name, found in intervals(scores, how).items()}
+    row["intervals"] = {name: _ends(ends) for name, ends in intervals(scores, how).items()}
     if base is not None:
         row["difference"] = {
             name: {
-                "value": _finite(found.value),
-                "interval": _ends(found.interval),
-                "clear": found.clear,
+                "value": _finite(change.value),
+                "interval": _ends(change.interval),
+                "clear": change.clear,
             }
-            for name, found in differences(base, scores, how).items()
+            for name, change in differences(base, scores, how).items()
         }
     return row
 

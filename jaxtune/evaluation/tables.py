@@ -80,8 +80,8 @@ def harness_sheet(columns: Mapping[str, Row]) -> Sheet | None:
                 for scores in columns.values()
             ),
         )
-        for task, found in last.get("harness", {}).items()
-        for key in found
+        for task, results in last.get("harness", {}).items()
+        for key in results
         if "_stderr" not in key
     ]
     if not rows:
@@ -120,10 +120,10 @@ def _score_row(label: str, key: str, columns: Mapping[str, Row]) -> tuple[str, .
     if not before:
         ends = between(last.get("intervals", {}).get(key), how)
         return (*row, ends) if ends else tuple(row)
-    found = last.get("difference", {}).get(key)
-    if is_difference(found):
-        ends = between(found.get("interval"), how, signed=True)
-        return (*row, change(found["value"], how), verdict(key, found), ends)
+    difference = last.get("difference", {}).get(key)
+    if is_difference(difference):
+        ends = between(difference.get("interval"), how, signed=True)
+        return (*row, change(difference["value"], how), verdict(key, difference), ends)
     values: list[Any] = [scores.get(key) for scores in columns.values()]
     if key in _COUNTS or not all(map(is_number, values)):
         return tuple(row)
@@ -151,15 +151,15 @@ def _group_sheet(way: str, sides: Mapping[str, Mapping[str, Row]]) -> Sheet:
     return Sheet(f"by {way}", tuple(header), rows, len(header) - 1)
 
 
-def _with_error(found: Mapping[str, Any], key: str) -> str:
+def _with_error(results: Mapping[str, Any], key: str) -> str:
     """Write `acc` with its `acc_stderr`, `acc,filter` with its `acc_stderr,filter`."""
     name, comma, rest = key.partition(",")
-    error = found.get(f"{name}_stderr{comma}{rest}")
-    value = written(found.get(key, ""), ".4f")
+    error = results.get(f"{name}_stderr{comma}{rest}")
+    value = written(results.get(key, ""), ".4f")
     return f"{value} \u00b1{error:.4f}" if is_number(error) else value
 
 
 def sheets(columns: Mapping[str, Row], *, counts: bool = False) -> Sequence[Sheet]:
     """Make all tables of an evaluation."""
-    found = [score_sheet(columns, counts=counts), *group_sheets(columns), harness_sheet(columns)]
-    return [sheet for sheet in found if sheet is not None]
+    every = [score_sheet(columns, counts=counts), *group_sheets(columns), harness_sheet(columns)]
+    return [sheet for sheet in every if sheet is not None]

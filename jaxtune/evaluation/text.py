@@ -25,7 +25,7 @@ def result_text(
             column: (question.spoken(row["response"]), row["stopped"])
             for column, row in rows.items()
         }
-        prompt = " ".join(f"{m.content} {m.input}" for m in question.asked.messages[-1:])
+        prompt = " ".join(f"{m.content} {m.input}" for m in question.conversation.messages[-1:])
         parts.append(answers_text(prompt, question.spoken(question.reference), answers))
     *_, tuned = scores.values()
     answered = f"; {len(questions):,} questions answered" if questions else ""

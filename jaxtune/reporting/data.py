@@ -84,18 +84,18 @@ def data_report(
     )
     batches = Batches(dataset, batch_size=batch_size, seed=config.seed, packing=config.packing)
     steps = batches.total_steps(config.num_train_epochs, config.max_steps)
-    found = report(dataset, batches, total_steps=steps)
-    found["histograms"] = histograms(dataset)
-    found["mixture"] = with_targets(config, found["mixture"])
+    summary = report(dataset, batches, total_steps=steps)
+    summary["histograms"] = histograms(dataset)
+    summary["mixture"] = with_targets(config, summary["mixture"])
     if columns:
-        found["columns"] = {c: distribution(dataset, config.datasets, c) for c in columns}
+        summary["columns"] = {c: distribution(dataset, config.datasets, c) for c in columns}
     if held_out is not None:
-        found["evaluation"] = {
+        summary["evaluation"] = {
             "examples": len(held_out),
             "also_trained": overlap(dataset, held_out),
             "nearly_trained": near_overlap(dataset, held_out),
         }
-    return found
+    return summary
 
 
 def with_targets(config: Config, mixture: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

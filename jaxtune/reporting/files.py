@@ -69,29 +69,33 @@ def read_evaluation(file: Path) -> Row:
     """Read what `evaluate --json` printed. Raises `ConfigError` when the file holds something
     else."""
     try:
-        found = parse_json(file.read_bytes())
+        evaluation = parse_json(file.read_bytes())
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise ConfigError(
             f"{file}: not readable as JSON: {error}. Give what 'jaxtune evaluate --json' printed."
         ) from None
-    if not _is_evaluation(found):
-        came = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
+    if not _is_evaluation(evaluation):
+        came = (
+            ", ".join(map(str, evaluation))
+            if isinstance(evaluation, dict)
+            else type(evaluation).__name__
+        )
         raise ConfigError(
             f"{file}: expected one object with eval_loss, as 'jaxtune evaluate --json' prints it; "
             f"got {came[:200] or 'an empty object'}."
         )
-    return dict(found)
+    return dict(evaluation)
 
 
-def _is_evaluation(found: Any) -> bool:
-    if not _is_scored(found) or "eval_loss" not in found:
+def _is_evaluation(evaluation: Any) -> bool:
+    if not _is_scored(evaluation) or "eval_loss" not in evaluation:
         return False
-    answers = found.get("generations", [])
-    groups = [found.get("by_dataset", {})]
-    by_column = found.get("by_column", {})
-    harness = found.get("harness", {})
+    answers = evaluation.get("generations", [])
+    groups = [evaluation.get("by_dataset", {})]
+    by_column = evaluation.get("by_column", {})
+    harness = evaluation.get("harness", {})
     if not isinstance(by_column, dict) or not isinstance(harness, dict):
         return False
     groups += by_column.values()
@@ -104,24 +108,24 @@ def _is_evaluation(found: Any) -> bool:
         )
         and all(isinstance(g, dict) and all(map(_is_scored, g.values())) for g in groups)
         and all(isinstance(scores, dict) for scores in harness.values())
-        and _is_scored(found.get("general", {}))
-        and _is_judged(found.get("judge"))
-        and ("base" not in found or _is_evaluation(found["base"]))
+        and _is_scored(evaluation.get("general", {}))
+        and _is_judged(evaluation.get("judge"))
+        and ("base" not in evaluation or _is_evaluation(evaluation["base"]))
     )
 
 
-def _is_scored(found: Any) -> bool:
-    return isinstance(found, dict) and all(
-        isinstance(found.get(key, {}), dict) for key in ("intervals", "difference")
+def _is_scored(scores: Any) -> bool:
+    return isinstance(scores, dict) and all(
+        isinstance(scores.get(key, {}), dict) for key in ("intervals", "difference")
     )
 
 
-def _is_judged(found: Any) -> bool:
+def _is_judged(judge: Any) -> bool:
     counts = ("wins", "ties", "losses", "inconsistent", "unparseable", "failed")
-    return found is None or (
-        isinstance(found, dict)
-        and "model" in found
-        and all(_is_count(found.get(c)) for c in counts)
+    return judge is None or (
+        isinstance(judge, dict)
+        and "model" in judge
+        and all(_is_count(judge.get(c)) for c in counts)
     )
 
 
@@ -129,7 +133,7 @@ def _lines(file: Path, notes: list[str]) -> list[tuple[str, Row]]:
     """Read (file:line, object) of every line; none where there is no file."""
     if not file.is_file():
         return []
-    found = []
+    rows = []
     lines = file.read_bytes().split(b"\n")
     last = max((number for number, line in enumerate(lines, 1) if line.strip()), default=0)
     for number, line in enumerate(lines[:last], 1):
@@ -151,8 +155,8 @@ def _lines(file: Path, notes: list[str]) -> list[tuple[str, Row]]:
             ) from None
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected an object; got {_short(row)}.")
-        found.append((where, row))
-    return found
+        rows.append((where, row))
+    return rows
 
 
 def _metric(row: Row, where: str) -> Row:

@@ -70,15 +70,19 @@ was taken on the answers only, their end of turn included.
 """
 
 
-def with_evaluation(card: str, found: Mapping[str, Any]) -> str:
+def with_evaluation(card: str, evaluation: Mapping[str, Any]) -> str:
     """Put an evaluation into a card, in place of an earlier one.
 
     It stands before the data, or last where the card has no such heading.
     """
-    columns = {"base": found["base"], "tuned": found} if "base" in found else {"model": found}
+    columns = (
+        {"base": evaluation["base"], "tuned": evaluation}
+        if "base" in evaluation
+        else {"model": evaluation}
+    )
     parts = [_markdown(sheet) for sheet in sheets(columns, counts=True)]
-    parts += [_plain(line) for line in judge_lines(found)]
-    parts += [LEGEND] * ("difference" in found)
+    parts += [_plain(line) for line in judge_lines(evaluation)]
+    parts += [LEGEND] * ("difference" in evaluation)
     section = "\n\n".join([_BEGIN, "## Evaluation", *parts, _END])
     before, begin, rest = card.partition(_BEGIN)
     if begin and _END in rest:

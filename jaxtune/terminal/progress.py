@@ -87,12 +87,12 @@ class SearchProgress:
 
     def __call__(self, done: int, total: int, best: str) -> None:
         spent = (time.monotonic() - self._began) / 60
-        said = f"{done} of {total} settings" + (f"; fastest {best}" if best else "")
+        state = f"{done} of {total} settings" + (f"; fastest {best}" if best else "")
         clock = f"{spent:.0f} of {self._minutes:g} min"
-        self._bar.update(self._task, completed=spent, clock=clock, description=said)
+        self._bar.update(self._task, completed=spent, clock=clock, description=state)
         if done > self._said and not self._console.is_terminal:
             self._said = done
-            self._console.print(f"search: {clock}, {said}", markup=False, soft_wrap=True)
+            self._console.print(f"search: {clock}, {state}", markup=False, soft_wrap=True)
 
 
 class TrainProgress:

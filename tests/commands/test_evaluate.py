@@ -583,5 +583,5 @@ def test_a_judge_is_asked_by_one_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heartbeat, "join", lambda asked: None)
     monkeypatch.setattr(processes, "count", lambda: 4)
     options = EvaluateOptions(judge="http://127.0.0.1:1", base="b", generate=2)
-    with pytest.raises(ConfigError, match=r"judge: is asked by one host\. Evaluate there"):
+    with pytest.raises(ConfigError, match=r"judge: runs on one host\. Evaluate there"):
         evaluate.run(load(overrides={}), options)

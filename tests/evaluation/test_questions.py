@@ -33,7 +33,7 @@ BEGUN = """{%- for message in messages -%}
 {%- if add_generation_prompt -%}{{- "<|im_start|>assistant\n<think>\n" -}}{%- endif -%}"""
 ONE = [{"role": "user", "content": "Capital?"}, {"role": "assistant", "content": "Paris, yes."}]
 TWO = [*ONE, {"role": "user", "content": "Really?"}, {"role": "assistant", "content": "Really."}]
-THOUGHT = [ONE[0], {**ONE[1], "reasoning_content": "A capital\nis asked."}]
+THOUGHT = [ONE[0], {**ONE[1], "reasoning_content": "A capital\nis turns."}]
 CALLED = [
     ONE[0],
     {"role": "assistant", "content": "Let me look.",
@@ -55,16 +55,16 @@ def opened(
     file = folder / "data.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     entries = [DatasetConfig(path=str(file), **entry)]
-    words = TextCodec(tokenizer, resolve(template, tokenizer))
-    data = open_dataset(entries, tokenizer=tokenizer, template=words.template, processes=1)
-    return data, words, entries
+    codec = TextCodec(tokenizer, resolve(template, tokenizer))
+    data = open_dataset(entries, tokenizer=tokenizer, template=codec.template, processes=1)
+    return data, codec, entries
 
 
 def learnt_by_heart(data: Dataset, question: Question) -> AnswerPair:
     """What a model says that goes on as a trained row does."""
-    tokenizer, template = question.words
-    asked = question.asked
-    prompt = tokenize_prompt(template, tokenizer, asked.messages, tools=asked.tools)
+    tokenizer, template = question.codec
+    turns = question.conversation
+    prompt = tokenize_prompt(template, tokenizer, turns.messages, tools=turns.tools)
     rows = [data.tokens(i).ids.tolist() for i in range(len(data))]
     (rest,) = (row[len(prompt) :] for row in rows if row[: len(prompt)] == prompt)
     ids = rest[: rest.index(template.stop_id)]
@@ -98,8 +98,8 @@ def test_the_answer_that_was_trained_is_right(
     tmp_path: Path, tokenizer: Tokenizer, template: str, messages: Sequence[Any], spoken: str
 ) -> None:
     tools = {"tools": TOOLS} if messages is CALLED else {}
-    data, words, entries = opened(tmp_path, tokenizer, template, {"messages": messages, **tools})
-    (question,) = questions_of(entries, data, words, 5)
+    data, codec, entries = opened(tmp_path, tokenizer, template, {"messages": messages, **tools})
+    (question,) = questions_of(entries, data, codec, 5)
     said = learnt_by_heart(data, question)
     assert said.answer == said.reference
     assert question.spoken(said.reference).startswith(spoken)
@@ -111,29 +111,29 @@ def test_weights_change_nothing_of_what_is_expected(tmp_path: Path, tokenizer: T
     """The first answer alone is trained, the last is still asked for."""
     turns = [dict(turn) for turn in TWO]
     turns[1]["weight"], turns[3]["weight"] = 0.5, 0
-    data, words, entries = opened(tmp_path, tokenizer, "vicuna", {"messages": turns})
-    (question,) = questions_of(entries, data, words, 5)
+    data, codec, entries = opened(tmp_path, tokenizer, "vicuna", {"messages": turns})
+    (question,) = questions_of(entries, data, codec, 5)
     assert question.reference == "Really."
 
 
 def test_a_data_set_with_a_template_of_its_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    data, words, entries = opened(
+    data, codec, entries = opened(
         tmp_path, tokenizer, "vicuna", {"messages": TWO}, template="chatml"
     )
-    (question,) = questions_of(entries, data, words, 5)
-    assert question.words.template.name == "chatml"
+    (question,) = questions_of(entries, data, codec, 5)
+    assert question.codec.template.name == "chatml"
     assert learnt_by_heart(data, question).exact
 
 
 def test_without_words_there_is_no_question(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """A call alone, and thoughts alone."""
     call = [CALLED[0], {**CALLED[1], "content": ""}]
-    data, words, entries = opened(
+    data, codec, entries = opened(
         tmp_path, tokenizer, TOOL_CALLING, {"messages": call, "tools": TOOLS}
     )
     with pytest.raises(DataError, match="has no question to answer"):
-        questions_of(entries, data, words, 5)
+        questions_of(entries, data, codec, 5)
     thoughts = [ONE[0], {**ONE[1], "content": "<think>\nHm.\n</think>"}]
-    data, words, entries = opened(tmp_path, tokenizer, "chatml", {"messages": thoughts})
+    data, codec, entries = opened(tmp_path, tokenizer, "chatml", {"messages": thoughts})
     with pytest.raises(DataError, match="has no question to answer"):
-        questions_of(entries, data, words, 5)
+        questions_of(entries, data, codec, 5)

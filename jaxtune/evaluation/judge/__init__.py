@@ -1,2 +1,2 @@
-"""Another model asked which of two answers is better, over any endpoint that speaks OpenAI's chat
+"""Judging which of two answers is better by another model, over any endpoint with OpenAI's chat
 completions. Knows texts and HTTP; no model of ours, no file but the rubric, and no jax."""

@@ -25,7 +25,7 @@ DEFAULT_KEY = "OPENAI_API_KEY"
 _AGAIN = {408, 409, 425, 429}  # and every 5xx: the same request may do better later
 _LARGEST = 2**20  # bytes of a reply
 _LONGEST_WAIT = 60.0  # seconds, also when Retry-After asks for more
-_SHOWN = 300  # letters of what an endpoint said
+_SHOWN = 300  # letters of an endpoint's message
 
 
 class RequestRefused(JaxtuneError):
@@ -104,12 +104,12 @@ def ask(endpoint: Endpoint, prompt: str) -> str:
         try:
             return _text(_post(endpoint, json.dumps(body).encode()))
         except urllib.error.HTTPError as error:
-            said = _said(error, endpoint)
+            detail = _message(error, endpoint)
             if error.code not in _AGAIN and error.code < 500:
                 raise RequestRefused(
-                    f"{endpoint.url}: refused with HTTP {error.code}{said}"
+                    f"{endpoint.url}: refused with HTTP {error.code}{detail}"
                 ) from None
-            why, asked_wait = f"HTTP {error.code}{said}", _retry_after(error.headers)
+            why, asked_wait = f"HTTP {error.code}{detail}", _retry_after(error.headers)
         except (OSError, http.client.HTTPException) as error:  # no route, timeouts, torn replies
             reason = getattr(error, "reason", None) or error
             why = f"{type(error).__name__}: {reason}"
@@ -135,18 +135,18 @@ def _post(endpoint: Endpoint, body: bytes) -> bytes:
     here = _is_here(urllib.parse.urlsplit(endpoint.url).hostname or "")
     handlers = [_NoRedirect(), *([urllib.request.ProxyHandler({})] if here else [])]
     deadline = time.monotonic() + endpoint.timeout
-    found = b""
+    content = b""
     with urllib.request.build_opener(*handlers).open(request, timeout=endpoint.timeout) as reply:
         # A socket's timeout is of each read: a reply in drops would never end.
         while piece := reply.read1(2**16):
-            found += piece
-            if len(found) > _LARGEST:
+            content += piece
+            if len(content) > _LARGEST:
                 raise ValueError(f"it is longer than {_LARGEST} bytes")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no whole reply within {endpoint.timeout:g} seconds")
         if reply.length:
-            raise http.client.IncompleteRead(found, reply.length)
-    return found
+            raise http.client.IncompleteRead(content, reply.length)
+    return content
 
 
 def _text(reply: bytes) -> str:
@@ -159,7 +159,7 @@ def _text(reply: bytes) -> str:
     return text
 
 
-def _said(error: urllib.error.HTTPError, endpoint: Endpoint) -> str:
+def _message(error: urllib.error.HTTPError, endpoint: Endpoint) -> str:
     """Read what came with a status, on one line."""
     try:
         with error:

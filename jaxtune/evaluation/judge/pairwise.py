@@ -84,9 +84,9 @@ def judge(
 
 def outcome(first: Verdict | Failure | None, swapped: Verdict | Failure | None) -> Outcome:
     """Combine two verdicts: `first` with base as A, `swapped` with tuned as A."""
-    for found in (first, swapped):
-        if isinstance(found, Failure):
-            return Outcome(None, why=found.why)
+    for verdict in (first, swapped):
+        if isinstance(verdict, Failure):
+            return Outcome(None, why=verdict.why)
     if first is None or swapped is None:
         return Outcome(None, why="unparseable")
     points = {"A": 0.0, "B": 1.0, "TIE": 0.5}[str(first)]

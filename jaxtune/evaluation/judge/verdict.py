@@ -1,4 +1,4 @@
-"""What a judge is asked, and how its reply is read: strictly, and never guessed."""
+"""The question to a judge, and its reply, which is read strictly and never guessed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def filled(rubric: str, *, question: str, reference: str, answer_a: str, answer_
     """Fill a rubric in one pass: a text that holds `{answer_b}` itself stays as it is."""
     fields = {"question": question, "reference": reference, "answer_a": answer_a,
               "answer_b": answer_b}  # fmt: skip
-    return _FIELD.sub(lambda found: fields[found[1]], rubric)
+    return _FIELD.sub(lambda match: fields[match[1]], rubric)
 
 
 def parse(reply: str) -> Verdict | None:
@@ -52,7 +52,7 @@ def parse(reply: str) -> Verdict | None:
     ('A', None, None)
     """
     lines = [line.strip() for line in reply.splitlines() if line.strip()]
-    verdicts = [found[1] for line in lines if (found := _LINE.fullmatch(line))]
+    verdicts = [match[1] for line in lines if (match := _LINE.fullmatch(line))]
     if len(verdicts) != 1 or not _LINE.fullmatch(lines[-1]):
         return None
     return verdicts[0]  # type: ignore[return-value]

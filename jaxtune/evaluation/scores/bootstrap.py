@@ -64,7 +64,7 @@ def differences(base: Scores, tuned: Scores, how: Bootstrap) -> dict[str, Differ
         _drawn({name: s for name in both if isinstance(s := side[name], Measure)}, how)
         for side in (base, tuned)
     )
-    found = {}
+    changes = {}
     for name in both:
         before, after = base[name], tuned[name]
         value = after.point() - before.point()
@@ -81,8 +81,8 @@ def differences(base: Scores, tuned: Scores, how: Bootstrap) -> dict[str, Differ
                 interval = _quantiles(drawn_tuned[name] - drawn_base[name], len(before.parts), how)
             pairs = np.count_nonzero((before.parts != after.parts).any(axis=1))
         excludes = interval is not None and not interval.low <= 0 <= interval.high
-        found[name] = Difference(value, interval, excludes and bool(pairs >= FEWEST_PAIRS))
-    return found
+        changes[name] = Difference(value, interval, excludes and bool(pairs >= FEWEST_PAIRS))
+    return changes
 
 
 def wilson(hits: float, count: float, level: float) -> Interval:
@@ -115,8 +115,8 @@ def paired_shares(before: Floats, after: Floats, level: float) -> Interval:
 
 def _interval(score: Score, drawn: Floats | None, how: Bootstrap) -> Interval | None:
     if isinstance(score, Distinct):
-        found = _jackknife(score.point(), score.without_each(), how)
-        return found and Interval(max(0.0, found.low), min(1.0, found.high))
+        interval = _jackknife(score.point(), score.without_each(), how)
+        return interval and Interval(max(0.0, interval.low), min(1.0, interval.high))
     hits, count = score.parts.sum(axis=0)[:2]
     if score.rate and count > 1:
         return wilson(float(hits), float(count), how.level)
@@ -131,12 +131,12 @@ def _drawn(measures: Mapping[str, Measure], how: Bootstrap) -> dict[str, Floats]
     parts = np.concatenate([measure.parts for measure in measures.values()], axis=1)
     with np.errstate(invalid="ignore"):  # a loss may be infinite
         sums = np.concatenate([counts @ parts for counts in _counts(len(parts), how)])
-    found, at = {}, 0
+    values, at = {}, 0
     for name, measure in measures.items():
         size = measure.parts.shape[1]
-        found[name] = measure.value(sums[:, at : at + size])
+        values[name] = measure.value(sums[:, at : at + size])
         at += size
-    return found
+    return values
 
 
 def _counts(n: int, how: Bootstrap) -> Iterator[Floats]:

@@ -53,8 +53,8 @@ class Distinct(NamedTuple):
     def take(self, chosen: Indices) -> Distinct:
         new = np.full(self.answers, -1)
         new[chosen] = np.arange(len(chosen))
-        kept = new[self.owners] >= 0
-        return Distinct(self.grams[kept], new[self.owners[kept]], len(chosen))
+        selected = new[self.owners] >= 0
+        return Distinct(self.grams[selected], new[self.owners[selected]], len(chosen))
 
     def point(self) -> float:
         return len(np.unique(self.grams)) / max(1, len(self.grams))
@@ -106,8 +106,8 @@ def distinct(answers: Sequence[Sequence[Hashable]], n: int) -> Distinct:
         for owner, answer in enumerate(answers)
         for gram in zip(*(answer[i:] for i in range(n)), strict=False)
     ]
-    found = np.array(grams, np.int64).reshape(-1, 2)
-    return Distinct(found[:, 0], found[:, 1], len(answers))
+    pairs = np.array(grams, np.int64).reshape(-1, 2)
+    return Distinct(pairs[:, 0], pairs[:, 1], len(answers))
 
 
 def _quotient(sums: Floats) -> Floats:
