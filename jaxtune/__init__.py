@@ -39,10 +39,14 @@ _PUBLIC = {
     "ModelError": "jaxtune.config",
     "Diverged": "jaxtune.config",
     "JaxtuneError": "jaxtune.config",
+    "Callback": "jaxtune.api.callbacks",
+    "CallbackError": "jaxtune.api.callbacks",
 }
 _COMMANDS = ("train", "evaluate", "preview", "plan")
 
 if TYPE_CHECKING:
+    from jaxtune.api.callbacks import Callback as Callback
+    from jaxtune.api.callbacks import CallbackError as CallbackError
     from jaxtune.api.evaluate import evaluate as evaluate
     from jaxtune.api.plan import plan as plan
     from jaxtune.api.preview import preview as preview

@@ -150,6 +150,7 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
     "command_flags": command_flags,
     "exit_codes": exit_codes,
     "record_formats": record_formats,
+    "python_api": python_api,
 }
 
 
