@@ -96,15 +96,15 @@ def _study(
 ) -> Any:
     from jaxtune.config import load
     from jaxtune.parallel.chips import parse_slice
-    from jaxtune.planning.evaluate_config import Subject, study
-    from jaxtune.planning.hardware import hardware
+    from jaxtune.planning.evaluate_config import PlannedRun, evaluate_config
+    from jaxtune.planning.hardware import make_hardware
     from jaxtune.storage.object_store import default_folder
 
     batch = {"per_device_train_batch_size": rows}
     config = load(overrides={"model_name_or_path": opened.name, **fields, **batch})
-    there = hardware(parse_slice(topology), compiles=compiles)
-    return study(
-        config, Subject(opened, config.max_length), there, folder=default_folder() / "plan"
+    there = make_hardware(parse_slice(topology), compiles=compiles)
+    return evaluate_config(
+        config, PlannedRun(opened, config.max_length), there, folder=default_folder() / "plan"
     )
 
 

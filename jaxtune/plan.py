@@ -1,4 +1,4 @@
-"""What a run costs before it is paid for: the real train step, compiled for hardware not here.
+"""Plans what a run costs before it is paid for: the real train step, compiled for other hardware.
 
     python -m jaxtune.plan --config C --topology v5e-16 [--dataset FILE] [--search]
 

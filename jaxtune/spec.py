@@ -1,6 +1,6 @@
-"""What a decoder is, as frozen and hashable data: stacks of repeated layers and their numbers.
+"""A decoder's description, as frozen, hashable data: stacks of repeated layers and their numbers.
 
-The spec knows no weights, no arrays and no model brand: `hf/families.py` writes one from a
+The spec knows no weights, no arrays and no model brand: `hf/family/` writes one from a
 `config.json`, `model/` builds the function from it, and it is a static argument of `jax.jit`.
 Impossible combinations raise ValueError here, so that nothing below has to check again.
 """
@@ -79,7 +79,7 @@ class RopeSpec:
         _check(0 < self.fraction <= 1, f"rope fraction is {self.fraction}; expected 0 < x <= 1")
 
     def rotated(self, head_dim: int) -> int:
-        """How many features of a head are rotated."""
+        """Counts the features of a head that are rotated."""
         return int(head_dim * self.fraction)
 
 
@@ -123,7 +123,7 @@ class MoeSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One residual block: grouped-query attention, then an MLP.
+    """A residual block: grouped-query attention, then an MLP.
 
     `kv_heads` divides `heads`. `window` is the number of keys a query sees, itself included
     (None = all earlier ones). `rope` is None for a layer without positions. `out_bias` is the bias
@@ -318,7 +318,7 @@ def parameter_count(spec: ModelSpec) -> int:
 
 
 class Backward(NamedTuple):
-    """What a backward pass makes of a model of which a part is trained.
+    """A description of the backward pass of a model of which a part is trained.
 
     Gradients of activations pass through the head if `through_head`, and through the layers of
     stack `first` and of all behind it (the number of stacks: through none). Trained weights of
@@ -339,7 +339,7 @@ class Backward(NamedTuple):
 
 
 def whole_backward(spec: ModelSpec) -> Backward:
-    """Where everything is trained."""
+    """Describes the backward pass where everything is trained."""
 
     def each(size: Callable[[LayerSpec], int]) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(size(layer) for layer in stack.pattern) for stack in spec.stacks)
@@ -384,7 +384,7 @@ def attention_flops_per_token(layer: LayerSpec, seq_len: int) -> float:
 
 
 def of_one_token(layer: LayerSpec, experts: float) -> float:
-    """What one token meets of something that all experts of a layer have."""
+    """Scales a number of all experts of a layer to those that one token meets."""
     return experts * layer.moe.per_token / layer.moe.experts if layer.moe is not None else 0.0
 
 

@@ -63,7 +63,7 @@ def split(tree: Tree, chosen: Callable[[str], bool]) -> tuple[Tree, Tree]:
 
 
 def merge(one: Tree, other: Tree) -> Tree:
-    """One tree with the leaves of both; ValueError where both have one of the same name."""
+    """Merges two trees; ValueError where both have a leaf of the same name."""
     a, b = named(one), named(other)
     if twice := sorted(a.keys() & b.keys()):
         raise ValueError(f"in both trees: {', '.join(twice[:4])}")

@@ -1,4 +1,4 @@
-"""What a run would cost on hardware that is not here, as a value."""
+"""The costs of a run on hardware that is not here, as a value."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from jaxtune.data.open import open_sides, open_template, open_tokenizer
 from jaxtune.hf.load import HfModel, with_tokens
 from jaxtune.parallel.chips import parse_slice
 from jaxtune.parallel.mesh import make_mesh
-from jaxtune.planning.advice import changed, faster, reason, ways
+from jaxtune.planning.advice import changed, faster, reason, remedies
 from jaxtune.planning.environment import set_environment
-from jaxtune.planning.evaluate_config import Study, Subject, figures, study
-from jaxtune.planning.hardware import Hardware, hardware
+from jaxtune.planning.evaluate_config import PlannedRun, StepEstimate, evaluate_config, figures
+from jaxtune.planning.hardware import Hardware, make_hardware
 from jaxtune.planning.search import (
     Candidate,
     Progress,
     candidates,
     compile_all,
-    counted,
+    estimate_candidate,
     frontier,
 )
 from jaxtune.planning.text import frontier_text, header, plan_text, rate
@@ -55,7 +55,7 @@ class PlanRequest(NamedTuple):
 
     @property
     def folder(self) -> Path | None:
-        """Where the compiler's answers are kept."""
+        """Returns the folder of the compiler's cached answers, None for no cache."""
         return default_folder() / "plan" if self.cache else None
 
 
@@ -111,14 +111,14 @@ def run_plan(config: Config, request: PlanRequest, *, note: Note = _silent) -> P
         )
     if request.topology is None:
         raise ConfigError("topology is not set. Give --topology v5e-16, h100-8 or cpu.")
-    there = hardware(parse_slice(request.topology), compiles=request.compile)
+    hardware = make_hardware(parse_slice(request.topology), compiles=request.compile)
     model = open_base(config, weights=False, note=note)
-    subject, notes = _subject(config, model, there, note)
+    run, notes = _planned_run(config, model, hardware, note)
     if request.search:
-        config, described = _search(config, subject, there, request, note)
+        config, described = _search(config, run, hardware, request, note)
     else:
-        found = study(config, subject, there, folder=request.folder, note=note)
-        described = _described(found, request, note)
+        estimate = evaluate_config(config, run, hardware, folder=request.folder, note=note)
+        described = _described(estimate, request, note)
     described["notes"] = [*notes, *described["notes"]]
     return PlanResult(described, config)
 
@@ -126,73 +126,75 @@ def run_plan(config: Config, request: PlanRequest, *, note: Note = _silent) -> P
 # -- what is planned -----------------------------------------------------------------------------
 
 
-def _subject(
-    config: Config, model: HfModel, there: Hardware, note: Note
-) -> tuple[Subject, list[str]]:
-    """The model with the data's rows and steps where data is given, and what to say of that."""
+def _planned_run(
+    config: Config, model: HfModel, hardware: Hardware, note: Note
+) -> tuple[PlannedRun, list[str]]:
+    """Returns the model with the data's rows and steps, where data is given, and notes on them."""
     if not config.datasets:
         steps = config.max_steps if config.max_steps > 0 else None
         hint = "" if steps else " Give --dataset for the time of the whole run."
         notes = [f"rows of max_length, {config.max_length}, taken to be full.{hint}"]
-        return Subject(model, config.max_length, steps), notes
+        return PlannedRun(model, config.max_length, steps), notes
     tokenizer = open_tokenizer(config, config.tokenizer_name or model.name, note=note)
     template = open_template(config, tokenizer, note=note)
     with nullcontext(_silent) if note is _silent else TokenizeProgress() as progress:
         train, _ = open_sides(config, tokenizer, template, progress=progress)
     added = tokenizer.added.values()
     model = with_tokens(model, added, trained=tokenizer.size - len(added))
-    rows = rows_per_step(config, make_mesh(config.mesh.model_dump(), there.devices))
+    rows = rows_per_step(config, make_mesh(config.mesh.model_dump(), hardware.devices))
     batches = Batches(train, batch_size=rows, seed=config.seed, packing=config.packing)
     steps = batches.total_steps(config.num_train_epochs, config.max_steps)
     notes = [
         f"{len(train):,} examples in {batches.rows:,} rows of {batches.row_length:,} tokens, "
         f"{batches.fill:.1%} full; {batches.steps_per_epoch:,} steps an epoch of {rows:,} rows"
     ]
-    return Subject(model, batches.row_length, steps, batches.fill), notes
+    return PlannedRun(model, batches.row_length, steps, batches.fill), notes
 
 
 # -- the answer ----------------------------------------------------------------------------------
 
 
-def _described(found: Study, request: PlanRequest, note: Note) -> dict[str, Any]:
-    """The object of `--json`."""
-    described = figures(found)
+def _described(estimate: StepEstimate, request: PlanRequest, note: Note) -> dict[str, Any]:
+    """Makes the object of `--json`."""
+    described = figures(estimate)
     run, price = described["run"], request.price_per_chip_hour
     if run is not None and price is not None:
         run["price_per_chip_hour"] = price
         run["price"] = run["chip_hours"] * price
     described |= {
-        "model": found.subject.model.name,
-        "parameters": parameter_count(found.subject.model.spec),
-        "remat": found.work.remat,
-        "attention": found.work.attention,
+        "model": estimate.run.model.name,
+        "parameters": parameter_count(estimate.run.model.spec),
+        "remat": estimate.work.remat,
+        "attention": estimate.work.attention,
         "reason": None,
         "ways": [],
-        "notes": _notes(found),
+        "notes": _notes(estimate),
     }
-    if not found.fits:
+    if not estimate.fits:
 
-        def compiled(config: Config) -> Study:
-            return study(config, found.subject, found.hardware, folder=request.folder, note=note)
+        def compiled(config: Config) -> StepEstimate:
+            return evaluate_config(
+                config, estimate.run, estimate.hardware, folder=request.folder, note=note
+            )
 
-        verify = request.verify and found.hardware.compiles
-        per_chip = found.hardware.per_chip
-        described["reason"] = reason(found)
+        verify = request.verify and estimate.hardware.compiles
+        per_chip = estimate.hardware.per_chip
+        described["reason"] = reason(estimate)
         described["ways"] = [
             {
-                "change": way.what,
-                "costs": way.costs,
-                "hbm_bytes": way.needed * per_chip,
-                "verified": way.verified,
+                "change": remedy.what,
+                "costs": remedy.costs,
+                "hbm_bytes": remedy.needed * per_chip,
+                "verified": remedy.verified,
             }
-            for way in ways(found, compile=compiled if verify else None)
+            for remedy in remedies(estimate, compile=compiled if verify else None)
         ]
     return described
 
 
-def _notes(found: Study) -> list[str]:
-    """What the figures rest on."""
-    there, read = found.hardware, found.read
+def _notes(estimate: StepEstimate) -> list[str]:
+    """Lists what the figures rest on."""
+    hardware, read = estimate.hardware, estimate.read
     notes = []
     if read is None:
         notes.append(
@@ -206,17 +208,19 @@ def _notes(found: Study) -> list[str]:
         )
         if read.loops_unread:
             notes.append(f"{read.loops_unread} loops of unknown length are counted as one turn")
-    if found.time is not None and read is not None and read.fits:
+    if estimate.time is not None and read is not None and read.fits:
         notes.append(
             "time: modelled, not measured; within about 10% of published runs, so differences "
             "below 5% mean nothing"
         )
-    elif found.time is not None:
+    elif estimate.time is not None:
         notes.append("time: by arithmetic, from shares of the peak; a rough guide")
-    if (shorter := faster(found)) is not None:
+    if (shorter := faster(estimate)) is not None:
         notes.append(shorter)
-    if there.slice.platform == "tpu" and there.per_chip > 1:
-        notes.append(f"JAX shows {there.per_chip} devices for each chip; mesh and rows count these")
+    if hardware.slice.platform == "tpu" and hardware.per_chip > 1:
+        notes.append(
+            f"JAX shows {hardware.per_chip} devices for each chip; mesh and rows count these"
+        )
     return notes
 
 
@@ -224,26 +228,28 @@ def _notes(found: Study) -> list[str]:
 
 
 def _search(
-    config: Config, subject: Subject, there: Hardware, request: PlanRequest, note: Note
+    config: Config, run: PlannedRun, hardware: Hardware, request: PlanRequest, note: Note
 ) -> tuple[Config, dict[str, Any]]:
-    """The fastest settings that fit, and their plan."""
-    if not there.slice.chip.flops:
-        raise ConfigError(f"search: the speed of {there.slice.name} is not known; name a chip.")
-    ranked = candidates(config, subject, there)
-    note(f"search: {len(ranked)} settings may fit on {there.slice.name}, by arithmetic")
+    """Finds the fastest settings that fit, and their plan."""
+    if not hardware.slice.chip.flops:
+        raise ConfigError(f"search: the speed of {hardware.slice.name} is not known; name a chip.")
+    ranked = candidates(config, run, hardware)
+    note(f"search: {len(ranked)} settings may fit on {hardware.slice.name}, by arithmetic")
     plans = []
-    for candidate, plan in _tried(ranked, config, subject, there, request.search_minutes, note):
+    for candidate, plan in _tried(ranked, config, run, hardware, request.search_minutes, note):
         plans.append({**plan, "settings": candidate.settings, "fields": dict(candidate.fields)})
     best = frontier(plans)
     if not best:
         raise ConfigError(
-            f"search: none of the {len(plans)} settings tried fits on {there.slice.name}. Give it "
-            "more --search_minutes, a larger --topology, or --lora.r 16."
+            f"search: none of the {len(plans)} settings tried fits on {hardware.slice.name}. Give "
+            "it more --search_minutes, a larger --topology, or --lora.r 16."
         )
     chosen = changed(config, **best[0]["fields"])
     compiles = best[0]["method"] == "compiled"
-    found = study(chosen, subject, there, folder=request.folder, note=note, compiles=compiles)
-    described = _described(found, request, note)
+    estimate = evaluate_config(
+        chosen, run, hardware, folder=request.folder, note=note, compiles=compiles
+    )
+    described = _described(estimate, request, note)
     described["frontier"] = [dict(other) for other in best]
     described["tried"] = len(plans)
     tried = f"search: {len(plans)} of {len(ranked)} settings tried"
@@ -257,14 +263,14 @@ def _search(
 def _tried(
     ranked: Sequence[Candidate],
     config: Config,
-    subject: Subject,
-    there: Hardware,
+    run: PlannedRun,
+    hardware: Hardware,
     minutes: float,
     note: Note,
 ) -> Iterator[tuple[Candidate, dict[str, Any]]]:
-    """Candidates and their plans: compiled as far as the time allows, or all by arithmetic."""
-    if not there.compiles:
-        yield from ((candidate, counted(candidate, there)) for candidate in ranked)
+    """Yields candidates and their plans, compiled as far as time allows, or all by arithmetic."""
+    if not hardware.compiles:
+        yield from ((candidate, estimate_candidate(candidate, hardware)) for candidate in ranked)
         return
     with nullcontext(_silent) if note is _silent else SearchProgress(minutes) as show:
 
@@ -274,7 +280,7 @@ def _tried(
             show(progress.done, progress.total, fastest)
 
         yield from compile_all(
-            ranked, config, subject, there, minutes=minutes, advance=advance, note=note
+            ranked, config, run, hardware, minutes=minutes, advance=advance, note=note
         )
 
 

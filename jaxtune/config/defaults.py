@@ -1,6 +1,6 @@
-"""What follows from the choice of an optimiser or a schedule: defaults, options, names elsewhere.
+"""Tables that go by optimiser or schedule: defaults, options, names elsewhere.
 
-Tables only; `config` reads them, so that a default is decided and announced in one place.
+`config` reads them, so that a default is decided and announced in one place.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 
 class Method(NamedTuple):
-    """An optimiser's learning rates (of all parameters, of adapters), the other defaults that are
-    its own, and whether it keeps a first moment, which alone may be stored in bfloat16.
+    """An optimiser's learning rates (of all parameters, of adapters) and its other defaults.
+
+    `first_moment` says if it keeps one, which alone may be stored in bfloat16.
     """
 
     full: float
@@ -38,7 +39,7 @@ ONLY_OF = {"momentum": ("sgd", "muon"), "muon_adjust_lr": ("muon",)}
 
 
 def defaults(method: str, *, lora: bool) -> dict[str, Any]:
-    """What a field of this method is when nobody set it."""
+    """Returns the default of each field that depends on the method."""
     chosen = METHODS.get(method, METHODS["adamw"])
     return {"learning_rate": chosen.lora if lora else chosen.full, **chosen.defaults}
 
@@ -59,7 +60,7 @@ SAME = {
 
 
 def advice(name: str) -> str | None:
-    """Why an optimiser known elsewhere is not here and what comes nearest; None if unknown."""
+    """Explains why an optimiser known elsewhere is not here; None if unknown."""
     few_bits = "moments of 8 or 4 bits are not built. Nearest: "
     if name.endswith(("_8bit", "_4bit")) or name == "adamw_bnb_8bit":
         if "lion" in name:

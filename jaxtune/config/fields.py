@@ -1,7 +1,7 @@
-"""Every knob: its name, default, unit and consequence, and which of them go together.
+"""Every config field: its name, default, unit and consequence, and which of them go together.
 
 Strict and frozen: an unknown key is an error, and what can be decided without looking at devices is
-decided here. How a config is read is `config`'s; what a knob is called elsewhere `aliases`'.
+decided here. `load` reads a config; `aliases` has the names that fields have elsewhere.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Strict(pydantic.BaseModel):
 
 
 def label(value: Any) -> str:
-    """A value of a column, as data and configuration name it alike: text, else JSON.
+    """Names a value of a column as data and configuration do: text, else JSON.
 
     >>> [label("a"), label(7), label(True), label(None)]
     ['a', '7', 'true', 'null']
@@ -61,7 +61,7 @@ def shard_bytes(size: str) -> int:
 
 
 class ProportionsConfig(_Strict):
-    """What share of a dataset's examples each value of a column makes up, by drawing anew."""
+    """A share of a dataset's examples for each value of a column, by drawing anew."""
 
     column: str = Field(description="of the data, by its own name")
     target: dict[str, PositiveFloat] = Field(
@@ -81,7 +81,7 @@ class ProportionsConfig(_Strict):
 
 
 class DatasetConfig(_Strict):
-    """One source of examples."""
+    """A source of examples."""
 
     path: str = Field(
         min_length=1,
@@ -477,7 +477,7 @@ class Config(_Strict):
     @pydantic.field_validator("datasets", "eval_datasets", mode="before")
     @classmethod
     def _entries(cls, given: Any) -> Any:
-        """One entry alone, and a path for an entry, as one would write them."""
+        """Accepts an entry alone, and a path for an entry."""
         entries = [given] if isinstance(given, str | Mapping | DatasetConfig) else given
         if not isinstance(entries, list | tuple):
             return entries
@@ -486,7 +486,7 @@ class Config(_Strict):
     @pydantic.field_validator("report_to", "sample_prompts", mode="before")
     @classmethod
     def _words(cls, given: Any, info: pydantic.ValidationInfo) -> Any:
-        """One word alone; `report_to: none` is Hugging Face's word for nowhere."""
+        """Accepts a word alone; `report_to: none` is Hugging Face's word for nowhere."""
         words = [given] if isinstance(given, str) else given
         nowhere = info.field_name == "report_to" and words in (["none"], ("none",))
         return () if nowhere or words is None else words

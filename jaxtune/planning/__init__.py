@@ -1,1 +1,1 @@
-"""What a run would cost on hardware that is not here: arithmetic, and the real step compiled."""
+"""The costs of a run on hardware that is not here: arithmetic, and the real step compiled."""

@@ -1,4 +1,4 @@
-"""What would make a step fit that does not, the cheapest changes first, and a mixture's faster."""
+"""Changes that make a step fit, the cheapest first, and those that make a mixture faster."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import NamedTuple
 
 from jaxtune.config import Config, ConfigError, load
 from jaxtune.parallel.chips import larger
-from jaxtune.planning.evaluate_config import Study, study
-from jaxtune.planning.hardware import hardware
+from jaxtune.planning.evaluate_config import StepEstimate, evaluate_config
+from jaxtune.planning.hardware import make_hardware
 
 GAIN = 0.88  # of the time, or less, is worth telling: arithmetic is wrong by as much
 _PEERS = (4, 2, 8)  # that share experts: at most about one dimension of the network
 
 
-class Way(NamedTuple):
-    """`what` to change, as flags; `costs` what that costs; `needed` bytes of a device then."""
+class Remedy(NamedTuple):
+    """A change as flags, its costs in words, and the bytes that a device needs then."""
 
     what: str
     costs: str
@@ -25,55 +25,62 @@ class Way(NamedTuple):
     topology: str
 
 
-def ways(
-    found: Study, *, most: int = 3, compile: Callable[[Config], Study] | None = None
-) -> list[Way]:
-    """Changes after which `found` fits, cheapest first. With `compile` the first of them that the
-    compiler agrees with stands first; the others are arithmetic, scaled by how far the arithmetic
-    was from the compiler in `found`."""
-    limit = found.limit
+def remedies(
+    estimate: StepEstimate,
+    *,
+    most: int = 3,
+    compile: Callable[[Config], StepEstimate] | None = None,
+) -> list[Remedy]:
+    """Lists changes after which `estimate` fits, cheapest first.
+
+    With `compile` the first is one that the compiler agrees with; the others are arithmetic, scaled
+    by how far the arithmetic was from the compiler in `estimate`.
+    """
+    limit = estimate.limit
     assert limit is not None
-    fitting: list[Way] = []
-    for what, costs, config, topology in _changes(found):
+    fitting: list[Remedy] = []
+    for what, costs, config, topology in _changes(estimate):
         try:
-            other = _estimated(found, config, topology)
+            other = _estimated(estimate, config, topology)
         except ConfigError:  # a mesh or a batch that does not divide
             continue
-        needed = scaled(found, other)
-        ceiling = limit if topology == found.hardware.slice.name else other.limit or limit
+        needed = scaled(estimate, other)
+        ceiling = limit if topology == estimate.hardware.slice.name else other.limit or limit
         if needed <= ceiling:
-            way = Way(what, costs, needed, "arithmetic", config, topology)
-            if compile is not None and topology == found.hardware.slice.name and not fitting:
+            remedy = Remedy(what, costs, needed, "arithmetic", config, topology)
+            if compile is not None and topology == estimate.hardware.slice.name and not fitting:
                 read = compile(config)
                 if not read.fits:
                     continue
-                way = way._replace(needed=read.needed, verified="compiled")
-            fitting.append(way)
+                remedy = remedy._replace(needed=read.needed, verified="compiled")
+            fitting.append(remedy)
         if len(fitting) == most:
             break
     return fitting
 
 
-def scaled(found: Study, other: Study) -> int:
-    """What `other` needs by arithmetic, its inexact part scaled as the compiler's answer to
-    `found` was to the arithmetic of it."""
-    if found.read is None:
+def scaled(estimate: StepEstimate, other: StepEstimate) -> int:
+    """Scales the inexact part of what `other` needs by arithmetic.
+
+    The factor is the compiler's answer to `estimate` over the arithmetic of it.
+    """
+    if estimate.read is None:
         return other.needed
-    exact = found.held["parameters"] + found.held["optimiser"]
-    counted = sum(found.counted.values()) - exact
-    factor = max(0.5, (found.needed - exact) / max(1, counted))
+    exact = estimate.held["parameters"] + estimate.held["optimiser"]
+    counted = sum(estimate.counted.values()) - exact
+    factor = max(0.5, (estimate.needed - exact) / max(1, counted))
     of_other = other.held["parameters"] + other.held["optimiser"]
     return round(of_other + factor * (sum(other.counted.values()) - of_other))
 
 
-def reason(found: Study) -> str:
-    """One line: what takes the memory."""
-    kinds = {name: size for name, size in found.counted.items() if size}
+def reason(estimate: StepEstimate) -> str:
+    """Says in a line what takes the memory."""
+    kinds = {name: size for name, size in estimate.counted.items() if size}
     first, second, *_ = sorted(kinds, key=lambda name: -kinds[name])
-    limit = found.limit or 0
-    said = "the compiler needs" if found.read is not None else "by arithmetic it needs"
-    state = found.held["parameters"] + found.held["optimiser"]
-    text = f"{said} {_gib(found.needed)} of {_gib(limit)} GiB"
+    limit = estimate.limit or 0
+    source = "the compiler needs" if estimate.read is not None else "by arithmetic it needs"
+    state = estimate.held["parameters"] + estimate.held["optimiser"]
+    text = f"{source} {_gib(estimate.needed)} of {_gib(limit)} GiB"
     if state > limit:
         return f"{text}: parameters and optimiser state alone are {_gib(state)} GiB"
     return f"{text}; most is {first} ({_gib(kinds[first])}) and {second} ({_gib(kinds[second])})"
@@ -83,23 +90,25 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.2f}"
 
 
-def _estimated(found: Study, config: Config, topology: str) -> Study:
-    there = found.hardware
-    if topology != there.slice.name:
-        there = hardware(larger(there.slice) or there.slice, compiles=False)
-    return study(config, found.subject, there, compiles=False)
+def _estimated(estimate: StepEstimate, config: Config, topology: str) -> StepEstimate:
+    hardware = estimate.hardware
+    if topology != hardware.slice.name:
+        hardware = make_hardware(larger(hardware.slice) or hardware.slice, compiles=False)
+    return evaluate_config(config, estimate.run, hardware, compiles=False)
 
 
-def _changes(found: Study) -> Iterator[tuple[str, str, Config, str]]:
-    """(flags, cost, config, topology), cheapest first; each on top of none of the others but for
-    those whose flags it names."""
-    config, here = found.config, found.hardware.slice.name
+def _changes(estimate: StepEstimate) -> Iterator[tuple[str, str, Config, str]]:
+    """Yields (flags, cost, config, topology), cheapest first.
+
+    Each change stands alone, but for those whose flags it names.
+    """
+    config, here = estimate.config, estimate.hardware.slice.name
 
     def change(what: str, costs: str, **fields: object) -> tuple[str, str, Config, str]:
         return what, costs, changed(config, **fields), here
 
-    rows, again = config.per_device_train_batch_size, found.work.microbatches
-    if found.work.sizes["data"] > 1 and found.hardware.slice.slices == 1:
+    rows, again = config.per_device_train_batch_size, estimate.work.microbatches
+    if estimate.work.sizes["data"] > 1 and estimate.hardware.slice.slices == 1:
         mesh = {"mesh.data": 1, "mesh.fsdp": -1}
         yield change("--mesh.data 1 --mesh.fsdp -1", "gathers weights more widely", **mesh)
     if config.gradient_checkpointing not in ("full", "offload"):
@@ -107,9 +116,9 @@ def _changes(found: Study) -> Iterator[tuple[str, str, Config, str]]:
         yield change(what, "about a fifth more time", gradient_checkpointing="full")
     least = {"gradient_checkpointing": "full", "global_batch_size": None}
     full = "" if config.gradient_checkpointing == "full" else " --gradient_checkpointing full"
-    if peers := _peers(found):
-        words, mesh = _mesh(found, "expert", peers[0])
-        yield change(words, "tokens travel to their experts and back", **mesh)
+    if peers := _peers(estimate):
+        flags, mesh = _mesh(estimate, "expert", peers[0])
+        yield change(flags, "tokens travel to their experts and back", **mesh)
     while rows % 2 == 0:
         rows, again = rows // 2, again * 2
         parts = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": again}
@@ -132,11 +141,11 @@ def _changes(found: Study) -> Iterator[tuple[str, str, Config, str]]:
             **smallest, optim_offload=True,
         )  # fmt: skip
     for ways in (2, 4, 8):
-        words, mesh = _mesh(found, "tensor", ways)
+        flags, mesh = _mesh(estimate, "tensor", ways)
         yield change(
-            f"{words}{small}", "activations are exchanged in every layer", **smallest, **mesh
+            f"{flags}{small}", "activations are exchanged in every layer", **smallest, **mesh
         )
-    if (next_size := larger(found.hardware.slice)) is not None:
+    if (next_size := larger(estimate.hardware.slice)) is not None:
         yield f"--topology {next_size.name}", "more chips", config, next_size.name
     if not adapted:
         lora = {**smallest, "lora.r": 16}
@@ -145,48 +154,50 @@ def _changes(found: Study) -> Iterator[tuple[str, str, Config, str]]:
         yield change(f"--lora.r 16 --lora.base nf4{small}", "and reads the base in 4 bits", **nf4)
 
 
-def _peers(found: Study) -> list[int]:
-    """Sizes of `mesh.expert` to propose; none where it is used, or nothing is there to share."""
-    experts, sizes = found.subject.model.spec.experts, found.work.sizes
+def _peers(estimate: StepEstimate) -> list[int]:
+    """Lists sizes of `mesh.expert` to propose; none where it is used or no experts are shared."""
+    experts, sizes = estimate.run.model.spec.experts, estimate.work.sizes
     if sizes["expert"] > 1:
         return []
     return [n for n in _PEERS if experts and experts % n == 0 and sizes["fsdp"] % n == 0]
 
 
-def _mesh(found: Study, axis: str, ways: int) -> tuple[str, dict[str, int]]:
-    """(flags, fields) that give `axis` so many devices of `fsdp`, which takes what is left."""
+def _mesh(estimate: StepEstimate, axis: str, ways: int) -> tuple[str, dict[str, int]]:
+    """Returns (flags, fields) that give `axis` some devices of `fsdp`, which takes the rest."""
     fields = {f"mesh.{axis}": ways}
-    for name, size in found.config.mesh.model_dump().items():
+    for name, size in estimate.config.mesh.model_dump().items():
         if name == "fsdp" and size != -1:
             fields["mesh.fsdp"] = -1
         elif name not in (axis, "fsdp") and size == -1:
-            fields[f"mesh.{name}"] = found.work.sizes[name]
+            fields[f"mesh.{name}"] = estimate.work.sizes[name]
     return " ".join(f"--{name} {size}" for name, size in fields.items()), fields
 
 
-def faster(found: Study) -> str | None:
-    """A line where a mixture's step is shorter by arithmetic with experts on devices of their own,
-    for gathering them takes its time; else None."""
-    peers = _peers(found) if found.fits and found.hardware.slice.chip.flops else []
+def faster(estimate: StepEstimate) -> str | None:
+    """Proposes experts on devices of their own where a mixture's step is then shorter; else None.
+
+    By arithmetic: gathering the experts takes its time.
+    """
+    peers = _peers(estimate) if estimate.fits and estimate.hardware.slice.chip.flops else []
     if not peers:
         return None
-    before = study(found.config, found.subject, found.hardware, compiles=False).time
+    before = evaluate_config(estimate.config, estimate.run, estimate.hardware, compiles=False).time
     assert before is not None
-    best, words = GAIN * before.step, ""
+    best, fastest = GAIN * before.step, ""
     for ways in peers:
-        said, mesh = _mesh(found, "expert", ways)
-        other = _estimated(found, changed(found.config, **mesh), found.hardware.slice.name)
+        flags, mesh = _mesh(estimate, "expert", ways)
+        other = _estimated(estimate, changed(estimate.config, **mesh), estimate.hardware.slice.name)
         if other.fits and other.time is not None and other.time.step < best:
-            best, words = other.time.step, said
-    if not words:
+            best, fastest = other.time.step, flags
+    if not fastest:
         return None
     return (
-        f"by arithmetic a step takes {best:.2f} s with {words}, {before.step:.2f} s without: "
+        f"by arithmetic a step takes {best:.2f} s with {fastest}, {before.step:.2f} s without: "
         "experts stay where they are and tokens travel"
     )
 
 
 def changed(config: Config, **fields: object) -> Config:
-    """`config` with other fields, by their dotted names, validated as from a file."""
-    given = config.model_dump(mode="json", exclude={"dataset"}, exclude_unset=True)
-    return load(overrides={**given, **dict(fields.items())})
+    """Returns `config` with other fields, by dotted names, validated as from a file."""
+    values = config.model_dump(mode="json", exclude={"dataset"}, exclude_unset=True)
+    return load(overrides={**values, **fields})

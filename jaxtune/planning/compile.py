@@ -31,8 +31,8 @@ from jaxtune.tree import split
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-class Read(NamedTuple):
-    """Figures of one device. `needed` is all the memory the program wants, `limit` what the
+class CompiledStep(NamedTuple):
+    """Figures of a device. `needed` is all the memory the program wants, `limit` what the
     compiler has where that is too much; then there are no other figures."""
 
     needed: int
@@ -62,7 +62,7 @@ class Read(NamedTuple):
 
 
 def arguments(program: Program, *, rows: int, length: int) -> tuple[Any, Any, Any]:
-    """(state, frozen, batch) as shapes with shardings: what the step is lowered for."""
+    """Makes (state, frozen, batch) as shapes with shardings, for which the step is lowered."""
 
     def placed(leaf: Any, where: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
@@ -81,7 +81,7 @@ def arguments(program: Program, *, rows: int, length: int) -> tuple[Any, Any, An
     return state, frozen, batch
 
 
-def read(
+def compile_step(
     program: Program,
     *,
     rows: int,
@@ -89,7 +89,7 @@ def read(
     topology: str,
     folder: Path | None,
     note: Callable[[str], None],
-) -> Read:
+) -> CompiledStep:
     """Compiles the train step for batches of `[rows length]`, or reads what was found earlier.
 
     `folder` keeps the answers; None keeps none. Raises what the compiler raises, but for a program
@@ -117,11 +117,11 @@ def read(
     return found
 
 
-def too_large(message: str) -> Read | None:
-    """What the compiler says of a program beyond the memory of the device, else None.
+def too_large(message: str) -> CompiledStep | None:
+    """Reads the compiler's message on a program beyond the device's memory; None for others.
 
     >>> too_large("RESOURCE_EXHAUSTED: ... temporaries (16.75G) exceeds available HBM (15.75G).")
-    Read(needed=17985175552, limit=16911433728, ...)
+    CompiledStep(needed=17985175552, limit=16911433728, ...)
     """
     forms = (
         r"\(([\d.]+)([KMGT]?)i?B?\) exceeds available HBM \(([\d.]+)([KMGT]?)i?B?\)",
@@ -130,17 +130,17 @@ def too_large(message: str) -> Read | None:
     for form in forms:
         if "RESOURCE_EXHAUSTED" in message and (found := re.search(form, message)):
             needed, unit, limit, other = found.groups()
-            return Read(
+            return CompiledStep(
                 round(float(needed) * _UNITS[unit]), limit=round(float(limit) * _UNITS[other])
             )
     return None
 
 
-def _figures(made: Any, mesh: Mesh) -> Read:
+def _figures(made: Any, mesh: Mesh) -> CompiledStep:
     memory = made.memory_analysis()
     shape = {str(name): int(size) for name, size in mesh.shape.items()}
     cost = hlo_cost.cost(made.as_text(), int(mesh.size), shape)
-    return Read(
+    return CompiledStep(
         needed=_needed(memory),
         arguments=memory.argument_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
@@ -155,7 +155,7 @@ def _figures(made: Any, mesh: Mesh) -> Read:
 
 
 def _needed(memory: Any) -> int:
-    """All that the program wants of a device's memory, its code too.
+    """Returns the bytes of a device's memory that the program needs, its code included.
 
     A compiler that says what it allocates is believed: with libtpu 0.0.50 the parts of a program
     that fits add up to more than the chip has (17.5 GiB of 15.75, where 14.1 are allocated).
@@ -170,7 +170,7 @@ def _needed(memory: Any) -> int:
 
 
 def _by_axis(found: Mapping[str, float]) -> dict[str, float]:
-    """By the names of the config: the mesh lays one of them over several dimensions."""
+    """Sums bytes by the config's axes: the mesh lays an axis over several dimensions."""
     axes: dict[str, float] = {}
     for along, sent in found.items():
         name = "+".join(dict.fromkeys(part.partition("_")[0] for part in along.split("+")))
@@ -182,7 +182,7 @@ def _by_axis(found: Mapping[str, float]) -> dict[str, float]:
 
 
 def versions() -> dict[str, str]:
-    """Of what compiles."""
+    """Returns the versions of what compiles."""
     found = {}
     for name in ("jax", "jaxlib", "libtpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -191,7 +191,7 @@ def versions() -> dict[str, str]:
 
 
 def key(program: str, topology: str, mesh: Mesh) -> str:
-    """Of the answer to one question: the lowered program, where it runs, and what compiles it."""
+    """Hashes all that an answer depends on: program, devices, compiler and flags."""
     parts = {
         "program": hashlib.sha256(program.encode()).hexdigest(),
         "topology": topology,
@@ -205,16 +205,16 @@ def key(program: str, topology: str, mesh: Mesh) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
 
-def _stored(file: Path) -> Read | None:
+def _stored(file: Path) -> CompiledStep | None:
     try:
-        found = Read(**json.loads(file.read_text(encoding="utf-8")))
+        found = CompiledStep(**json.loads(file.read_text(encoding="utf-8")))
         return found._replace(wire={kind: (n, b, e) for kind, (n, b, e) in found.wire.items()})
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _store(file: Path, found: Read) -> None:
-    """Whole or not at all; a cache that cannot be written is no reason to stop."""
+def _store(file: Path, found: CompiledStep) -> None:
+    """Writes a file whole or not at all; a cache that cannot be written is no reason to stop."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as work:

@@ -1,4 +1,4 @@
-"""One config on one piece of hardware: arithmetic always, the compiler where it is asked."""
+"""A config on some hardware: arithmetic always, the compiler where wanted."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ _STEPS = 1000  # of a run whose length is not known; only the schedule's constan
 _PROCESS_BYTES = 3 * 2**30
 
 
-class Subject(NamedTuple):
-    """What is planned. `length` is of a row, `steps` of the run (None: not known), `fill` the
-    share of a row that is no padding."""
+class PlannedRun(NamedTuple):
+    """A model with the length of a row and of its run.
+
+    `steps` is None where not known; `fill` is the share of a row that is no padding.
+    """
 
     model: HfModel
     length: int
@@ -37,17 +39,17 @@ class Subject(NamedTuple):
     fill: float | None = None
 
 
-class Study(NamedTuple):
-    """`counted` is the arithmetic estimate by kind, `read` what the compiler found, per device."""
+class StepEstimate(NamedTuple):
+    """A config's memory and time: `counted` by arithmetic, `read` from the compiler, per device."""
 
     config: Config
-    subject: Subject
+    run: PlannedRun
     hardware: Hardware
     work: Work
     held: Mapping[str, int]
     counted: Mapping[str, int]
     trained: int  # parameters
-    read: compiling.Read | None
+    read: compiling.CompiledStep | None
     time: time_model.Time | None
 
     @property
@@ -75,27 +77,30 @@ class Study(NamedTuple):
         return self.work.tokens_per_step / self.time.step / self.hardware.slice.chips
 
 
-def study(
+def evaluate_config(
     config: Config,
-    subject: Subject,
+    run: PlannedRun,
     hardware: Hardware,
     *,
     folder: Path | None = None,
     note: Callable[[str], None] = lambda message: None,
     compiles: bool | None = None,
-) -> Study:
-    """`compiles` overrules what the hardware can; `folder` keeps what the compiler said. Raises
-    `ConfigError` for a mesh or a batch that does not match the devices."""
-    program, work, held = _built(config, subject, hardware)
+) -> StepEstimate:
+    """Estimates a step of `config` on `hardware`.
+
+    `compiles` overrules what the hardware can; `folder` caches the compiler's answers. Raises
+    `ConfigError` for a mesh or a batch that does not match the devices.
+    """
+    program, work, held = _built(config, run, hardware)
     counted = memory_model.memory(work, held, hardware.limit)
     trained = sum(leaf.size for leaf in jax.tree.leaves(program.abstract.trained))
     slice, per_chip = hardware.slice, hardware.per_chip
     read, time = None, None
     if hardware.compiles if compiles is None else compiles:
-        read = compiling.read(
+        read = compiling.compile_step(
             program,
             rows=assemble.rows_per_step(config, program.mesh),
-            length=subject.length,
+            length=run.length,
             topology=f"{slice.slices}x{slice.topology}",
             folder=folder,
             note=note,
@@ -104,27 +109,27 @@ def study(
         time = time_model.of_compiled(read, slice, per_chip)
     elif slice.chip.flops:
         time = time_model.of_estimate(work, held, slice, per_chip)
-    return Study(config, subject, hardware, work, held, counted, trained, read, time)
+    return StepEstimate(config, run, hardware, work, held, counted, trained, read, time)
 
 
 def _built(
-    config: Config, subject: Subject, hardware: Hardware
+    config: Config, run: PlannedRun, hardware: Hardware
 ) -> tuple[Program, Work, dict[str, int]]:
-    trained = subject_of(config, subject.model, note=lambda message: None)
+    trained = subject_of(config, run.model, note=lambda message: None)
     mesh = make_mesh(config.mesh.model_dump(), hardware.devices)
     assemble.rows_per_step(config, mesh)  # what `train` refuses is refused here too
-    steps = subject.steps or _STEPS
+    steps = run.steps or _STEPS
     # A stand-in for a device has no memories that state could be placed in.
     placed = config if hardware.compiles else config.model_copy(update={"optim_offload": False})
     program = assemble.build(placed, trained, mesh, steps)
     dtype = compute_dtype(config.dtype, platform_of(mesh))
-    kind, _ = assemble.attention_of(config, trained.spec, mesh, subject.length)
+    kind, _ = assemble.attention_of(config, trained.spec, mesh, run.length)
     held = memory_model.held(program, offload=config.optim_offload)
     work = Work(
         spec=trained.spec,
         sizes=sizes_of(mesh),
         rows=config.per_device_train_batch_size,
-        length=subject.length,
+        length=run.length,
         microbatches=assemble.microbatches(config, mesh),
         remat=config.gradient_checkpointing,
         item=jnp.dtype(dtype).itemsize,
@@ -139,31 +144,36 @@ def _built(
     return program, work, held
 
 
-# -- what is said of it --------------------------------------------------------------------------
+# -- figures -----------------------------------------------------------------------------------
 
 
-def by_kind(found: Study) -> dict[str, int]:
-    """Bytes of one device by kind, which add up to all it needs.
+def by_kind(estimate: StepEstimate) -> dict[str, int]:
+    """Splits the bytes of a device by kind.
 
     Parameters and optimiser are exact. Of a compiled step the program's own size is, and what
     remains of its buffers is shared out: gradients, activations and logits as counted by rule as
     far as it reaches, the rest is temporaries.
     """
-    if found.read is None:
-        return dict(found.counted)
-    left = found.needed - found.held["parameters"] - found.held["optimiser"] - found.read.code
-    kinds = {name: found.held[name] for name in ("parameters", "optimiser")}
+    if estimate.read is None:
+        return dict(estimate.counted)
+    left = (
+        estimate.needed
+        - estimate.held["parameters"]
+        - estimate.held["optimiser"]
+        - estimate.read.code
+    )
+    kinds = {name: estimate.held[name] for name in ("parameters", "optimiser")}
     for name in ("gradients", "activations", "logits"):
-        kinds[name] = min(found.counted[name], max(0, left))
+        kinds[name] = min(estimate.counted[name], max(0, left))
         left -= kinds[name]
-    return {**kinds, "temporaries": max(0, left), "program": found.read.code}
+    return {**kinds, "temporaries": max(0, left), "program": estimate.read.code}
 
 
-def figures(found: Study) -> dict[str, Any]:
-    """The object of `plan --json`; bytes, FLOPs and rates are of one chip."""
-    per_chip, read, work = found.hardware.per_chip, found.read, found.work
+def figures(estimate: StepEstimate) -> dict[str, Any]:
+    """Makes the object of `plan --json`; bytes, FLOPs and rates are of one chip."""
+    per_chip, read, work = estimate.hardware.per_chip, estimate.read, estimate.work
     compiled = read if read is not None and read.fits else None
-    kinds = {name: size * per_chip for name, size in by_kind(found).items()}
+    kinds = {name: size * per_chip for name, size in by_kind(estimate).items()}
     flops = sum(memory_model.all_flops(work))
     axes: Mapping[str, float] = memory_model.wire(work)
     sent, wire = sum(axes.values()), None
@@ -172,13 +182,13 @@ def figures(found: Study) -> dict[str, Any]:
         axes, sent = compiled.axes, compiled.wire_bytes
         wire = {kind: of[1] * per_chip for kind, of in compiled.wire.items()}
     model = memory_model.model_flops(work) * per_chip
-    time, chip = found.time, found.hardware.slice.chip
+    time, chip = estimate.time, estimate.hardware.slice.chip
     return {
-        "topology": found.hardware.slice.name,
-        "chips": found.hardware.slice.chips,
-        "fits": found.fits,
+        "topology": estimate.hardware.slice.name,
+        "chips": estimate.hardware.slice.chips,
+        "fits": estimate.fits,
         "hbm_bytes": sum(kinds.values()),
-        "hbm_limit_bytes": None if found.limit is None else found.limit * per_chip,
+        "hbm_limit_bytes": None if estimate.limit is None else estimate.limit * per_chip,
         "hbm_by_kind": kinds,
         "flops": flops * per_chip,
         "flops_without_recomputation": model,
@@ -190,9 +200,9 @@ def figures(found: Study) -> dict[str, Any]:
         "collective_bytes_exposed": None if compiled is None else compiled.exposed_bytes * per_chip,
         "step_seconds": None if time is None else time.step,
         "seconds_by_term": None if time is None else time._asdict(),
-        "tokens_per_second_per_chip": found.tokens_per_second,
+        "tokens_per_second_per_chip": estimate.tokens_per_second,
         "mfu": None if time is None else model / (time.step * chip.flops),
-        "host_bytes": _host_bytes(found),
+        "host_bytes": _host_bytes(estimate),
         "method": "arithmetic" if read is None else "compiled",
         "versions": None if read is None else compiling.versions(),
         "mesh": dict(work.sizes),
@@ -200,30 +210,32 @@ def figures(found: Study) -> dict[str, Any]:
         "microbatches": work.microbatches,
         "row_length": work.length,
         "tokens_per_step": work.tokens_per_step,
-        "trained_parameters": found.trained,
-        "run": _run(found),
+        "trained_parameters": estimate.trained,
+        "run": _run(estimate),
     }
 
 
-def _host_bytes(found: Study) -> int:
-    """Of one host, at the most: the process, a copy of its devices' trained state while a
-    checkpoint is written, and what was offloaded."""
-    devices = len(found.hardware.devices) / found.hardware.hosts
-    trained = found.held["trained"] / 4 * (4 if found.config.param_dtype == "float32" else 2)
-    offloaded = found.held["host"] + memory_model.offloaded(found.work)
-    copied = trained + (found.held["host"] or found.held["optimiser"])
+def _host_bytes(estimate: StepEstimate) -> int:
+    """Bounds the bytes of a host: the process, a copy for a checkpoint, what is offloaded.
+
+    The copy is of its devices' trained state.
+    """
+    devices = len(estimate.hardware.devices) / estimate.hardware.hosts
+    trained = estimate.held["trained"] / 4 * (4 if estimate.config.param_dtype == "float32" else 2)
+    offloaded = estimate.held["host"] + memory_model.offloaded(estimate.work)
+    copied = trained + (estimate.held["host"] or estimate.held["optimiser"])
     return round(devices * (copied + offloaded)) + _PROCESS_BYTES
 
 
-def _run(found: Study) -> dict[str, Any] | None:
-    """The whole run, where its length is known."""
-    subject, time = found.subject, found.time
-    if subject.steps is None or time is None:
+def _run(estimate: StepEstimate) -> dict[str, Any] | None:
+    """Makes the figures of the whole run; None where its length is not known."""
+    run, time = estimate.run, estimate.time
+    if run.steps is None or time is None:
         return None
-    seconds = subject.steps * time.step
+    seconds = run.steps * time.step
     return {
-        "steps": subject.steps,
-        "fill": subject.fill,
+        "steps": run.steps,
+        "fill": run.fill,
         "seconds": seconds,
-        "chip_hours": seconds * found.hardware.slice.chips / 3600,
+        "chip_hours": seconds * estimate.hardware.slice.chips / 3600,
     }

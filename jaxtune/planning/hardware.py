@@ -43,7 +43,7 @@ class Hardware(NamedTuple):
     compiles: bool
 
 
-def hardware(slice: Slice, *, compiles: bool) -> Hardware:
+def make_hardware(slice: Slice, *, compiles: bool) -> Hardware:
     """The devices of `slice`. Raises `ConfigError` where they cannot be had."""
     if slice.platform == "tpu" and compiles:
         devices: Sequence[Any] = _topology(slice)

@@ -1,4 +1,4 @@
-"""What a compiled program costs, read from its optimised HLO: FLOPs, wire bytes, scheduled cycles.
+"""The cost of a compiled program, read from its optimised HLO: FLOPs, wire bytes, scheduled cycles.
 
 XLA's own `cost_analysis` counts the body of a loop once and knows no network; here every
 computation is walked from the entry, loops as often as they turn. Text in, numbers out: no JAX, no
@@ -56,7 +56,7 @@ class Shape(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One line of HLO; `rest` is what stands behind its operands."""
+    """A line of HLO; `rest` is what stands behind its operands."""
 
     name: str
     op: str
@@ -233,7 +233,7 @@ class _Walk:
                     )
 
     def _called(self, each: Instruction) -> list[str]:
-        """What an instruction runs; of a conditional the longer branch."""
+        """Finds the computations that an instruction runs; of a conditional the longer branch."""
         known = self.module.computations
         branches = re.findall(r"(?:true|false)_computation=%([^\s,]+)", each.rest)
         for listed in re.findall(r"branch_computations=\{([^}]*)\}", each.rest):
@@ -357,8 +357,10 @@ def _sent(kind: str, operands: float, group: int) -> float:
 
 
 def turns_of(module: Module, at: Computation, loop: Instruction) -> int | None:
-    """How often `for (i = start; i < end; i += step)` turns, or what the program expects where only
-    its run knows: a loop in a scope named `turns_4`. None where it is another loop."""
+    """Counts the turns of `for (i = start; i < end; i += step)`; None for another loop.
+
+    Where only the run knows, the program states it: a loop in a scope named `turns_4`.
+    """
     if expected := re.search(r'op_name="[^"]*turns_(\d+)\)*/while"', loop.rest):
         return int(expected[1])
     condition, body = (

@@ -1,4 +1,4 @@
-"""What a step holds and does on one device, by arithmetic from shapes and shardings.
+"""A step's memory and work on a device, by arithmetic from shapes and shardings.
 
 Exact: parameters and the optimiser's state. Counted by a rule: gradients, activations, logits and
 what one layer needs while it is computed backward. The rules are held against the compiler by
@@ -36,7 +36,7 @@ BODY_BYTES = 30 * 2**20  # of a program, for each layer of a pattern; its code l
 
 
 class Work(NamedTuple):
-    """One device's part of a step.
+    """A device's part of a step.
 
     `sizes` are the devices along data, fsdp, expert, tensor and context; `rows` of `length` tokens
     are one microbatch of one device, before `context` cuts them. `item` is the bytes of a number in
@@ -86,7 +86,7 @@ class Work(NamedTuple):
 
     @property
     def row_shards(self) -> int:
-        """How many ways the rows of a batch are divided."""
+        """Counts the devices over which the rows of a batch are sharded."""
         return self.sizes["data"] * self.sizes["fsdp"] * self.sizes["expert"]
 
     @property
@@ -96,10 +96,11 @@ class Work(NamedTuple):
 
 
 def held(program: Program, *, offload: bool = False) -> dict[str, int]:
-    """Bytes of `parameters` and `optimiser` on one device, of what of the optimiser is in its
-    `host`'s memory, and of the `trained` parameters alone as f32, by shapes and shardings.
+    """Returns bytes on a device of `parameters` and `optimiser`, by shapes and shardings.
 
-    With `offload` that is all of it, but for the arrays on their way: by rule four of the largest.
+    Also those of the optimiser in its `host`'s memory and of the `trained` parameters alone as f32.
+    With `offload` the optimiser is on the host, but for the arrays on their way: by rule four of
+    the largest.
     """
     state, placed = program.abstract, program.shardings
     moments = _bytes(state.opt_state, placed.opt_state)
@@ -186,7 +187,7 @@ def arriving(work: Work) -> float:
 
 
 def trained_shares(work: Work) -> tuple[float, float]:
-    """What part of the trained parameters is matrices of layers, and what part the head."""
+    """Returns the shares of the trained parameters: matrices of layers, and the head."""
     back, spec = work.backward, work.spec
     matrices = sum(
         stack.repeats * (sum(dense) + sum(experts))
@@ -197,7 +198,7 @@ def trained_shares(work: Work) -> tuple[float, float]:
 
 
 def activations(work: Work) -> float:
-    """What the forward pass leaves for the backward pass, of all layers that it reaches."""
+    """Counts bytes that the forward pass keeps for the backward pass, of all layers reached."""
     return sum(work.tokens * kept(work, layer) for layer in layers_of(work.reached))
 
 
@@ -235,7 +236,7 @@ def kept(work: Work, layer: LayerSpec) -> float:
 
 
 def _in_norms(work: Work, layer: LayerSpec) -> float:
-    """What norms keep, twice in f32 and twice as it is computed with."""
+    """Counts what norms keep, twice in f32 and twice in the compute dtype."""
     cut = work.sizes["tensor"]
     widths: float = (4 if layer.norms == "both" else 2) * work.spec.width
     if layer.qk_norm is not None:
@@ -291,8 +292,11 @@ def one_layer(work: Work, layer: LayerSpec) -> float:
 
 
 def _in_rounds(work: Work, layer: LayerSpec) -> float:
-    """Where tokens travel to their experts: those of all devices along `expert` and the gradients
-    of what became of them, the sum that theirs are added up in, f32, and the experts' own."""
+    """Counts bytes where tokens travel to their experts.
+
+    Tokens of all devices along `expert`, the gradients of what became of them, their sum in f32,
+    and the experts' own.
+    """
     peers = work.sizes["expert"]
     if layer.moe is None or peers == 1:
         return 0.0
@@ -301,9 +305,11 @@ def _in_rounds(work: Work, layer: LayerSpec) -> float:
 
 
 def spared(work: Work, layer: LayerSpec) -> float:
-    """What the compiler does without where memory is short: gate or up beside their gradients, two
-    of the widths that pass through, and weights that are under way before they are needed; and it
-    leaves nothing of adapters for later."""
+    """Counts what the compiler does without where memory is short.
+
+    Gate or up beside their gradients, two of the widths that pass through, and weights that are
+    under way before they are needed; and it leaves nothing of adapters for later.
+    """
     D, cut, item = work.spec.width, work.sizes["tensor"], work.item
     inner = _mlp_width(layer) / cut if recomputes(work) else 0.0
     early = 0.0
@@ -375,7 +381,7 @@ def loss(work: Work) -> tuple[float, float]:
 
 
 def loss_plan(work: Work) -> cross_entropy.Plan:
-    """How the loss is cut."""
+    """Plans how the loss is cut into blocks."""
     tensor = work.sizes["tensor"]
     cuts = tensor if work.spec.vocab % tensor == 0 else 1
     asked: dict[str, Any] = {"cuts": cuts, "block": work.block, "z_loss": work.z_loss}
@@ -439,7 +445,7 @@ def attention_flops(work: Work) -> float:
 
 
 def recomputes(work: Work) -> bool:
-    """Whether a layer's products with weights are made again in the backward pass."""
+    """Tests if a layer's products with weights are recomputed in the backward pass."""
     return work.remat not in ("none", "dots", "projections")
 
 

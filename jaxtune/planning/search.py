@@ -27,7 +27,7 @@ from jaxtune.parallel import memory
 from jaxtune.parallel.mesh import make_mesh
 from jaxtune.planning import memory_model, time_model
 from jaxtune.planning.advice import changed
-from jaxtune.planning.evaluate_config import Study, Subject, study
+from jaxtune.planning.evaluate_config import PlannedRun, StepEstimate, evaluate_config
 from jaxtune.planning.hardware import Hardware
 from jaxtune.planning.memory_model import Work
 from jaxtune.training import build as assemble
@@ -41,8 +41,10 @@ PROCESS_BYTES = 2 * 2**30  # of one that compiles: 1.2 to 1.5 GB measured
 
 
 class Candidate(NamedTuple):
-    """Settings, as flags, and what arithmetic says of them: `needed` bytes of a device, `seconds`
-    a step. `family` are those that differ in rows alone."""
+    """Settings, as flags, with `needed` bytes of a device and `seconds` a step, by arithmetic.
+
+    Candidates of a `family` differ in rows alone.
+    """
 
     settings: str
     fields: Mapping[str, Any]
@@ -53,33 +55,33 @@ class Candidate(NamedTuple):
     family: tuple[Any, ...]
 
 
-def candidates(config: Config, subject: Subject, there: Hardware) -> list[Candidate]:
+def candidates(config: Config, run: PlannedRun, hardware: Hardware) -> list[Candidate]:
     """Everything that may fit, by arithmetic, fastest first."""
-    whole = _rows_of_step(config, there)
+    whole = _rows_of_step(config, hardware)
     found: list[Candidate] = []
-    for mesh in meshes(there, heads=_kv_heads(subject), experts=subject.model.spec.experts):
+    for mesh in meshes(hardware, heads=_kv_heads(run), experts=run.model.spec.experts):
         try:
             alone = {"per_device_train_batch_size": 1, "global_batch_size": whole}
-            base = study(changed(config, **mesh, **alone), subject, there, compiles=False)
+            base = evaluate_config(changed(config, **mesh, **alone), run, hardware, compiles=False)
         except ConfigError:  # rows that do not divide, or a mesh this version does not train
             continue
         found += [
             candidate
             for candidate in _of_mesh(base, mesh, whole)
-            if there.limit is None or candidate.needed <= SLACK * there.limit
+            if hardware.limit is None or candidate.needed <= SLACK * hardware.limit
         ]
     return sorted(found, key=lambda candidate: (candidate.seconds, candidate.needed))
 
 
-def meshes(there: Hardware, *, heads: int, experts: int = 0) -> Iterator[dict[str, int]]:
+def meshes(hardware: Hardware, *, heads: int, experts: int = 0) -> Iterator[dict[str, int]]:
     """All ways to lay the devices over data, fsdp, tensor and context, and over expert where the
     model has experts; heads divide over tensor, experts over expert, slices are joined along
     data."""
-    count = len(there.devices)
+    count = len(hardware.devices)
     for data in _divisors(count):
         for tensor in _divisors(count // data):
             for context in _divisors(count // data // tensor):
-                if data % there.slice.slices or heads % tensor or context > 8:
+                if data % hardware.slice.slices or heads % tensor or context > 8:
                     continue
                 left = count // data // tensor // context
                 for expert in _divisors(math.gcd(left, experts) if experts else 1):
@@ -88,7 +90,7 @@ def meshes(there: Hardware, *, heads: int, experts: int = 0) -> Iterator[dict[st
                     yield {**sizes, **alone, "mesh.tensor": tensor, "mesh.context": context}
 
 
-def _of_mesh(base: Study, mesh: Mapping[str, int], whole: int) -> Iterator[Candidate]:
+def _of_mesh(base: StepEstimate, mesh: Mapping[str, int], whole: int) -> Iterator[Candidate]:
     shards = base.work.row_shards
     for rows in _divisors(whole // shards):
         for remat in remat_names():
@@ -108,7 +110,7 @@ def _of_mesh(base: Study, mesh: Mapping[str, int], whole: int) -> Iterator[Candi
             yield Candidate(settings, fields, needed, seconds, work.tokens_per_step, rows, family)
 
 
-def _smaller_block(work: Work, base: Study) -> int | None:
+def _smaller_block(work: Work, base: StepEstimate) -> int | None:
     """A block of the vocabulary for the loss with which it fits, where the loss is what does not;
     None where it fits as it is, or does not for other reasons."""
     limit, block = base.limit, memory_model.loss_plan(work).block * work.sizes["tensor"]
@@ -122,9 +124,9 @@ def _smaller_block(work: Work, base: Study) -> int | None:
     return None
 
 
-def _seconds(work: Work, base: Study) -> float:
-    there = base.hardware
-    return time_model.of_estimate(work, base.held, there.slice, there.per_chip).step
+def _seconds(work: Work, base: StepEstimate) -> float:
+    hardware = base.hardware
+    return time_model.of_estimate(work, base.held, hardware.slice, hardware.per_chip).step
 
 
 def remat_names() -> tuple[str, ...]:
@@ -132,12 +134,12 @@ def remat_names() -> tuple[str, ...]:
     return typing.get_args(Config.model_fields["gradient_checkpointing"].annotation)
 
 
-def _rows_of_step(config: Config, there: Hardware) -> int:
-    return assemble.rows_per_step(config, make_mesh(config.mesh.model_dump(), there.devices))
+def _rows_of_step(config: Config, hardware: Hardware) -> int:
+    return assemble.rows_per_step(config, make_mesh(config.mesh.model_dump(), hardware.devices))
 
 
-def _kv_heads(subject: Subject) -> int:
-    return math.gcd(*(layer.kv_heads for layer in subject.model.spec.layers))
+def _kv_heads(run: PlannedRun) -> int:
+    return math.gcd(*(layer.kv_heads for layer in run.model.spec.layers))
 
 
 def _divisors(number: int) -> list[int]:
@@ -148,8 +150,10 @@ def _divisors(number: int) -> list[int]:
 
 
 class Progress(NamedTuple):
-    """How far a search is: settings compiled, of how many that are left to it, and the fastest
-    that fits so far, as `plan --json` and as its settings."""
+    """A search's progress: settings compiled, their total, and the fastest that fits so far.
+
+    `best` is its object of `plan --json`.
+    """
 
     done: int
     total: int
@@ -160,8 +164,8 @@ class Progress(NamedTuple):
 def compile_all(
     ranked: Sequence[Candidate],
     config: Config,
-    subject: Subject,
-    there: Hardware,
+    run: PlannedRun,
+    hardware: Hardware,
     *,
     minutes: float,
     advance: Callable[[Progress], None] = lambda progress: None,
@@ -173,9 +177,9 @@ def compile_all(
     Each is a `plan` of its own in a process of its own, which keeps and reuses answers on disk. One
     that fails is noted and left out; `ConfigError` where all that were tried did.
     """
-    answers = Answers(there.limit and there.limit * there.per_chip, there.per_chip)
+    answers = Answers(hardware.limit and hardware.limit * hardware.per_chip, hardware.per_chip)
     left, running = list(ranked), dict[subprocess.Popen[str], Candidate]()
-    topology = there.slice.name
+    topology = hardware.slice.name
     began, failed, started = time.monotonic(), "", 0
     ends, last = began + 60 * minutes, began + 60 * GRACE * minutes
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as closing:
@@ -184,7 +188,7 @@ def compile_all(
             while left and len(running) < workers():
                 candidate = min(left, key=answers.expected)
                 left.remove(candidate)
-                process = _start(candidate, config, subject, topology, Path(folder), started)
+                process = _start(candidate, config, run, topology, Path(folder), started)
                 closing.callback(_stop, process)
                 running[process], started = candidate, started + 1
             for process in [each for each in running if each.poll() is not None]:
@@ -205,7 +209,7 @@ def compile_all(
 
 
 class Answers:
-    """What the compiler said so far, and what it makes of the arithmetic of the others."""
+    """A record of the compiler's answers, which corrects the arithmetic of what is left."""
 
     def __init__(self, limit: int | None, per_chip: int) -> None:
         self.limit, self.per_chip = limit, per_chip
@@ -228,7 +232,7 @@ class Answers:
         return candidate.seconds * _ratio(candidate, pairs)
 
     def hopeful(self, candidate: Candidate) -> bool:
-        """Whether it may fit and may be faster than the fastest known."""
+        """Tests if it may fit and may be faster than the fastest known."""
         alike = [each for each in self.known if each[0].family == candidate.family]
         if any(not plan["fits"] and candidate.rows >= other.rows for other, plan in alike):
             return False
@@ -259,7 +263,7 @@ def _ratio(candidate: Candidate, known: Sequence[tuple[float, Candidate]]) -> fl
 
 
 def workers() -> int:
-    """How many compilers this machine holds beside each other."""
+    """Counts the compilers that this machine can run beside each other."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     free = memory.available_bytes()
     return 1 if free is None else max(1, min(cores or 1, free // PROCESS_BYTES))
@@ -268,15 +272,15 @@ def workers() -> int:
 def _start(
     candidate: Candidate,
     config: Config,
-    subject: Subject,
+    run: PlannedRun,
     topology: str,
     folder: Path,
     number: int,
 ) -> subprocess.Popen[str]:
     bare = {
         "datasets": [], "eval_datasets": [], "eval_split": 0.0, "add_tokens": False,
-        "max_length": subject.length, "max_steps": subject.steps or -1,
-        "model_name_or_path": str(subject.model.folder),
+        "max_length": run.length, "max_steps": run.steps or -1,
+        "model_name_or_path": str(run.model.folder),
     }  # fmt: skip
     file = folder / f"{number}.yaml"
     file.write_text(dump(changed(config, **bare, **candidate.fields)), encoding="utf-8")
@@ -301,12 +305,12 @@ def _stop(process: subprocess.Popen[str]) -> None:
         process.wait()
 
 
-def counted(candidate: Candidate, there: Hardware) -> dict[str, Any]:
+def estimate_candidate(candidate: Candidate, hardware: Hardware) -> dict[str, Any]:
     """Of `plan --json` what a choice needs, by arithmetic."""
     return {
-        "fits": there.limit is None or candidate.needed <= there.limit,
-        "hbm_bytes": candidate.needed * there.per_chip,
-        "tokens_per_second_per_chip": candidate.tokens / candidate.seconds / there.slice.chips,
+        "fits": hardware.limit is None or candidate.needed <= hardware.limit,
+        "hbm_bytes": candidate.needed * hardware.per_chip,
+        "tokens_per_second_per_chip": candidate.tokens / candidate.seconds / hardware.slice.chips,
         "method": "arithmetic",
     }
 
@@ -315,13 +319,13 @@ def counted(candidate: Candidate, there: Hardware) -> dict[str, Any]:
 
 
 def frontier(plans: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Those that fit and that no other beats in both memory and speed, fastest first."""
+    """Keeps the plans that fit and that no other beats in memory and speed, fastest first."""
     fitting = [plan for plan in plans if plan["fits"] and plan["tokens_per_second_per_chip"]]
     fastest = sorted(
         fitting, key=lambda plan: (-plan["tokens_per_second_per_chip"], plan["hbm_bytes"])
     )
-    kept: list[Mapping[str, Any]] = []
+    best: list[Mapping[str, Any]] = []
     for plan in fastest:
-        if not kept or plan["hbm_bytes"] < kept[-1]["hbm_bytes"]:
-            kept.append(plan)
-    return kept
+        if not best or plan["hbm_bytes"] < best[-1]["hbm_bytes"]:
+            best.append(plan)
+    return best

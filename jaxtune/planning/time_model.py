@@ -1,4 +1,4 @@
-"""How long a step takes: a compute, a memory and a network term, and the assumptions behind each.
+"""The time of a step: a compute, a memory and a network term, and the assumptions behind each.
 
 Never XLA's `optimal_seconds`, which counts loops once and knows no network. Of a compiled step the
 compute term is the compiler's own schedule (cycles of every fusion, those bound by memory
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from jaxtune.parallel.chips import DCN_RATE, HOST_RATE, Slice
 from jaxtune.planning import memory_model
-from jaxtune.planning.compile import Read
+from jaxtune.planning.compile import CompiledStep
 from jaxtune.planning.memory_model import Work
 
 KERNEL_SHARE = 0.5  # of the peak that kernels reach: attention, and experts' grouped products
@@ -29,7 +29,7 @@ LANES = 128  # numbers of a vector register's row; a head of 64 fills half of it
 
 
 class Speed(NamedTuple):
-    """What one generation reaches in the compiler's schedules."""
+    """A TPU generation's speeds in the compiler's schedules."""
 
     products: float  # share of the peak, of layers' products and of a head's that is streamed
     whole_head: float  # the same of a head at once, whose gradient passes through memory each time
@@ -60,7 +60,7 @@ class Time(NamedTuple):
     host: float = 0.0  # to the host's memory and back
 
 
-def of_compiled(read: Read, slice: Slice, per_chip: int) -> Time:
+def of_compiled(read: CompiledStep, slice: Slice, per_chip: int) -> Time:
     """From a compiled program's figures, which are of one device."""
     chip = slice.chip
     compute = read.cycles / chip.clock
@@ -171,7 +171,7 @@ def adapters(work: Work) -> float:
 
 
 def other_slices(axes: Mapping[str, float], slice: Slice, per_chip: int) -> float:
-    """What crosses slices runs along `data`; nothing is assumed to hide it."""
+    """Returns the seconds of traffic between slices, along `data`; nothing hides it."""
     if slice.slices == 1:
         return 0.0
     across = sum(sent for along, sent in axes.items() if "data" in along.split("+"))

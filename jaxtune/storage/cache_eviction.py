@@ -1,4 +1,4 @@
-"""What was fetched and is kept, within a bound: the folder that was used longest ago goes first.
+"""Eviction from the cache of fetched folders: beyond a bound the one used longest ago goes first.
 
 A folder that a living process reads stays: each process holds a lock on `FOLDER.used` beside it,
 which ends with the process, and whose time is that of the last use. Knows no stores.
@@ -103,7 +103,7 @@ def _size(folder: Path) -> int:
 
 
 def _removed(folder: Path) -> bool:
-    """Whether nobody used `folder`, which is gone then; never half of it under its name."""
+    """Removes `folder` if no process uses it; never leaves half of it under its name."""
     mark = _mark(folder)
     file = os.open(mark, os.O_CREAT | os.O_RDWR, 0o644)
     try:

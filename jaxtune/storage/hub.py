@@ -21,7 +21,7 @@ ANSWER_SECONDS = 5.0  # the hub's first answer; a route that drops packets would
 
 
 def is_id(name: str) -> bool:
-    """Whether `name` has the form of a hub id: NAME or OWNER/NAME."""
+    """Tests if `name` has the form of a hub id: NAME or OWNER/NAME."""
     return re.fullmatch(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", name) is not None
 
 
@@ -84,9 +84,9 @@ def download(name: str, *, revision: str | None, patterns: Sequence[str]) -> Pat
 
 
 def silent() -> bool:
-    """Whether the hub was asked for anything at all and did not answer in `ANSWER_SECONDS`.
+    """Tests if the hub was asked for anything and did not answer in `ANSWER_SECONDS`.
 
-    False when HF_HUB_OFFLINE is set: then nobody asks, and huggingface_hub uses its cache.
+    False when HF_HUB_OFFLINE is set: then it is not asked, and huggingface_hub uses its cache.
     """
     import huggingface_hub
     from huggingface_hub import constants

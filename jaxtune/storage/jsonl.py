@@ -24,7 +24,7 @@ def number(value: Any) -> float | str:
 
 
 def as_json(row: Mapping[str, Any]) -> str:
-    """One line, without its end."""
+    """Makes a line of JSON, without its end."""
     return json.dumps(_each(row, lambda v: number(v) if isinstance(v, float) else v))
 
 

@@ -63,7 +63,7 @@ def _lock(file: int, folder: Path, note: Callable[[str], None]) -> None:
 
 
 def _locked(file: int) -> bool:
-    """Whether nobody else holds it, as far as the file system can say."""
+    """Takes the lock; False if another process holds it, as far as the file system can say."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -77,7 +77,7 @@ def _locked(file: int) -> bool:
 
 
 def _holder(file: int) -> tuple[str, str]:
-    """Who wrote that it holds it, and on which machine."""
+    """Reads which process holds it, and on which machine."""
     try:
         process, _, machine = os.pread(file, 300, 0).decode(errors="replace").partition(" ")
     except OSError:

@@ -58,7 +58,7 @@ class Item(NamedTuple):
 
 
 def is_url(name: str) -> bool:
-    """Whether `name` is a URL and not a path or hub id, of a store we know or not."""
+    """Tests if `name` is a URL, of a known store or not, and no path or hub id."""
     return _URL.match(name) is not None
 
 
@@ -67,7 +67,7 @@ def join(url: str, *names: str | int) -> str:
 
 
 def name_of(url: str) -> str:
-    """What an object or folder is called within its own.
+    """Returns the name of an object or folder within its own.
 
     >>> name_of("gs://bucket/run/hf/")
     'hf'
@@ -76,8 +76,7 @@ def name_of(url: str) -> str:
 
 
 def default_folder() -> Path:
-    """Where everything is kept that can be made or fetched again: JAXTUNE_CACHE, else
-    ~/.cache/jaxtune."""
+    """Returns the folder of what can be fetched again: JAXTUNE_CACHE, else ~/.cache/jaxtune."""
     return Path(os.environ.get("JAXTUNE_CACHE") or Path.home() / ".cache" / "jaxtune")
 
 
@@ -213,7 +212,7 @@ def inside(url: str, below: str) -> str:
 
 
 def unequal(folder: Path, names: Sequence[str], below: str, *, contents: bool) -> str:
-    """What in the store is not as in `folder`, in words; empty where all is equal.
+    """Describes what in the store differs from `folder`; empty where all is equal.
 
     Sizes always; with `contents` also the bytes: by MD5 where the store states it, else read back.
     """

@@ -118,13 +118,15 @@ def some(names: Sequence[str], most: int = 3) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """Returns an error's text in a line."""
     text = (getattr(error, "strerror", None) or str(error)).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def _roots(folder: Path) -> list[Path]:
-    """Where a file of `folder` may really lie; a hub cache keeps its files beside its snapshots.
+    """Lists the folders in which a file of `folder` may really lie.
+
+    A hub cache keeps its files beside its snapshots:
 
     models--OWNER--NAME/snapshots/COMMIT/file -> ../../blobs/ETAG [-> ../../blobs/xx/HASH]
     """
@@ -138,7 +140,7 @@ def _roots(folder: Path) -> list[Path]:
 
 
 def is_quick(pattern: str) -> bool:
-    """Whether a search for a regular expression in a short text ends soon, whatever the text is.
+    """Tests if a search for a regular expression in a short text ends soon, whatever the text.
 
     A group that is repeated may take time that doubles with every letter, and each repeat of a
     letter multiplies it by their number: no such groups, and few repeats.

@@ -28,7 +28,7 @@ KEYS = {
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the door sets for the compiler ends with the test."""
+    """What the command sets for the compiler ends with the test."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
 
 
@@ -121,6 +121,7 @@ def test_a_search_writes_a_config_that_fits(
     shards = found["mesh"]["data"] * found["mesh"]["fsdp"]
     assert found["microbatches"] * found["rows_per_device"] * shards == 64
     assert plan.main(["--config", str(file), "--topology", "v5e-8", "--compile", "false"]) == 0
+    assert "on v5e-8, found by plan --search:\n" in file.read_text()
     assert yaml.safe_load(file.read_text())["model_name_or_path"] == str(MODELS / "Qwen3-0.6B")
 
 

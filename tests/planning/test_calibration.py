@@ -22,8 +22,8 @@ from jaxtune.hf.load import open_model
 from jaxtune.model import decoder
 from jaxtune.parallel.chips import parse_slice
 from jaxtune.planning import memory_model, time_model
-from jaxtune.planning.evaluate_config import Study, Subject, study
-from jaxtune.planning.hardware import hardware
+from jaxtune.planning.evaluate_config import PlannedRun, StepEstimate, evaluate_config
+from jaxtune.planning.hardware import make_hardware
 from jaxtune.planning.memory_model import Work
 from jaxtune.spec import LayerSpec, ModelSpec, MoeSpec, RopeSpec, Stack
 
@@ -38,11 +38,11 @@ OF_WORK = {
 
 
 @functools.cache
-def built(model: str, topology: str, fields: tuple[tuple[str, Any], ...]) -> Study:
+def built(model: str, topology: str, fields: tuple[tuple[str, Any], ...]) -> StepEstimate:
     given = {"model_name_or_path": str(MODELS / model), **dict(fields)}
     config = load(overrides={"gradient_checkpointing": "full", **given})
-    subject = Subject(open_model(MODELS / model, weights=False), config.max_length)
-    return study(config, subject, hardware(parse_slice(topology), compiles=False))
+    subject = PlannedRun(open_model(MODELS / model, weights=False), config.max_length)
+    return evaluate_config(config, subject, make_hardware(parse_slice(topology), compiles=False))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from jaxtune.parallel.chips import CHIPS, parse_slice
-from jaxtune.planning.hardware import hardware
+from jaxtune.planning.hardware import make_hardware
 
 ROOT = Path(__file__).resolve().parents[2]
 SLICES = ("v4-8", "v5e-4", "v5p-8", "v6e-4", "tpu7x-8")  # four chips each
@@ -23,7 +23,7 @@ import json, sys
 from jaxtune.planning.environment import set_environment
 set_environment()
 import jax
-from jaxtune.planning.hardware import hardware
+from jaxtune.planning.hardware import make_hardware
 from jaxtune.parallel.chips import parse_slice
 from jaxtune.planning.compile import too_large
 
@@ -36,7 +36,7 @@ def refusal(device):
         return str(error)
 
 for name in sys.argv[1:]:
-    there = hardware(parse_slice(name), compiles=True)
+    there = make_hardware(parse_slice(name), compiles=True)
     limit = too_large(refusal(there.devices[0])).limit
     kinds = sorted({device.device_kind for device in there.devices})
     print(json.dumps([len(there.devices), there.per_chip, kinds, there.limit, limit]))
@@ -69,7 +69,7 @@ def test_devices_and_memory_are_the_compilers(name: str, said: dict[str, Any]) -
 
 @pytest.mark.parametrize("name", SLICES)
 def test_stand_ins_are_as_many(name: str) -> None:
-    there = hardware(parse_slice(name), compiles=False)
+    there = make_hardware(parse_slice(name), compiles=False)
     assert there.per_chip == there.slice.chip.devices
     assert there.limit == there.slice.chip.hbm // there.per_chip
 

@@ -20,8 +20,14 @@ from jaxtune.parallel.chips import larger, parse_slice
 from jaxtune.parallel.mesh import SIZES
 from jaxtune.planning import advice, memory_model, search, time_model
 from jaxtune.planning import compile as compiling
-from jaxtune.planning.evaluate_config import Study, Subject, by_kind, figures, study
-from jaxtune.planning.hardware import hardware
+from jaxtune.planning.evaluate_config import (
+    PlannedRun,
+    StepEstimate,
+    by_kind,
+    evaluate_config,
+    figures,
+)
+from jaxtune.planning.hardware import make_hardware
 from jaxtune.planning.hlo_cost import axes_along, group_of
 
 CONFIG = {
@@ -43,17 +49,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def planned(model: Path, topology: str = "v5e-8", **fields: Any) -> Study:
+def planned(model: Path, topology: str = "v5e-8", **fields: Any) -> StepEstimate:
     return _planned(model, topology, tuple(fields.items()))
 
 
 @functools.cache
-def _planned(model: Path, topology: str, given: tuple[tuple[str, Any], ...]) -> Study:
+def _planned(model: Path, topology: str, given: tuple[tuple[str, Any], ...]) -> StepEstimate:
     fields = dict(given)
     values = {"per_device_train_batch_size": 4, "max_length": 1024, **fields}
     config = load(overrides={"model_name_or_path": str(model), **values})
-    subject = Subject(open_model(model, weights=False), config.max_length, 100)
-    return study(config, subject, hardware(parse_slice(topology), compiles=False))
+    subject = PlannedRun(open_model(model, weights=False), config.max_length, 100)
+    return evaluate_config(config, subject, make_hardware(parse_slice(topology), compiles=False))
 
 
 def test_parameters_and_optimiser_are_exact(model: Path) -> None:
@@ -172,7 +178,7 @@ def test_a_chip_of_two_devices_is_two_devices(model: Path) -> None:
 
 def test_the_terms_of_a_compiled_step(model: Path) -> None:
     slice = parse_slice("v5e-8")
-    read = compiling.Read(
+    read = compiling.CompiledStep(
         needed=1, arguments=819 * 10**6, cycles=1.503e9, kernel_flops=197e12 / 4,
         wire={"all-gather": (1, 180e9, 18e9)}, axes={"fsdp": 180e9},
     )  # fmt: skip
@@ -233,12 +239,12 @@ def test_a_compiled_step_is_read_once(model: Path, tmp_path: Path) -> None:
         "model_name_or_path": str(model), "per_device_train_batch_size": 1, "max_length": 64,
         "dtype": "float32",
     })  # fmt: skip
-    subject = Subject(open_model(model, weights=False), 64)
-    there = hardware(parse_slice("v5e-8"), compiles=False)
+    subject = PlannedRun(open_model(model, weights=False), 64)
+    there = make_hardware(parse_slice("v5e-8"), compiles=False)
     there = there._replace(devices=jax.devices()[:8], limit=None)
     told: list[str] = []
     both = [
-        study(config, subject, there, folder=tmp_path, note=told.append, compiles=True)
+        evaluate_config(config, subject, there, folder=tmp_path, note=told.append, compiles=True)
         for _ in range(2)
     ]
     assert len(told) == 1, "the second is read from disk"
@@ -251,7 +257,7 @@ def test_a_compiled_step_is_read_once(model: Path, tmp_path: Path) -> None:
     kinds = by_kind(both[0])
     assert sum(kinds.values()) == read.needed
     next(iter(tmp_path.glob("*.json"))).write_text("{")
-    study(config, subject, there, folder=tmp_path, note=told.append, compiles=True)
+    evaluate_config(config, subject, there, folder=tmp_path, note=told.append, compiles=True)
     assert len(told) == 2, "a damaged answer is asked for again"
 
 
@@ -294,13 +300,13 @@ def test_the_cheapest_change_that_fits_comes_first(model: Path) -> None:
     limit = round(0.9 * found.needed)
     small = found._replace(hardware=found.hardware._replace(limit=limit))
     assert not small.fits
-    first, *_ = advice.ways(small)
+    first, *_ = advice.remedies(small)
     assert first.what == "--gradient_checkpointing full"
     assert first.needed <= limit
     state = found.held["parameters"] + found.held["optimiser"]
     tiny = small._replace(hardware=found.hardware._replace(limit=state - 1))
     assert "parameters and optimiser state alone" in advice.reason(tiny)
-    assert advice.ways(tiny)[0].what == "--topology v5e-16"
+    assert advice.remedies(tiny)[0].what == "--topology v5e-16"
 
 
 def test_a_change_the_compiler_refuses_is_not_proposed(model: Path) -> None:
@@ -308,11 +314,11 @@ def test_a_change_the_compiler_refuses_is_not_proposed(model: Path) -> None:
     small = found._replace(hardware=found.hardware._replace(limit=round(0.9 * found.needed)))
     asked = []
 
-    def compile(config: Any) -> Study:
+    def compile(config: Any) -> StepEstimate:
         asked.append(config)
-        return small if len(asked) == 1 else found._replace(read=compiling.Read(needed=5))
+        return small if len(asked) == 1 else found._replace(read=compiling.CompiledStep(needed=5))
 
-    first, second, *_ = advice.ways(small, compile=compile)
+    first, second, *_ = advice.remedies(small, compile=compile)
     assert (first.verified, first.needed, len(asked)) == ("compiled", 5, 2)
     assert "--per_device_train_batch_size 2 " in first.what
     assert second.verified == "arithmetic"
@@ -321,7 +327,7 @@ def test_a_change_the_compiler_refuses_is_not_proposed(model: Path) -> None:
 def test_what_the_compiler_found_corrects_the_arithmetic(model: Path) -> None:
     found = planned(model)
     exact = found.held["parameters"] + found.held["optimiser"]
-    twice = found._replace(read=compiling.Read(needed=2 * found.needed - exact))
+    twice = found._replace(read=compiling.CompiledStep(needed=2 * found.needed - exact))
     other = planned(model, per_device_train_batch_size=1)
     assert advice.scaled(twice, other) == 2 * other.needed - exact
 
@@ -329,7 +335,7 @@ def test_what_the_compiler_found_corrects_the_arithmetic(model: Path) -> None:
 MIXTURE = Path(__file__).resolve().parents[2] / "configs" / "models" / "Qwen3-30B-A3B"
 
 
-def mixture(rows: int, **fields: Any) -> Study:
+def mixture(rows: int, **fields: Any) -> StepEstimate:
     return planned(
         MIXTURE, "v5p-128", max_length=4096, per_device_train_batch_size=rows,
         gradient_checkpointing="full", **fields,
@@ -358,10 +364,10 @@ def test_experts_of_their_own_make_room(model: Path) -> None:
     needed = mixture(4, **{"mesh.expert": 4}).needed
     assert needed < found.needed
     small = found._replace(hardware=found.hardware._replace(limit=needed))
-    assert advice.ways(small)[0].what == "--mesh.expert 4"
+    assert advice.remedies(small)[0].what == "--mesh.expert 4"
     dense = planned(model, per_device_train_batch_size=8)
     tight = dense._replace(hardware=dense.hardware._replace(limit=round(0.9 * dense.needed)))
-    assert not [way for way in advice.ways(tight) if "expert" in way.what]
+    assert not [way for way in advice.remedies(tight) if "expert" in way.what]
 
 
 @pytest.mark.parametrize(
@@ -393,8 +399,8 @@ def test_search_keeps_the_rows_of_a_step_and_leaves_out_what_cannot_fit(model: P
     config = load(overrides={
         "model_name_or_path": str(model), "per_device_train_batch_size": 4, "max_length": 1024,
     })  # fmt: skip
-    subject = Subject(open_model(model, weights=False), 1024)
-    there = hardware(parse_slice("v5e-8"), compiles=False)
+    subject = PlannedRun(open_model(model, weights=False), 1024)
+    there = make_hardware(parse_slice("v5e-8"), compiles=False)
     everything = search.candidates(config, subject, there)
     for each in everything:
         fields = each.fields
@@ -414,8 +420,8 @@ def test_where_the_logits_do_not_fit_a_smaller_block_is_tried(model: Path) -> No
     config = load(overrides={
         "model_name_or_path": str(model), "per_device_train_batch_size": 1, "max_length": 1024,
     })  # fmt: skip
-    there = hardware(parse_slice("v5e-4"), compiles=False)
-    base = study(config, Subject(open_model(model, weights=False), 1024), there)
+    there = make_hardware(parse_slice("v5e-4"), compiles=False)
+    base = evaluate_config(config, PlannedRun(open_model(model, weights=False), 1024), there)
     spec = dataclasses.replace(base.work.spec, vocab=400_000)
     base = base._replace(work=base.work._replace(spec=spec))
     whole = sum(memory_model.memory(base.work, base.held).values())
@@ -433,12 +439,12 @@ def test_where_the_logits_do_not_fit_a_smaller_block_is_tried(model: Path) -> No
 
 
 def test_slices_are_joined_along_data() -> None:
-    there = hardware(parse_slice("2xv5e-4"), compiles=False)
+    there = make_hardware(parse_slice("2xv5e-4"), compiles=False)
     assert {mesh["mesh.data"] for mesh in search.meshes(there, heads=8)} == {2, 4, 8}
 
 
 def test_experts_are_laid_over_expert_where_there_are_some() -> None:
-    there = hardware(parse_slice("v5e-8"), compiles=False)
+    there = make_hardware(parse_slice("v5e-8"), compiles=False)
     assert all("mesh.expert" not in mesh for mesh in search.meshes(there, heads=1))
     found = list(search.meshes(there, heads=1, experts=6))
     assert {mesh["mesh.expert"] for mesh in found} == {1, 2}

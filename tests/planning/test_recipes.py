@@ -15,8 +15,8 @@ import pytest
 from jaxtune.config import load
 from jaxtune.hf.load import open_model
 from jaxtune.parallel.chips import CHIPS, parse_slice
-from jaxtune.planning.evaluate_config import Subject, figures, study
-from jaxtune.planning.hardware import hardware
+from jaxtune.planning.evaluate_config import PlannedRun, evaluate_config, figures
+from jaxtune.planning.hardware import make_hardware
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -30,8 +30,10 @@ MODELS = sorted(folder.name for folder in (ROOT / "configs" / "models").iterdir(
 @pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: recipe.file.stem)
 def test_by_arithmetic_it_fits_where_its_head_says(recipe: recipes.Recipe) -> None:
     config = load(recipe.file)
-    subject = Subject(open_model(recipe.model, weights=False), config.max_length)
-    found = study(config, subject, hardware(parse_slice(recipe.topology), compiles=False))
+    subject = PlannedRun(open_model(recipe.model, weights=False), config.max_length)
+    found = evaluate_config(
+        config, subject, make_hardware(parse_slice(recipe.topology), compiles=False)
+    )
     assert found.fits
     assert figures(found)["mfu"] > 0.2
 
