@@ -87,6 +87,7 @@ def with_jaxtune(
 ) -> Timed:
     from jaxtune.config import DatasetConfig
     from jaxtune.data.dataset import Batches, open_dataset
+    from jaxtune.data.preprocess import PreprocessConfig
     from jaxtune.data.templating.template import resolve
     from jaxtune.data.tokenizer import load_tokenizer
 
@@ -95,9 +96,7 @@ def with_jaxtune(
     start, cpu = time.perf_counter(), cpu_seconds()
     dataset = open_dataset(
         [DatasetConfig(path=str(file))],
-        tokenizer=tokenizer,
-        template=resolve(template, tokenizer),
-        max_length=MAX_LENGTH,
+        PreprocessConfig(tokenizer, resolve(template, tokenizer), max_length=MAX_LENGTH),
         cache_dir=cache,
         processes=processes,
     )
@@ -113,6 +112,7 @@ def warm(file: Path, tokenizer_folder: str, cache: Path) -> float:
     """Seconds to open what is in the cache, the file's digest included."""
     from jaxtune.config import DatasetConfig
     from jaxtune.data.dataset import open_dataset
+    from jaxtune.data.preprocess import PreprocessConfig
     from jaxtune.data.templating.template import resolve
     from jaxtune.data.tokenizer import load_tokenizer
 
@@ -121,7 +121,7 @@ def warm(file: Path, tokenizer_folder: str, cache: Path) -> float:
     start = time.perf_counter()
     entries = [DatasetConfig(path=str(file))]
     dataset = open_dataset(
-        entries, tokenizer=tokenizer, template=template, max_length=MAX_LENGTH, cache_dir=cache
+        entries, PreprocessConfig(tokenizer, template, max_length=MAX_LENGTH), cache_dir=cache
     )
     assert len(dataset)
     return time.perf_counter() - start

@@ -33,6 +33,7 @@ def write(file: Path, rows: int) -> None:
 def prepare(file: Path, tokenizer_folder: str, processes: int, cache: Path, *, whole: bool) -> None:
     from jaxtune.config import DatasetConfig
     from jaxtune.data.dataset import Batches, open_dataset
+    from jaxtune.data.preprocess import PreprocessConfig
     from jaxtune.data.report.data_report import report
     from jaxtune.data.templating.template import resolve
     from jaxtune.data.tokenizer import load_tokenizer
@@ -42,8 +43,7 @@ def prepare(file: Path, tokenizer_folder: str, processes: int, cache: Path, *, w
     start = time.perf_counter()
     dataset = open_dataset(
         [DatasetConfig(path=str(file))],
-        tokenizer=tokenizer,
-        template=template,
+        PreprocessConfig(tokenizer, template),
         cache_dir=cache,
         processes=processes,
     )

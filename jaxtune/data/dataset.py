@@ -24,12 +24,9 @@ from numpy.typing import NDArray
 
 from jaxtune.config import ConfigError, DataError
 from jaxtune.data import cache, mixing, packing, preprocess
-from jaxtune.data.preprocess import Entry, PreprocessConfig, Progress, Truncation
+from jaxtune.data.preprocess import Entry, PreprocessConfig, Progress
 from jaxtune.data.schema import Batch, Example, WeightedTokens
-from jaxtune.data.templating.masking import TrainOn
-from jaxtune.data.templating.template import Template
 from jaxtune.data.tokenize import shift
-from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.data.workers import default_processes
 from jaxtune.storage.object_store import default_folder
 
@@ -161,52 +158,52 @@ class Dataset:
 
 def open_dataset(
     entries: Sequence[Entry],
+    config: PreprocessConfig,
     *,
-    tokenizer: Tokenizer,
-    template: Template,
-    train_on: TrainOn = "assistant",
-    max_length: int = 2048,
-    truncation: Truncation = "drop",
     cache_dir: Path | None = None,
     processes: int | None = None,
     progress: Progress = lambda path, records: None,
 ) -> Dataset:
-    """Tokenises every source, or finds it in the cache, and puts them one after the other.
+    """Tokenise every source, or find it in the cache, and put them one after the other.
 
     `processes` (default: one a core) changes nothing but the time; `progress` hears of it.
-    Raises `DataError` with file and line for a broken file, and when a source leaves nothing to
-    train, with the commonest reason.
+
+    Raises:
+        DataError: a broken file, with its line; or a source of which nothing is left to train,
+            with the commonest reason.
     """
     if not entries:
         raise ConfigError("dataset: none given. Set --dataset FILE, or a list under datasets.")
-    shared = PreprocessConfig(tokenizer, template, train_on, max_length, truncation)
     templates: list[str] = []
-    folder = cache_dir or default_folder()
     opened: list[Source] = []
     notes: list[str] = []
     for entry, name in zip(entries, preprocess.dataset_names(entries), strict=True):
-        settings = preprocess.entry_config(entry, shared)
-        templates.append(settings.template.fingerprint)
-        key = preprocess.cache_key(entry, settings)
+        own = preprocess.entry_config(entry, config)
+        templates.append(own.template.fingerprint)
         build = functools.partial(
             preprocess.build,
             entry=entry,
-            settings=settings,
+            config=own,
             processes=processes or default_processes(),
             progress=progress,
         )
-        stored, note = cache.stored(folder, key, build)
-        source = _source(entry, name, stored, settings)
-        _refuse_empty(source, max_length)
+        key = preprocess.cache_key(entry, own)
+        stored, note = cache.stored(cache_dir or default_folder(), key, build)
+        source = _source(entry, name, stored, own)
+        _refuse_empty(source, config.max_length)
         opened.append(source)
         if len(source.files) > 1:
             notes.append(f"{entry.path}: {len(source.files)} files: {_some(source.files)}")
         if entry.format == "auto":
             notes.append(f"{entry.path}: read as format '{stored.summary['format']}'")
         notes += [note] if note else []
-    identity = json.dumps([tokenizer.fingerprint, templates, train_on, max_length])
-    total = sum(len(source.stored.arrays["rows"]) for source in opened)
-    dataset = Dataset(tuple(opened), np.arange(total), max_length, identity, tuple(notes))
+    identity = [config.tokenizer.fingerprint, templates, config.train_on, config.max_length]
+    dataset = Dataset(
+        sources=tuple(opened),
+        chosen=np.arange(sum(len(source.stored.arrays["rows"]) for source in opened)),
+        max_length=config.max_length,
+        identity=json.dumps(identity),
+    )
     notes += [
         f"{stratum.dataset}: {len(stratum.numbers)} examples are in no target and left out"
         for stratum in (dataset.strata if dataset.mixed else ())
@@ -216,16 +213,16 @@ def open_dataset(
 
 
 def _source(
-    entry: Entry, name: str, stored: cache.CachedSource, settings: PreprocessConfig
+    entry: Entry, name: str, stored: cache.CachedSource, config: PreprocessConfig
 ) -> Source:
-    template, control = settings.template, settings.tokenizer.special_tokens
+    template, special = config.template, config.tokenizer.special_tokens
     is_text = stored.summary["format"] == "text"
     return Source(
         name=name,
         path=entry.path,
         files=tuple(file.name for file in preprocess.files_of(entry)),
         stored=stored,
-        stop_id=control.get(template.closing, -1) if is_text else template.stop_id,
+        stop_id=special.get(template.closing, -1) if is_text else template.stop_id,
         weight=entry.weight,
         column=entry.proportions.column if entry.proportions else None,
         target=entry.proportions.target if entry.proportions else {},

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from jaxtune.data.dataset import Dataset, Progress, open_dataset, split
-from jaxtune.data.preprocess import Entry, Truncation
+from jaxtune.data.preprocess import Entry, PreprocessConfig, Truncation
 from jaxtune.data.templating.format_string import preamble
 from jaxtune.data.templating.masking import TrainOn
 from jaxtune.data.templating.template import Template, resolve, tokens_to_add, variant
@@ -97,11 +97,13 @@ def open_entries(
     """Opens `entries` as the run's config says. Raises what `open_dataset` raises."""
     return open_dataset(
         entries,
-        tokenizer=tokenizer,
-        template=template,
-        train_on=config.train_on,
-        max_length=config.max_length,
-        truncation=config.truncation,
+        PreprocessConfig(
+            tokenizer,
+            template,
+            train_on=config.train_on,
+            max_length=config.max_length,
+            truncation=config.truncation,
+        ),
         processes=config.dataset_num_proc,
         progress=progress,
     )

@@ -94,15 +94,15 @@ class PreprocessConfig(NamedTuple):
     truncation: Truncation = "drop"
 
 
-def entry_config(entry: Entry, settings: PreprocessConfig) -> PreprocessConfig:
-    """`settings` with the entry's own template and system prompt where it has them."""
+def entry_config(entry: Entry, config: PreprocessConfig) -> PreprocessConfig:
+    """`config` with the entry's own template and system prompt where it has them."""
     own = variant(
-        settings.template,
-        settings.tokenizer,
+        config.template,
+        config.tokenizer,
         template=entry.template,
         system_prompt=entry.system_prompt,
     )
-    return settings._replace(template=own)
+    return config._replace(template=own)
 
 
 Numbered = tuple[int, sources.Record]  # a record and its place in its file, from 0
@@ -167,12 +167,12 @@ def format_of(entry: Entry) -> str:
     return formats.resolve(entry.format, entry.columns, first.fields, first.where)
 
 
-def preprocess(entry: Entry, settings: PreprocessConfig) -> Iterator[PreprocessedRow]:
+def preprocess(entry: Entry, config: PreprocessConfig) -> Iterator[PreprocessedRow]:
     """Every row of a source in order, dropped ones included."""
-    settings = entry_config(entry, settings)
+    config = entry_config(entry, config)
     name = format_of(entry)
     for chunk in _chunks(read(entry)):
-        yield from _preprocess_chunk(chunk, name, entry, settings)
+        yield from _preprocess_chunk(chunk, name, entry, config)
 
 
 def _chunks(records: Iterator[Numbered]) -> Iterator[list[Numbered]]:
@@ -182,7 +182,7 @@ def _chunks(records: Iterator[Numbered]) -> Iterator[list[Numbered]]:
 
 
 def _preprocess_chunk(
-    chunk: Sequence[Numbered], name: str, entry: Entry, settings: PreprocessConfig
+    chunk: Sequence[Numbered], name: str, entry: Entry, config: PreprocessConfig
 ) -> Iterator[PreprocessedRow]:
     """The rows of some records that are read as format `name`; encoded together."""
     rendered: list[tuple[PreprocessedRow, tuple[Span, ...] | Dropped]] = []
@@ -197,12 +197,12 @@ def _preprocess_chunk(
             rendered.append((base, Dropped("the text is not valid Unicode")))
             continue
         base = base._replace(
-            literal_special=_holds_special(noun, settings.tokenizer), own_text=_own_text(noun)
+            literal_special=_holds_special(noun, config.tokenizer), own_text=_own_text(noun)
         )
-        rows = render(settings.template, noun, train_on=settings.train_on)
+        rows = render(config.template, noun, train_on=config.train_on)
         rendered += [(base, spans) for spans in rows]
     whole = [spans for _, spans in rendered if not isinstance(spans, Dropped)]
-    encoded = iter(tokenize_rows(whole, settings.tokenizer))
+    encoded = iter(tokenize_rows(whole, config.tokenizer))
     for base, spans in rendered:
         if isinstance(spans, Dropped):
             yield base._replace(dropped=spans)
@@ -217,22 +217,22 @@ def _preprocess_chunk(
             tokens=result.tokens,
             split=result.split,
             inexact=result.inexact,
-            short=_has_short_answer(spans, settings.template.stop),
+            short=_has_short_answer(spans, config.template.stop),
         )
-        yield _fit(prepared, entry, settings)
+        yield _fit(prepared, entry, config)
 
 
-def _fit(prepared: PreprocessedRow, entry: Entry, settings: PreprocessConfig) -> PreprocessedRow:
+def _fit(prepared: PreprocessedRow, entry: Entry, config: PreprocessConfig) -> PreprocessedRow:
     """Applies `truncation` to a row longer than `max_length` tokens."""
-    tokens, limit = prepared.tokens, settings.max_length
+    tokens, limit = prepared.tokens, config.max_length
     if tokens is None or len(tokens.ids) <= limit:
         return prepared
     detail = f"{len(tokens.ids)} tokens, max_length {limit}"
-    if settings.truncation == "error":
+    if config.truncation == "error":
         raise DataError(
             f"{prepared.where}: {detail}. Raise max_length, or set truncation to drop or truncate."
         )
-    if settings.truncation == "drop":
+    if config.truncation == "drop":
         return prepared._replace(dropped=Dropped("longer than max_length", detail))
     kept = truncate(tokens, limit)
     if not kept.weights.any():
@@ -288,7 +288,7 @@ def _holds_special(noun: Conversation | Document, tokenizer: Tokenizer) -> bool:
     return tokenizer.special_pattern.search("\0".join(_texts(noun))) is not None
 
 
-def cache_key(entry: Entry, settings: PreprocessConfig) -> str:
+def cache_key(entry: Entry, config: PreprocessConfig) -> str:
     """Everything that decides the tokens of a source; no path, no name, no output folder."""
     parts = {
         "data": sources.digest(files_of(entry)),
@@ -296,11 +296,11 @@ def cache_key(entry: Entry, settings: PreprocessConfig) -> str:
         "columns": dict(sorted(entry.columns.items())),
         "limit": entry.limit,
         "column": entry.proportions.column if entry.proportions else None,
-        "tokenizer": settings.tokenizer.fingerprint,
-        "template": settings.template.fingerprint,
-        "train_on": settings.train_on,
-        "max_length": settings.max_length,
-        "truncation": settings.truncation,
+        "tokenizer": config.tokenizer.fingerprint,
+        "template": config.template.fingerprint,
+        "train_on": config.train_on,
+        "max_length": config.max_length,
+        "truncation": config.truncation,
         "code": code_version(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
@@ -316,7 +316,7 @@ class TokenizedChunk(NamedTuple):
 
 
 def tokenize_chunk(
-    chunk: Sequence[Numbered], *, name: str, entry: Entry, settings: PreprocessConfig
+    chunk: Sequence[Numbered], *, name: str, entry: Entry, config: PreprocessConfig
 ) -> TokenizedChunk:
     """Records -> arrays; a pure function of its arguments, run in any process."""
     counts: Counter[str] = Counter(records=len(chunk))
@@ -325,7 +325,7 @@ def tokenize_chunk(
     dropped: dict[str, dict[str, Any]] = {}
     kept: list[PreprocessedRow] = []
     tokens: list[WeightedTokens] = []
-    for item in _preprocess_chunk(chunk, name, entry, settings):
+    for item in _preprocess_chunk(chunk, name, entry, config):
         if item.dropped or item.tokens is None:
             reason, detail = item.dropped or Dropped("nothing to train")
             first = [{"file": item.file, "line": item.line, "detail": detail}]
@@ -352,7 +352,7 @@ def tokenize_chunk(
 
 
 def build(
-    writer: Writer, entry: Entry, settings: PreprocessConfig, processes: int, progress: Progress
+    writer: Writer, entry: Entry, config: PreprocessConfig, processes: int, progress: Progress
 ) -> dict[str, Any]:
     """Writes the examples of a source and returns what was counted on the way."""
     name = format_of(entry)
@@ -362,7 +362,7 @@ def build(
     known: dict[str, int] = {}  # values of the column of `proportions`
     end = 0
     writer.append("offsets", np.zeros(1, np.int64))
-    work = functools.partial(tokenize_chunk, name=name, entry=entry, settings=settings)
+    work = functools.partial(tokenize_chunk, name=name, entry=entry, config=config)
     with contextlib.closing(in_order(work, _chunks(read(entry)), processes)) as parts:
         for made in parts:
             counts.update(made.counts)

@@ -155,25 +155,12 @@ def load_tokenizer(
     """
     file = _file(path_or_name, revision)
     folder = file.parent
-    settings = _settings(folder)
+    definition = read_bytes(file, folder)
     bare = file.suffix == ".model"
     if bare:
-        definition = read_bytes(file, folder)
-        model = sentencepiece.read(file)
-        try:
-            backend = sentencepiece.convert(model)
-        except Exception as error:  # the library raises bare Exception
-            raise ModelError(f"{file}: not a SentencePiece model: {reason(error)}.") from None
-        # What such models were trained with, whatever the folder leaves unsaid.
-        said = {key: value for key, value in settings.items() if key != "added_tokens_decoder"}
-        has_bos = "bos_token" in sentencepiece.named(model)
-        settings = {"add_bos_token": has_bos, **sentencepiece.named(model), **said}
+        backend, settings = _sentencepiece(file, _settings(folder))
     else:
-        definition = read_bytes(file, folder)
-        try:
-            backend = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception
-            raise ConfigError(f"{file}: not a tokenizer: {error}.") from None
+        backend, settings = _backend(file, definition), _settings(folder)
     backend.no_padding()
     backend.no_truncation()
     try:
@@ -208,6 +195,27 @@ def load_tokenizer(
         added=new,
         changed_files=changed,
     )
+
+
+def _backend(file: Path, definition: bytes) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigError(f"{file}: not a tokenizer: {error}.") from None
+
+
+def _sentencepiece(
+    file: Path, settings: Mapping[str, Any]
+) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """Convert a bare model; its folder's settings come back with what such models mean unsaid."""
+    model = sentencepiece.read(file)
+    try:
+        backend = sentencepiece.convert(model)
+    except Exception as error:  # the library raises bare Exception
+        raise ModelError(f"{file}: not a SentencePiece model: {reason(error)}.") from None
+    named = sentencepiece.named(model)
+    stated = {key: value for key, value in settings.items() if key != "added_tokens_decoder"}
+    return backend, {"add_bos_token": "bos_token" in named, **named, **stated}
 
 
 def _file(path_or_name: str, revision: str | None) -> Path:

@@ -10,6 +10,7 @@ import pytest
 
 from jaxtune.config import DatasetConfig
 from jaxtune.data.dataset import Batches, open_dataset
+from jaxtune.data.preprocess import PreprocessConfig
 from jaxtune.data.progress import Counts, counts_before, counts_of
 from jaxtune.data.templating.template import resolve
 from jaxtune.data.tokenizer import Tokenizer
@@ -32,10 +33,9 @@ def test_counts_are_those_of_the_batch(
             DatasetConfig(path=str(tmp_path / "a.jsonl")),
             DatasetConfig(path=str(tmp_path / "b.jsonl"), weight=weight),
         ],
-        tokenizer=byte_level,
-        template=resolve("chatml", byte_level),
-        train_on=train_on,  # type: ignore[arg-type]
-        max_length=128,
+        PreprocessConfig(
+            byte_level, resolve("chatml", byte_level), train_on=train_on, max_length=128
+        ),
     )
     batches = Batches(data, batch_size=2, seed=0, packing=packing)
     seen = Counts()

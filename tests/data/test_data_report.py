@@ -12,6 +12,7 @@ import pytest
 
 from jaxtune.config import DataError, DatasetConfig
 from jaxtune.data.dataset import Batches, Dataset, open_dataset, split
+from jaxtune.data.preprocess import PreprocessConfig
 from jaxtune.data.report.data_report import (
     distribution,
     histograms,
@@ -33,7 +34,7 @@ def write(path: Path, rows: list[Any]) -> DatasetConfig:
 
 def opened(entries: list[DatasetConfig], tokenizer: Tokenizer, **options: Any) -> Dataset:
     template = resolve("alpaca_original", tokenizer)
-    return open_dataset(entries, tokenizer=tokenizer, template=template, **options)
+    return open_dataset(entries, PreprocessConfig(tokenizer, template, **options))
 
 
 def story(number: int, words: int = 3, parts: str = "abcd") -> dict[str, str]:
@@ -166,9 +167,11 @@ def test_a_text_that_is_cut_teaches_no_stop(tmp_path: Path, byte_level: Tokenize
     """Its end is the tokenizer's, whatever the template's is."""
     entries = [write(tmp_path / "a.jsonl", [{"text": "short"}, {"text": "long " * 200}])]
     data = open_dataset(
-        entries, tokenizer=byte_level, template=resolve("chatml", byte_level), max_length=150,
-        truncation="truncate",
-    )  # fmt: skip
+        entries,
+        PreprocessConfig(
+            byte_level, resolve("chatml", byte_level), max_length=150, truncation="truncate"
+        ),
+    )
     assert report(data)["stop_trained_share"] == 0.5
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from jaxtune.config import ConfigError, DataError, DatasetConfig, dump, load
 from jaxtune.data import mixing
 from jaxtune.data.dataset import Batches, Dataset, open_dataset, split
+from jaxtune.data.preprocess import PreprocessConfig
 from jaxtune.data.progress import counts_before, counts_of, epoch_at, fingerprint
 from jaxtune.data.report.data_report import report
 from jaxtune.data.templating.template import resolve
@@ -38,7 +39,7 @@ def entry(path: Path, data: list[dict[str, Any]], **options: Any) -> DatasetConf
 
 def opened(entries: list[DatasetConfig], tokenizer: Tokenizer) -> Dataset:
     template = resolve("alpaca", tokenizer)
-    return open_dataset(entries, tokenizer=tokenizer, template=template, max_length=128)
+    return open_dataset(entries, PreprocessConfig(tokenizer, template, max_length=128))
 
 
 def epochs(batches: Batches, count: int) -> list[Counter[int]]:

@@ -17,7 +17,7 @@ from jaxtune.config import ConfigError, DataError, DatasetConfig
 from jaxtune.data import cache, preprocess
 from jaxtune.data import dataset as pipeline
 from jaxtune.data.dataset import Batches, Dataset, eval_batches, open_dataset, prefetch, split
-from jaxtune.data.preprocess import dataset_names
+from jaxtune.data.preprocess import PreprocessConfig, dataset_names
 from jaxtune.data.report.data_report import overlap, report
 from jaxtune.data.schema import Message
 from jaxtune.data.templating.template import resolve
@@ -32,9 +32,15 @@ def write(path: Path, rows: list[Any]) -> DatasetConfig:
     return DatasetConfig(path=str(path))
 
 
-def opened(entries: list[DatasetConfig], tokenizer: Tokenizer, **options: Any) -> Dataset:
-    template = resolve(options.pop("template", "alpaca_original"), tokenizer)
-    return open_dataset(entries, tokenizer=tokenizer, template=template, **options)
+def opened(
+    entries: list[DatasetConfig],
+    tokenizer: Tokenizer,
+    cache_dir: Path | None = None,
+    template: str = "alpaca_original",
+    **options: Any,
+) -> Dataset:
+    config = PreprocessConfig(tokenizer, resolve(template, tokenizer), **options)
+    return open_dataset(entries, config, cache_dir=cache_dir)
 
 
 @pytest.fixture

@@ -70,9 +70,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, byte_level: Tokenizer) -> 
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return open_dataset(
         [DatasetConfig(path=str(folder / "a.jsonl"))],
-        tokenizer=byte_level,
-        template=resolve("alpaca_original", byte_level),
-        max_length=256,
+        PreprocessConfig(byte_level, resolve("alpaca_original", byte_level), max_length=256),
         cache_dir=folder / "cache",
     )
 

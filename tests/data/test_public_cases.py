@@ -206,7 +206,7 @@ def test_duplicates_are_counted_and_kept(tmp_path: Path, letters: Tokenizer) -> 
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     data = open_dataset(
-        [DatasetConfig(path=str(file))], tokenizer=letters, template=resolve(PLAIN, letters)
+        [DatasetConfig(path=str(file))], PreprocessConfig(letters, resolve(PLAIN, letters))
     )
     found = report(data)
     assert (found["examples"], found["duplicates"]) == (5, 2)

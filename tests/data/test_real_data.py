@@ -9,6 +9,7 @@ import pytest
 
 from jaxtune.config import DatasetConfig
 from jaxtune.data.dataset import Batches, open_dataset
+from jaxtune.data.preprocess import PreprocessConfig
 from jaxtune.data.report.data_report import report
 from jaxtune.data.schema import Message
 from jaxtune.data.templating.template import needed_tokens, resolve
@@ -31,7 +32,7 @@ def test_trained_tokens_decode_to_answer_and_end(shared_data: Path, name: str) -
     records = json.loads(file.read_text())
     tokenizer, reference = load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
     template = resolve(name, tokenizer)
-    data = open_dataset([DatasetConfig(path=str(file))], tokenizer=tokenizer, template=template)
+    data = open_dataset([DatasetConfig(path=str(file))], PreprocessConfig(tokenizer, template))
     assert len(data) == len(records) == 999
     for i, record in enumerate(records):
         ids, weights = data.tokens(i)
@@ -58,7 +59,7 @@ def test_rows_with_tools_are_counted_not_trained_without_them(shared_data: Path)
     )
     tokenizer = load_tokenizer(str(folder))
     data = open_dataset(
-        [DatasetConfig(path=str(file))], tokenizer=tokenizer, template=resolve("llama2", tokenizer)
+        [DatasetConfig(path=str(file))], PreprocessConfig(tokenizer, resolve("llama2", tokenizer))
     )
     with_tools = sum(row["tools"] not in ("", "[]") for row in json.loads(file.read_text()))
     found = report(data)
@@ -77,8 +78,7 @@ def test_tool_calls_of_a_real_file_are_trained(shared_data: Path, name: str) -> 
     tokenizer = load_tokenizer(str(folder), add=needed_tokens(name))
     data = open_dataset(
         [DatasetConfig(path=str(shared_data / "glaive_toolcall_en_demo.json"))],
-        tokenizer=tokenizer,
-        template=resolve(name, tokenizer),
+        PreprocessConfig(tokenizer, resolve(name, tokenizer)),
     )
     found = report(data)
     assert list(found["dropped_by_reason"]) == ["longer than max_length"]

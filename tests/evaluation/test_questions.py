@@ -13,6 +13,7 @@ from data.made import NAMES, adds_bos, byte_level_backend, save, sentencepiece_b
 
 from jaxtune.config import DataError, DatasetConfig
 from jaxtune.data.dataset import Dataset, open_dataset
+from jaxtune.data.preprocess import PreprocessConfig
 from jaxtune.data.templating.answer_text import affixes
 from jaxtune.data.templating.template import resolve
 from jaxtune.data.tokenize import tokenize_prompt
@@ -56,7 +57,7 @@ def opened(
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     entries = [DatasetConfig(path=str(file), **entry)]
     codec = TextCodec(tokenizer, resolve(template, tokenizer))
-    data = open_dataset(entries, tokenizer=tokenizer, template=codec.template, processes=1)
+    data = open_dataset(entries, PreprocessConfig(tokenizer, codec.template), processes=1)
     return data, codec, entries
 
 

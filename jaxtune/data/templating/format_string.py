@@ -62,25 +62,25 @@ def source(
     *,
     lead_out: str,
     rest: str,
-    control: re.Pattern[str],
+    special: re.Pattern[str],
     without_input: Placeholders | None = None,
 ) -> str:
     """Jinja for a template string; `lead_out` + stop end the answer, `rest` follows untrained.
 
     An empty {input} or {system} takes its whole line with it ({system} also the empty lines below).
     Where the line holds another placeholder it takes the blanks before it alone; where the line
-    goes on to the answer, or holds a `control` token, its label and the line ends before it.
+    goes on to the answer, or holds a `special` token, its label and the line ends before it.
     `without_input` is said instead where there is one. What stands before the last blank line (or
     {system}) ahead of {instruction} is said once, the rest with every turn.
     """
     writes_bos = strings.bos and "".join(parts.before[:1]).startswith(strings.bos)
     names = parts.names
-    start, turn = (_jinja(part, names, control) for part in _split_preamble(parts.before))
+    start, turn = (_jinja(part, names, special) for part in _split_preamble(parts.before))
     if without_input is not None:
         other = _split_preamble(without_input.before)
         start, turn = (
             "{%- if message.input -%}\n" + one + "\n{%- else -%}\n"
-            + _jinja(two, names | without_input.names, control) + "\n{%- endif -%}"
+            + _jinja(two, names | without_input.names, special) + "\n{%- endif -%}"
             for one, two in zip((start, turn), other, strict=True)
         )  # fmt: skip
         names |= without_input.names
@@ -127,13 +127,13 @@ class _FormatPart(NamedTuple):
 _OPTIONAL = {"input": "message.input", "system": "turn.system"}
 
 
-def _jinja(parts: tuple[str, ...], names: frozenset[str], control: re.Pattern[str]) -> str:
+def _jinja(parts: tuple[str, ...], names: frozenset[str], special: re.Pattern[str]) -> str:
     """Jinja for (literal, name, ..., literal), line by line (see `source`)."""
     pieces: list[_FormatPart] = []
     for line in _lines(parts):
         held = [name for name, _ in line if name]
         if len(held) == 1 and held[0] in _OPTIONAL:
-            _append(pieces, *_alone(line, pieces, control))
+            _append(pieces, *_alone(line, pieces, special))
             continue
         for name, text in line:
             lead = _taken(pieces, r"[ \t]*$") if name in _OPTIONAL else text
@@ -176,15 +176,15 @@ def _lines(parts: tuple[str, ...]) -> list[list[tuple[str, str]]]:
 
 
 def _alone(
-    line: list[tuple[str, str]], above: list[_FormatPart], control: re.Pattern[str]
+    line: list[tuple[str, str]], above: list[_FormatPart], special: re.Pattern[str]
 ) -> list[_FormatPart]:
     """A line whose only placeholder may be empty; of what is `above`, the line ends may go too."""
     at = next(i for i, (name, _) in enumerate(line) if name)
     before, behind = ("".join(text for _, text in part) for part in (line[:at], line[at + 1 :]))
     name = line[at][0]
-    steers = [found.end() for found in control.finditer(before)]
+    steers = [found.end() for found in special.finditer(before)]
     to_answer = bool(behind.strip()) and not behind.endswith("\n")
-    if not (steers or to_answer or control.search(behind)):
+    if not (steers or to_answer or special.search(behind)):
         return [_FormatPart(name, before, behind)]
     cut = steers[-1] if steers else 0
     head, label = before[:cut], before[cut:]

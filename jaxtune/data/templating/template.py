@@ -137,42 +137,15 @@ def resolve(
         template = "chat" if tokenizer.chat_template else "alpaca"
     if no_input is not None and (template in BUILTIN or "{input}" not in template):
         raise ConfigError("template_no_input: the template is no string with {input}. Unset it.")
-    bos = tokenizer.bos_token if tokenizer.begins_with_bos else None
-    system = system_prompt or ""
-    ours = True
+    bos = (tokenizer.bos_token or "") if tokenizer.begins_with_bos else ""
+    strings = TemplateStrings(bos, stop or "", system_prompt or "")
+    foreign = False
     if template in BUILTIN:
-        name, choice = template, BUILTIN[template]
-        missing = [
-            token
-            for token in needed_tokens(name, stop=stop)
-            if token not in tokenizer.special_tokens
-        ]
-        if missing:
-            raise ConfigError(
-                f"template '{name}' needs special tokens that this tokenizer lacks: "
-                f"{', '.join(missing)}. Set add_tokens: true to add them (the embedding grows "
-                "where it has no rows left for them), or choose a template written in plain text, "
-                "such as alpaca or llama2."
-            )
-        end = _stop_token(stop or choice.stop or tokenizer.eos_token, tokenizer)
-        source = builtin_templates.source(name, TemplateStrings(bos or "", end, system))
+        source = _builtin(template, strings, tokenizer)
     elif _is_jinja(template) or template == "chat":
-        name, source = _foreign(template, tokenizer)
-        end, ours = "", False
+        source, foreign = _foreign(template, tokenizer), True
     elif "{" in template:
-        name, parts = "custom", format_string.parse(template)
-        if system and "system" not in parts.names:
-            raise ConfigError("system_prompt: the template has no {system}. Add it, or unset.")
-        lead_out, end, rest = _end_of_answer(parts.after, stop, tokenizer)
-        strings = TemplateStrings(bos or "", end, system)
-        source = format_string.source(
-            parts,
-            strings,
-            lead_out=lead_out,
-            rest=rest,
-            control=tokenizer.special_pattern,
-            without_input=_without_input(parts, no_input),
-        )
+        source = _format_string(template, no_input, strings, tokenizer)
     else:
         names = ["auto", "chat", *BUILTIN]
         raise ConfigError(
@@ -180,20 +153,62 @@ def resolve(
             f"{', '.join(names)}, a .jinja file, or a string with {{instruction}} and {{output}}."
         )
     resolved = Template(
-        name=name,
-        jinja=source,
-        stop=end,
-        stop_id=tokenizer.special_tokens.get(end, -1),
-        ours=ours,
-        system_prompt=system,
-        opening=bos or "",
-        closing=tokenizer.eos_token or end,
+        name=source.name,
+        jinja=source.jinja,
+        stop=source.stop,
+        stop_id=tokenizer.special_tokens.get(source.stop, -1),
+        ours=not foreign,
+        system_prompt=strings.system,
+        opening=bos,
+        closing=tokenizer.eos_token or source.stop,
         named=tokenizer.named,
         special_pattern=tokenizer.special_pattern,
         request=request,
         date=date,
     )
-    return resolved if ours else _probed(resolved, tokenizer, stop)
+    return _probed(resolved, tokenizer, stop) if foreign else resolved
+
+
+class _Source(NamedTuple):
+    """A template's jinja before what it does is known; `stop` is empty where a probe will tell."""
+
+    name: str
+    jinja: str
+    stop: str
+
+
+def _builtin(name: str, strings: TemplateStrings, tokenizer: Tokenizer) -> _Source:
+    """Read a built-in template; `strings.stop` is empty where the template decides."""
+    needed = needed_tokens(name, stop=strings.stop)
+    missing = [token for token in needed if token not in tokenizer.special_tokens]
+    if missing:
+        raise ConfigError(
+            f"template '{name}' needs special tokens that this tokenizer lacks: "
+            f"{', '.join(missing)}. Set add_tokens: true to add them (the embedding grows "
+            "where it has no rows left for them), or choose a template written in plain text, "
+            "such as alpaca or llama2."
+        )
+    stop = _stop_token(strings.stop or BUILTIN[name].stop or tokenizer.eos_token, tokenizer)
+    return _Source(name, builtin_templates.source(name, strings._replace(stop=stop)), stop)
+
+
+def _format_string(
+    text: str, no_input: str | None, strings: TemplateStrings, tokenizer: Tokenizer
+) -> _Source:
+    """Turn a string with placeholders into jinja; `strings.stop` as in `_builtin`."""
+    parts = format_string.parse(text)
+    if strings.system and "system" not in parts.names:
+        raise ConfigError("system_prompt: the template has no {system}. Add it, or unset.")
+    lead_out, stop, rest = _end_of_answer(parts.after, strings.stop or None, tokenizer)
+    source = format_string.source(
+        parts,
+        strings._replace(stop=stop),
+        lead_out=lead_out,
+        rest=rest,
+        special=tokenizer.special_pattern,
+        without_input=_without_input(parts, no_input),
+    )
+    return _Source("custom", source, stop)
 
 
 def variant(
@@ -285,21 +300,22 @@ def _is_jinja(template: str) -> bool:
     return template.endswith(".jinja") or bool(re.search(r"\{%|\{\{.*\bmessages?\b", template))
 
 
-def _foreign(template: str, tokenizer: Tokenizer) -> tuple[str, str]:
-    """Name and source of a template that is not ours."""
+def _foreign(template: str, tokenizer: Tokenizer) -> _Source:
+    """Read a template that is not ours."""
     if template == "chat":
         if not tokenizer.chat_template:
             raise ConfigError(
                 f"template 'chat': the tokenizer in {tokenizer.folder} has no chat template. "
                 f"Choose one of: {', '.join(BUILTIN)}."
             )
-        return "chat", tokenizer.chat_template
+        return _Source("chat", tokenizer.chat_template, "")
     if not template.endswith(".jinja"):
-        return "custom", template
+        return _Source("custom", template, "")
     try:
-        return Path(template).name, Path(template).expanduser().read_text(encoding="utf-8")
+        source = Path(template).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"template: {template}: cannot be read: {error}.") from None
+    return _Source(Path(template).name, source, "")
 
 
 def _probed(template: Template, tokenizer: Tokenizer, stop: str | None) -> Template:
