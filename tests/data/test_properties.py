@@ -198,8 +198,8 @@ def test_any_json_anywhere_is_a_row_or_a_clear_error(
                 assert item.tokens.weights.any()
                 assert (item.tokens.weights >= 0).all()
                 assert np.isfinite(item.tokens.weights).all()
-        preprocess.make(
-            list(preprocess.read(entry)), name=name, entry=entry, settings=chosen
+        preprocess.tokenize_chunk(
+            list(preprocess.read(entry)), name=name, entry=entry, config=chosen
         )  # and in the form that is stored
     except DataError as error:
         refused = str(error)
