@@ -89,7 +89,7 @@ def command_flags() -> str:
         options = options_of(module)
         positional = options.positional()
         usage = " ".join(["jaxtune", name, *(word.upper() for word in positional), "[--flags]"])
-        parts.append(f"## {name}\n\n{inspect.getdoc(module)}\n\n```bash\n{usage}\n```")
+        parts.append(f"## {name}\n\n{_purpose(module)}\n\n```bash\n{usage}\n```")
         flags = [
             (field.alias or field_name, field) for field_name, field in options.model_fields.items()
         ]
@@ -97,6 +97,12 @@ def command_flags() -> str:
         words = [(flag, field) for flag, field in flags if flag in positional]
         parts.append(_field_table([*words, *rows], flags=tuple(flag for flag, _ in rows)))
     return "\n\n".join(parts)
+
+
+def _purpose(module: Any) -> str:
+    """The first paragraph of a module's docstring and its indented examples."""
+    first, *others = (inspect.getdoc(module) or "").split("\n\n")
+    return "\n\n".join([first, *(each for each in others if each.startswith("    "))])
 
 
 def options_of(module: Any) -> type[cli.Options]:
@@ -130,10 +136,14 @@ def record_formats() -> str:
 
 
 def python_api() -> str:
-    """Signature and docstring of every public name of `jaxtune`."""
-    parts = []
-    for name in sorted({*jaxtune._PUBLIC, *jaxtune._COMMANDS}, key=str.lower):
-        parts.append(_documented(f"jt.{name}", public(name)))
+    """Signature and docstring of every public name of `jaxtune`, and of the values they return."""
+    names = sorted({*jaxtune._PUBLIC, *jaxtune._COMMANDS}, key=str.lower)
+    parts = [_documented(f"jt.{name}", public(name)) for name in names]
+    for name in names:
+        value = public(name)
+        returned = None if inspect.isclass(value) else typing.get_type_hints(value).get("return")
+        if inspect.isclass(returned) and returned.__module__.startswith("jaxtune.api"):
+            parts.append(_documented(returned.__name__, returned))
     return "\n\n".join(parts)
 
 
@@ -161,6 +171,8 @@ def _documented(name: str, value: Any) -> str:
     parts = [f"## {name}\n\n{_as_markdown(text)}"]
     if issubclass(value, pydantic.BaseModel):
         return "\n\n".join([*parts, "Its fields: [Config fields](reference/config.md)."])
+    if fields := getattr(value, "_fields", ()):
+        parts.append(f"Fields: {_names(fields)}.")
     for method_name, method in vars(value).items():
         if not method_name.startswith("_") and callable(method):
             parts.append(

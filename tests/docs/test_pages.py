@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import jaxtune
 from jaxtune import config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +45,18 @@ def test_flags_in_shell_blocks_exist(page: Path) -> None:
             flag.replace("-", "_") for flag in re.findall(r"(?<=\s)--([A-Za-z][\w.-]*)", words)
         }
         assert flags - own - fields == set(), f"{page.name}: {command}{words}"
+
+
+def test_names_of_the_python_api_exist() -> None:
+    public = {*jaxtune._PUBLIC, *jaxtune._COMMANDS}
+    notebook = ROOT / "notebooks" / "finetune.ipynb"
+    named = {
+        name
+        for page in (*PAGES, *([notebook] if notebook.exists() else []))
+        for name in re.findall(r"\bjt\.([A-Za-z]\w*)", page.read_text(encoding="utf-8"))
+    }
+    assert named - public - {"load_model"} == {"NAME"}
+    assert public - named == set(), "docs/python.md names all of it"
 
 
 def test_shell_blocks_are_read() -> None:
