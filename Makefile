@@ -14,7 +14,7 @@ comma := ,
 EXTRAS_ALL = $(if $(EXTRAS),[$(EXTRAS)],)
 TEST_EXTRAS_ALL = [test$(if $(EXTRAS),$(comma)$(EXTRAS),)]
 
-.PHONY: quickstart test lint docs clean
+.PHONY: quickstart test test-nightly lint docs clean
 
 quickstart: $(VENV)/installed
 	$(VENV)/bin/python -m jaxtune.train --config configs/quickstart/quickstart.yaml --output_dir $(OUT)
@@ -23,6 +23,10 @@ quickstart: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+
+# What `make test` leaves out for its length: many repetitions and stand-ins of what it does once.
+test-nightly: $(VENV)/installed-test
+	JAX_PLATFORMS=cpu $(VENV)/bin/python -m pytest -n auto --dist loadgroup -m nightly $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

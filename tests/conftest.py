@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import children
+import compat
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -22,7 +23,8 @@ for flag in children.flags(devices=8):
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+TESTS = Path(__file__).resolve().parent
+SHARED = TESTS.parents[1] / "shared" / "data"
 
 # What a shell starts in the background is deaf to Ctrl-C, with all that it starts; tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,6 +33,16 @@ jax.config.update("jax_compilation_cache_dir", str(children.CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the tests that compat.py names, before any are left out."""
+    nodes = [f"{item.path.relative_to(TESTS).as_posix()}::{item.name}" for item in items]
+    config.stash[compat.COLLECTED] = frozenset(nodes)
+    for item, node in zip(items, nodes, strict=True):
+        if compat.entries_of(node):
+            item.add_marker("compat")
 
 
 # Of the 65,530 ranges of memory that Linux gives a process by default. Every compiled program takes
