@@ -1,4 +1,4 @@
-"""What `evaluate` does, as a value: one model or two, measured on the same examples."""
+"""The work of `evaluate`, as a value: a model, or two, measured on the same examples."""
 
 from __future__ import annotations
 

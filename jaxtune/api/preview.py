@@ -1,4 +1,4 @@
-"""What `preview` does, as values: every example as it would be trained, and the data report."""
+"""The work of `preview`, as values: every example as it would be trained, and the data report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `report` does: a run directory read back, its data opened again, and the page written."""
+"""The work of `report`: a run directory read back, its data opened again, and the page written."""
 
 from __future__ import annotations
 
@@ -87,8 +87,10 @@ def _upload(run_dir: str, folder: Path, written: Sequence[Path | None]) -> None:
 
 
 def _evaluation_of_the_run(files: RunFiles) -> list[tuple[str, dict[str, Any]]]:
-    """Read the evaluation in the run directory. If it cannot be read, as while it is made, that is
-    a note: nobody named it."""
+    """Read the evaluation in the run directory; one that cannot be read is only a note.
+
+    It was not named by the user, and may just be in the making.
+    """
     file = files.folder / EVALUATION
     if not file.exists():
         return []

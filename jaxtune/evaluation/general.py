@@ -1,7 +1,7 @@
-"""Plain text in windows: what a model still knows of what it was not tuned on.
+"""Plain text in windows, to measure how much a model forgets of data that it was not tuned on.
 
-Documents longer than a row are cut into windows, of which each token is predicted once; what ends a
-document is not: it belongs to no text.
+Documents longer than a row are cut into windows. Each of their tokens is predicted once, the end of
+a document never: it belongs to no text.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Public benchmarks, by those who keep them: lm-evaluation-harness on a folder in HF format.
+"""Public benchmarks by lm-evaluation-harness, on a folder in HF format.
 
-A process of its own, with torch and transformers: what it measures is what users of the folder get.
+A process of its own with torch and transformers: users of the folder get the same numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One model measured: its losses example by example, and its answers."""
+"""Measuring a model: its losses example by example, and its answers."""
 
 from __future__ import annotations
 

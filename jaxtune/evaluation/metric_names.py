@@ -1,5 +1,7 @@
-"""The scores of `evaluate --json` by name: what a reader calls them, how they are written, and
-which way is up. One table for the terminal, the page and the model card."""
+"""The scores of `evaluate --json` by name: their titles, formats, and which way is up.
+
+The terminal, the page and the model card share this table.
+"""
 
 from __future__ import annotations
 

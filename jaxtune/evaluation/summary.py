@@ -1,5 +1,5 @@
-"""What was measured, as the JSON object of `evaluate`: by dataset, by value of a column, of both
-models, each score with its interval and its difference."""
+"""The JSON object of `evaluate`: by dataset, by value of a column, of both models, each score with
+its interval and its difference."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""What `evaluate --json` holds, as tables of text: one reading of it for the terminal, the page and
-the model card. Takes plain values only, also such as other versions wrote."""
+"""The object of `evaluate --json` as tables of text, for the terminal, the page and the model card.
+
+Takes plain values only, also such as other versions wrote.
+"""
 
 from __future__ import annotations
 

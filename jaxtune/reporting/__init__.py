@@ -1,1 +1,1 @@
-"""The page of a run: what its directory holds and what its data is, gathered for `draw`. No JAX."""
+"""The page of a run: its directory and its data, gathered for `html`. Knows no JAX."""

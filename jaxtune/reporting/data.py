@@ -1,4 +1,4 @@
-"""What a run is trained on, opened from its config: rows as they are trained, and the report."""
+"""The data of a run, opened from its config: rows as they are trained, and the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model card of an export: what it was made from, on what data, with what result."""
+"""The model card of an export: its base, its data, its result."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Where, with what and from which step a run began and went on: OUT/starts.jsonl.
+"""Where, on which devices and from which step a run started or resumed: OUT/starts.jsonl.
 
-One line a start, so that a run which was stopped and resumed elsewhere says so.
+Each start is a line, so that a run which was stopped and resumed elsewhere says so.
 """
 
 from __future__ import annotations

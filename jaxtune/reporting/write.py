@@ -1,4 +1,4 @@
-"""OUT/report.html: what a run directory and its data say, drawn."""
+"""OUT/report.html: a run directory and its data, drawn."""
 
 from __future__ import annotations
 

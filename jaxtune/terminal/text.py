@@ -56,7 +56,7 @@ def show_report(
 
 
 def report_text(report: Mapping[str, Any], *, short: bool = False) -> str:
-    """Write the data report as aligned lines; what is zero and unremarkable is left out.
+    """Write the data report as aligned lines, without zeros that are unremarkable.
 
     `report["flags"]` explains the counts that are shown only when they are not zero. `short` shows
     one dropped row of each reason instead of three.

@@ -1,7 +1,7 @@
-"""One request to an OpenAI-compatible endpoint, made again where that may help.
+"""Requests to an OpenAI-compatible endpoint, repeated where that may help.
 
 The key goes into one header, to the host that was named, and nowhere else: redirects are not
-followed, and what an endpoint says is shown without it.
+followed, and messages of an endpoint are shown without it.
 """
 
 from __future__ import annotations

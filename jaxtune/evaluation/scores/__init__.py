@@ -1,2 +1,4 @@
-"""What answers and losses are worth, and how sure that is: texts and numbers in, numbers out. No
-model, no file and no jax; what a published package counts, that package counts here."""
+"""Scores of answers and losses, and how sure they are: texts and numbers in, numbers out.
+
+Knows no model, no file and no jax. A score of a published package is counted by that package.
+"""

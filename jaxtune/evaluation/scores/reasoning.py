@@ -1,4 +1,4 @@
-"""What of an answer is compared: that which follows its thinking, `<think> ... </think>`."""
+"""The part of an answer that is compared: all that follows its thinking, `<think> ... </think>`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Numbers and text -> what a person reads. Knows no file format, no tokenizer and no device."""
+"""Pages for a person, of numbers and text. Knows no file format, no tokenizer and no device."""

@@ -43,11 +43,11 @@ class _Card(NamedTuple):
 
 
 def difference(before: str, after: str) -> tuple[Markup, Markup]:
-    """Mark two texts: what only the first has in `<del>`, what only the second has in `<ins>`.
+    """Mark words that only the first text has with `<del>`, those of the second with `<ins>`.
 
     Words and the blanks between them are compared. Texts with little in common stay plain: marks
-    everywhere would show nothing. So do texts that repeat a few words so often that comparing them
-    would take minutes, as answers do that loop.
+    everywhere would show nothing. Texts that repeat a few words, as answers do that loop, stay
+    plain too, if comparing them would take minutes.
 
     >>> difference("a red fox", "a blue fox")[1]
     Markup('a <ins>blue</ins> fox')

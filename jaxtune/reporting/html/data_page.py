@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a data set: examples token by token, and the data report.
+"""The self-contained HTML page of a data set: examples token by token, and the data report.
 
 Takes plain values only. The page has no script, and its policy forbids the browser to load or run
 anything.

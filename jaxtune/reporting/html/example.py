@@ -1,4 +1,4 @@
-"""An example token by token, as a card of a page: what is trained is coloured."""
+"""An example token by token, as a card of a page: trained tokens are coloured."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The page of a run: curves, data, examples, answers, and how to repeat it.
 
-One file that opens from disk: style and script are inside, nothing is loaded. Takes plain values.
+A single file that opens from disk: style and script are inside, nothing is loaded. Takes plain
+values.
 """
 
 from __future__ import annotations
