@@ -20,7 +20,7 @@ from jaxtune.inference.sampling import SamplingArrays, choose
 from jaxtune.model import decoder
 from jaxtune.model.decoder import Cache, Params
 from jaxtune.model.lora import Lora
-from jaxtune.ops.cross_entropy import logits
+from jaxtune.ops.head import logits
 from jaxtune.parallel.mesh import constrain
 from jaxtune.spec import ModelSpec
 

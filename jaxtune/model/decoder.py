@@ -49,9 +49,10 @@ from jaxtune.model.layers import (
 )
 from jaxtune.model.lora import Lora
 from jaxtune.model.moe import LOADS, Mixture, total_load
-from jaxtune.ops import cross_entropy, rope
+from jaxtune.ops import head as output_head
+from jaxtune.ops import rope
 from jaxtune.ops.attention import choose
-from jaxtune.ops.cross_entropy import Head
+from jaxtune.ops.head import Head
 from jaxtune.ops.moe import Load
 from jaxtune.parallel import collectives, mesh
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec
@@ -152,7 +153,7 @@ def _head(spec: ModelSpec, kernel: jax.Array, dtype: DTypeLike) -> Head:
         by_token=spec.tie_head,
         gather=blocks.gather,
         scatter=blocks.scatter,
-        cuts=mesh.parts("vocab", spec.vocab),
+        shards=mesh.parts("vocab", spec.vocab),
     )
 
 
@@ -191,7 +192,7 @@ def logits(
 ) -> jax.Array:
     """`[B T V]` float32 for all positions, with the options of `forward`; for tests and tools."""
     output = forward(spec, variables, inputs, **options)
-    return cross_entropy.logits(output.hidden, output.head)
+    return output_head.logits(output.hidden, output.head)
 
 
 def init(spec: ModelSpec, key: jax.Array, dtype: DTypeLike) -> Params:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxtune.ops import cross_entropy, moe, splash
+from jaxtune.ops import moe, splash
+from jaxtune.ops.loss_plan import LossPlan, plan_loss
 from jaxtune.spec import (
     Backward,
     LayerSpec,
@@ -173,7 +174,7 @@ def narrowed(work: Work, held: Mapping[str, int]) -> float:
         return 0.0
     every, head = parameter_count(work.spec), work.spec.vocab * work.spec.width
     cast: float = sum(layer_parameters(work.spec, x, active=False) for x in work.spec.layers)
-    cast += 0.0 if loss_plan(work).at_once else head
+    cast += 0.0 if loss_plan(work).whole_kernel else head
     return held["parameters"] * cast / every * work.item / work.stored
 
 
@@ -375,17 +376,22 @@ def loss(work: Work) -> tuple[float, float]:
     of their gradient; of the block of the head they are made with and its gradient, and of those
     of the hidden states."""
     tokens, width, cut = work.tokens, work.spec.width, loss_plan(work)
-    each = 4 if cut.at_once else 4 + work.item
+    each = 4 if cut.whole_kernel else 4 + work.item
     head = cut.block * width * (work.item + (4 if work.backward.head else 0))
     return each * cut.chunk * cut.block, head + tokens * width * (4 + work.item)
 
 
-def loss_plan(work: Work) -> cross_entropy.Plan:
+def loss_plan(work: Work) -> LossPlan:
     """Plans how the loss is cut into blocks."""
     tensor = work.sizes["tensor"]
-    cuts = tensor if work.spec.vocab % tensor == 0 else 1
-    asked: dict[str, Any] = {"cuts": cuts, "block": work.block, "z_loss": work.z_loss}
-    return cross_entropy.plan(math.ceil(work.tokens), work.spec.width, work.spec.vocab, **asked)
+    return plan_loss(
+        math.ceil(work.tokens),
+        work.spec.width,
+        work.spec.vocab,
+        shards=tensor if work.spec.vocab % tensor == 0 else 1,
+        block=work.block,
+        z_loss=work.z_loss,
+    )
 
 
 # -- work ----------------------------------------------------------------------------------------
@@ -428,7 +434,7 @@ def flops(work: Work) -> Products:
             of_layers += stack.repeats * found
             of_experts += stack.repeats * mixed
     # A head that is streamed makes its logits again in the backward pass whatever the policy.
-    of_head = 2.0 * (1 + back.through_head + back.head) + 2.0 * (not loss_plan(work).at_once)
+    of_head = 2.0 * (1 + back.through_head + back.head) + 2.0 * (not loss_plan(work).whole_kernel)
     return Products(
         tokens * of_layers, tokens * of_experts, tokens * of_head * spec.vocab * spec.width
     )
@@ -498,7 +504,7 @@ def sent(work: Work) -> Sent:
     keys = sum(4 * layer.kv_heads * layer.head_dim for layer in spec.layers) * work.item
     return Sent(
         gathered=each * (numbers(spec.layers) + (work.remat != "none") * numbers(reached)),
-        head=each * head * (1 if loss_plan(work).at_once else 2),
+        head=each * head * (1 if loss_plan(work).whole_kernel else 2),
         scattered=each * trained,
         everywhere=2 * share["data"] * work.trained,
         exchanged=2 * share["tensor"] * widths * work.tokens * again,

@@ -107,7 +107,7 @@ def of_estimate(work: Work, held: Mapping[str, int], slice: Slice, per_chip: int
 
 def products(work: Work, speed: Speed) -> float:
     """FLOPs of matrix products as if all ran at the peak."""
-    found, at_once = memory_model.flops(work), memory_model.loss_plan(work).at_once
+    found, at_once = memory_model.flops(work), memory_model.loss_plan(work).whole_kernel
     head = speed.whole_head if at_once else speed.products
     return found.layers / speed.products + found.experts / KERNEL_SHARE + found.head / head
 

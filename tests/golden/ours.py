@@ -13,7 +13,8 @@ from golden.cases import NEW_TOKENS, PROMPTS, TEXTS, WEIGHTS, write_folder
 from jaxtune.hf.load import HfModel, load_params, open_model
 from jaxtune.inference.engine import Engine
 from jaxtune.model import decoder
-from jaxtune.ops.cross_entropy import linear_cross_entropy, logits
+from jaxtune.ops.cross_entropy import linear_cross_entropy
+from jaxtune.ops.head import logits
 from jaxtune.tree import named
 
 # Two correct programs in float32 differ by reassociated sums of at most 48 terms.

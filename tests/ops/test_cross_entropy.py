@@ -11,8 +11,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from jaxtune.ops import cross_entropy
-from jaxtune.ops.cross_entropy import Head, Sums
+from jaxtune.ops import cross_entropy, loss_plan
+from jaxtune.ops.cross_entropy import Sums, cross_entropy_reference
+from jaxtune.ops.head import Head, logits
 from jaxtune.parallel import mesh
 
 B, T, D, V = 2, 7, 6, 19
@@ -35,7 +36,7 @@ def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Whether tokens are brought together and cut into chunks, as long batches are."""
     if request.param:
         for name, value in TINY_CHUNKS.items():
-            monkeypatch.setattr(cross_entropy, name, value)
+            monkeypatch.setattr(loss_plan, name, value)
     return request.param
 
 
@@ -57,15 +58,9 @@ def linear_cross_entropy(  # type: ignore[no-untyped-def]
     return run(hidden, kernel, targets, weights)
 
 
-def plain(hidden, kernel, targets, weights, *, z_loss=0.0, scale=1.0, softcap=None):  # type: ignore[no-untyped-def]
-    """The definition: (what is minimised, sum of weighted hits), from all logits."""
-    logits = (hidden.astype(jnp.float32) @ kernel.astype(jnp.float32)) * scale
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    losses = normaliser - at_target + z_loss * normaliser**2
-    return jnp.sum(weights * losses), jnp.sum(weights * (jnp.argmax(logits, -1) == targets))
+def reference(hidden, kernel, targets, weights, *, z_loss=0.0, **head) -> Sums:  # type: ignore[no-untyped-def]
+    arrays = Head(kernel.astype(jnp.float32), **head), targets, weights
+    return cross_entropy_reference(hidden.astype(jnp.float32), *arrays, z_loss=z_loss)
 
 
 def mean_loss(hidden, head, targets, weights, **options):  # type: ignore[no-untyped-def]
@@ -124,13 +119,13 @@ def test_gradients_are_the_slopes(block: int | None, softcap: float | None) -> N
 def test_logits_are_scaled_then_bounded() -> None:
     hidden, head, targets, weights = batch()
     capped = linear_cross_entropy(hidden, head, targets, weights, scale=0.25, softcap=0.5)
-    logits = 0.5 * np.tanh(np.asarray(hidden @ head, np.float64) / 4 / 0.5)
+    bounded = 0.5 * np.tanh(np.asarray(hidden @ head, np.float64) / 4 / 0.5)
     np.testing.assert_allclose(
-        cross_entropy.logits(hidden, Head(head, scale=0.25, softcap=0.5)), logits, atol=1e-6
+        logits(hidden, Head(head, scale=0.25, softcap=0.5)), bounded, atol=1e-6
     )
     losses = (
-        np.log(np.exp(logits).sum(-1))
-        - np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
+        np.log(np.exp(bounded).sum(-1))
+        - np.take_along_axis(bounded, np.asarray(targets)[..., None], -1)[..., 0]
     )
     assert float(capped.loss) == pytest.approx(float((losses * weights).sum()), rel=1e-5)
 
@@ -182,15 +177,15 @@ def test_halves_add_up_to_the_whole() -> None:
 
 @pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize(
-    ("block", "cuts", "z_loss"),
+    ("block", "shards", "z_loss"),
     [(None, 1, 0.0), (None, 1, 0.1), (5, 1, 0.1), (None, 2, 0.0), (4, 2, 0.1), (7, 3, 0.0)],
 )
 def test_equals_the_definition(
-    block: int | None, cuts: int, z_loss: float, by_token: bool, chunked: bool
+    block: int | None, shards: int, z_loss: float, by_token: bool, chunked: bool
 ) -> None:
     """Scale, softcap and z-loss, a vocabulary in ranges, a table: values, hits, gradients."""
     hidden, kernel, targets, weights = batch()
-    kernel = kernel[:, : V - V % cuts]
+    kernel = kernel[:, : V - V % shards]
     targets = jnp.minimum(targets, kernel.shape[1] - 1)
     numbers = {"z_loss": z_loss, "scale": 0.7, "softcap": 1.5}
 
@@ -198,21 +193,20 @@ def test_equals_the_definition(
     @functools.partial(jax.value_and_grad, argnums=(1, 2), has_aux=True)
     def ours(compact, hidden, kernel):  # type: ignore[no-untyped-def]
         stored = kernel.T if by_token else kernel
-        cut = {"block": block, "cuts": cuts, "by_token": by_token, "compact": compact}
+        cut = {"block": block, "shards": shards, "by_token": by_token, "compact": compact}
         sums = linear_cross_entropy(hidden, stored, targets, weights, **numbers, **cut)
         return 3.0 * (sums.loss + sums.penalty), sums
 
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def theirs(hidden, kernel):  # type: ignore[no-untyped-def]
-        value, correct = plain(hidden, kernel, targets, weights, **numbers)
-        return 3.0 * value, correct
+        sums = reference(hidden, kernel, targets, weights, **numbers)
+        return 3.0 * (sums.loss + sums.penalty), sums
 
     (value, sums), gradients = ours(True, hidden, kernel)
-    (expected, correct), slopes = theirs(hidden, kernel)
+    (expected, defined), slopes = theirs(hidden, kernel)
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
-    assert sums.correct == correct
-    without, _ = plain(hidden, kernel, targets, weights, scale=0.7, softcap=1.5)
-    assert float(sums.loss) == pytest.approx(float(without), rel=1e-6)
+    assert sums.correct == defined.correct
+    assert float(sums.loss) == pytest.approx(float(defined.loss), rel=1e-6)
     # Sums over 19 entries and 14 tokens in another order, of gradients up to 12.
     for mine, slope in zip(gradients, slopes, strict=True):
         np.testing.assert_allclose(mine, slope, atol=1e-5)
@@ -232,7 +226,7 @@ def test_half_precision_is_rounded_only_where_it_is_multiplied(
         return linear_cross_entropy(hidden, kernel, targets, weights, block=block).loss
 
     def theirs(hidden, kernel):  # type: ignore[no-untyped-def]
-        return plain(hidden, kernel, targets, weights)[0]
+        return reference(hidden, kernel, targets, weights).loss
 
     value, (d_hidden, d_kernel) = jax.value_and_grad(ours, (0, 1))(rounded[0], kernel)
     exact = [x.astype(jnp.float32) for x in rounded]
@@ -247,8 +241,8 @@ def test_half_precision_is_rounded_only_where_it_is_multiplied(
 def test_half_precision_sums_the_head_gradient_in_f32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight chunks of 514 equal halves: 257 has nine bits, and bfloat16 holds eight."""
     rows, chunk = 8 * 514, 514
-    monkeypatch.setattr(cross_entropy, "SMALL_LOGITS", 0)
-    monkeypatch.setattr(cross_entropy, "NARROW_CHUNK", chunk)
+    monkeypatch.setattr(loss_plan, "SMALL_LOGITS", 0)
+    monkeypatch.setattr(loss_plan, "NARROW_CHUNK", chunk)
     hidden = jnp.ones((1, rows, 1), jnp.bfloat16)
     head = jnp.zeros((1, 2), jnp.float32)
     targets, weights = jnp.zeros((1, rows), jnp.int32), jnp.ones((1, rows))
@@ -288,13 +282,13 @@ def test_a_whole_kernel_is_multiplied_three_times(block: int | None, products: i
 
 
 def test_a_chunk_with_all_of_the_vocabulary_is_kept_small() -> None:
-    cut = cross_entropy.plan(8192, 1024, 151936)
-    assert cut.at_once
-    assert cut.chunk % cross_entropy.LANES == 0
-    assert cut.chunk * 151936 <= cross_entropy.WHOLE_LOGITS
-    assert cut.chunk * cut.chunks >= 8192
-    assert not cross_entropy.plan(8192, 4096, 128256).at_once, "the kernel is too large"
-    assert not cross_entropy.plan(8192, 1024, 151936, compact=False).at_once, "all tokens are"
+    plan = loss_plan.plan_loss(8192, 1024, 151936)
+    assert plan.whole_kernel
+    assert plan.chunk % loss_plan.LANES == 0
+    assert plan.chunk * 151936 <= loss_plan.WHOLE_LOGITS
+    assert plan.chunk * plan.chunks >= 8192
+    assert not loss_plan.plan_loss(8192, 4096, 128256).whole_kernel, "the kernel is too large"
+    assert not loss_plan.plan_loss(8192, 1024, 151936, compact=False).whole_kernel, "all tokens are"
 
 
 @pytest.mark.parametrize(
@@ -308,14 +302,14 @@ def test_a_chunk_with_all_of_the_vocabulary_is_kept_small() -> None:
 )
 def test_blocks_are_whole_tiles_that_overlap_little(vocab: int, wanted: int, width: int) -> None:
     blocks = -(-vocab // width)
-    assert cross_entropy._even_block(vocab, wanted) == width
+    assert loss_plan._even_block(vocab, wanted) == width
     assert blocks * width - vocab < 0.01 * vocab
 
 
 def test_chunks_without_a_weight_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not finite in a chunk that is read reaches every gradient of the head."""
-    monkeypatch.setattr(cross_entropy, "SMALL_LOGITS", 0)
-    monkeypatch.setattr(cross_entropy, "NARROW_CHUNK", 4)
+    monkeypatch.setattr(loss_plan, "SMALL_LOGITS", 0)
+    monkeypatch.setattr(loss_plan, "NARROW_CHUNK", 4)
     hidden = jnp.ones((2, 8, D)).at[0, 1::2].set(jnp.nan).at[1, 4:].set(jnp.nan)
     weights = jnp.zeros((2, 8)).at[0, 0::2].set(1.0).at[1, :4].set(0.5)
     head, targets = jnp.ones((D, V)), jnp.zeros((2, 8), jnp.int32)
@@ -329,8 +323,8 @@ def test_chunks_without_a_weight_are_passed_over(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_vocabulary_that_cannot_be_cut_is_refused() -> None:
-    with pytest.raises(ValueError, match="19 entries cannot be cut into 2 equal ranges"):
-        linear_cross_entropy(*batch(), cuts=2)
+    with pytest.raises(ValueError, match="19 entries cannot be divided into 2 equal shards"):
+        linear_cross_entropy(*batch(), shards=2)
 
 
 # -- spread over devices -------------------------------------------------------------------------
@@ -351,7 +345,7 @@ def test_rows_and_vocabulary_spread_automatically(block: int | None) -> None:
     arrays = spread_batch()
 
     def loss(hidden, head, targets, weights):  # type: ignore[no-untyped-def]
-        return mean_loss(hidden, head, targets, weights, block=block, cuts=2, compact=False)
+        return mean_loss(hidden, head, targets, weights, block=block, shards=2, compact=False)
 
     alone = jax.value_and_grad(loss, (0, 1))(*arrays)
     devices = mesh.make_mesh({"data": 1, "fsdp": 4, "tensor": 2, "context": 1})
@@ -385,7 +379,7 @@ def test_a_kernel_cut_along_its_width_is_gathered_by_blocks(
     spread = {
         "gather": lambda x: lax.all_gather(x, "fsdp", axis=axis, tiled=True),
         "scatter": lambda x: lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True),
-        "cuts": tensor,
+        "shards": tensor,
     }
     rows, width = P("fsdp"), P(*(["fsdp", None] if axis == 0 else [None, "fsdp"]))
 
