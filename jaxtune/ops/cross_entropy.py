@@ -218,7 +218,7 @@ def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
     return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
-# -- one block of all: gradients are made with the logits ----------------------------------------
+# -- one block of all: gradients are made with the logits -----------------------------------------
 
 
 def _whole_kernel(
@@ -249,7 +249,7 @@ def _whole_kernel(
     return sums, _Gradients(_in_place(d_hidden, order, hidden.dtype), d_head)
 
 
-# -- block by block: logits are made again in the backward pass ----------------------------------------
+# -- block by block: logits are made again in the backward pass -----------------------------------
 
 
 def _blocked(
@@ -315,7 +315,7 @@ def _blocked_backward(
     return _in_place(d_hidden, saved.order, dtype), d_head, None, None
 
 
-# -- loops over chunks of tokens and blocks of the vocabulary ----------------------------------------
+# -- loops over chunks of tokens and blocks of the vocabulary -------------------------------------
 
 
 def _compacted(plan: LossPlan, tokens: _Tokens) -> tuple[_Tokens, jax.Array | None]:
@@ -408,7 +408,7 @@ def _over_blocks(plan: LossPlan, visit: Callable[[Any, Any], Any], state: Any) -
     return visit(0, state) if plan.blocks == 1 else lax.fori_loop(0, plan.blocks, visit, state)
 
 
-# -- numbers of one chunk and one block ----------------------------------------
+# -- numbers of one chunk and one block -----------------------------------------------------------
 
 
 def _ids(block: VocabBlock, targets: jax.Array) -> jax.Array:
