@@ -1,7 +1,7 @@
-"""The attention of one layer: projections, positions, and the keys and values kept for decoding.
+"""The attention of one layer: projections, positions, and the cache of keys and values.
 
-reading     many tokens of each row see each other; with `keep` their keys and values come back
-decoding    one new token of each row sees what is kept of it, in a cache of slots
+prefill     many tokens of each row see each other; with `keep` their keys and values come back
+decode      one new token of each row sees what is in its cache of slots
 """
 
 import functools
@@ -14,19 +14,19 @@ from flax import linen as nn
 
 from jaxtune.model.layers import Build, Projection, RMSNorm, weight
 from jaxtune.ops import rope
-from jaxtune.ops.attention import OPAQUE, Share, attend
-from jaxtune.ops.decoding import attend_slots
+from jaxtune.ops.attention import OPAQUE, attend
+from jaxtune.ops.decode import attend_slots
+from jaxtune.ops.reference import AttentionMask, AttentionSpec, ContextShard
 from jaxtune.parallel import collectives, mesh
 from jaxtune.spec import LayerSpec
 
 
-class Places(NamedTuple):
-    """Where each token stands: its segment and position `[B T]`, and the angles that follow.
+class AttentionContext(NamedTuple):
+    """The segment and position `[B T]` of each token, and the angles that follow.
 
     `rotations` holds the cosines and sines `[B T k]` of every kind of rope in the model, in the
     order of `kinds_of_rope`: computed once, not once per layer. `row_segments` and `row_positions`
-    `[B S]` are of all tokens of these rows: more than a device's own, where it has a share of them
-    (`collectives.zigzag_positions`).
+    `[B S]` are of all tokens of these rows: more than a device's own if devices share rows.
     """
 
     segment_ids: jax.Array
@@ -36,9 +36,12 @@ class Places(NamedTuple):
     row_positions: jax.Array
 
 
-class KeyValues(NamedTuple):
-    """Keys and values of one layer, `[B G S K]`. In a cache of S slots position p has slot p mod S:
-    a layer that sees a window of S keys needs no more, and every slot in use is one it sees."""
+class KVCache(NamedTuple):
+    """The keys and values of one layer, `[B G S K]`.
+
+    In a cache of S slots position p has slot p mod S: a layer that sees a window of S keys needs no
+    more, and every slot in use is one it sees.
+    """
 
     keys: jax.Array
     values: jax.Array
@@ -48,7 +51,7 @@ class Attention(nn.Module):
     """Grouped-query attention of one layer, `[B T D]` -> `[B T D]`."""
 
     layer: LayerSpec
-    rotation: int | None  # index into Places.rotations
+    rotation: int | None  # index into AttentionContext.rotations
     sizes: Mapping[str, int]
     norm_eps: float
     norm_offset: float
@@ -58,8 +61,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, cache: KeyValues | None, places: Places
-    ) -> tuple[jax.Array, KeyValues | None]:
+        self, x_BTD: jax.Array, cache: KVCache | None, context: AttentionContext
+    ) -> tuple[jax.Array, KVCache | None]:
         layer = self.layer
 
         def project(name: str, equation: str, x: jax.Array, bias: bool) -> jax.Array:
@@ -76,13 +79,13 @@ class Attention(nn.Module):
         if self.rotation is not None:
             assert layer.rope is not None
             turn = functools.partial(rope.rotate, interleaved=layer.rope.interleaved)
-            cos, sin = places.rotations[self.rotation]
+            cos, sin = context.rotations[self.rotation]
             q_BTHK, k_BTGK = turn(q_BTHK, cos, sin), turn(k_BTGK, cos, sin)
-            q_BTHK = rope.grown(layer.rope, q_BTHK, places.positions)
+            q_BTHK = rope.grown(layer.rope, q_BTHK, context.positions)
 
         sinks_H = self._sinks() if layer.sinks else None
         if cache is not None:
-            mixed_BTHK, cache = self._decode(q_BTHK, k_BTGK, v_BTGK, cache, places, sinks_H)
+            mixed_BTHK, cache = self._decode(q_BTHK, k_BTGK, v_BTGK, cache, context, sinks_H)
         else:
             axes = ("batch", "length", "kv_heads", None)
             keys_BSGK, values_BSGK = (collectives.whole_rows(x, axes) for x in (k_BTGK, v_BTGK))
@@ -90,12 +93,16 @@ class Attention(nn.Module):
                 q_BTHK,
                 keys_BSGK,
                 values_BSGK,
-                (places.segment_ids, places.row_segments),
-                (places.positions, places.row_positions),
+                AttentionMask(
+                    context.segment_ids,
+                    context.row_segments,
+                    context.positions,
+                    context.row_positions,
+                ),
                 sinks_H,
             )
             if self.keep:
-                cache = KeyValues(*(jnp.swapaxes(x, 1, 2) for x in (keys_BSGK, values_BSGK)))
+                cache = KVCache(*(jnp.swapaxes(x, 1, 2) for x in (keys_BSGK, values_BSGK)))
         mixed_BTHK = mesh.constrain(mixed_BTHK, "batch", "length", "heads", None)
         return project("o", "BTHK,HKD->BTD", mixed_BTHK, layer.out_bias), cache
 
@@ -104,16 +111,16 @@ class Attention(nn.Module):
         q_B1HK: jax.Array,
         k_B1GK: jax.Array,
         v_B1GK: jax.Array,
-        cache: KeyValues,
-        places: Places,
+        cache: KVCache,
+        context: AttentionContext,
         sinks_H: jax.Array | None,
-    ) -> tuple[jax.Array, KeyValues]:
-        """One new token a row: kept in the slot of its position, then mixed with all that is."""
-        position_B, slots = places.positions[:, 0], cache.keys.shape[2]
-        cache = KeyValues(
+    ) -> tuple[jax.Array, KVCache]:
+        """One new token a row: put into the slot of its position, then attending over all slots."""
+        position_B, slots = context.positions[:, 0], cache.keys.shape[2]
+        cache = KVCache(
             *(
-                _kept(slot_BGSK, new_B1GK, position_B % slots)
-                for slot_BGSK, new_B1GK in zip(cache, (k_B1GK, v_B1GK), strict=True)
+                _in_slots(slots_BGSK, new_B1GK, position_B % slots)
+                for slots_BGSK, new_B1GK in zip(cache, (k_B1GK, v_B1GK), strict=True)
             )
         )
         # Once a row has gone round, all slots are in use.
@@ -121,10 +128,8 @@ class Attention(nn.Module):
         mixed_BHK = attend_slots(
             q_B1HK[:, 0],
             *cache,
-            visible=visible_BS & (places.segment_ids != 0),
-            softcap=self.layer.softcap,
-            sinks=sinks_H,
-            scale=self.layer.scale,
+            visible=visible_BS & (context.segment_ids != 0),
+            spec=self._spec(sinks_H),
         )
         return mixed_BHK[:, None], cache
 
@@ -133,34 +138,22 @@ class Attention(nn.Module):
         q_BTHK: jax.Array,
         k_BSGK: jax.Array,
         v_BSGK: jax.Array,
-        segments: tuple[jax.Array, jax.Array],
-        positions: tuple[jax.Array, jax.Array],
+        mask: AttentionMask,
         sinks_H: jax.Array | None,
     ) -> jax.Array:
-        """`ops.attention.attend`, on each device's own rows and heads where it must be."""
-
+        """Attend, on each device's own rows and heads if the implementation needs that."""
         length = k_BSGK.shape[1]
         shared = collectives.row_devices() > 1
         order = collectives.zigzag_positions(length, collectives.row_devices()) if shared else None
 
         def mix(q: jax.Array, k: jax.Array, v: jax.Array, *rest: Any) -> jax.Array:
-            of_q, of_k, at_q, at_k, sinks, device = rest
-            return attend(
-                q,
-                k,
-                v,
-                segments=(of_q, of_k),
-                positions=(at_q, at_k),
-                window=self.layer.window,
-                softcap=self.layer.softcap,
-                sinks=sinks,
-                scale=self.layer.scale,
-                impl=self.impl,
-                share=None if order is None else Share(order, device),
-            )
+            *mask, sinks, device = rest
+            shard = None if order is None else ContextShard(order, device)
+            spec = self._spec(sinks)
+            return attend(q, k, v, AttentionMask(*mask), spec, impl=self.impl, shard=shard)
 
         device = jax.lax.axis_index("context") if shared else None
-        rest = (*segments, *positions, sinks_H, device)
+        rest = (*mask, sinks_H, device)
         if self.impl not in OPAQUE:
             return mix(q_BTHK, k_BSGK, v_BSGK, *rest)
         H, G = self.layer.heads, self.layer.kv_heads
@@ -170,6 +163,11 @@ class Attention(nn.Module):
         rows, heads = ("batch", None), ("batch", None, "heads", None)
         axes = (*3 * [heads], *4 * [rows], ("heads",), ())
         return mesh.local(mix, (q_BTHK, k_BSGK, v_BSGK, *rest), axes, heads, kernel=True)
+
+    def _spec(self, sinks_H: jax.Array | None) -> AttentionSpec:
+        layer = self.layer
+        scale = layer.head_dim**-0.5 if layer.scale is None else layer.scale
+        return AttentionSpec(scale, layer.window, layer.softcap, sinks_H)
 
     def _sinks(self) -> jax.Array:
         return weight(
@@ -183,12 +181,12 @@ class Attention(nn.Module):
         )
 
 
-def _kept(kept_BGSK: jax.Array, new_B1GK: jax.Array, slot_B: jax.Array) -> jax.Array:
+def _in_slots(cache_BGSK: jax.Array, new_B1GK: jax.Array, slot_B: jax.Array) -> jax.Array:
     """Each row's new key or value in its slot."""
 
-    def write(kept_GSK: jax.Array, new_1GK: jax.Array, slot: jax.Array) -> jax.Array:
+    def write(slots_GSK: jax.Array, new_1GK: jax.Array, slot: jax.Array) -> jax.Array:
         new_G1K = jnp.swapaxes(new_1GK, 0, 1)
-        return jax.lax.dynamic_update_slice(kept_GSK, new_G1K, (0, slot, 0))
+        return jax.lax.dynamic_update_slice(slots_GSK, new_G1K, (0, slot, 0))
 
-    kept_BGSK = jax.vmap(write)(kept_BGSK, new_B1GK, slot_B)
-    return mesh.constrain(kept_BGSK, "batch", "kv_heads", None, None)
+    cache_BGSK = jax.vmap(write)(cache_BGSK, new_B1GK, slot_B)
+    return mesh.constrain(cache_BGSK, "batch", "kv_heads", None, None)

@@ -36,7 +36,7 @@ from jax.typing import DTypeLike
 
 from jaxtune.config import ConfigError
 from jaxtune.model import lora as adapters
-from jaxtune.model.attention import Attention, KeyValues, Places
+from jaxtune.model.attention import Attention, AttentionContext, KVCache
 from jaxtune.model.layers import (
     ARRIVING,
     Build,
@@ -54,6 +54,7 @@ from jaxtune.ops import rope
 from jaxtune.ops.attention import choose
 from jaxtune.ops.head import Head
 from jaxtune.ops.moe import Load
+from jaxtune.ops.reference import AttentionShape
 from jaxtune.parallel import collectives, mesh
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec
 from jaxtune.tree import named
@@ -78,7 +79,7 @@ REMAT: Mapping[str, Callable[..., bool] | None] = {
 CACHE_AXES = ("layers", "batch", "kv_heads", None, None)
 
 Params = Any  # nested dicts of arrays
-Cache = dict[str, dict[str, KeyValues]]  # stack_{i} -> layer_{j} -> [L B G S K] each
+Cache = dict[str, dict[str, KVCache]]  # stack_{i} -> layer_{j} -> [L B G S K] each
 
 
 class Output(NamedTuple):
@@ -132,7 +133,7 @@ def forward(
         inputs.shape[1] * devices,
         devices=devices,
         dtype=dtype,
-        asked=attention or "auto",
+        requested=attention or "auto",
     )
     module = Decoder(spec, Build(dtype, dtype, spec.init_scale, lora), remat, attention, keep)
     rngs = {} if key is None else {"dropout": key}
@@ -164,24 +165,26 @@ def attention_for(
     *,
     dtype: DTypeLike,
     devices: int = 1,
-    asked: str = "auto",
+    requested: str = "auto",
 ) -> tuple[str, str]:
     """The implementation of attention for rows of `length` tokens over so many `devices`, and why
     it is that one.
 
-    Raises ConfigError if one was `asked` for that cannot be run here.
+    Raises: ConfigError if the one `requested` cannot be run here.
     """
     try:
         return choose(
             platform,
-            queries=length,
-            keys=length,
-            head_dims=sorted({layer.head_dim for layer in spec.layers}),
-            devices=devices,
-            dtype=jnp.dtype(dtype).name,
-            softcap=any(layer.softcap is not None for layer in spec.layers),
-            sinks=any(layer.sinks for layer in spec.layers),
-            asked=asked,
+            AttentionShape(
+                queries=length,
+                keys=length,
+                head_dims=tuple(sorted({layer.head_dim for layer in spec.layers})),
+                devices=devices,
+                dtype=jnp.dtype(dtype).name,
+                softcap=any(layer.softcap is not None for layer in spec.layers),
+                sinks=any(layer.sinks for layer in spec.layers),
+            ),
+            requested,
         )
     except ValueError as error:
         raise ConfigError(f"attention: {error}. Choose auto, or another implementation.") from error
@@ -263,7 +266,7 @@ def empty_cache(spec: ModelSpec, *, rows: int, length: int, dtype: DTypeLike) ->
 
     return {
         f"stack_{i}": {
-            f"layer_{j}": KeyValues(zeros(stack.repeats, layer), zeros(stack.repeats, layer))
+            f"layer_{j}": KVCache(zeros(stack.repeats, layer), zeros(stack.repeats, layer))
             for j, layer in enumerate(stack.pattern)
         }
         for i, stack in enumerate(spec.stacks)
@@ -301,7 +304,7 @@ def longer(cache: Cache, spec: ModelSpec, length: int) -> Cache:
 
     return {
         f"stack_{i}": {
-            f"layer_{j}": KeyValues(*(grow(x, layer) for x in cache[f"stack_{i}"][f"layer_{j}"]))
+            f"layer_{j}": KVCache(*(grow(x, layer) for x in cache[f"stack_{i}"][f"layer_{j}"]))
             for j, layer in enumerate(stack.pattern)
         }
         for i, stack in enumerate(spec.stacks)
@@ -346,7 +349,7 @@ class Decoder(nn.Module):
             rope.angles(*kind, positions_BT, segment_ids_BT, last=last_BT)
             for kind in kinds_of_rope(spec)
         )
-        places = Places(segment_ids_BT, positions_BT, rotations, *row)
+        context = AttentionContext(segment_ids_BT, positions_BT, rotations, *row)
         kept: Cache = {}
         for i, stack in enumerate(spec.stacks):
             name = f"stack_{i}"
@@ -369,7 +372,7 @@ class Decoder(nn.Module):
                 scanned=stack.repeats > 1,
                 name=name,
             )
-            x_BTD, kept[name] = repeated(x_BTD, None if cache is None else cache[name], places)
+            x_BTD, kept[name] = repeated(x_BTD, None if cache is None else cache[name], context)
         x_BTD = _norm(spec, self.build, "final_norm")(x_BTD)
 
         kernel = table_VD
@@ -392,8 +395,8 @@ class Pattern(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, cache: dict[str, KeyValues] | None, places: Places
-    ) -> tuple[jax.Array, dict[str, KeyValues | None]]:
+        self, x_BTD: jax.Array, cache: dict[str, KVCache] | None, context: AttentionContext
+    ) -> tuple[jax.Array, dict[str, KVCache | None]]:
         block, policy = Block, REMAT[self.remat]
         if policy is not None:
             # Two passes in two loops cannot share work; a loop of one is no loop, and needs the
@@ -403,7 +406,7 @@ class Pattern(nn.Module):
         for j, layer in enumerate(self.layers):
             name = f"layer_{j}"
             part = block(self.spec, layer, self.build, self.attention, self.keep, name=name)
-            x_BTD, kept[name] = part(x_BTD, None if cache is None else cache[name], places)
+            x_BTD, kept[name] = part(x_BTD, None if cache is None else cache[name], context)
         return x_BTD, kept
 
 
@@ -418,8 +421,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, cache: KeyValues | None, places: Places
-    ) -> tuple[jax.Array, KeyValues | None]:
+        self, x_BTD: jax.Array, cache: KVCache | None, context: AttentionContext
+    ) -> tuple[jax.Array, KVCache | None]:
         spec, layer = self.spec, self.layer
         x_BTD = checkpoint_name(x_BTD, "layer_input")
         sizes = {
@@ -458,8 +461,8 @@ class Block(nn.Module):
             mlp = kind(layer.activation, sizes, self.build, layer.mlp_bias, name="mlp")
         else:
             mixture: Any = Mixture(layer, sizes, self.build, name="moe")
-            mlp = functools.partial(mixture, segment_ids_BT=places.segment_ids)
-        mixed_BTD, cache = attention(before("attention", x_BTD), cache, places)
+            mlp = functools.partial(mixture, segment_ids_BT=context.segment_ids)
+        mixed_BTD, cache = attention(before("attention", x_BTD), cache, context)
         x_BTD = after("attention", x_BTD, mixed_BTD)
         x_BTD = after("mlp", x_BTD, mlp(before("mlp", x_BTD)))
         return mesh.constrain(x_BTD, "batch", "length", "act_embed"), cache

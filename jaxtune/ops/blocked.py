@@ -1,6 +1,6 @@
 """Exact attention in blocks for where there is no kernel: plain XLA, never `[T S]` scores.
 
-The signature of `attention.reference`. A block of queries visits, in a loop, only the blocks of
+The signature of `reference`. A block of queries visits, in a loop, only the blocks of
 keys between the first and the last that any of its queries may see: what is later, out of the
 window or of other segments costs nothing, so a row packed with many short texts costs little more
 than the texts alone. That range is data, read from segments and positions at run time.
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxtune.ops.product import einsum_f32
+from jaxtune.ops.reference import AttentionMask, AttentionSpec
 
 QUERY_BLOCK = 128
 KEY_BLOCK = 128
@@ -31,8 +32,8 @@ UNSEEN = 2 * LOWEST  # added to a score: its weight is zero even where nothing w
 FAR = jnp.iinfo(jnp.int32).max
 
 
-class _Options(NamedTuple):
-    """What is known when tracing; t and s are tokens in a block of queries and of keys."""
+class _Static(NamedTuple):
+    """Numbers known when tracing; t and s are tokens in a block of queries and of keys."""
 
     window: int | None
     softcap: float | None
@@ -42,16 +43,15 @@ class _Options(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """One row in blocks: queries `[n G q K]`, keys and values `[m G s K]`, where they stand
-    `[n t]` and `[m s]`, and the range of key blocks that each block of queries visits `[n]`."""
+    """One row in blocks: queries `[n G q K]`, keys and values `[m G s K]`, and their mask.
+
+    `first` and `stop` `[n]` are the range of key blocks that each block of queries visits.
+    """
 
     q: jax.Array
     k: jax.Array
     v: jax.Array
-    of_q: jax.Array
-    at_q: jax.Array
-    of_k: jax.Array
-    at_k: jax.Array
+    mask: AttentionMask  # of queries [n t], of keys [m s]
     first: jax.Array
     stop: jax.Array
 
@@ -60,23 +60,19 @@ def blocked(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    *,
-    segments: Any,
-    positions: Any,
-    window: int | None,
-    softcap: float | None,
-    sinks: jax.Array | None,
-    scale: float,
+    mask: AttentionMask,
+    spec: AttentionSpec,
 ) -> jax.Array:
-    """`attention.reference`, row by row, for any positions and segments.
+    """Attend as `reference` does, row by row, for any positions and segments.
 
     Exact whatever their order; what is skipped is most where segments ascend and positions grow
     along the row, as in packed rows. Softmax and sums of gradients in float32. Differentiable once,
     in reverse. What it keeps for that has the name "attention" for `jax.checkpoint` policies.
     """
     t, s = min(QUERY_BLOCK, q.shape[1]), min(KEY_BLOCK, k.shape[1])
-    options = _Options(window, softcap, scale, t, s)
-    return _attend(q, k, v, (*segments, *positions), sinks, options)
+    assert spec.scale is not None
+    static = _Static(spec.window, spec.softcap, spec.scale, t, s)
+    return _attend(q, k, v, mask, spec.sinks, static)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -84,39 +80,39 @@ def _attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    places: tuple[jax.Array, ...],
+    mask: AttentionMask,
     sinks: jax.Array | None,
-    options: _Options,
+    static: _Static,
 ) -> jax.Array:
-    return _forward(q, k, v, places, sinks, options)[0]
+    return _forward(q, k, v, mask, sinks, static)[0]
 
 
 def _forward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    places: tuple[jax.Array, ...],
+    mask: AttentionMask,
     sinks: jax.Array | None,
-    options: _Options,
+    static: _Static,
 ) -> tuple[jax.Array, Any]:
     T, H = q.shape[1:3]
     G = k.shape[2]
-    sinks_Gq = None if sinks is None else _of_queries(sinks, G, options.t)
+    sinks_Gq = None if sinks is None else _of_queries(sinks, G, static.t)
 
     def of_row(row: _Row) -> tuple[jax.Array, jax.Array]:
-        blocks = functools.partial(_mix, row, options, sinks_Gq)
+        blocks = functools.partial(_mix, row, static, sinks_Gq)
         return jax.lax.map(blocks, jnp.arange(row.q.shape[0]))
 
     # One row after the other: its blocks stay in cache, and its range is its own.
-    out_BnGqK, logs_BnGq = jax.lax.map(of_row, _rows(q, k, v, places, options))
+    out_BnGqK, logs_BnGq = jax.lax.map(of_row, _rows(q, k, v, mask, static))
     out = _join(out_BnGqK, T, H).astype(q.dtype)
     out = checkpoint_name(out, "attention")
     logs_BnGq = checkpoint_name(logs_BnGq, "attention")
-    return out, (q, k, v, places, sinks, out, logs_BnGq)
+    return out, (q, k, v, mask, sinks, out, logs_BnGq)
 
 
 def _mix(
-    row: _Row, options: _Options, sinks_Gq: jax.Array | None, i: jax.Array
+    row: _Row, static: _Static, sinks_Gq: jax.Array | None, i: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Queries of block i: what they get `[G q K]`, and the logs of their sums `[G q]`, f32."""
     q_GqK = row.q[i]
@@ -124,7 +120,7 @@ def _mix(
 
     def visit(j: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top_Gq, total_Gq, mixed_GKq = sums
-        scores_Gsq, mask_1sq = _scores(row, options, i, j)
+        scores_Gsq, mask_1sq = _scores(row, static, i, j)
         scores_Gsq = scores_Gsq + mask_1sq
         higher_Gq = jnp.maximum(top_Gq, jnp.max(scores_Gsq, axis=1))
         exps_Gsq = jnp.exp(scores_Gsq - higher_Gq[:, None, :])
@@ -145,29 +141,29 @@ def _mix(
 
 
 def _backward(
-    options: _Options, kept: Any, d_out: jax.Array
+    static: _Static, kept: Any, d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, jax.Array | None]:
-    q, k, v, places, sinks, out, logs_BnGq = kept
+    q, k, v, mask, sinks, out, logs_BnGq = kept
     S, G = k.shape[1:3]
     inner_BTH = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    inner_BnGq = _split(inner_BTH[..., None], options.t, G)[..., 0]
-    d_out_BnGqK = _split(d_out, options.t, G)
+    inner_BnGq = _split(inner_BTH[..., None], static.t, G)[..., 0]
+    d_out_BnGqK = _split(d_out, static.t, G)
 
     def of_row(given: tuple[_Row, jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         row, logs_nGq, inner_nGq, d_out_nGqK = given
         zeros_mGsK = jnp.zeros(row.k.shape, jnp.float32)
-        sums = functools.partial(_slopes, row, options, logs_nGq, inner_nGq, d_out_nGqK)
+        sums = functools.partial(_slopes, row, static, logs_nGq, inner_nGq, d_out_nGqK)
         (d_k, d_v), d_q = jax.lax.scan(sums, (zeros_mGsK, zeros_mGsK), jnp.arange(row.q.shape[0]))
         return d_q, d_k, d_v
 
-    rows = _rows(q, k, v, places, options)
+    rows = _rows(q, k, v, mask, static)
     d_q, d_k, d_v = jax.lax.map(of_row, (rows, logs_BnGq, inner_BnGq, d_out_BnGqK))
     d_sinks = None
     if sinks is not None:
         # A sink's weight is taken from every query that sees anything: the others have log 0 and
         # inner product 0.
-        weights_BnGq = jnp.exp(_of_queries(sinks, G, options.t)[None, None] - logs_BnGq)
-        taken_BnGJt = (weights_BnGq * inner_BnGq).reshape(*logs_BnGq.shape[:3], -1, options.t)
+        weights_BnGq = jnp.exp(_of_queries(sinks, G, static.t)[None, None] - logs_BnGq)
+        taken_BnGJt = (weights_BnGq * inner_BnGq).reshape(*logs_BnGq.shape[:3], -1, static.t)
         d_sinks = -jnp.sum(taken_BnGJt, axis=(0, 1, 4)).reshape(sinks.shape).astype(sinks.dtype)
     d_q = _join(d_q, *q.shape[1:3]).astype(q.dtype)
     return d_q, _join(d_k, S, G).astype(k.dtype), _join(d_v, S, G).astype(v.dtype), None, d_sinks
@@ -178,7 +174,7 @@ _attend.defvjp(_forward, _backward)
 
 def _slopes(
     row: _Row,
-    options: _Options,
+    static: _Static,
     logs_nGq: jax.Array,
     inner_nGq: jax.Array,
     d_out_nGqK: jax.Array,
@@ -192,13 +188,13 @@ def _slopes(
 
     def visit(j: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         d_q_GKq, d_k_mGsK, d_v_mGsK = sums
-        scores_Gsq, mask_1sq = _scores(row, options, i, j)
+        scores_Gsq, mask_1sq = _scores(row, static, i, j)
         weights_Gsq = jnp.exp(scores_Gsq + mask_1sq - log_G1q)
         d_v_GsK = _product("Gsq,GqK->GsK", weights_Gsq, d_out_GqK)
         d_weights_Gsq = _product("GsK,GqK->Gsq", row.v[j], d_out_GqK)
-        d_scores_Gsq = weights_Gsq * (d_weights_Gsq - inner_G1q) * options.scale
-        if options.softcap is not None:
-            d_scores_Gsq = d_scores_Gsq * (1.0 - jnp.square(scores_Gsq / options.softcap))
+        d_scores_Gsq = weights_Gsq * (d_weights_Gsq - inner_G1q) * static.scale
+        if static.softcap is not None:
+            d_scores_Gsq = d_scores_Gsq * (1.0 - jnp.square(scores_Gsq / static.softcap))
         d_k_GsK = _product("Gsq,GqK->GsK", d_scores_Gsq, q_GqK)
         # Queries last: the product the other way round takes twice as long on CPU.
         d_q_GKq = d_q_GKq + _product("GsK,Gsq->GKq", row.k[j], d_scores_Gsq)
@@ -210,19 +206,18 @@ def _slopes(
     return (d_k_mGsK, d_v_mGsK), jnp.swapaxes(d_q_GKq, 1, 2)
 
 
-def _scores(
-    row: _Row, options: _Options, i: jax.Array, j: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _scores(row: _Row, static: _Static, i: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Scores `[G s q]` of queries i and keys j, f32; what to add to hide the unseen `[1 s q]`."""
-    scores_Gsq = _product("GsK,GqK->Gsq", row.k[j], row.q[i]) * options.scale
-    if options.softcap is not None:
-        scores_Gsq = options.softcap * jnp.tanh(scores_Gsq / options.softcap)
-    of_q_1t, of_k_s1 = row.of_q[i][None, :], row.of_k[j][:, None]
-    distance_st = row.at_q[i][None, :] - row.at_k[j][:, None]
-    seen_st = (of_q_1t == of_k_s1) & (of_q_1t != 0) & (distance_st >= 0)
-    if options.window is not None:
-        seen_st = seen_st & (distance_st < options.window)
-    heads = row.q.shape[2] // options.t
+    scores_Gsq = _product("GsK,GqK->Gsq", row.k[j], row.q[i]) * static.scale
+    if static.softcap is not None:
+        scores_Gsq = static.softcap * jnp.tanh(scores_Gsq / static.softcap)
+    segments_1t = row.mask.query_segments[i][None, :]
+    distance_st = row.mask.query_positions[i][None, :] - row.mask.key_positions[j][:, None]
+    seen_st = (segments_1t == row.mask.key_segments[j][:, None]) & (segments_1t != 0)
+    seen_st = seen_st & (distance_st >= 0)
+    if static.window is not None:
+        seen_st = seen_st & (distance_st < static.window)
+    heads = row.q.shape[2] // static.t
     return scores_Gsq, jnp.tile(jnp.where(seen_st, 0.0, UNSEEN), (1, 1, heads))
 
 
@@ -237,27 +232,21 @@ def _rows(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    places: tuple[jax.Array, ...],
-    options: _Options,
+    mask: AttentionMask,
+    static: _Static,
 ) -> _Row:
     """Every row in blocks, `[B ...]`; what fills the last blocks is padding."""
     G = k.shape[2]
-    of_q, of_k, at_q, at_k = places
-    of_q, at_q = (_blocks(x, options.t) for x in (of_q, at_q))
-    of_k, at_k = (_blocks(x, options.s) for x in (of_k, at_k))
-    first, stop = visited(of_q, at_q, of_k, at_k, options.window)
-    q, k, v = _split(q, options.t, G), _split(k, options.s, G), _split(v, options.s, G)
-    return _Row(q, k, v, of_q, at_q, of_k, at_k, first, stop)
+    blocks = AttentionMask(*map(_blocks, mask, (static.t, static.s, static.t, static.s)))
+    first, stop = visited(blocks, static.window)
+    q, k, v = _split(q, static.t, G), _split(k, static.s, G), _split(v, static.s, G)
+    return _Row(q, k, v, blocks, first, stop)
 
 
-def visited(
-    of_q_Bnt: jax.Array,
-    at_q_Bnt: jax.Array,
-    of_k_Bms: jax.Array,
-    at_k_Bms: jax.Array,
-    window: int | None,
-) -> tuple[jax.Array, jax.Array]:
+def visited(mask: AttentionMask, window: int | None) -> tuple[jax.Array, jax.Array]:
     """Key blocks [first, stop) that hold all that a block of queries sees, int32 `[B n]` each.
+
+    `mask` is in blocks: of queries `[B n t]`, of keys `[B m s]`.
 
     Tokens are in order of (segment, position), and a query sees a stretch of that order: a block of
     keys is needed if the stretch from its first key to its last meets that of the queries.
@@ -266,9 +255,9 @@ def visited(
         positions 0 1 0 1 | 2 0 1 2    the second none before (2, 0): [0, 2)
     """
     back = FAR if window is None else window - 1
-    (low_of, low_at), (top_of, top_at) = _ends(of_q_Bnt, at_q_Bnt)
+    (low_of, low_at), (top_of, top_at) = _ends(mask.query_segments, mask.query_positions)
     low_at = jnp.maximum(low_at, back) - back
-    (first_of, first_at), (last_of, last_at) = _ends(of_k_Bms, at_k_Bms)
+    (first_of, first_at), (last_of, last_at) = _ends(mask.key_segments, mask.key_positions)
 
     def up_to(of_x: jax.Array, at_x: jax.Array, of_y: jax.Array, at_y: jax.Array) -> jax.Array:
         return (of_x < of_y) | ((of_x == of_y) & (at_x <= at_y))
@@ -283,13 +272,17 @@ def visited(
     return first_Bn.astype(jnp.int32), stop_Bn.astype(jnp.int32)
 
 
-def _ends(of: jax.Array, at: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """The lowest and the highest (segment, position) of each block that is no padding; of a block
-    of padding a lowest above and a highest below all others."""
-    low_of = jnp.min(jnp.where(of != 0, of, FAR), axis=-1)
-    low_at = jnp.min(jnp.where(of == low_of[..., None], at, FAR), axis=-1)
-    top_of = jnp.max(of, axis=-1)
-    top_at = jnp.max(jnp.where(of == top_of[..., None], at, -1), axis=-1)
+def _ends(
+    segments: jax.Array, positions: jax.Array
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """The lowest and the highest (segment, position) of each block that is no padding.
+
+    Of a block of padding a lowest above and a highest below all others.
+    """
+    low_of = jnp.min(jnp.where(segments != 0, segments, FAR), axis=-1)
+    low_at = jnp.min(jnp.where(segments == low_of[..., None], positions, FAR), axis=-1)
+    top_of = jnp.max(segments, axis=-1)
+    top_at = jnp.max(jnp.where(segments == top_of[..., None], positions, -1), axis=-1)
     return (low_of, low_at), (top_of, top_at)
 
 

@@ -1,6 +1,6 @@
 """Attention by the TPU's splash kernel (jax.experimental.pallas): no scores in HBM, ever.
 
-The signature of `attention.reference`, for rows that attend to themselves: query t is key t, so
+The signature of `reference`, for rows that attend to themselves: query t is key t, so
 "not later, same segment" is a mask over indices, and blocks that it empties are never visited.
 Rows are filled up to whole tiles with segment 0. Under a mesh it must be run per shard: a kernel
 is opaque to the partitioner.
@@ -11,13 +11,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+from jaxtune.ops.reference import AttentionMask, AttentionShape, AttentionSpec, ContextShard
 
 TILE = 128  # the kernel's granule of queries and keys
 PARTS = 8  # the fused backward kernel keeps that many partial sums of dq in HBM, one a key block
 
 
-class Blocks(NamedTuple):
-    """Tokens of queries and of keys that lie in VMEM at a time, and of keys whose scores do."""
+class BlockSizes(NamedTuple):
+    """The tokens of queries and of keys that lie in VMEM at a time, and of keys whose scores do."""
 
     queries: int
     keys: int
@@ -25,8 +29,8 @@ class Blocks(NamedTuple):
     fused: bool
 
 
-def blocks(length: int, queries: int, head_dim: int) -> Blocks:
-    """The sizes for rows of `length`, of which a device has `queries`; both multiples of `TILE`.
+def blocks(length: int, queries: int, head_dim: int) -> BlockSizes:
+    """Choose sizes for rows of `length`, of which a device has `queries`; multiples of `TILE`.
 
     The same on every generation.
 
@@ -40,15 +44,19 @@ def blocks(length: int, queries: int, head_dim: int) -> Blocks:
     """
     wanted = 1024 if length > 4096 and head_dim <= 128 else 512
     keys = math.gcd(length, wanted)
-    return Blocks(math.gcd(queries, keys), keys, min(keys, 512), length // keys <= PARTS)
+    return BlockSizes(math.gcd(queries, keys), keys, min(keys, 512), length // keys <= PARTS)
 
 
-def refuses(queries: int, keys: int, head_dim: int, devices: int = 1) -> str | None:
-    """Why these sizes cannot be run, or None; `devices` share the queries of a row."""
-    if queries != keys:
-        return f"{queries} queries over {keys} keys: the kernel is for rows that see themselves"
-    if head_dim % 8:
-        return f"head_dim {head_dim} is no multiple of 8"
+def unsupported(shape: AttentionShape) -> str | None:
+    """Why attention of this shape cannot be run, or None."""
+    queries, devices = shape.queries, shape.devices
+    if queries != shape.keys:
+        return (
+            f"{queries} queries over {shape.keys} keys: the kernel is for rows that see themselves"
+        )
+    for head_dim in shape.head_dims:
+        if head_dim % 8:
+            return f"head_dim {head_dim} is no multiple of 8"
     if devices > 1 and queries % (devices * TILE):
         return f"{queries} queries are no multiple of {TILE} on each of {devices} devices"
     return None
@@ -58,69 +66,60 @@ def splash(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    mask: AttentionMask,
+    spec: AttentionSpec,
     *,
-    segments: Any,
-    positions: Any,
-    window: int | None,
-    softcap: float | None,
-    sinks: jax.Array | None,
-    scale: float,
-    share: Any = None,
+    shard: ContextShard | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`attention.reference` for positions that grow by one inside each segment.
+    """Attend as `reference` does, for positions that grow by one inside each segment.
 
-    `positions` is not read: distance in the row is distance in the text. With a `share`
-    (`attention.Share`) the queries are that device's part of the row, and the keys all of it.
-    `interpret` runs the kernel as plain JAX, to be tested anywhere. Raises ValueError for sizes it
-    `refuses`.
+    Positions are not read: distance in the row is distance in the text. With a `shard` the queries
+    are that device's part of the row, and the keys all of it. `interpret` runs the kernel as plain
+    JAX, to be tested anywhere.
+    Raises: ValueError for what is `unsupported`.
     """
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-
     T, H, K = q.shape[1:]
-    devices = 1 if share is None else len(share.order)
-    if reason := refuses(T * devices, k.shape[1], K, devices):
+    devices = 1 if shard is None else len(shard.order)
+    shape = AttentionShape(T * devices, k.shape[1], (K,), devices)
+    if reason := unsupported(shape):
         raise ValueError(f"splash attention: {reason}")
     rest = -T % TILE  # none where devices share a row
-    q_BTHK = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    q_BTHK = (q.astype(jnp.float32) * spec.scale).astype(q.dtype)
     q_BHTK, k_BGTK, v_BGTK = (jnp.swapaxes(_filled(x, rest), 1, 2) for x in (q_BTHK, k, v))
-    ids_BT, ids_BS = _filled(segments.query, rest), _filled(segments.key, rest)
-    kernel = _kernel(k_BGTK.shape[2], H, K, window, softcap, share, interpret)
+    ids_BT, ids_BS = _filled(mask.query_segments, rest), _filled(mask.key_segments, rest)
+    kernel = _kernel(k_BGTK.shape[2], H, K, spec, shard, interpret)
 
     def one_row(q_HTK: jax.Array, k_GSK: jax.Array, v_GSK: jax.Array, *ids: jax.Array) -> Any:
-        of_each = kernels.SegmentIds(*ids)
-        return kernel(q_HTK, k_GSK, v_GSK, of_each, *(() if sinks is None else (sinks,)))
+        sinks = () if spec.sinks is None else (spec.sinks,)
+        return kernel(q_HTK, k_GSK, v_GSK, kernels.SegmentIds(*ids), *sinks)
 
     mixed_BHTK = jax.vmap(one_row)(q_BHTK, k_BGTK, v_BGTK, ids_BT, ids_BS)
     mixed_BTHK = jnp.swapaxes(mixed_BHTK, 1, 2)[:, :T]
-    return jnp.where((segments.query != 0)[:, :, None, None], mixed_BTHK, 0).astype(q.dtype)
+    return jnp.where((mask.query_segments != 0)[:, :, None, None], mixed_BTHK, 0).astype(q.dtype)
 
 
 def _kernel(
     length: int,
     heads: int,
     head_dim: int,
-    window: int | None,
-    softcap: float | None,
-    share: Any,
+    spec: AttentionSpec,
+    shard: ContextShard | None,
     interpret: bool,
 ) -> Any:
-    """The kernel of one shape; its mask is a few numbers, made lazily, never `[T T]`.
+    """Make the kernel of one shape; its mask is a few numbers, made lazily, never `[T T]`.
 
-    With a `share` its mask is made for the queries of all devices one after the other, and of that
+    With a `shard` its mask is made for the queries of all devices one after the other, and of that
     this device's part is taken when it runs.
     """
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
     shape = (length, length)
     mask: Any = masks.CausalMask(shape)
-    if window is not None and window < length:
-        mask = masks.LocalMask(shape, (window - 1, 0), 0)
+    if spec.window is not None and spec.window < length:
+        mask = masks.LocalMask(shape, (spec.window - 1, 0), 0)
     devices = 1
-    if share is not None:
-        devices = len(share.order)
-        mask.q_sequence = share.order.reshape(-1)
+    if shard is not None:
+        devices = len(shard.order)
+        mask.q_sequence = shard.order.reshape(-1)
     sizes = blocks(length, length // devices, head_dim)
     kernel = kernels.make_splash_mha(
         mask=masks.MultiHeadMask([mask] * heads),
@@ -135,23 +134,23 @@ def _kernel(
             block_kv_dq=None if sizes.fused else sizes.keys,
             use_fused_bwd_kernel=sizes.fused,
         ),
-        attn_logits_soft_cap=softcap,
+        attn_logits_soft_cap=spec.softcap,
         head_shards=1,
         q_seq_shards=devices,
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
-    return kernel if share is None else _own(kernel, share)
+    return kernel if shard is None else _own(kernel, shard)
 
 
-def _own(kernel: Any, share: Any) -> Any:
-    """The part of a kernel for the queries of all devices that is for those of this one."""
+def _own(kernel: Any, shard: ContextShard) -> Any:
+    """Take the part of a kernel for the queries of all devices that is for this device's."""
 
     def part(x: jax.Array | None, axis: int) -> jax.Array | None:
         if x is None:
             return None
-        size = x.shape[axis] // len(share.order)
-        return jax.lax.dynamic_slice_in_dim(x, share.device * size, size, axis)
+        size = x.shape[axis] // len(shard.order)
+        return jax.lax.dynamic_slice_in_dim(x, shard.device * size, size, axis)
 
     def own(info: Any) -> Any:
         if info is None:

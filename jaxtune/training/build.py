@@ -100,7 +100,7 @@ def attention_of(config: Config, spec: ModelSpec, mesh: Mesh, length: int) -> tu
         length,
         devices=mesh.shape["context"],
         dtype=compute_dtype(config.dtype, platform_of(mesh)),
-        asked=config.attention,
+        requested=config.attention,
     )
 
 

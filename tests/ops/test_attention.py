@@ -12,6 +12,7 @@ from jax.test_util import check_grads
 
 from jaxtune.ops import blocked as blocks
 from jaxtune.ops.attention import IMPLEMENTATIONS, KERNELS, attend, choose
+from jaxtune.ops.reference import AttentionMask, AttentionShape, AttentionSpec
 
 B, T, H, G, K = 2, 11, 4, 2, 8
 SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2, 0, 0], [1] * T], np.int32)
@@ -42,8 +43,21 @@ def qkv(seed: int = 0, S: int = T) -> tuple[jax.Array, jax.Array, jax.Array]:
     return q, k, v
 
 
-def both(of_queries: np.ndarray, of_keys: np.ndarray | None = None) -> tuple[jax.Array, jax.Array]:
-    return jnp.asarray(of_queries), jnp.asarray(of_queries if of_keys is None else of_keys)
+def pairs(segments: Any, positions: Any) -> AttentionMask:
+    """Rows that see themselves."""
+    return AttentionMask(*map(jnp.asarray, (segments, segments, positions, positions)))
+
+
+MASK = pairs(SEGMENTS, POSITIONS)
+
+
+def spec_of(case: dict[str, Any]) -> AttentionSpec:
+    """The spec of a case, its sinks on the device."""
+    case = {"scale": K**-0.5} | case
+    return AttentionSpec(**{k: jnp.asarray(v) if k == "sinks" else v for k, v in case.items()})
+
+
+PLAIN = spec_of({})
 
 
 def by_loops(
@@ -77,8 +91,7 @@ def by_loops(
 @pytest.mark.parametrize("case", CASES)
 def test_values(impl: str, case: str) -> None:
     q, k, v = qkv()
-    places = {"segments": both(SEGMENTS), "positions": both(POSITIONS)}
-    ours = attend(q, k, v, **places, **CASES[case], impl=impl)
+    ours = attend(q, k, v, MASK, spec_of(CASES[case]), impl=impl)
     exact = by_loops(
         *(np.asarray(x, np.float64) for x in (q, k, v)),
         (SEGMENTS, SEGMENTS),
@@ -95,7 +108,8 @@ def test_fewer_queries_than_keys(impl: str) -> None:
     q, k, v = qkv(S=S)
     segments = np.ones((B, T), np.int32), np.ones((B, S), np.int32)
     positions = np.full((B, T), 6, np.int32), np.tile(np.arange(S, dtype=np.int32), (B, 1))
-    ours = attend(q, k, v, segments=both(*segments), positions=both(*positions), impl=impl)
+    mask = AttentionMask(*map(jnp.asarray, (*segments, *positions)))
+    ours = attend(q, k, v, mask, PLAIN, impl=impl)
     exact = by_loops(*(np.asarray(x, np.float64) for x in (q, k, v)), segments, positions)
     np.testing.assert_allclose(ours, exact, atol=2e-6)
 
@@ -103,10 +117,9 @@ def test_fewer_queries_than_keys(impl: str) -> None:
 @pytest.mark.parametrize("case", ["plain", "all"])
 def test_gradients_are_the_slopes(impl: str, case: str) -> None:
     options = {k: v for k, v in CASES[case].items() if k != "sinks"}
-    places = {"segments": both(SEGMENTS), "positions": both(POSITIONS)}
 
     def f(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array) -> jax.Array:
-        return attend(q, k, v, **places, **options, sinks=sinks, impl=impl)
+        return attend(q, k, v, MASK, spec_of(options | {"sinks": sinks}), impl=impl)
 
     # Central differences in f32 with steps of about 1e-2: two digits.
     check_grads(f, (*qkv(), jnp.asarray(SINKS)), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
@@ -114,11 +127,10 @@ def test_gradients_are_the_slopes(impl: str, case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_the_reference(impl: str, case: str) -> None:
-    places = {"segments": both(SEGMENTS), "positions": both(POSITIONS)}
 
     def gradients(name: str) -> tuple[jax.Array, ...]:
         def f(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.sin(attend(q, k, v, **places, **CASES[case], impl=name)))
+            return jnp.sum(jnp.sin(attend(q, k, v, MASK, spec_of(CASES[case]), impl=name)))
 
         return jax.grad(f, (0, 1, 2))(*qkv())
 
@@ -129,10 +141,9 @@ def test_gradients_are_those_of_the_reference(impl: str, case: str) -> None:
 
 def test_who_sees_nothing_gives_zeros_and_finite_gradients(impl: str) -> None:
     q, k, v = qkv()
-    places = {"segments": both(SEGMENTS), "positions": both(POSITIONS)}
 
     def f(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attend(q, k, v, **places, impl=impl)
+        return attend(q, k, v, MASK, PLAIN, impl=impl)
 
     out, pull = jax.vjp(f, q, k, v)
     padding = SEGMENTS == 0
@@ -144,21 +155,20 @@ def test_who_sees_nothing_gives_zeros_and_finite_gradients(impl: str) -> None:
 
 
 def test_a_neighbour_in_the_row_changes_not_one_bit(impl: str) -> None:
-    places = {"segments": both(SEGMENTS), "positions": both(POSITIONS)}
     q, k, v = qkv()
     first = SEGMENTS[0] == 1
     disturbed = [jnp.where(first[None, :, None, None], x, x * 3 + 1) for x in (q, k, v)]
-    before = attend(q, k, v, **places, impl=impl)
-    after = attend(*disturbed, **places, impl=impl)
+    before = attend(q, k, v, MASK, PLAIN, impl=impl)
+    after = attend(*disturbed, MASK, PLAIN, impl=impl)
     assert np.array_equal(before[0, first], after[0, first])
     assert not np.array_equal(before[0, ~first], after[0, ~first])
 
 
 def test_half_precision_in_and_out_softmax_in_f32(impl: str) -> None:
-    places = {"segments": both(SEGMENTS), "positions": both(POSITIONS)}
     q, k, v = qkv()
-    exact = attend(q, k, v, **places, impl=impl)
-    ours = attend(*(x.astype(jnp.bfloat16) for x in (q, k, v)), **places, impl=impl)
+    exact = attend(q, k, v, MASK, PLAIN, impl=impl)
+    halves = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    ours = attend(*halves, MASK, PLAIN, impl=impl)
     assert ours.dtype == jnp.bfloat16
     # Rounding q, k, v and the weights to eight bits, values of size one.
     np.testing.assert_allclose(ours.astype(jnp.float32), exact, atol=5e-2)
@@ -174,7 +184,7 @@ def test_gradients_of_half_precision_keys_are_summed_in_f32(
     ones = jnp.ones((1, queries), jnp.int32), jnp.ones((1, 1), jnp.int32)
 
     def f(v: jax.Array) -> jax.Array:
-        out = attend(q, v * 0, v, segments=ones, positions=ones, impl=impl)
+        out = attend(q, v * 0, v, AttentionMask(*ones, *ones), PLAIN, impl=impl)
         return jnp.sum(out, dtype=jnp.float32)
 
     np.testing.assert_array_equal(jax.grad(f)(v), np.full(v.shape, queries))
@@ -194,8 +204,7 @@ def test_blocked_never_holds_all_scores(
     places = jnp.ones((1, rows), jnp.int32), jnp.arange(rows, dtype=jnp.int32)[None]
 
     def f(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        pairs = {"segments": (places[0],) * 2, "positions": (places[1],) * 2}
-        return jnp.sum(attend(q, k, v, **pairs, impl=name))
+        return jnp.sum(attend(q, k, v, pairs(*places), PLAIN, impl=name))
 
     largest = largest_array(jax.grad(f, (0, 1, 2)), q, k, k)
     assert (largest >= rows * rows) == holds
@@ -206,10 +215,10 @@ def test_blocks_that_no_query_sees_are_not_visited() -> None:
     segments = jnp.asarray([[1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3, 0, 0, 0, 0]])
     positions = jnp.asarray([[0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4, 5, 0, 0, 0, 0]])
     blocks_of = segments.reshape(1, 4, 4), positions.reshape(1, 4, 4)
-    first, stop = blocks.visited(*blocks_of, *blocks_of, None)
+    first, stop = blocks.visited(pairs(*blocks_of), None)
     assert (first.tolist(), stop.tolist()) == ([[0, 1, 1, 0]], [[1, 2, 3, 0]])
     long = jnp.ones((1, 4, 4), jnp.int32), jnp.arange(16, dtype=jnp.int32).reshape(1, 4, 4)
-    first, stop = blocks.visited(*long, *long, 4)
+    first, stop = blocks.visited(pairs(*long), 4)
     assert (first.tolist(), stop.tolist()) == ([[0, 0, 1, 2]], [[1, 2, 3, 4]])
 
 
@@ -219,24 +228,20 @@ def test_keys_in_any_order_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "KEY_BLOCK", 3)
     q, k, v = qkv()
     order = np.random.default_rng(3).permutation(T)
-    here = {"segments": both(SEGMENTS), "positions": both(POSITIONS)}
-    mixed = {
-        "segments": both(SEGMENTS, SEGMENTS[:, order]),
-        "positions": both(POSITIONS, POSITIONS[:, order]),
-    }
-    there = attend(q, k[:, order], v[:, order], **mixed, impl="blocked")
-    np.testing.assert_allclose(there, attend(q, k, v, **here, impl="blocked"), atol=2e-6)
+    mixed = AttentionMask(SEGMENTS, SEGMENTS[:, order], POSITIONS, POSITIONS[:, order])
+    there = attend(q, k[:, order], v[:, order], mixed, PLAIN, impl="blocked")
+    here = attend(q, k, v, MASK, PLAIN, impl="blocked")
+    np.testing.assert_allclose(there, here, atol=2e-6)
 
 
 def test_unknown_name_is_refused_not_replaced() -> None:
-    places = {"segments": both(SEGMENTS), "positions": both(POSITIONS)}
     with pytest.raises(ValueError, match=r"'flash'; expected one of blocked, cudnn, reference"):
-        attend(*qkv(), **places, impl="flash")
+        attend(*qkv(), MASK, PLAIN, impl="flash")
 
 
 def test_choice_by_length_with_its_reason() -> None:
-    short, why_short = choose("cpu", queries=512, keys=512, head_dims=[8])
-    long, why_long = choose("cpu", queries=513, keys=513, head_dims=[8])
+    short, why_short = choose("cpu", AttentionShape(512, 512, (8,)))
+    long, why_long = choose("cpu", AttentionShape(513, 513, (8,)))
     assert (short, long) == ("reference", "blocked")
     assert "512 queries" in why_short
     assert "513 queries" in why_long
@@ -244,10 +249,10 @@ def test_choice_by_length_with_its_reason() -> None:
     assert "not cudnn: it is for gpu, here is cpu" in why_long
 
 
-def test_what_was_asked_for_is_run_or_refused_with_the_reason() -> None:
-    rows: dict[str, Any] = {"queries": 64, "keys": 64, "head_dims": [8]}
-    assert choose("cpu", **rows, asked="blocked") == ("blocked", "asked for")
+def test_a_request_is_run_or_refused_with_the_reason() -> None:
+    rows = AttentionShape(64, 64, (8,))
+    assert choose("cpu", rows, "blocked") == ("blocked", "requested")
     with pytest.raises(ValueError, match="splash cannot be run: it is for tpu, here is cpu"):
-        choose("cpu", **rows, asked="splash")
+        choose("cpu", rows, "splash")
     with pytest.raises(ValueError, match="no 'flash'; expected auto or one of blocked, cudnn"):
-        choose("cpu", **rows, asked="flash")
+        choose("cpu", rows, "flash")

@@ -1,4 +1,4 @@
-"""Attention of one new token a row over the keys and values that are kept of it.
+"""Attention of one new token a row over the row's cached keys and values.
 
 Who sees what is `visible`, nothing else: slots may be in any order, as those of a ring buffer are.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxtune.ops.attention import MASKED_SCORE
+from jaxtune.ops.reference import MASKED_SCORE, AttentionSpec
 
 
 def attend_slots(
@@ -17,22 +17,21 @@ def attend_slots(
     v: jax.Array,
     *,
     visible: jax.Array,
-    softcap: float | None = None,
-    sinks: jax.Array | None = None,
-    scale: float | None = None,
+    spec: AttentionSpec,
 ) -> jax.Array:
-    """`q` `[B H K]` over `k`, `v` `[B G S K]`, of which row b sees `visible[b]` `[S]` -> `[B H K]`.
+    """Attend from `q` `[B H K]` over `k`, `v` `[B G S K]` -> `[B H K]`.
 
-    The rest is as in `ops.attention.attend`: the groups of heads, `softcap`, `sinks`, `scale`,
-    softmax in float32, and zeros for a query that sees nothing.
+    Row b sees `visible[b]` `[S]`, whatever the window of `spec`. The rest is as in
+    `ops.attention.attend`: the groups of heads, softmax in float32, and zeros for a query that
+    sees nothing.
     """
-    B, H, K = q.shape
+    (B, H, K), sinks = q.shape, spec.sinks
     G = k.shape[1]
     q_BGJK = q.reshape(B, G, H // G, K)
     scores_BGJS = jnp.einsum("BGJK,BGSK->BGJS", q_BGJK, k, preferred_element_type=jnp.float32)
-    scores_BGJS = scores_BGJS * (K**-0.5 if scale is None else scale)
-    if softcap is not None:
-        scores_BGJS = softcap * jnp.tanh(scores_BGJS / softcap)
+    scores_BGJS = scores_BGJS * spec.scale
+    if spec.softcap is not None:
+        scores_BGJS = spec.softcap * jnp.tanh(scores_BGJS / spec.softcap)
     scores_BGJS = scores_BGJS + jnp.where(visible, 0.0, MASKED_SCORE)[:, None, None, :]
     top_BGJ1 = jnp.max(scores_BGJS, axis=-1, keepdims=True)
     if sinks is not None:
