@@ -27,9 +27,9 @@ from jaxtune.hf.load import HfModel
 from jaxtune.hf.tensors import (
     CODES,
     INDEX,
-    Plan,
+    ShardPlan,
     ShardWriter,
-    Written,
+    WrittenRun,
     damaged,
     flush,
     index_of,
@@ -165,7 +165,7 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(word.isdigit(), int(word) if word.isdigit() else 0, word) for word in name.split(".")]
 
 
-class Block(NamedTuple):
+class TensorBlock(NamedTuple):
     """Rows of a tensor, from `first` on, that `fill` writes into an array of `shape`. Its values
     are of `dtypes` now, those of its parts."""
 
@@ -176,18 +176,18 @@ class Block(NamedTuple):
     fill: Callable[[np.ndarray], None]
 
 
-def _blocks(names: Iterable[str], model: HfModel, params: Any) -> Iterator[Block]:
+def _blocks(names: Iterable[str], model: HfModel, params: Any) -> Iterator[TensorBlock]:
     """Tensors by rows. On several hosts each block is gathered here, in the same order."""
     leaves = named(params)
     if leaves.keys() != model.placed.keys():
         raise ValueError(f"not the model's parameters: {sorted(leaves.keys() ^ model.placed)[:4]}")
-    parts: dict[str, list[Part]] = {}
+    parts: dict[str, list[TensorPart]] = {}
     for parameter, placed in model.placed.items():
         for index in placed.blocks(step=max(placed.shape)):
             (piece,) = placed.pieces(index)
             leaf = leaves[parameter]
             dtype = None if callable(leaf) else np.dtype(leaf.dtype)
-            part = Part(placed, index, dtype, _getter(leaf, piece.place, placed))
+            part = TensorPart(placed, index, dtype, _getter(leaf, piece.place, placed))
             parts.setdefault(piece.name, []).append(part)
     for name in names:
         for together in _with_common_rows(parts.pop(name)):
@@ -201,7 +201,7 @@ def _blocks(names: Iterable[str], model: HfModel, params: Any) -> Iterator[Block
 Shards = Iterable[tuple[Index, np.ndarray]]
 
 
-class Part(NamedTuple):
+class TensorPart(NamedTuple):
     """The part of a parameter that one tensor holds; `get` gives blocks of it when called twice:
     first where hosts must act together, then wherever the values are wanted.
     """
@@ -212,13 +212,13 @@ class Part(NamedTuple):
     get: Callable[[Index], Callable[[], Shards]]
 
 
-def _with_common_rows(parts: list[Part]) -> list[list[Part]]:
+def _with_common_rows(parts: list[TensorPart]) -> list[list[TensorPart]]:
     """Parts one behind another have rows of their own; parts side by side are written at once."""
     one_behind_another = parts[0].placed.row.shared == 0 and not parts[0].placed.row.takes_turns
     return [[part] for part in parts] if one_behind_another else [parts]
 
 
-def _block(name: str, parts: list[Part], indices: Sequence[Index]) -> Block:
+def _block(name: str, parts: list[TensorPart], indices: Sequence[Index]) -> TensorBlock:
     rows = [part.placed.rows(index) for part, index in zip(parts, indices, strict=True)]
     first, stop = min(r.start for r in rows), max(r.stop for r in rows)
     values = [part.get(index) for part, index in zip(parts, indices, strict=True)]
@@ -230,7 +230,7 @@ def _block(name: str, parts: list[Part], indices: Sequence[Index]) -> Block:
                 part.placed.fill(target[own.start - first : own.stop - first], shard, index)
 
     shape = (stop - first, *parts[0].placed.tensor_shape[1:])
-    return Block(name, first, shape, frozenset(part.dtype for part in parts), fill)
+    return TensorBlock(name, first, shape, frozenset(part.dtype for part in parts), fill)
 
 
 def _getter(
@@ -294,7 +294,7 @@ def _slice(values: jax.Array, starts: jax.Array, sizes: tuple[int, ...]) -> jax.
 
 def _write_tensors(
     folder: Path,
-    plans: Sequence[Plan],
+    plans: Sequence[ShardPlan],
     dtypes: Mapping[str, np.dtype],
     model: HfModel,
     params: Any,
@@ -304,7 +304,7 @@ def _write_tensors(
     """
     scratch = Scratch()
 
-    def write_block(block: Block) -> Written:
+    def write_block(block: TensorBlock) -> WrittenRun:
         past = writer.place(block.name, block.first)
         values = scratch.empty(block.shape, dtypes[block.name], past=past)
         with np.errstate(over="ignore"):
@@ -325,21 +325,21 @@ def _write_tensors(
     _verify_headers(folder, plans)
 
 
-def _together(runs: Iterable[Written]) -> Iterator[list[Written]]:
+def _together(runs: Iterable[WrittenRun]) -> Iterator[list[WrittenRun]]:
     """Runs by about `_BEHIND` bytes."""
-    some: list[Written] = []
+    batch: list[WrittenRun] = []
     size = 0
     for run in runs:
-        some.append(run)
+        batch.append(run)
         size += run.size
         if size >= _BEHIND:
-            yield some
-            some, size = [], 0
-    if some:
-        yield some
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
-def _check_finite(block: Block, values: np.ndarray) -> None:
+def _check_finite(block: TensorBlock, values: np.ndarray) -> None:
     """A finite value that the file's dtype turned into infinity is an error."""
     unchanged = values.dtype == np.float32 or block.dtypes == {values.dtype}
     if unchanged or not np.isinf(values).any():
@@ -354,14 +354,14 @@ def _check_finite(block: Block, values: np.ndarray) -> None:
         )
 
 
-def _verify(written: Sequence[Written]) -> None:
+def _verify(written: Sequence[WrittenRun]) -> None:
     for run in damaged(written):
         raise ConfigError(
             f"{run.file}: {run.name} reads back other than it was written. Check the disk."
         )
 
 
-def _verify_headers(folder: Path, plans: Sequence[Plan]) -> None:
+def _verify_headers(folder: Path, plans: Sequence[ShardPlan]) -> None:
     """Opens the folder as anyone will."""
     planned = {name: place for plan in plans for name, place in plan.tensors.items()}
     found = {name: (t.dtype, t.shape, t.start) for name, t in open_tensors(folder).items()}

@@ -94,14 +94,14 @@ class Row:
         return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>\\d+)", self.target))
 
 
-class Piece(NamedTuple):
+class TensorPiece(NamedTuple):
     """One tensor of a parameter: its name in the file and its place, an index per spread axis."""
 
     name: str
     place: dict[str, int]
 
 
-class Part(NamedTuple):
+class AxisPart(NamedTuple):
     """Which positions of a dimension of `size` are one parameter's: `start`, `start + step`, ..."""
 
     start: int
@@ -121,7 +121,7 @@ class Placed:
     parameter: str
     shape: tuple[int, ...]
     numbers: Mapping[str, tuple[int, ...]]
-    part: Part | None = None
+    part: AxisPart | None = None
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.row.axes):
@@ -159,13 +159,13 @@ class Placed:
         """The tensor's shape without other parameters' parts."""
         return tuple(math.prod(self._sizes[a] for a in group) for group in self.row.groups)
 
-    def pieces(self, index: Index | None = None) -> Iterator[Piece]:
+    def pieces(self, index: Index | None = None) -> Iterator[TensorPiece]:
         """The tensors that `index` of the parameter touches (None = all), in order."""
         ranges = self._ranges(index)
         for place in itertools.product(*(ranges[axis] for axis in self.row.spread)):
             at = dict(zip(self.row.spread, place, strict=True))
             number = {axis: self.numbers[axis][where] for axis, where in at.items()}
-            yield Piece(self.row.source.format(**number), at)
+            yield TensorPiece(self.row.source.format(**number), at)
 
     def step(self, index: Index | None = None) -> int:
         """Of how many indices of the tensor's first axis a block has about `BLOCK` values."""
@@ -319,7 +319,7 @@ def _part(
     rows: Sequence[Row],
     shapes: Mapping[str, tuple[int, ...]],
     where: Mapping[str, str],
-) -> Part | None:
+) -> AxisPart | None:
     """The row's share of the dimension it shares with the other rows of its source."""
     family = [other for other in rows if other.source == row.source]
     if row.shared is None:
@@ -335,7 +335,7 @@ def _part(
         sizes.append(math.prod(size[axis] for axis in other.groups[row.shared]))
     index = family.index(row)
     if not row.takes_turns:
-        return Part(sum(sizes[:index]), 1, sum(sizes))
+        return AxisPart(sum(sizes[:index]), 1, sum(sizes))
     if len(set(sizes)) > 1:
         raise ValueError(f"{row.source}: parts of {sizes} cannot take turns; expected equal sizes")
-    return Part(index, len(sizes), sum(sizes))
+    return AxisPart(index, len(sizes), sum(sizes))

@@ -206,7 +206,7 @@ def _brief(shape: Sequence[int]) -> str:
     return shown(list(shape))[1:-1]
 
 
-class Plan(NamedTuple):
+class ShardPlan(NamedTuple):
     """One file to write: its name, its header's bytes, each tensor's place, its whole size."""
 
     file: str
@@ -217,7 +217,7 @@ class Plan(NamedTuple):
 
 def plan_shards(
     tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], max_shard_bytes: int
-) -> list[Plan]:
+) -> list[ShardPlan]:
     """Splits tensors, in their order, into files of at most `max_shard_bytes` of values.
 
     A tensor larger than the limit gets a file of its own. Names are those of transformers.
@@ -239,7 +239,7 @@ def plan_shards(
     ]
 
 
-def index_of(plans: Sequence[Plan]) -> dict[str, Any]:
+def index_of(plans: Sequence[ShardPlan]) -> dict[str, Any]:
     """The content of `model.safetensors.index.json`."""
     total = sum(
         math.prod(shape) * dtype.itemsize
@@ -250,7 +250,7 @@ def index_of(plans: Sequence[Plan]) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-class Written(NamedTuple):
+class WrittenRun(NamedTuple):
     """A run of bytes of a file, and the `checksum` that they had when they were handed over."""
 
     name: str  # the tensor's
@@ -269,11 +269,11 @@ class ShardWriter:
     once; `flush` then brings a file to the disk. `OSError` passes through.
     """
 
-    def __init__(self, folder: Path, plans: Sequence[Plan]) -> None:
+    def __init__(self, folder: Path, plans: Sequence[ShardPlan]) -> None:
         self._files: dict[str, int] = {}
         self._direct: dict[str, int | None] = {}
         self._places: dict[str, tuple[Path, np.dtype, tuple[int, ...], int]] = {}
-        self.written: list[Written] = []
+        self.written: list[WrittenRun] = []
         try:
             for plan in plans:
                 file = folder / plan.file
@@ -294,7 +294,7 @@ class ShardWriter:
         _, dtype, shape, start = self._places[name]
         return start + first_row * math.prod(shape[1:]) * dtype.itemsize
 
-    def write(self, name: str, values: np.ndarray, first_row: int = 0) -> Written:
+    def write(self, name: str, values: np.ndarray, first_row: int = 0) -> WrittenRun:
         """Rows of a tensor from `first_row` on, in the dtype and the other sizes planned."""
         file, dtype, shape, _ = self._places[name]
         rows = shape[:1]
@@ -305,7 +305,7 @@ class ShardWriter:
             raise ValueError(f"{name}: {values.dtype}{values.shape}; planned {dtype}{shape}")
         flat = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         place = self.place(name, first_row)
-        run = Written(name, file, place, flat.size, checksum(flat))
+        run = WrittenRun(name, file, place, flat.size, checksum(flat))
         self._put(file.name, flat, place)
         self.written.append(run)
         return run
@@ -361,7 +361,7 @@ def flush(file: Path) -> None:
         os.close(handle)
 
 
-def damaged(runs: Sequence[Written]) -> Iterator[Written]:
+def damaged(runs: Sequence[WrittenRun]) -> Iterator[WrittenRun]:
     """Those runs of one file that the disk gives other than they were written.
 
     The disk, not the system's copy of it: the file is brought there first, and read past the cache
@@ -383,7 +383,7 @@ def damaged(runs: Sequence[Written]) -> Iterator[Written]:
         os.close(handle)
 
 
-def _reads_back(handle: int, run: Written) -> bool:
+def _reads_back(handle: int, run: WrittenRun) -> bool:
     buffer = _scratch.empty((_READ + 2 * PAGE,), np.dtype(np.uint8))
     for at in range(0, run.size, _READ):
         size, before = min(_READ, run.size - at), (run.start + at) % PAGE
@@ -438,7 +438,7 @@ def checksum(values: np.ndarray) -> np.ndarray:
     return np.append(sums, rest.view(np.uint64).sum())
 
 
-def _plan(file: str, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> Plan:
+def _plan(file: str, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> ShardPlan:
     offset = 0
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     # Widest first keeps every tensor aligned to its own items, as the safetensors library does.
@@ -453,7 +453,7 @@ def _plan(file: str, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) ->
     text += b" " * (-(8 + len(text)) % PAGE)  # values on whole pages: see `ShardWriter`
     base = 8 + len(text)
     placed = {name: (dtype, shape, base + begins[name]) for name, (dtype, shape) in tensors.items()}
-    return Plan(file, len(text).to_bytes(8, "little") + text, placed, base + offset)
+    return ShardPlan(file, len(text).to_bytes(8, "little") + text, placed, base + offset)
 
 
 def _write_at(handle: int, values: bytes | memoryview, start: int) -> None:

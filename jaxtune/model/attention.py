@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxtune.model.layers import Build, Projection, RMSNorm, weight
+from jaxtune.model.layers import ModuleConfig, Projection, RMSNorm, weight
 from jaxtune.ops import rope
 from jaxtune.ops.attention import OPAQUE, attend
 from jaxtune.ops.decode import attend_slots
@@ -55,7 +55,7 @@ class Attention(nn.Module):
     sizes: Mapping[str, int]
     norm_eps: float
     norm_offset: float
-    build: Build
+    config: ModuleConfig
     impl: str
     keep: bool = False
 
@@ -66,14 +66,14 @@ class Attention(nn.Module):
         layer = self.layer
 
         def project(name: str, equation: str, x: jax.Array, bias: bool) -> jax.Array:
-            return Projection(equation, self.sizes, self.build, bias, name=name)(x)
+            return Projection(equation, self.sizes, self.config, bias, name=name)(x)
 
         q_BTHK = project("q", "BTD,DHK->BTHK", x_BTD, layer.qkv_bias)
         k_BTGK = project("k", "BTD,DGK->BTGK", x_BTD, layer.qkv_bias)
         v_BTGK = project("v", "BTD,DGK->BTGK", x_BTD, layer.qkv_bias)
         if layer.qk_norm is not None:
             over = {"head": 1, "full": 2}[layer.qk_norm]  # K, or H and K
-            settings = (self.norm_eps, self.build, self.norm_offset, over)
+            settings = (self.norm_eps, self.config, self.norm_offset, over)
             q_BTHK = RMSNorm(*settings, name="q_norm")(q_BTHK)
             k_BTGK = RMSNorm(*settings, name="k_norm")(k_BTGK)
         if self.rotation is not None:
@@ -175,9 +175,9 @@ class Attention(nn.Module):
             "sinks",
             shape=(self.layer.heads,),
             axes=("heads",),
-            new=self.build.new,
+            new=self.config.new,
             compute=None,
-            initialiser=nn.initializers.normal(self.build.init_scale),
+            initialiser=nn.initializers.normal(self.config.init_scale),
         )
 
 

@@ -38,12 +38,12 @@ from jaxtune.config import ConfigError
 from jaxtune.model import lora as adapters
 from jaxtune.model.attention import Attention, AttentionContext, KVCache
 from jaxtune.model.layers import (
-    ARRIVING,
-    Build,
-    Declared,
+    GRADIENT_SINK,
     GatedMLP,
     LayerNorm,
     Matrix,
+    ModuleConfig,
+    PartitionedParam,
     PlainMLP,
     RMSNorm,
 )
@@ -135,7 +135,9 @@ def forward(
         dtype=dtype,
         requested=attention or "auto",
     )
-    module = Decoder(spec, Build(dtype, dtype, spec.init_scale, lora), remat, attention, keep)
+    module = Decoder(
+        spec, ModuleConfig(dtype, dtype, spec.init_scale, lora), remat, attention, keep
+    )
     rngs = {} if key is None else {"dropout": key}
     places = (inputs, segment_ids, positions, cache, noise)
     (hidden, kernel, cache), left = module.apply(variables, *places, rngs=rngs, mutable=[LOADS])
@@ -215,7 +217,9 @@ def abstract(spec: ModelSpec, dtype: DTypeLike, lora: Lora | None = None) -> Par
 def axes(spec: ModelSpec, lora: Lora | None = None) -> Params:
     """The same tree with each parameter's logical axes, for `mesh.shardings`."""
     declared = _declared(spec, jnp.dtype(jnp.float32), lora)
-    return jax.tree.map(lambda box: box.axes, declared, is_leaf=lambda x: isinstance(x, Declared))
+    return jax.tree.map(
+        lambda box: box.axes, declared, is_leaf=lambda x: isinstance(x, PartitionedParam)
+    )
 
 
 def init_adapters(spec: ModelSpec, lora: Lora, params: Params, key: jax.Array) -> Params:
@@ -233,7 +237,7 @@ def adapter_axes(spec: ModelSpec, lora: Lora) -> Params:
     return jax.tree.map(
         lambda box: box.axes,
         _abstract_adapters(spec, lora),
-        is_leaf=lambda x: isinstance(x, Declared),
+        is_leaf=lambda x: isinstance(x, PartitionedParam),
     )
 
 
@@ -315,7 +319,7 @@ class Decoder(nn.Module):
     """Embedding, stacks, final norm; see `forward`."""
 
     spec: ModelSpec
-    build: Build
+    config: ModuleConfig
     remat: str
     attention: str
     keep: bool = False
@@ -330,8 +334,8 @@ class Decoder(nn.Module):
         noise_BTD: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, Cache | None]:
         spec, sizes = self.spec, {"V": self.spec.vocab, "D": self.spec.width}
-        table_VD = Matrix("table", "VD", sizes, self.build, name="embed")()
-        x_BTD = collectives.sharded_lookup(table_VD, inputs_BT, spec.width, self.build.compute)
+        table_VD = Matrix("table", "VD", sizes, self.config, name="embed")()
+        x_BTD = collectives.sharded_lookup(table_VD, inputs_BT, spec.width, self.config.compute)
         if spec.embed_scale != 1.0:
             # Rounded to compute dtype first, as the models were trained.
             x_BTD = x_BTD * jnp.asarray(spec.embed_scale, x_BTD.dtype)
@@ -355,7 +359,7 @@ class Decoder(nn.Module):
             name = f"stack_{i}"
             scanned = nn.scan(
                 Pattern,
-                variable_axes={"params": 0, adapters.COLLECTION: 0, ARRIVING: 0, LOADS: 0},
+                variable_axes={"params": 0, adapters.COLLECTION: 0, GRADIENT_SINK: 0, LOADS: 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, nn.broadcast),
                 out_axes=0,
@@ -365,7 +369,7 @@ class Decoder(nn.Module):
             repeated = scanned(
                 spec,
                 stack.pattern,
-                self.build,
+                self.config,
                 self.remat,
                 self.attention,
                 self.keep,
@@ -373,11 +377,11 @@ class Decoder(nn.Module):
                 name=name,
             )
             x_BTD, kept[name] = repeated(x_BTD, None if cache is None else cache[name], context)
-        x_BTD = _norm(spec, self.build, "final_norm")(x_BTD)
+        x_BTD = _norm(spec, self.config, "final_norm")(x_BTD)
 
         kernel = table_VD
         if not spec.tie_head:
-            kernel = Matrix("kernel", "DV", sizes, self.build, name="head")()
+            kernel = Matrix("kernel", "DV", sizes, self.config, name="head")()
         return x_BTD, kernel, kept if self.keep or cache is not None else None
 
 
@@ -386,7 +390,7 @@ class Pattern(nn.Module):
 
     spec: ModelSpec
     layers: tuple[LayerSpec, ...]
-    build: Build
+    config: ModuleConfig
     remat: str
     attention: str
     keep: bool
@@ -405,7 +409,7 @@ class Pattern(nn.Module):
         kept = {}
         for j, layer in enumerate(self.layers):
             name = f"layer_{j}"
-            part = block(self.spec, layer, self.build, self.attention, self.keep, name=name)
+            part = block(self.spec, layer, self.config, self.attention, self.keep, name=name)
             x_BTD, kept[name] = part(x_BTD, None if cache is None else cache[name], context)
         return x_BTD, kept
 
@@ -415,7 +419,7 @@ class Block(nn.Module):
 
     spec: ModelSpec
     layer: LayerSpec
-    build: Build
+    config: ModuleConfig
     attention: str
     keep: bool
 
@@ -437,11 +441,11 @@ class Block(nn.Module):
             rotation = kinds_of_rope(spec).index((layer.rope, layer.head_dim))
 
         def before(part: str, x: jax.Array) -> jax.Array:
-            return x if layer.norms == "post" else _norm(spec, self.build, f"{part}_norm")(x)
+            return x if layer.norms == "post" else _norm(spec, self.config, f"{part}_norm")(x)
 
         def after(part: str, x: jax.Array, y: jax.Array) -> jax.Array:
             if layer.norms != "pre":
-                y = _norm(spec, self.build, f"{part}_post_norm")(y)
+                y = _norm(spec, self.config, f"{part}_post_norm")(y)
             return x + (y if layer.residual_scale == 1.0 else y * layer.residual_scale)
 
         attention = Attention(
@@ -450,7 +454,7 @@ class Block(nn.Module):
             sizes,
             spec.norm_eps,
             spec.norm_offset,
-            self.build,
+            self.config,
             self.attention,
             self.keep,
             name="attention",
@@ -458,9 +462,9 @@ class Block(nn.Module):
         mlp: Any
         if layer.moe is None:
             kind = GatedMLP if layer.gated else PlainMLP
-            mlp = kind(layer.activation, sizes, self.build, layer.mlp_bias, name="mlp")
+            mlp = kind(layer.activation, sizes, self.config, layer.mlp_bias, name="mlp")
         else:
-            mixture: Any = Mixture(layer, sizes, self.build, name="moe")
+            mixture: Any = Mixture(layer, sizes, self.config, name="moe")
             mlp = functools.partial(mixture, segment_ids_BT=context.segment_ids)
         mixed_BTD, cache = attention(before("attention", x_BTD), cache, context)
         x_BTD = after("attention", x_BTD, mixed_BTD)
@@ -468,9 +472,9 @@ class Block(nn.Module):
         return mesh.constrain(x_BTD, "batch", "length", "act_embed"), cache
 
 
-def _norm(spec: ModelSpec, build: Build, name: str) -> RMSNorm | LayerNorm:
+def _norm(spec: ModelSpec, config: ModuleConfig, name: str) -> RMSNorm | LayerNorm:
     kind = LayerNorm if spec.norm == "layer" else RMSNorm
-    return kind(spec.norm_eps, build, spec.norm_offset, name=name)
+    return kind(spec.norm_eps, config, spec.norm_offset, name=name)
 
 
 def kinds_of_rope(spec: ModelSpec) -> list[tuple[RopeSpec, int]]:
@@ -486,8 +490,8 @@ def rope_limits(spec: ModelSpec) -> tuple[int, ...]:
 
 
 def _declare(spec: ModelSpec, key: jax.Array, dtype: DTypeLike, lora: Lora | None = None) -> Params:
-    """The decoder's parameters as `Declared` leaves."""
-    module = Decoder(spec, Build(dtype, dtype, spec.init_scale, lora), "none", "reference")
+    """The decoder's parameters as `PartitionedParam` leaves."""
+    module = Decoder(spec, ModuleConfig(dtype, dtype, spec.init_scale, lora), "none", "reference")
     one_token = jnp.zeros((1, 1), jnp.int32)
     return module.init(key, one_token, one_token, one_token, None)["params"]
 
@@ -499,8 +503,8 @@ def _declared(spec: ModelSpec, dtype: jnp.dtype, lora: Lora | None) -> Params:
 
 
 def _declare_adapters(spec: ModelSpec, lora: Lora, params: Params, key: jax.Array) -> Params:
-    build = Build(jnp.float32, jnp.float32, spec.init_scale, lora)
-    module = Decoder(spec, build, "none", "reference")
+    config = ModuleConfig(jnp.float32, jnp.float32, spec.init_scale, lora)
+    module = Decoder(spec, config, "none", "reference")
     one_token = jnp.zeros((1, 1), jnp.int32)
     places = (one_token, one_token, one_token, None)
     mutable = [adapters.COLLECTION]

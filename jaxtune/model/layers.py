@@ -52,12 +52,15 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 # Zeros beside trained parameters, in the dtype of the computation: the gradient of a kernel is
 # theirs, half as wide as one of the kernel, which would be that widened and nothing more.
-ARRIVING = "arriving"
+GRADIENT_SINK = "gradient_sink"
 
 
-class Build(NamedTuple):
-    """What every part of one decoder shares: dtypes of new weights and of all that is computed,
-    the spread of random weights, and which parts have adapters."""
+class ModuleConfig(NamedTuple):
+    """The settings that every module of one decoder shares.
+
+    `new` is the dtype of new weights, `compute` that of all that is computed, `init_scale` the
+    spread of random weights; `lora` says which modules have adapters.
+    """
 
     new: DTypeLike
     compute: DTypeLike
@@ -65,8 +68,8 @@ class Build(NamedTuple):
     lora: Lora | None = None
 
 
-class Declared(flax.struct.PyTreeNode, meta.AxisMetadata[Any]):
-    """A new weight together with its logical axes; `nn.scan` adds the stacked axis in front."""
+class PartitionedParam(flax.struct.PyTreeNode, meta.AxisMetadata[Any]):
+    """A parameter together with its logical axes; `nn.scan` adds the stacked axis in front."""
 
     value: Any
     axes: tuple[str | None, ...] = flax.struct.field(pytree_node=False)
@@ -74,15 +77,15 @@ class Declared(flax.struct.PyTreeNode, meta.AxisMetadata[Any]):
     def unbox(self) -> Any:
         return self.value
 
-    def replace_boxed(self, val: Any) -> "Declared":
+    def replace_boxed(self, val: Any) -> "PartitionedParam":
         return self.replace(value=val)
 
-    def add_axis(self, index: int, params: dict[Any, Any]) -> "Declared":
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "PartitionedParam":
         axes = list(self.axes)
         axes.insert(index, params[meta.PARTITION_NAME])
         return self.replace(axes=tuple(axes))
 
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> "Declared":
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "PartitionedParam":
         axes = list(self.axes)
         del axes[index]
         return self.replace(axes=tuple(axes))
@@ -102,13 +105,13 @@ def weight(
 
     `new` is its dtype when it is made; without `compute` it is used as it is stored.
     """
-    stored = _stored(module, name, lambda key: Declared(initialiser(key, shape, new), axes))
+    stored = _stored(module, name, lambda key: PartitionedParam(initialiser(key, shape, new), axes))
     if compute is None:
         return collectives.all_gathered(stored, axes, shape, stored.dtype)
-    arriving = None
-    if module.has_variable(ARRIVING, name):
-        arriving = module.get_variable(ARRIVING, name)
-    return collectives.all_gathered(stored, axes, shape, compute, arriving)
+    sink = None
+    if module.has_variable(GRADIENT_SINK, name):
+        sink = module.get_variable(GRADIENT_SINK, name)
+    return collectives.all_gathered(stored, axes, shape, compute, sink)
 
 
 def _stored(module: nn.Module, name: str, new: Callable[[jax.Array], Any]) -> Any:
@@ -123,14 +126,14 @@ class Projection(nn.Module):
 
     equation: str
     sizes: Mapping[str, int]
-    build: Build
+    config: ModuleConfig
     bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         operands, output = self.equation.split("->")
         letters = operands.split(",")[1]
-        lora = self.build.lora
+        lora = self.config.lora
         kernel, product = self._weights(letters, output)
         y = product(x)
         if lora is not None and adapters.has_adapter(self, lora):
@@ -142,7 +145,7 @@ class Projection(nn.Module):
                 y,
                 kernel=kernel,
                 product=product,
-                declare=_adapter_leaf(self, self.sizes, self.build),
+                declare=_adapter_leaf(self, self.sizes, self.config),
             )
         if self.bias:
             added = [letter for letter in letters if letter in output]
@@ -151,8 +154,8 @@ class Projection(nn.Module):
                 "bias",
                 shape=tuple(self.sizes[letter] for letter in added),
                 axes=tuple("norm" if letter == "D" else WEIGHT_AXES[letter] for letter in added),
-                new=self.build.new,
-                compute=self.build.compute,
+                new=self.config.new,
+                compute=self.config.compute,
                 initialiser=nn.initializers.zeros,
             )
             y = y + jnp.broadcast_to(bias, y.shape)
@@ -164,16 +167,16 @@ class Projection(nn.Module):
     ) -> tuple[Callable[[], jax.Array], Callable[[jax.Array], jax.Array]]:
         """The kernel, and the product with it."""
         shape = tuple(self.sizes[letter] for letter in letters)
-        lora = self.build.lora
+        lora = self.config.lora
         if lora is None or lora.base == "none":
             stored = weight(
                 self,
                 "kernel",
                 shape=shape,
                 axes=tuple(WEIGHT_AXES[letter] for letter in letters),
-                new=self.build.new,
-                compute=self.build.compute,
-                initialiser=nn.initializers.normal(self.build.init_scale),
+                new=self.config.new,
+                compute=self.config.compute,
+                initialiser=nn.initializers.normal(self.config.init_scale),
             )
             return lambda: stored, lambda x: _product(self.equation, x, stored)
 
@@ -181,7 +184,7 @@ class Projection(nn.Module):
         kept = quantised_weight(self, lora, letters, letters[:inputs], self.sizes)
 
         def dequantised(kept: quantise.Stored) -> jax.Array:
-            dtype = self.build.compute
+            dtype = self.config.compute
             return quantise.dequantise(kept, kind=lora.base, inputs=inputs, dtype=dtype)
 
         # What the backward pass needs is made again from the codes, whatever `remat` keeps.
@@ -199,9 +202,9 @@ def quantised_weight(
         for name, leaf in found.items()
     }
 
-    def new(key: jax.Array) -> dict[str, Declared]:
+    def new(key: jax.Array) -> dict[str, PartitionedParam]:
         return {
-            name: Declared(jnp.zeros(leaf.shape, leaf.dtype), axes[name])
+            name: PartitionedParam(jnp.zeros(leaf.shape, leaf.dtype), axes[name])
             for name, leaf in found.items()
         }
 
@@ -212,9 +215,11 @@ def quantised_weight(
     }
 
 
-def _adapter_leaf(module: nn.Module, sizes: Mapping[str, int], build: Build) -> adapters.Declare:
+def _adapter_leaf(
+    module: nn.Module, sizes: Mapping[str, int], config: ModuleConfig
+) -> adapters.Declare:
     """Declares leaves of `module` in the collection of adapters; R and N are on every device."""
-    lora = build.lora
+    lora = config.lora
     assert lora is not None
     sizes = {**sizes, "R": lora.r, "N": len(lora.tokens)}
 
@@ -222,13 +227,13 @@ def _adapter_leaf(module: nn.Module, sizes: Mapping[str, int], build: Build) -> 
         shape = tuple(sizes[letter] for letter in letters)
         axes = tuple(WEIGHT_AXES.get(letter) for letter in letters)
 
-        def declared() -> Declared:
-            return Declared(make(module.make_rng("params"), shape), axes)
+        def declared() -> PartitionedParam:
+            return PartitionedParam(make(module.make_rng("params"), shape), axes)
 
         stored = module.variable(adapters.COLLECTION, name, declared).value
         if name == "rows":  # beside a table that stays cut as they are
             return stored
-        dtype = stored.dtype if name == "magnitude" else build.compute
+        dtype = stored.dtype if name == "magnitude" else config.compute
         return collectives.all_gathered(stored, axes, shape, dtype)
 
     return declare
@@ -276,20 +281,22 @@ class Matrix(nn.Module):
     leaf: str
     letters: str
     sizes: Mapping[str, int]
-    build: Build
+    config: ModuleConfig
 
     @nn.compact
     def __call__(self) -> jax.Array:
         shape = tuple(self.sizes[letter] for letter in self.letters)
         axes = tuple(WEIGHT_AXES[letter] for letter in self.letters)
-        initialiser = nn.initializers.normal(self.build.init_scale)
+        initialiser = nn.initializers.normal(self.config.init_scale)
         table: jax.Array = _stored(
-            self, self.leaf, lambda key: Declared(initialiser(key, shape, self.build.new), axes)
+            self,
+            self.leaf,
+            lambda key: PartitionedParam(initialiser(key, shape, self.config.new), axes),
         )
-        lora = self.build.lora
+        lora = self.config.lora
         if lora is None or not lora.tokens or not adapters.has_adapter(self, lora, "rows"):
             return table
-        declare = _adapter_leaf(self, self.sizes, self.build)
+        declare = _adapter_leaf(self, self.sizes, self.config)
         return adapters.with_rows(lora, self.letters, table, declare=declare)
 
 
@@ -300,7 +307,7 @@ class RMSNorm(nn.Module):
     """
 
     epsilon: float
-    build: Build
+    config: ModuleConfig
     offset: float = 0.0
     axes: int = 1
 
@@ -315,7 +322,7 @@ class RMSNorm(nn.Module):
             scale_f32 = self.offset + scale.astype(jnp.float32)
             return (normed * jnp.broadcast_to(scale_f32, x.shape)).astype(x.dtype)
         # Rounded before the scale is applied, as the models were trained.
-        scale = scale.astype(self.build.compute)
+        scale = scale.astype(self.config.compute)
         return normed.astype(x.dtype) * jnp.broadcast_to(scale, x.shape)
 
 
@@ -323,7 +330,7 @@ class LayerNorm(nn.Module):
     """Brings the last axis to mean 0 and variance 1, then scales and shifts it, all in float32."""
 
     epsilon: float
-    build: Build
+    config: ModuleConfig
     offset: float = 0.0
 
     @nn.compact
@@ -350,7 +357,7 @@ def _norm_weight(
         name,
         shape=shape,
         axes=("norm",) * len(shape),
-        new=module.build.new,
+        new=module.config.new,
         compute=None,
         initialiser=nn.initializers.constant(value),
     )
@@ -361,7 +368,7 @@ class GatedMLP(nn.Module):
 
     activation: str
     sizes: Mapping[str, int]
-    build: Build
+    config: ModuleConfig
     bias: bool = False
 
     @nn.compact
@@ -403,7 +410,7 @@ class PlainMLP(nn.Module):
 
     activation: str
     sizes: Mapping[str, int]
-    build: Build
+    config: ModuleConfig
     bias: bool = False
 
     @nn.compact
@@ -413,4 +420,4 @@ class PlainMLP(nn.Module):
 
 
 def _projection(mlp: GatedMLP | PlainMLP, name: str, equation: str) -> Projection:
-    return Projection(equation, mlp.sizes, mlp.build, mlp.bias, name=name)
+    return Projection(equation, mlp.sizes, mlp.config, mlp.bias, name=name)

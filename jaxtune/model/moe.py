@@ -20,13 +20,13 @@ from jaxtune.model import quantise
 from jaxtune.model.layers import (
     ACTIVATIONS,
     WEIGHT_AXES,
-    Build,
     GatedMLP,
+    ModuleConfig,
     Projection,
     quantised_weight,
     weight,
 )
-from jaxtune.ops import moe
+from jaxtune.ops import expert_parallel, moe
 from jaxtune.parallel import collectives, mesh
 from jaxtune.spec import LayerSpec
 
@@ -43,7 +43,7 @@ class Mixture(nn.Module):
 
     layer: LayerSpec
     sizes: Mapping[str, int]
-    build: Build
+    config: ModuleConfig
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array) -> jax.Array:
@@ -52,9 +52,11 @@ class Mixture(nn.Module):
         sizes = {**self.sizes, "E": spec.experts}
 
         def bank(name: str, letters: str) -> tuple[Kernels, jax.Array | None]:
-            return Bank(letters, sizes, self.build, layer.mlp_bias, self.build.compute, name=name)()
+            return Bank(
+                letters, sizes, self.config, layer.mlp_bias, self.config.compute, name=name
+            )()
 
-        plain = self.build._replace(lora=None)
+        plain = self.config._replace(lora=None)
         scores = {**WEIGHT_AXES, "E": "scores"}  # on every device: any expert may be chosen
         router = Bank("DE", sizes, plain, spec.router_bias, jnp.float32, scores, name="router")
         logits_BTE = _scores(x_BTD, *router())
@@ -63,7 +65,11 @@ class Mixture(nn.Module):
         (gate, gate_bias), (up, up_bias) = bank("gate", "EDF"), bank("up", "EDF")
         down, down_bias = bank("down", "EFD")
         cut, others = mesh.spread("mlp", sizes["F"]), collectives.cut("expert", spec.experts)
-        mix = functools.partial(_traded, over=others, count=spec.experts) if others else moe.mix
+        apply = (
+            functools.partial(_exchanged, over=others, count=spec.experts)
+            if others
+            else moe.apply_experts
+        )
 
         def mixed(x_BTD: jax.Array, *arrays: Any) -> jax.Array:
             (B, T, D), k = x_BTD.shape, spec.per_token
@@ -71,7 +77,7 @@ class Mixture(nn.Module):
             if cut and experts.down_bias is not None:
                 first = jax.lax.axis_index(cut) == 0
                 experts = experts._replace(down_bias=jnp.where(first, experts.down_bias, 0))
-            y_ND = mix(
+            y_ND = apply(
                 x_BTD.reshape(B * T, D),
                 experts,
                 moe.Chosen(*(part.reshape(B * T, k) for part in choice)),
@@ -102,39 +108,39 @@ class Mixture(nn.Module):
     def _whole(self, bank: Kernels) -> jax.Array:
         if isinstance(bank, jax.Array):
             return bank
-        assert self.build.lora is not None
-        kind, dtype = self.build.lora.base, self.build.compute
+        assert self.config.lora is not None
+        kind, dtype = self.config.lora.base, self.config.compute
         one = functools.partial(quantise.dequantise, kind=kind, inputs=1, dtype=dtype)
         return jax.vmap(one)(bank)
 
     def _shared(self, x_BTD: jax.Array, sizes: Mapping[str, int]) -> jax.Array:
         """The expert that every token uses, times the sigmoid of a number per token."""
-        shared = GatedMLP(self.layer.activation, sizes, self.build, name="shared")(x_BTD)
+        shared = GatedMLP(self.layer.activation, sizes, self.config, name="shared")(x_BTD)
         one = {**sizes, "S": 1}
-        share_BTS = Projection("BTD,DS->BTS", one, self.build, name="shared_gate")(x_BTD)
+        share_BTS = Projection("BTD,DS->BTS", one, self.config, name="shared_gate")(x_BTD)
         return jnp.broadcast_to(jax.nn.sigmoid(share_BTS), shared.shape) * shared
 
 
 class Bank(nn.Module):
     """A `kernel` of `letters`, the last but one of which is summed over, and perhaps a `bias` of
-    the others; handed out in dtype `compute`, or as the build's `lora.base` stores it."""
+    the others; handed out in dtype `compute`, or as the config's `lora.base` stores it."""
 
     letters: str
     sizes: Mapping[str, int]
-    build: Build
+    config: ModuleConfig
     bias: bool
     compute: DTypeLike
     axes: Mapping[str, str] = FrozenDict(WEIGHT_AXES)
 
     @nn.compact
     def __call__(self) -> tuple[Kernels, jax.Array | None]:
-        lora = self.build.lora
+        lora = self.config.lora
         kernel: Kernels
         if lora is not None and lora.base != "none":
             kernel = quantised_weight(self, lora, self.letters, self.letters[-2], self.sizes)
         else:
             axes = tuple(self.axes[letter] for letter in self.letters)
-            spread = nn.initializers.normal(self.build.init_scale)
+            spread = nn.initializers.normal(self.config.init_scale)
             kernel = self._declared("kernel", self.letters, axes, spread)
         if not self.bias:
             return kernel, None
@@ -150,13 +156,13 @@ class Bank(nn.Module):
             leaf,
             shape=tuple(self.sizes[letter] for letter in letters),
             axes=axes,
-            new=self.build.new,
+            new=self.config.new,
             compute=self.compute,
             initialiser=initialiser,
         )
 
 
-def _traded(
+def _exchanged(
     x_ND: jax.Array,
     experts: moe.Experts,
     chosen: moe.Chosen,
@@ -166,13 +172,13 @@ def _traded(
     activation: moe.Activation,
     clamp: moe.Clamp,
 ) -> jax.Array:
-    """`moe.mix` where the devices along `over` have each their own of all `count` experts."""
+    """Apply experts of which the devices along `over` have each their own of all `count`."""
 
     def all_of(x: jax.Array) -> jax.Array:
         return jax.lax.all_gather(x, over)
 
     order = moe.ordered(chosen.experts, count)
-    y_PND = moe.mix_own(
+    y_PND = expert_parallel.apply_local_experts(
         all_of(x_ND),
         experts,
         moe.Order(*map(all_of, order)),

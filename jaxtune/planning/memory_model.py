@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxtune.ops import moe, splash
+from jaxtune.ops import expert_parallel, splash
 from jaxtune.ops.loss_plan import LossPlan, plan_loss
 from jaxtune.spec import (
     Backward,
@@ -336,7 +336,7 @@ def _mlp_at_once(work: Work, layer: LayerSpec) -> float:
 def a_round(work: Work, mixture: MoeSpec) -> tuple[int, int]:
     """Copies of tokens that a device's own experts have on average, and those of one round."""
     copies = math.ceil(work.tokens) * mixture.per_token
-    return copies, moe.round_rows(copies, 2 * copies)
+    return copies, expert_parallel.round_rows(copies, 2 * copies)
 
 
 def _attention_at_once(work: Work, layer: LayerSpec) -> float:

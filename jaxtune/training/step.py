@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtune.model.layers import ARRIVING
+from jaxtune.model.layers import GRADIENT_SINK
 from jaxtune.ops.cross_entropy import Sums, TokenLosses
 from jaxtune.parallel import collectives
 from jaxtune.training.objectives import Objective, Tokens, add, zero_sums
@@ -77,9 +77,9 @@ def gradient(
     weights = trained.get("params", {})
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), weights)
 
-    def loss(trained: Any, arriving: Any, rows: Tokens, number: Any) -> tuple[jax.Array, Sums]:
+    def loss(trained: Any, sink: Any, rows: Tokens, number: Any) -> tuple[jax.Array, Sums]:
         key = jax.random.fold_in(key_of_step, number)
-        variables = {**merge(trained, frozen), ARRIVING: arriving}
+        variables = {**merge(trained, frozen), GRADIENT_SINK: sink}
         sums = objective(variables, rows, key)
         return sums.loss + sums.penalty, sums
 

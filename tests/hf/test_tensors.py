@@ -32,7 +32,7 @@ def _whole(values: np.ndarray) -> tuple[slice, ...]:
     return tuple(slice(0, n) for n in values.shape)
 
 
-def _planned(values: dict[str, np.ndarray], limit: int) -> list[tensors.Plan]:
+def _planned(values: dict[str, np.ndarray], limit: int) -> list[tensors.ShardPlan]:
     return plan_shards({name: (v.dtype, v.shape) for name, v in values.items()}, limit)
 
 
@@ -90,7 +90,7 @@ def test_a_change_anywhere_changes_the_checksum(size, tmp_path):
             assert not np.array_equal(tensors.checksum(wrong), right)
     file = tmp_path / "file"
     file.write_bytes(b"head" + values.tobytes())
-    run = tensors.Written("a", file, 4, size, right)
+    run = tensors.WrittenRun("a", file, 4, size, right)
     assert list(tensors.damaged([run])) == []
     file.write_bytes(b"head" + bytes([values[0] ^ 1]) + values.tobytes()[1:])
     assert list(tensors.damaged([run])) == [run]
@@ -141,7 +141,7 @@ def test_memory_as_a_file_system_has_no_way_past_it(tmp_path, monkeypatch):
         raise OSError(errno.EINVAL, "Invalid argument")
 
     (tmp_path / "file").write_bytes(b"12345678")
-    run = tensors.Written(
+    run = tensors.WrittenRun(
         "a", tmp_path / "file", 0, 8, tensors.checksum(np.frombuffer(b"12345678", np.uint8))
     )
     with monkeypatch.context() as patch:

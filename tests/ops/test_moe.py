@@ -7,18 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtune.ops.expert_parallel import apply_local_experts, round_rows
 from jaxtune.ops.moe import (
     IMPLEMENTATIONS,
     Chosen,
     Experts,
     Load,
     Order,
+    apply_experts,
     balance,
     load,
-    mix,
-    mix_own,
     ordered,
-    round_rows,
     route,
 )
 
@@ -67,7 +66,7 @@ def test_mixture_is_that_of_the_loops(impl, k, biases, clamp):
     x, logits = (jnp.asarray(rng.normal(size=(N, n)), jnp.float32) for n in (D, E))
     chosen = route(logits, per_token=k, softmax_over="all")
     experts = _experts(k, biases=biases)
-    got = jax.jit(lambda *a: mix(*a, activation=jax.nn.silu, clamp=clamp, impl=impl))(
+    got = jax.jit(lambda *a: apply_experts(*a, activation=jax.nn.silu, clamp=clamp, impl=impl))(
         x, experts, chosen
     )
     np.testing.assert_allclose(got, _by_loops(x, experts, chosen, clamp), rtol=1e-4, atol=1e-4)
@@ -84,7 +83,7 @@ def test_gradients_of_ragged_are_those_of_the_reference(idle):
 
     def loss(x, logits, experts, impl):
         chosen = route(logits, per_token=2, softmax_over="chosen")
-        y = mix(x, experts, chosen, activation=jax.nn.silu, clamp=(1.7, 3.0), impl=impl)
+        y = apply_experts(x, experts, chosen, activation=jax.nn.silu, clamp=(1.7, 3.0), impl=impl)
         return jnp.sum(y * probe)
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnames="impl")
@@ -107,7 +106,7 @@ def _by_devices(x_PND, experts, chosen, rows):
     orders = [ordered(of_device, len(experts.gate)) for of_device in chosen.experts]
     order = Order(*(jnp.stack(part) for part in zip(*orders, strict=True)))
     return sum(
-        mix_own(
+        apply_local_experts(
             x_PND,
             jax.tree.map(lambda part, p=p: part[p * each : (p + 1) * each], experts),
             order,
@@ -145,7 +144,7 @@ def test_experts_of_several_devices_add_up_to_the_mixture(rows, loads, biases):
 
     def reference(x, experts, chosen):
         flat = Chosen(*(part.reshape(-1, 2) for part in chosen))
-        y = mix(
+        y = apply_experts(
             x.reshape(-1, D), experts, flat,
             activation=jax.nn.silu, clamp=(1.7, 3.0), impl="reference",
         )  # fmt: skip
@@ -180,7 +179,7 @@ def test_a_token_does_not_depend_on_the_others():
 
     def run(x, logits):
         chosen = route(logits, per_token=2, softmax_over="all")
-        return mix(x, experts, chosen, activation=jax.nn.silu, clamp=None)
+        return apply_experts(x, experts, chosen, activation=jax.nn.silu, clamp=None)
 
     whole, halves = run(x, logits), [run(x[cut], logits[cut]) for cut in (slice(5), slice(5, N))]
     np.testing.assert_allclose(whole, np.concatenate(halves), rtol=1e-5, atol=1e-5)
@@ -212,7 +211,7 @@ def test_balance_by_hand():
 def test_an_unknown_implementation_is_refused():
     chosen = route(jnp.zeros((N, E)), per_token=1, softmax_over="all")
     with pytest.raises(ValueError, match="mixture implementation is 'dense'; expected one of ragg"):
-        mix(
+        apply_experts(
             jnp.zeros((N, D)),
             _experts(0, biases=False),
             chosen,
