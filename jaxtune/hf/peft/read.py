@@ -36,12 +36,20 @@ _FILES = (CONFIG, WEIGHTS, "tokenizer*.json", "special_tokens_map.json", "*.jinj
 
 
 class Adapter(NamedTuple):
-    """A folder of PEFT understood as far as it goes without its base."""
+    """A folder of PEFT, read as far as it can be without its base."""
 
     folder: Path
     base: str
     revision: str | None
     config: Mapping[str, Any]
+
+    @property
+    def rank(self) -> int:
+        return int(self.config.get("r", 8))
+
+    @property
+    def alpha(self) -> float:
+        return float(self.config.get("lora_alpha", 8))
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -81,7 +89,10 @@ _MOST_TOKENS = 10_000_000  # far above the vocabulary of any model
 
 
 def open_adapter(path_or_id: str, *, revision: str | None = None) -> Adapter:
-    """Reads an adapter's config. Raises `ModelError` for what is none, or is of another kind."""
+    """Read an adapter's config.
+
+    Raises: `ModelError` for what is none, or is of another kind.
+    """
     folder = Path(path_or_id).expanduser()
     if not folder.exists():
         folder = hub.download(path_or_id, revision=revision, patterns=_FILES)
@@ -146,93 +157,126 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e9
 
 
-def read_adapter(adapter: Adapter, model: HfModel) -> tuple[Lora, Any]:
-    """How the adapter works on `model`, and its collection "lora" as numpy arrays, f32.
+class _LayerAdapter(NamedTuple):
+    """The adapter of one layer of a projection, as its file has it."""
 
-    Modules of one tensor get an adapter each, with the same A where the folder has one for all.
-    Where ranks or scales differ by module, smaller ranks are filled up with zeros and B carries the
-    difference of scales. Raises `ModelError` for tensors without a place, or places without one.
-    """
-    file = adapter.folder / WEIGHTS
-    header = read_header(file)
-    keys = _keys(model, header, file)
-    left = set(header)
+    a: np.ndarray  # [R in]
+    b: np.ndarray  # [out R]
+    scale: float
+    magnitude: np.ndarray | None  # [out]
 
-    def take(name: str, shape: tuple[int | None, ...]) -> np.ndarray:
-        key = keys.get(name)
+
+class _AdapterFile:
+    """The tensors of an adapter's file, by the names of a model's modules."""
+
+    def __init__(self, adapter: Adapter, model: HfModel) -> None:
+        self.path, self.model = adapter.folder / WEIGHTS, model
+        self._header = read_header(self.path)
+        self.keys = _keys(model, self._header, self.path)
+        self.unread = set(self._header)
+
+    def take(self, name: str, shape: tuple[int | None, ...]) -> np.ndarray:
+        """Read a tensor in f32; None in `shape` is any size."""
+        key = self.keys.get(name)
         if key is None:
-            raise ModelError(f"{file}: {plain(PREFIX + in_peft(model, name))} is missing.")
-        found = header[key]
-        if len(found.shape) != len(shape) or any(
-            want not in (None, have) for want, have in zip(shape, found.shape, strict=True)
+            raise ModelError(
+                f"{self.path}: {plain(PREFIX + in_peft(self.model, name))} is missing."
+            )
+        tensor = self._header[key]
+        if len(tensor.shape) != len(shape) or any(
+            size not in (None, actual) for size, actual in zip(shape, tensor.shape, strict=True)
         ):
             raise ModelError(
-                f"{file}: {plain(key)} is {list(found.shape)}; {model.name} needs "
+                f"{self.path}: {plain(key)} is {list(tensor.shape)}; {self.model.name} needs "
                 f"{['R' if n is None else n for n in shape]}. It is another model's adapter."
             )
-        left.discard(key)
-        return fetch(found, tuple(slice(0, n) for n in found.shape)).astype(np.float32)
+        self.unread.discard(key)
+        return fetch(tensor, tuple(slice(0, n) for n in tensor.shape)).astype(np.float32)
 
-    config = adapter.config
-    dora, rslora = bool(config.get("use_dora")), bool(config.get("use_rslora"))
-    rank, alpha = int(config.get("r", 8)), float(config.get("lora_alpha", 8))
+
+def read_adapter(adapter: Adapter, model: HfModel) -> tuple[Lora, Any]:
+    """Read how the adapter works on `model`, and its collection "lora" as numpy arrays, f32.
+
+    Modules of one tensor get an adapter each, with the same A if the folder has one for all.
+    If ranks or scales differ by module, smaller ranks are filled up with zeros and B carries the
+    difference of scales.
+    Raises: `ModelError` for tensors without a place, or places without one.
+    """
+    file = _AdapterFile(adapter, model)
+    layers: dict[str, list[_LayerAdapter]] = {}
     modules = modules_of(model)
+    for names in _by_shared_tensor(model, modules):
+        for module in _adapted_modules(file, modules[names[0]]):
+            for name, layer in zip(names, _read_module(adapter, file, names, module), strict=True):
+                layers.setdefault(name, []).append(layer)
+    if not layers:
+        raise ModelError(f"{file.path}: none of its adapters is of a projection of {model.name}.")
+    lora = _lora(adapter, layers)
+    leaves: dict[str, np.ndarray] = {}
+    for name, of_layers in layers.items():
+        leaves |= _leaves(model, name, of_layers, lora)
+    if lora.tokens:
+        leaves |= _read_rows(model, adapter, file.take)
+    if file.unread:
+        raise ModelError(f"{file.path}: {some(sorted(file.unread))} have no place in {model.name}.")
+    return lora, unnamed(leaves)
+
+
+def _by_shared_tensor(model: HfModel, modules: Mapping[str, Sequence[str]]) -> Iterator[list[str]]:
+    """Names of projections together that are rows of one tensor, in the order of their rows."""
     sharing: dict[str, list[str]] = {}
     for name, each in modules.items():
         sharing.setdefault(each[0], []).append(name)
-    layers: dict[str, list[tuple[np.ndarray, ...]]] = {}
     for names in sharing.values():
-        names.sort(key=lambda name: first_row(model, name))
-        present = [f"{module}{A}" in keys for module in modules[names[0]]]
-        if not any(present):
-            continue
-        if not all(present):
-            raise ModelError(
-                f"{file}: adapts {sum(present)} of {len(present)} layers as "
-                f"{modules[names[0]][0]}; layers that are repeated are adapted together here. "
-                "Merge it with peft (merge_and_unload) and start from the merged model."
-            )
-        for module in modules[names[0]]:
-            placed = model.placed[f"{names[0]}/kernel"]
-            out, inputs = placed.tensor_shape
-            a = take(f"{module}{A}", (None, inputs))
-            b = take(f"{module}{B}", (out, len(a)))
-            length = take(f"{module}{MAGNITUDE}", (out,)) if dora else None
-            there = keys[f"{module}{A}"].removeprefix(PREFIX).removesuffix(A)
-            own_alpha = float(_pattern(config.get("alpha_pattern"), there, alpha))
-            scale = own_alpha / (math.sqrt(len(a)) if rslora else len(a))
-            for name, parts in zip(names, _split(model, names, a, b, rank), strict=True):
-                rows = slice(first_row(model, name), first_row(model, name) + len(parts[1]))
-                layers.setdefault(name, []).append(
-                    (
-                        *parts,
-                        np.asarray(scale),
-                        *(() if length is None else (length[rows],)),
-                    )
-                )
-    if not layers:
-        raise ModelError(f"{file}: none of its adapters is of a projection of {model.name}.")
-    every = [layer for each in layers.values() for layer in each]
-    largest = max(len(layer[0]) for layer in every)
-    if alpha == 0 and any(layer[2] for layer in every):
+        yield sorted(names, key=lambda name: first_row(model, name))
+
+
+def _adapted_modules(file: _AdapterFile, modules: Sequence[str]) -> Sequence[str]:
+    """All of the modules of a projection, one a layer, or none."""
+    present = [f"{module}{A}" in file.keys for module in modules]
+    if any(present) and not all(present):
+        raise ModelError(
+            f"{file.path}: adapts {sum(present)} of {len(present)} layers as "
+            f"{modules[0]}; layers that are repeated are adapted together here. "
+            "Merge it with peft (merge_and_unload) and start from the merged model."
+        )
+    return modules if all(present) else ()
+
+
+def _read_module(
+    adapter: Adapter, file: _AdapterFile, names: Sequence[str], module: str
+) -> Iterator[_LayerAdapter]:
+    """Read one module's adapter, for each of the projections `names` that share it."""
+    model, config = file.model, adapter.config
+    out, inputs = model.placed[f"{names[0]}/kernel"].tensor_shape
+    a = file.take(f"{module}{A}", (None, inputs))
+    b = file.take(f"{module}{B}", (out, len(a)))
+    magnitude = file.take(f"{module}{MAGNITUDE}", (out,)) if config.get("use_dora") else None
+    module_key = file.keys[f"{module}{A}"].removeprefix(PREFIX).removesuffix(A)
+    alpha = float(_pattern(config.get("alpha_pattern"), module_key, adapter.alpha))
+    scale = alpha / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
+    for name, (own_a, own_b) in zip(names, _split(model, names, a, b, adapter.rank), strict=True):
+        start = first_row(model, name)
+        own = None if magnitude is None else magnitude[start : start + len(own_b)]
+        yield _LayerAdapter(own_a, own_b, scale, own)
+
+
+def _lora(adapter: Adapter, layers: Mapping[str, Sequence[_LayerAdapter]]) -> Lora:
+    """The one rank and scale for all layers, which `_leaves` brings each of them to."""
+    config, rank, alpha = adapter.config, adapter.rank, adapter.alpha
+    all_layers = [layer for of_projection in layers.values() for layer in of_projection]
+    largest = max(len(layer.a) for layer in all_layers)
+    if alpha == 0 and any(layer.scale for layer in all_layers):
         alpha = float(rank)  # B cannot carry what nought is multiplied by
-    lora = Lora(
+    return Lora(
         r=largest,
         alpha=alpha if largest == rank else alpha * largest / rank,
         targets=frozenset(layers),
         dropout=float(config.get("lora_dropout", 0.0)),
-        rslora=rslora,
-        dora=dora,
+        rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
         tokens=adapter.tokens,
     )
-    leaves: dict[str, np.ndarray] = {}
-    for name, found in layers.items():
-        leaves |= _leaves(model, name, found, lora)
-    if lora.tokens:
-        leaves |= _read_rows(model, adapter, take)
-    if left:
-        raise ModelError(f"{file}: {some(sorted(left))} have no place in {model.name}.")
-    return lora, unnamed(leaves)
 
 
 def _keys(model: HfModel, header: Mapping[str, Any], file: Path) -> dict[str, str]:
@@ -268,28 +312,28 @@ def _split(
 
 
 def _leaves(
-    model: HfModel, name: str, layers: Sequence[tuple[np.ndarray, ...]], lora: Lora
+    model: HfModel, name: str, layers: Sequence[_LayerAdapter], lora: Lora
 ) -> dict[str, np.ndarray]:
     placed = model.placed[f"{name}/kernel"]
     sizes = dict(zip(placed.row.axes, placed.shape, strict=True))
     shared = [axis for axis in placed.row.axes if axis in placed.row.groups[1]]
     added = [axis for axis in placed.row.axes if axis in placed.row.groups[0]]
-    found: dict[str, list[np.ndarray]] = {"a": [], "b": [], "magnitude": []}
-    for a, b, scale, *length in layers:
-        pad = lora.r - len(a)
-        share = np.float32(scale / lora.scale if lora.scale else 1)
-        a = np.pad(a, ((0, pad), (0, 0)))
-        b = np.pad(b * share, ((0, 0), (0, pad)))
+    leaves: dict[str, list[np.ndarray]] = {"a": [], "b": [], "magnitude": []}
+    for layer in layers:
+        pad = lora.r - len(layer.a)
+        rescaled = np.float32(layer.scale / lora.scale if lora.scale else 1)
+        a = np.pad(layer.a, ((0, pad), (0, 0)))
+        b = np.pad(layer.b * rescaled, ((0, 0), (0, pad)))
         inner = a.reshape(lora.r, *(sizes[axis] for axis in placed.row.groups[1]))
         order = [1 + placed.row.groups[1].index(axis) for axis in shared]
-        found["a"].append(inner.transpose(*order, 0))
+        leaves["a"].append(inner.transpose(*order, 0))
         outer = b.reshape(*(sizes[axis] for axis in placed.row.groups[0]), lora.r)
         order = [placed.row.groups[0].index(axis) for axis in added]
-        found["b"].append(outer.transpose(len(added), *order))
-        for values in length:
-            split = values.reshape([sizes[axis] for axis in placed.row.groups[0]])
-            found["magnitude"].append(split.transpose(order))
-    return {f"{name}/{leaf}": np.stack(values) for leaf, values in found.items() if values}
+        leaves["b"].append(outer.transpose(len(added), *order))
+        if layer.magnitude is not None:
+            split = layer.magnitude.reshape([sizes[axis] for axis in placed.row.groups[0]])
+            leaves["magnitude"].append(split.transpose(order))
+    return {f"{name}/{leaf}": np.stack(values) for leaf, values in leaves.items() if values}
 
 
 def _read_rows(
