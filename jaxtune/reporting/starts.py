@@ -43,10 +43,18 @@ def record_start(
         "versions": {
             "jaxtune": __version__,
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+            **{name: version for name in _PACKAGES if (version := _version(name))},
         },
     }
     with (run_dir / NAME).open("a+b") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)  # a killed run may have left half a line
         file.write(json.dumps(row).encode("utf-8") + b"\n")
+
+
+def _version(package: str) -> str | None:
+    """The version of an installed package; training does not need all of them."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
