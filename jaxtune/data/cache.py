@@ -36,14 +36,14 @@ _SUMMARY = "summary.json"
 
 
 class CachedSource(NamedTuple):
-    """One tokenised source: the arrays of `ARRAYS`, memory-mapped, and what was counted."""
+    """A tokenised source: the arrays of `ARRAYS`, memory-mapped, and what was counted."""
 
     arrays: dict[str, NDArray[Any]]
     summary: dict[str, Any]
 
 
 def code_version() -> str:
-    """Hashes the source of the data package: other code or templates make other tokens."""
+    """Hash the source of the data package: other code or templates make other tokens."""
     package = Path(__file__).parent
     sources = sorted(p for p in package.rglob("*") if p.suffix in (".py", ".jinja"))
     return hashlib.sha256(b"\0".join(source.read_bytes() for source in sources)).hexdigest()
@@ -52,7 +52,7 @@ def code_version() -> str:
 def stored(
     folder: Path, key: str, build: Callable[[Writer], dict[str, Any]]
 ) -> tuple[CachedSource, str | None]:
-    """The arrays under `key`, built by `build(writer) -> summary` where they are not there yet.
+    """Open the arrays under `key`; build them by `build(writer) -> summary` if they are not there.
 
     The second result is a note for the user when the cache could not be written; the arrays then
     live in a temporary folder that the operating system cleans up.
@@ -97,7 +97,9 @@ def _load(path: Path) -> NDArray[Any]:
 
 
 class Writer:
-    """Appends to the arrays of `ARRAYS` in a new folder; memory does not grow with them."""
+    """A new folder whose arrays (those of `ARRAYS`) are appended to; memory does not grow with
+    them.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -115,7 +117,7 @@ class Writer:
 
     @property
     def content(self) -> str:
-        """SHA-256 of everything appended so far."""
+        """Return the SHA-256 of everything appended so far."""
         return self._hash.hexdigest()
 
     def _write_header(self, name: str) -> None:

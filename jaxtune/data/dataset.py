@@ -37,7 +37,7 @@ _LENGTH_STEP = 128  # rows of unpacked data are a multiple of this long
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """One prepared source: its examples and what was counted while they were made."""
+    """A tokenised source: its examples and what was counted while they were made."""
 
     name: str
     path: str
@@ -49,13 +49,13 @@ class Source:
     target: Mapping[str, float] = field(default_factory=dict)
 
     def where(self, first: Mapping[str, Any]) -> str:
-        """FILE:LINE of a row that was dropped."""
+        """Name FILE:LINE of a row that was dropped."""
         return f"{self.files[first['file']]}:{first['line']}"
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """The examples of all sources, in order; `chosen` are those of this side of a split."""
+    """A run's examples from all sources, in order; `chosen` are those of this side of a split."""
 
     sources: tuple[Source, ...]
     chosen: NDArray[np.int64]
@@ -68,38 +68,38 @@ class Dataset:
 
     @functools.cached_property
     def starts(self) -> NDArray[np.int64]:
-        """Number of the first example of each source, and of all."""
+        """Number the first example of each source, and count all at the end."""
         counts = [len(source.stored.arrays["rows"]) for source in self.sources]
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
     @functools.cached_property
     def source_of(self) -> NDArray[np.int64]:
-        """For each example the number of its source."""
+        """Give for each example the number of its source."""
         return np.searchsorted(self.starts, self.chosen, side="right") - 1
 
     @functools.cached_property
     def token_counts(self) -> NDArray[np.int64]:
-        """Tokens of each example, unshifted."""
+        """Count the tokens of each example, unshifted."""
         counts = [np.diff(source.stored.arrays["offsets"]) for source in self.sources]
         return np.concatenate(counts)[self.chosen]
 
     @functools.cached_property
     def trained_counts(self) -> NDArray[np.int64]:
-        """Tokens of each example that carry weight."""
+        """Count the tokens of each example that carry weight."""
         return self.gather("trained").astype(np.int64)
 
     def gather(self, name: str) -> NDArray[Any]:
-        """A per-example array of the cache (`rows`, `flags`, ...) over all examples."""
+        """Gather a per-example array of the cache (`rows`, `flags`, ...) over all examples."""
         return np.concatenate([s.stored.arrays[name] for s in self.sources])[self.chosen]
 
     @functools.cached_property
     def record_of(self) -> NDArray[np.int64]:
-        """For each example a number that only the examples of the same record share."""
+        """Give each example a number that only the examples of the same record share."""
         rows = self.gather("rows")
         return self.source_of * (int(rows.max(initial=0)) + 1) + rows
 
     def tokens(self, index: int) -> WeightedTokens:
-        """Example `index`, whole and unshifted."""
+        """Return example `index`, whole and unshifted."""
         source = int(self.source_of[index])
         arrays = self.sources[source].stored.arrays
         local = int(self.chosen[index] - self.starts[source])
@@ -111,13 +111,13 @@ class Dataset:
 
     @functools.cached_property
     def mixed(self) -> bool:
-        """Whether an epoch is anything else than every example once."""
+        """Tell whether an epoch is anything else than every example once."""
         weights = {source.weight for source in self.sources}
         return len(weights) > 1 or any(source.column for source in self.sources)
 
     @functools.cached_property
     def strata(self) -> tuple[mixing.Stratum, ...]:
-        """Examples that are drawn alike. Raises `DataError` for a target that none meets."""
+        """Group examples that are drawn alike. Raises `DataError` for a target that none meets."""
         parts = []
         for number, source in enumerate(self.sources):
             own = np.flatnonzero(self.source_of == number)
@@ -142,13 +142,13 @@ class Dataset:
         return tuple(source.name for source in self.sources)
 
     def only(self, name: str) -> Dataset:
-        """The examples of the sources called `name`."""
+        """Keep the examples of the sources called `name`."""
         wanted = np.array([source.name == name for source in self.sources])
         return replace(self, chosen=self.chosen[wanted[self.source_of]])
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Same tokens, weights, order, tokenizer and template: same fingerprint."""
+        """Hash tokens, weights, order, tokenizer and template."""
         parts: list[Any] = [source.stored.summary["content"] for source in self.sources]
         if self.mixed:
             parts += [[s.weight, s.column, sorted(s.target.items())] for s in self.sources]
@@ -249,7 +249,8 @@ def _refuse_empty(source: Source, max_length: int) -> None:
 
 
 def split(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset, Dataset]:
-    """(train, held out): about `share` of the records, chosen by `seed`; at least one each.
+    """Split into (train, held out): about `share` of the records, chosen by `seed`; at least one
+    each.
 
     The rows that one record was expanded into stay together.
     """
@@ -270,7 +271,7 @@ def split(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset, Datase
 
 
 class Batches:
-    """The batches of a run, by step from 0; a pure function of (dataset, seed, step).
+    """A run's batches, by step from 0; a pure function of (dataset, seed, step).
 
     `order` "shuffled" = another permutation each epoch, mixed as the datasets' weights and
     proportions ask; "file" = every example once, as the data lies, for evaluation.
@@ -303,13 +304,13 @@ class Batches:
         return min(self.dataset.max_length, -(-longest // _LENGTH_STEP) * _LENGTH_STEP)
 
     def drawn(self, epoch: int) -> NDArray[np.int64]:
-        """The numbers of the examples that the epoch is made of, in no order."""
+        """Number the examples that the epoch is made of, in no order."""
         if not self._mixed:
             return np.arange(len(self.dataset))
         return mixing.draw(self.dataset.strata, self.seed, epoch)
 
     def _packed(self, epoch: int) -> packing.Bins:
-        """Found once where every epoch has the same lengths: see `_bins_of`."""
+        """Pack an epoch; done once if every epoch has the same lengths, see `_bins_of`."""
         lengths = np.sort(self._lengths[self.drawn(epoch)])[::-1]
         if not self._packing:
             return packing.one_each(len(lengths))
@@ -329,16 +330,16 @@ class Batches:
 
     @property
     def rows(self) -> int:
-        """In the first epoch; in each, unless a mixture draws others that pack otherwise."""
+        """Count the rows of the first epoch; each has as many, unless a mixture draws others."""
         return len(self._bins_of(0).starts) - 1
 
     @property
     def steps_per_epoch(self) -> int:
-        """In the first epoch. The last step may hold empty rows."""
+        """Count the steps of the first epoch. The last may hold empty rows."""
         return self.end_of_epoch(0)
 
     def end_of_epoch(self, epoch: int) -> int:
-        """The first step behind an epoch, counted from 0."""
+        """Return the first step behind an epoch, counted from 0."""
         with self._growing:
             while len(self._ends) <= epoch:
                 rows = len(self._bins_of(len(self._ends)).starts) - 1
@@ -348,12 +349,12 @@ class Batches:
 
     @property
     def fill(self) -> float:
-        """Share of the slots in the first epoch's rows that hold a token."""
+        """Return the share of the slots in the first epoch's rows that hold a token."""
         tokens = float(self._lengths[self.drawn(0)].sum())
         return tokens / max(1, self.rows * self.row_length)
 
     def total_steps(self, num_train_epochs: float, max_steps: int = -1) -> int:
-        """`max_steps` when positive, else as many as the epochs take, rounded up."""
+        """Return `max_steps` if positive, else as many steps as the epochs take, rounded up."""
         if max_steps > 0:
             return max_steps
         whole = int(num_train_epochs)
@@ -364,14 +365,14 @@ class Batches:
         return before + math.ceil(rest - 1e-9)
 
     def locate(self, step: int) -> tuple[int, int]:
-        """(epoch, step within the epoch), both from 0."""
+        """Return (epoch, step within the epoch), both from 0."""
         while not self._ends or self._ends[-1] <= step:
             self.end_of_epoch(len(self._ends))
         epoch = bisect.bisect_right(self._ends, step)
         return epoch, step - (self._ends[epoch - 1] if epoch else 0)
 
     def examples(self, step: int) -> list[list[int]]:
-        """The numbers of the examples in each row of the step's batch."""
+        """List the numbers of the examples in each row of the step's batch."""
         epoch, index = self.locate(step)
         plan = self._epoch_rows(epoch)
         first = index * self.batch_size
@@ -383,19 +384,21 @@ class Batches:
         ]
 
     def batch(self, step: int) -> Batch:
-        """The whole batch, [batch_size row_length]."""
+        """Make the whole batch, [batch_size row_length]."""
         return self.batch_rows(step, 0, self.batch_size)
 
     def batch_rows(self, step: int, low: int, high: int) -> Batch:
-        """Rows low..high - 1 of the step's batch: what one host needs."""
+        """Make rows low..high - 1 of the step's batch: what one host needs."""
         return packing.packed_batch(
             self.examples(step)[low:high], self.dataset.example, self.row_length
         )
 
 
 class EvalBatch(NamedTuple):
-    """A batch [batch_size length] of an evaluation. `rows(low, high)` makes some of its rows, so
-    that each host makes its own; `trained` of all its targets carry weight.
+    """A batch [batch_size length] of an evaluation.
+
+    `rows(low, high)` makes some of its rows, so that each host makes its own; `trained` of all its
+    targets carry weight.
     """
 
     rows: Callable[[int, int], Batch]
@@ -407,7 +410,9 @@ class EvalBatch(NamedTuple):
 def eval_batches(
     dataset: Dataset, batch_size: int, *, packing: bool = False
 ) -> Iterator[EvalBatch]:
-    """Every example once, in order; all of one shape, the last one filled up with empty rows."""
+    """Yield every example once, in order; all batches have one shape, the last filled with empty
+    rows.
+    """
     batches = Batches(dataset, batch_size=batch_size, seed=0, packing=packing, order="file")
     for step in range(batches.steps_per_epoch):
         numbers = np.array([n for row in batches.examples(step) for n in row], np.int64)
@@ -419,7 +424,7 @@ def eval_batches(
 def eval_rows(
     dataset: Dataset, batch_size: int, *, packing: bool = False
 ) -> Iterator[tuple[Batch, list[list[int]]]]:
-    """The same batches, whole, each with the numbers of the examples in its rows."""
+    """Yield the same batches, whole, each with the numbers of the examples in its rows."""
     batches = Batches(dataset, batch_size=batch_size, seed=0, packing=packing, order="file")
     for step in range(batches.steps_per_epoch):
         yield batches.batch(step), batches.examples(step)
@@ -428,7 +433,9 @@ def eval_rows(
 def prefetch(
     make: Callable[[int], T], start: int, stop: int, *, depth: int = 2
 ) -> Generator[T, None, None]:
-    """make(start), ..., make(stop - 1), made ahead in one thread; what it raises is raised here."""
+    """Yield make(start), ..., make(stop - 1), made ahead in a thread; what it raises is raised
+    here.
+    """
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
     closed = threading.Event()
 

@@ -26,7 +26,7 @@ class Format(NamedTuple):
 
 
 class _Unusable(Exception):
-    """Internal: carries `Dropped` from where the bad value is seen to `to_noun`."""
+    """A bad value on its way to `to_noun`, as the `Dropped` that it makes of the row."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -43,13 +43,14 @@ ROLES = {
 
 
 def detect(columns: Fields) -> str | None:
-    """The first format all of whose required columns are there."""
+    """Find the first format all of whose required columns are there."""
     return next((n for n, f in FORMATS.items() if all(c in columns for c in f.required)), None)
 
 
 def resolve(name: str, columns: Mapping[str, str], first: Fields, where: str) -> str:
-    """The format's name, `auto` decided by the first record; checks `columns` both ways. What is
-    optional may be absent there and come later.
+    """Resolve a format's name (`auto` by the first record) and check `columns` both ways.
+
+    A column that is optional may be absent in that record and come later.
 
     `where` is the file and line of the first record, for errors.
     """
@@ -78,7 +79,7 @@ def resolve(name: str, columns: Mapping[str, str], first: Fields, where: str) ->
 
 
 def to_noun(name: str, record: Fields, columns: Mapping[str, str], where: str) -> Noun | Dropped:
-    """Reads one record as format `name`; raises `DataError` when a required column is absent."""
+    """Read one record as format `name`. Raises `DataError` if a required column is absent."""
     fields = _rename(record, columns)
     for column in FORMATS[name].required:
         if column not in fields:
@@ -176,7 +177,7 @@ def _system(fields: Fields) -> tuple[Message, ...]:
 
 
 def _tools(fields: Fields) -> tuple[Any, ...] | None:
-    """The column `tools`: a list, or its JSON text, of what the model may call."""
+    """Read the column `tools`: a list, or its JSON text, of what the model may call."""
     tools = _listed(fields.get("tools"))
     if tools in (None, "", [], {}):
         return None
@@ -186,13 +187,15 @@ def _tools(fields: Fields) -> tuple[Any, ...] | None:
 
 
 def _declared(tool: dict[str, Any]) -> dict[str, Any]:
-    """A bare function in the wrapping that chat templates and servers expect around it."""
+    """Wrap a bare function as chat templates and servers expect it."""
     bare = isinstance(tool.get("name"), str) and "function" not in tool and "type" not in tool
     return {"type": "function", "function": tool} if bare else tool
 
 
 def _listed(value: Any) -> Any:
-    """A list that a table or an exporter has written as JSON text; anything else as it is."""
+    """Parse a list that a table or an exporter has written as JSON text; return anything else as it
+    is.
+    """
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             return json.loads(value)
@@ -233,7 +236,7 @@ def _message(item: Any) -> Message:
 
 
 def _joined(content: Any) -> str:
-    """Text, or content parts; text parts read one after the other."""
+    """Read text, or content parts; text parts one after the other."""
     if isinstance(content, list):
         for part in content:
             if not isinstance(part, dict) or not isinstance(part.get("text"), str):
@@ -249,7 +252,7 @@ def _joined(content: Any) -> str:
 
 
 def _calls_in(content: Any) -> list[Any]:
-    """The calls of a `function_call` turn: one object or a list of them, or their JSON text."""
+    """Read the calls of a `function_call` turn: an object or a list of them, or their JSON text."""
     try:
         calls = json.loads(content) if isinstance(content, str) else content
     except (ValueError, RecursionError):
@@ -265,12 +268,12 @@ def _call(call: Any) -> dict[str, Any]:
 
 
 def _first(item: Fields, names: tuple[str, ...]) -> Any:
-    """The value of the first of `names` that is there and not null."""
+    """Return the value of the first of `names` that is there and not null."""
     return next((item[name] for name in names if item.get(name) is not None), None)
 
 
 def _weight(item: Fields) -> float | None:
-    """`weight`, under any of the names in use; `masked` says the opposite."""
+    """Read `weight`, under any of the names in use; `masked` says the opposite."""
     given = [(name, item[name]) for name in _WEIGHT if item.get(name) is not None]
     if len(given) > 1:
         raise _Unusable("a message has two weights", " and ".join(name for name, _ in given))

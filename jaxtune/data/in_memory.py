@@ -28,7 +28,7 @@ _FILE = "data.jsonl"
 
 
 def dataset_file(data: Any, *, name: str = "data") -> str:
-    """Returns the path of a dataset file with the rows of `data`; a path is returned as it is.
+    """Return the path of a dataset file with the rows of `data`; a path is returned as it is.
 
     `data`: an iterable of dicts, a `datasets.Dataset`, a pandas or polars data frame, or a path.
     `name` is what errors call it. The file lies in the cache folder, and is made again from the
@@ -61,7 +61,7 @@ def dataset_file(data: Any, *, name: str = "data") -> str:
 
 
 def _write(path: Path, rows: Iterable[Any], name: str) -> str:
-    """Writes one JSON object a line and returns the hash of them all."""
+    """Write one JSON object a line and return the hash of them all."""
     content = hashlib.sha256()
     empty = True
     with path.open("wb") as file:
@@ -90,7 +90,7 @@ def _line(row: Any, where: str) -> str:
 
 
 def _unwritable(row: Mapping[str, Any], where: str) -> DataError:
-    """Names the first column of a row that JSON cannot hold."""
+    """Name the first column of a row that JSON cannot hold."""
     for column, value in row.items():
         try:
             _json(value)
@@ -108,7 +108,7 @@ def _unwritable(row: Mapping[str, Any], where: str) -> DataError:
 
 
 def _plain(value: Any) -> Any:
-    """A numpy value as Python's own; `json` asks for what it does not know itself."""
+    """Turn a numpy value into Python's own; `json` calls this for what it does not know itself."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
@@ -121,7 +121,7 @@ _json = functools.partial(json.dumps, allow_nan=False, default=_plain)
 
 
 def _rows(data: Any, name: str) -> Iterable[Any]:
-    """The rows of `data`, each a dict if the caller made no mistake."""
+    """Return the rows of `data`, each a dict if the caller made no mistake."""
     if _is_a(data, "pandas", "DataFrame"):
         return _pandas_rows(data, name)
     if _is_a(data, "polars", "DataFrame"):
@@ -140,13 +140,13 @@ def _rows(data: Any, name: str) -> Iterable[Any]:
 
 
 def _is_a(data: Any, library: str, kind: str) -> bool:
-    """Whether `data` is of a library's class; a library not imported has made no value."""
+    """Tell whether `data` is of a library's class; a library not imported has made no value."""
     found = getattr(sys.modules.get(library), kind, None)
     return isinstance(found, type) and isinstance(data, found)
 
 
 def _pandas_rows(frame: Any, name: str) -> Iterator[dict[Any, Any]]:
-    """Rows as dicts, where what pandas calls missing (NaN, NA, NaT) is None."""
+    """Yield rows as dicts, in which what pandas calls missing (NaN, NA, NaT) is None."""
     if not frame.columns.is_unique:
         column = frame.columns[frame.columns.duplicated()][0]
         raise DataError(f"{name}: two columns are called {column!r}.")

@@ -26,7 +26,7 @@ OTHER = "(in no target)"
 
 
 class MixedDataset(NamedTuple):
-    """One dataset's side of a mixture."""
+    """A dataset's side of a mixture."""
 
     name: str
     path: str
@@ -39,7 +39,7 @@ class MixedDataset(NamedTuple):
 
 
 class Stratum(NamedTuple):
-    """Examples that are drawn alike: those of a dataset, or of one value of its column."""
+    """A set of examples that are drawn alike: those of a dataset, or of one value of its column."""
 
     dataset: str
     value: str | None
@@ -48,7 +48,8 @@ class Stratum(NamedTuple):
 
 
 def apportion(total: int, shares: Sequence[float]) -> list[int]:
-    """`total` in whole numbers by `shares`, each less than 1 off (largest remainders first).
+    """Share out `total` in whole numbers by `shares`, each less than 1 off (largest remainders
+    first).
 
     >>> apportion(10, [0.8, 0.15, 0.05])
     [8, 2, 0]
@@ -62,7 +63,7 @@ def apportion(total: int, shares: Sequence[float]) -> list[int]:
 
 
 def strata(parts: Sequence[MixedDataset]) -> tuple[Stratum, ...]:
-    """The strata of a mixture. Raises `DataError` for a target that no example meets."""
+    """List the strata of a mixture. Raises `DataError` for a target that no example meets."""
     parts = [part for part in parts if len(part.numbers)]
     split = [_by_value(part) for part in parts]
     usable = [sum(len(numbers) for numbers in groups.values()) for groups in split]
@@ -87,7 +88,7 @@ def strata(parts: Sequence[MixedDataset]) -> tuple[Stratum, ...]:
 
 
 def _by_value(part: MixedDataset) -> dict[str, Indices]:
-    """The examples of each value in the target; of a part without one, all of them."""
+    """Group the examples by each value in the target; all of them if the part has none."""
     if part.column is None:
         return {"": part.numbers}
     groups: dict[str, Indices] = {}
@@ -104,7 +105,7 @@ def _by_value(part: MixedDataset) -> dict[str, Indices]:
 
 
 def draw(mixed: Sequence[Stratum], seed: int, epoch: int) -> Indices:
-    """The numbers of an epoch's examples; one that is repeated comes several times."""
+    """Number an epoch's examples; one that is repeated comes several times."""
     drawn = []
     for index, stratum in enumerate(mixed):
         size, first = len(stratum.numbers), epoch * stratum.drawn
@@ -117,7 +118,7 @@ def draw(mixed: Sequence[Stratum], seed: int, epoch: int) -> Indices:
 
 
 def table(mixed: Sequence[Stratum]) -> list[dict[str, Any]]:
-    """What the report shows: each stratum's share of the examples, and of an epoch."""
+    """Tabulate each stratum's share of the examples, and of an epoch."""
     examples = sum(len(stratum.numbers) for stratum in mixed)
     drawn = sum(stratum.drawn for stratum in mixed)
     return [

@@ -17,7 +17,7 @@ Note = Callable[[str], None]
 
 
 class DataConfig(Protocol):
-    """What is needed to know of a run; `config.Config` is one."""
+    """A run's fields that decide its data; `config.Config` is one."""
 
     @property
     def revision(self) -> str | None: ...
@@ -52,7 +52,7 @@ class DataConfig(Protocol):
 
 
 def open_tokenizer(config: DataConfig, name: str, *, note: Note) -> Tokenizer:
-    """The tokenizer `name`, with the special tokens that `add_tokens` asks for."""
+    """Open the tokenizer `name`, with the special tokens that `add_tokens` asks for."""
     own = [entry.template for entry in (*config.datasets, *config.eval_datasets)]
     templates = [config.template, *filter(None, own)]
     add = tokens_to_add(config.add_tokens, templates, stop=config.stop)
@@ -63,7 +63,7 @@ def open_tokenizer(config: DataConfig, name: str, *, note: Note) -> Tokenizer:
 
 
 def open_template(config: DataConfig, tokenizer: Tokenizer, *, note: Note) -> Template:
-    """The run's template, resolved for the tokenizer; says which date it will write."""
+    """Resolve the run's template for the tokenizer; note which date it will write."""
     template = resolve(
         config.template,
         tokenizer,
@@ -80,7 +80,7 @@ def open_template(config: DataConfig, tokenizer: Tokenizer, *, note: Note) -> Te
 
 
 def stop_ids(config: DataConfig, tokenizer: Tokenizer, template: Template) -> list[int]:
-    """The ends of turn that were trained: the run's, and those of datasets with a template."""
+    """List the ends of turn that were trained: the run's, and those of datasets with a template."""
     own = [entry.template for entry in config.datasets if entry.template]
     others = [variant(template, tokenizer, template=name, system_prompt=None) for name in own]
     return list(dict.fromkeys(found.stop_id for found in (template, *others)))
@@ -94,7 +94,7 @@ def open_entries(
     *,
     progress: Progress,
 ) -> Dataset:
-    """Opens `entries` as the run's config says. Raises what `open_dataset` raises."""
+    """Open `entries` as the run's config says. Raises what `open_dataset` raises."""
     return open_dataset(
         entries,
         PreprocessConfig(
@@ -112,7 +112,7 @@ def open_entries(
 def open_sides(
     config: DataConfig, tokenizer: Tokenizer, template: Template, *, progress: Progress
 ) -> tuple[Dataset, Dataset | None]:
-    """(what is trained on, what is held out): `eval_datasets`, or `eval_split` of the rest."""
+    """Open (train, held out): `eval_datasets`, or `eval_split` of the rest."""
     train = open_entries(config, config.datasets, tokenizer, template, progress=progress)
     if config.eval_datasets:
         held_out = open_entries(

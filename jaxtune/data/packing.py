@@ -19,21 +19,21 @@ Indices = NDArray[np.int64]
 
 
 class Bins(NamedTuple):
-    """Row r holds the examples `ranks[starts[r]:starts[r + 1]]`, counted longest first."""
+    """A packing: row r holds the examples `ranks[starts[r]:starts[r + 1]]`, longest first."""
 
     ranks: Indices  # [number of examples]
     starts: Indices  # [number of rows + 1]
 
 
 class PackedRows(NamedTuple):
-    """Row r holds the examples `examples[starts[r]:starts[r + 1]]`."""
+    """A packing by number: row r holds the examples `examples[starts[r]:starts[r + 1]]`."""
 
     examples: Indices
     starts: Indices
 
 
 def best_fit_decreasing(lengths: NDArray[np.integer], capacity: int) -> Bins:
-    """Bins for `lengths` (descending), each at most `capacity` in sum.
+    """Pack `lengths` (descending) into bins of at most `capacity` in sum.
 
     Every item goes where the least room remains; among equals to the bin that has waited longest.
     One big integer holds which amounts of room exist, so a search is a shift and a lowest bit.
@@ -70,12 +70,12 @@ def best_fit_decreasing(lengths: NDArray[np.integer], capacity: int) -> Bins:
 
 
 def one_each(count: int) -> Bins:
-    """Bins without packing: one example in each."""
+    """Put one example in each bin: no packing."""
     return Bins(np.arange(count), np.arange(count + 1))
 
 
 def shuffled(bins: Bins, lengths: NDArray[np.integer], seed: int, epoch: int) -> PackedRows:
-    """The rows of an epoch, a pure function of the lengths, `seed` and `epoch`.
+    """Order the rows of an epoch: a pure function of the lengths, `seed` and `epoch`.
 
     Examples are permuted before they are ranked by length, so those of one length change places
     from epoch to epoch; then the rows are permuted.
@@ -87,7 +87,7 @@ def shuffled(bins: Bins, lengths: NDArray[np.integer], seed: int, epoch: int) ->
 
 
 def permutation(count: int, *seeds: int) -> Indices:
-    """0..count - 1 in an order that `seeds` decide, the same on every machine and numpy version.
+    """Permute 0..count - 1 as `seeds` decide, the same on every machine and numpy version.
 
     Only the raw stream of a bit generator is promised to stay, so it is drawn and sorted.
     """
@@ -96,7 +96,7 @@ def permutation(count: int, *seeds: int) -> Indices:
 
 
 def in_order(bins: Bins, lengths: NDArray[np.integer]) -> PackedRows:
-    """The rows without any shuffling, for evaluation: ordered by their first example."""
+    """Order the rows by their first example, without any shuffling, for evaluation."""
     by_length = np.argsort(-lengths.astype(np.int64), kind="stable")
     examples = by_length[bins.ranks]
     if not len(examples):
@@ -114,7 +114,7 @@ def _reordered(rows: PackedRows, order: Indices) -> PackedRows:
 def packed_batch(
     rows: Sequence[Sequence[int]], example: Callable[[int], Example], length: int
 ) -> Batch:
-    """Batch [B length] of the examples in each row, in order; a row may be empty.
+    """Make the batch [B length] of the examples in each row, in order; a row may be empty.
 
     row (A, B), inputs A = [5 6], B = [7], length 4
     inputs       5 6 7 0

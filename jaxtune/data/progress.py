@@ -16,7 +16,9 @@ from jaxtune.data.dataset import Batches, Dataset
 
 
 class Counts(NamedTuple):
-    """`tokens` and `trained` count positions after the shift, without padding."""
+    """A count of positions after the shift, without padding: `tokens` all, `trained` those with
+    weight.
+    """
 
     tokens: int = 0
     trained: int = 0
@@ -27,7 +29,7 @@ class Counts(NamedTuple):
 
 
 def counts_of(batches: Batches, step: int) -> Counts:
-    """What the batch of one step holds."""
+    """Count what the batch of one step holds."""
     numbers = np.array([n for row in batches.examples(step) for n in row], np.int64)
     return _counted(batches, numbers)
 
@@ -42,7 +44,7 @@ def _counted(batches: Batches, numbers: NDArray[np.int64]) -> Counts:
 
 
 def counts_before(batches: Batches, step: int) -> Counts:
-    """What all steps before `step` held together."""
+    """Count what all steps before `step` held together."""
     epoch, index = batches.locate(step)
     seen = Counts()
     for earlier in range(epoch):
@@ -53,18 +55,18 @@ def counts_before(batches: Batches, step: int) -> Counts:
 
 
 def epoch_at(batches: Batches, step: int) -> float:
-    """Epochs finished before `step`, with the fraction of the current one."""
+    """Return the epochs finished before `step`, with the fraction of the current one."""
     epoch, index = batches.locate(step)
     return epoch + index / (batches.end_of_epoch(epoch) - (step - index))
 
 
 def fingerprint(batches: Batches) -> str:
-    """Same fingerprint, same batch at every step: data, tokenizer, template, seed and rows."""
+    """Hash data, tokenizer, template, seed and rows: if equal, every step has the same batch."""
     parts = [batches.dataset.fingerprint, batches.seed, batches.batch_size, batches.row_length]
     parts += [batches.rows]  # packed or not
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def largest_id(dataset: Dataset) -> int:
-    """The largest token id of all sources: the embedding needs a row for it."""
+    """Return the largest token id of all sources: the embedding needs a row for it."""
     return max(int(source.stored.arrays["ids"].max()) for source in dataset.sources)

@@ -25,7 +25,7 @@ from jaxtune.config import ConfigError, DataError
 
 
 class File(NamedTuple):
-    """`name` is what errors call it; it also says the kind, which the path of a download may not.
+    """A file to read; `name` is what errors call it, and says the kind if the path does not.
 
     >>> File(Path("blobs/3f2a"), "hub/data/train.jsonl.gz").kind
     '.jsonl'
@@ -40,7 +40,7 @@ class File(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The suffix before `.gz`, in lower case."""
+        """Return the suffix before `.gz`, in lower case."""
         return Path(self.name.lower().removesuffix(".gz")).suffix
 
 
@@ -55,11 +55,11 @@ class Record(NamedTuple):
 
 
 class EmptyError(DataError):
-    """A file holds no record."""
+    """A file that holds no record."""
 
 
 def read(file: File) -> Iterator[Record]:
-    """The records of a file in order. Raises `DataError` at the first thing that is none."""
+    """Yield the records of a file in order. Raises `DataError` at the first thing that is none."""
     empty = True
     try:
         with contextlib.closing(READERS[file.kind](file)) as found:
@@ -86,7 +86,7 @@ BOM = b"\xef\xbb\xbf"  # what Windows editors put before UTF-8
 
 
 def _lines(file: File, stream: IO[bytes]) -> Iterator[str]:
-    """The lines with their ends, cut at line feeds alone: U+2028 is text."""
+    """Yield the lines with their ends, cut at line feeds alone: U+2028 is text."""
     for number, line in enumerate(stream, 1):
         try:
             yield (line.removeprefix(BOM) if number == 1 else line).decode("utf-8")
@@ -95,7 +95,7 @@ def _lines(file: File, stream: IO[bytes]) -> Iterator[str]:
 
 
 def _text(file: File) -> Found:
-    """A document is what stands between blank lines.
+    """Yield documents: what stands between blank lines.
 
     So a file of any size is a stream of pieces, and one line break within a piece is text. A longer
     text, with blank lines in it, is a row of a .jsonl file.
@@ -114,7 +114,7 @@ def _text(file: File) -> Found:
 
 
 def _csv(file: File) -> Found:
-    """Every cell is text, as it stands; the first line names the columns."""
+    """Yield rows in which every cell is text as it stands; the first line names the columns."""
     csv.field_size_limit(2**31 - 1)  # the default refuses a cell of 128 KiB
     with _open(file) as stream:
         rows = csv.reader(_lines(file, stream), strict=True)
@@ -146,7 +146,7 @@ def _csv(file: File) -> Found:
 
 
 def _json(file: File) -> Found:
-    """A list of objects, or one object per line; the first character decides, not the suffix."""
+    """Read a list of objects, or one per line; the first character decides, not the suffix."""
     with _open(file) as stream:
         first = b""
         while not first and (block := stream.read(_BLOCK)):
@@ -195,7 +195,7 @@ _UNSURE = 16  # characters: the longest thing that, cut by the end of a block, r
 
 
 class _Window:
-    """The text of a JSON file from `position` on, as far as it was needed; the rest is let go."""
+    """A JSON file's text from `position` on, as far as it was needed; the rest is let go."""
 
     def __init__(self, file: File, stream: IO[bytes]) -> None:
         self._name = file.name
@@ -208,19 +208,19 @@ class _Window:
         self._before = 0  # characters of the first line that are let go already
 
     def line(self) -> int:
-        """The line of `position`, from 1; counts on from the last call."""
+        """Return the line of `position`, from 1; counts on from the last call."""
         self._line += self._text.count("\n", self._counted, self._position)
         self._counted = self._position
         return self._line
 
     def place(self, position: int) -> tuple[int, int]:
-        """(line, column) of a position that is not before the last counted one, from 1."""
+        """Return (line, column) of a position that is not before the last counted one, from 1."""
         line_start = self._text.rfind("\n", 0, position) + 1
         column = position - line_start + 1 + (0 if line_start else self._before)
         return self._line + self._text.count("\n", self._counted, position), column
 
     def peek(self) -> str:
-        """The next character that is not a blank; "" at the end of the file."""
+        """Return the next character that is not a blank; "" at the end of the file."""
         while True:
             blanks = _BLANKS.match(self._text, self._position)
             self._position = blanks.end() if blanks else self._position
@@ -236,7 +236,7 @@ class _Window:
         self._position += 1
 
     def value(self) -> Any:
-        """The value that starts at `position`, read on until it is whole."""
+        """Parse the value that starts at `position`, read on until it is whole."""
         while True:
             try:
                 value, self._position = self._json.raw_decode(self._text, self._position)
@@ -247,7 +247,7 @@ class _Window:
                     raise
 
     def _more(self) -> bool:
-        """Lets go of what is done and reads at least as much as is left; False at the end."""
+        """Let go of what is done and read at least as much as is left; False at the end."""
         self.line()
         _, column = self.place(self._position)
         self._text, self._before = self._text[self._position :], column - 1
@@ -282,7 +282,7 @@ _ROWS = 1000  # turned into Python objects at once
 
 
 def needed(module: str, extra: str, what: str) -> Any:
-    """An optional library, or the line that brings it."""
+    """Import an optional library, or raise with the line that brings it."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -313,7 +313,7 @@ def _rows(batches: Any) -> Found:
 
 @contextlib.contextmanager
 def _seekable(file: File) -> Iterator[IO[bytes]]:
-    """The bytes for who reads here and there: a .gz is unpacked into a file without a name."""
+    """Open the bytes for random access: a .gz is unpacked into a file without a name."""
     with _open(file) as stream:
         if not file.zipped:
             yield stream

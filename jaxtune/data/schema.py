@@ -19,7 +19,7 @@ Floats = NDArray[np.float32]
 
 
 class Message(NamedTuple):
-    """One turn. `input` is Alpaca's second field, kept apart so that a template can place it.
+    """A turn. `input` is Alpaca's second field, kept apart so that a template can place it.
 
     `weight` None = what `train_on` says; 0 = context only; otherwise the loss is scaled by it.
     `extra` holds what else a chat template may read (tool_calls, tool_call_id, name, thinking, ...)
@@ -34,7 +34,7 @@ class Message(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """`tools` are declarations for the template's variable of that name; None = it is not set.
+    """A list of turns. `tools` are declarations for the template's variable; None = it is not set.
 
     The first `context` messages are a prompt: answers among them are trained only where all is.
     """
@@ -45,7 +45,7 @@ class Conversation(NamedTuple):
 
 
 class Document(NamedTuple):
-    """Plain text: no template, every token is trained, the tokenizer's eos ends it."""
+    """A plain text: no template, every token is trained, the tokenizer's eos ends it."""
 
     text: str
 
@@ -81,14 +81,15 @@ class Example(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """Why a row is not trained. `reason` is counted, `detail` is shown for the first few."""
+    """A row that is not trained. `reason` is counted, `detail` is shown for the first few."""
 
     reason: str
     detail: str = ""
 
 
 class Batch(NamedTuple):
-    """Fixed rows, all [B T]. Segments count from 1 in each row, positions from 0 in each segment.
+    """A set of fixed rows, all [B T]. Segments count from 1 in each row, positions from 0 in each
+    segment.
 
     Padding has segment 0, weight 0 and token 0.
     """

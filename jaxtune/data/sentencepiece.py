@@ -22,7 +22,7 @@ from jaxtune.config import ConfigError
 
 
 class PieceKind(IntEnum):
-    """What a piece is (`ModelProto.SentencePiece.Type`)."""
+    """A piece's kind (`ModelProto.SentencePiece.Type`)."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -39,7 +39,7 @@ class VocabularyPiece(NamedTuple):
 
 
 class SentencePieceModel(NamedTuple):
-    """What of a model decides its ids. The number of a piece is its id; -1 = there is none."""
+    """A model's fields that decide its ids. The number of a piece is its id; -1 = there is none."""
 
     pieces: tuple[VocabularyPiece, ...]
     is_unigram: bool  # else byte-pair encoding
@@ -61,7 +61,7 @@ _UNIGRAM, _BPE = 1, 2
 
 
 def read(file: Path) -> SentencePieceModel:
-    """Raises `ConfigError` where the file is no SentencePiece model of a kind that is known."""
+    """Read a model. Raises `ConfigError` if the file is no SentencePiece model of a known kind."""
     try:
         fields = list(_fields(file.read_bytes()))
         trainer = dict(_fields(b"".join(_bytes(value) for number, value in fields if number == 2)))
@@ -94,7 +94,7 @@ def read(file: Path) -> SentencePieceModel:
 
 
 def convert(model: SentencePieceModel) -> tokenizers.Tokenizer:
-    """The tokenizer: same pieces, same ids, control pieces as special tokens."""
+    """Convert to a tokenizer: same pieces, same ids, control pieces as special tokens."""
     vocabulary = [(piece.text, piece.score) for piece in model.pieces]
     unknown = model.text(model.unk_id)
     backend = tokenizers.Tokenizer(
@@ -140,14 +140,14 @@ def convert(model: SentencePieceModel) -> tokenizers.Tokenizer:
 
 
 def named(model: SentencePieceModel) -> dict[str, str]:
-    """bos_token, eos_token, ... as the model has them."""
+    """Name bos_token, eos_token, ... as the model has them."""
     ids = {"bos": model.bos_id, "eos": model.eos_id, "unk": model.unk_id, "pad": model.pad_id}
     texts = {f"{name}_token": model.text(number) for name, number in ids.items()}
     return {name: text for name, text in texts.items() if text is not None}
 
 
 def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, the likeliest piece first.
+    """List every way to make a piece of two others, the likeliest piece first.
 
     Control pieces are made by no merge: text that spells one stays text.
     """
@@ -185,7 +185,7 @@ def _bytes(value: int | bytes) -> bytes:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protocol buffer: numbers decoded, everything else as bytes."""
+    """Yield (field number, value) of a protocol buffer: numbers decoded, all else as bytes."""
     at = 0
 
     def varint() -> int:

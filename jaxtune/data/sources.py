@@ -30,7 +30,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 def find(
     path: str, *, split: str | None = None, revision: str | None = None, config: str | None = None
 ) -> tuple[File, ...]:
-    """The files that `path` names, in sorted order; at least one.
+    """Find the files that `path` names, in sorted order; at least one.
 
     `split`, `revision` and `config` (which of a dataset's configurations, where there are several)
     choose within a dataset of the hub, `split` also within a folder. Raises `ConfigError` and
@@ -65,13 +65,13 @@ def find(
 
 
 def read(files: Iterable[File]) -> Iterator[Record]:
-    """The records of all files, one file after the other. Raises `DataError`."""
+    """Yield the records of all files, one file after the other. Raises `DataError`."""
     for file in files:
         yield from readers.read(file)
 
 
 def digest(files: Iterable[File]) -> str:
-    """SHA-256 over what the files hold and of which kind they are; not what they are called."""
+    """Hash what the files hold and of which kind they are; not what they are called."""
     parts = []
     for file in files:
         try:
@@ -99,7 +99,7 @@ def _check_kind(file: File) -> None:
 
 @functools.cache  # asked once: between two questions an object may change
 def _of_store(url: str) -> tuple[File, ...]:
-    """Each kept by itself: one that has changed is fetched again, the others are not."""
+    """Fetch each object by itself: one that has changed is fetched again, the others are not."""
     if glob.has_magic(url):
         found = object_store.matching(url)
     else:
@@ -116,7 +116,7 @@ def _of_store(url: str) -> tuple[File, ...]:
 
 
 def _data_in(items: list[object_store.Item], folder: str) -> list[object_store.Item]:
-    """Those that lie directly in the folder and are data, as `_in_folder` has it."""
+    """Choose those that lie directly in the folder and are data, as `_in_folder` has it."""
     return [
         item
         for item in items
@@ -130,7 +130,7 @@ def _is_data(file: File) -> bool:
 
 
 def _in_folder(folder: Path) -> tuple[File, ...]:
-    """The data files that lie directly in it; what else lies there is no data."""
+    """List the data files that lie directly in the folder; what else lies there is no data."""
     named = (File(place, str(place)) for place in sorted(folder.iterdir()) if place.is_file())
     files = tuple(file for file in named if _is_data(file))
     if not files:
@@ -145,7 +145,7 @@ def _in_folder(folder: Path) -> tuple[File, ...]:
 
 
 def _saved(folder: Path) -> bool:
-    """Whether `save_to_disk` has made the folder."""
+    """Tell whether `save_to_disk` has made the folder."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
@@ -168,7 +168,7 @@ def _of_saved(folder: Path, split: str | None) -> tuple[File, ...]:
 
 
 def _choose(split: str | None, splits: list[str], path: str) -> str:
-    """The split asked for; `train`, or the only one, where none is."""
+    """Return the split that was named; else `train`, or the only one."""
     if split is None:
         split = splits[0] if len(splits) == 1 else "train"
     if split not in splits:
@@ -180,7 +180,7 @@ def _choose(split: str | None, splits: list[str], path: str) -> str:
 
 
 def _is_hub_id(path: str) -> bool:
-    """NAME or OWNER/NAME, unless it ends like a data file."""
+    """Tell whether it is NAME or OWNER/NAME, and does not end like a data file."""
     return bool(_HUB_ID.fullmatch(path)) and File(Path(path), path).kind not in READERS
 
 
@@ -223,7 +223,7 @@ _of_hub = functools.cache(_of_library)
 
 
 def _builder(library: Any, path: str, revision: str | None, config: str | None) -> Any:
-    """`config` chooses among several configurations; where there is one, it is only a label."""
+    """Choose the configuration `config` if there are several; else that is only a label."""
     known = library.get_dataset_config_names(path, revision=revision)
     name = config if config in known else None
     if name is None and len(known) > 1 and "default" not in known:

@@ -47,7 +47,7 @@ class TokenizedRow(NamedTuple):
 
 
 def tokenize_rows(rows: Sequence[Row], tokenizer: Tokenizer) -> list[TokenizedRow | Dropped]:
-    """Rows of spans -> whole examples, in the same order.
+    """Tokenise rows of spans to whole examples, in the same order.
 
     Every answer span with weight ends with exactly one end-of-turn token and decodes to its text
     (blanks and Unicode form aside, which is counted); else the row is dropped with its reason.
@@ -67,7 +67,7 @@ def tokenize_prompt(
     *,
     tools: tuple[Any, ...] | None = None,
 ) -> list[int]:
-    """The ids that inference feeds for `messages`: a prefix of every row trained on them."""
+    """Tokenise what inference feeds for `messages`: a prefix of every row trained on them."""
     row = render_prompt(template, messages, tools=tools)
     pieces, _ = _pieces([row], tokenizer)
     found = pieces[0]
@@ -79,18 +79,18 @@ def tokenize_prompt(
 
 
 def shift(tokens: WeightedTokens) -> Example:
-    """[n] -> inputs, targets, weights [n - 1]: position i predicts token i + 1. Only here."""
+    """Shift [n] to inputs, targets, weights [n - 1]: position i predicts token i + 1. Only here."""
     ids, weights = tokens
     return Example(inputs=ids[:-1], targets=ids[1:], weights=weights[1:])
 
 
 def truncate(tokens: WeightedTokens, max_length: int) -> WeightedTokens:
-    """The first `max_length` tokens; no end of turn is put where the text went on."""
+    """Keep the first `max_length` tokens; no end of turn is put where the text went on."""
     return WeightedTokens(tokens.ids[:max_length], tokens.weights[:max_length])
 
 
 def runs(tokens: WeightedTokens, tokenizer: Tokenizer) -> list[tuple[str, float]]:
-    """The example's tokens as text, cut where the weight changes: [(text, weight), ...]."""
+    """Decode the example, cut where the weight changes: [(text, weight), ...]."""
     edges = [*(np.flatnonzero(np.diff(tokens.weights)) + 1).tolist(), len(tokens.ids)]
     found: list[tuple[str, float]] = []
     before = ""
@@ -102,7 +102,7 @@ def runs(tokens: WeightedTokens, tokenizer: Tokenizer) -> list[tuple[str, float]
 
 
 def token_texts(tokens: WeightedTokens, tokenizer: Tokenizer) -> list[tuple[str, list[int], float]]:
-    """The example token by token: [(text, ids, weight), ...].
+    """Decode the example token by token: [(text, ids, weight), ...].
 
     Several ids stand together where a letter is spread over them. Each is decoded behind those
     before it, so blanks come out as in the whole text.
@@ -122,7 +122,7 @@ def token_texts(tokens: WeightedTokens, tokenizer: Tokenizer) -> list[tuple[str,
 
 
 class _SpanPart(NamedTuple):
-    """What is encoded at once: a span, or what lies between its breaks."""
+    """A text that is encoded at once: a span, or what lies between its breaks."""
 
     text: str
     apart: bool  # with what stands before it, it would be a special token
@@ -139,7 +139,7 @@ class _SpanPart(NamedTuple):
 def _pieces(
     rows: Sequence[Row], tokenizer: Tokenizer
 ) -> tuple[list[list[list[int]] | None], list[bool]]:
-    """Token ids of each span of each row (None: no way to cut), and whether a row was split."""
+    """Tokenise each span of each row (None: no way to cut), and tell whether a row was split."""
     parts = [[part for span in row for part in _SpanPart.of(span)] for row in rows]
     contexts = [_contexts(row, tokenizer) for row in parts]
     wanted: set[str] = set()
@@ -176,7 +176,7 @@ def _pieces(
 def _completed(
     row: Sequence[_SpanPart], found: list[list[int] | None], cut: dict[str, list[int] | None]
 ) -> list[list[int]] | None:
-    """`found` with what it lacks taken from `cut`; None where that has nothing either."""
+    """Complete `found` with what it lacks from `cut`; None if that has nothing either."""
     complete: list[list[int]] = []
     for part, known in zip(row, found, strict=True):
         ids = cut[part.text] if known is None else known
@@ -187,7 +187,7 @@ def _completed(
 
 
 def _joined(row: Row, parts: list[list[int]] | None) -> list[list[int]] | None:
-    """Ids per part -> ids per span."""
+    """Join the ids per part to ids per span."""
     if parts is None:
         return None
     rest = iter(parts)
@@ -198,7 +198,7 @@ def _joined(row: Row, parts: list[list[int]] | None) -> list[list[int]] | None:
 
 
 def _contexts(row: Sequence[_SpanPart], tokenizer: Tokenizer) -> list[str]:
-    """For each part what must stand before it: the text before, from its last special token on.
+    """Give for each part what must stand before it: the text from its last special token on.
 
     Special tokens separate: what follows one is encoded the same whatever came before it.
     """
@@ -212,7 +212,7 @@ def _contexts(row: Sequence[_SpanPart], tokenizer: Tokenizer) -> list[str]:
 
 
 def _continuations(texts: set[str], tokenizer: Tokenizer) -> dict[str, list[int] | None]:
-    """Ids of each text as it is encoded behind other text, or None where no anchor comes off.
+    """Encode each text as behind other text; None if no anchor comes off.
 
     Only what stands before the first special token needs an anchor.
     """
@@ -231,7 +231,7 @@ def _continuations(texts: set[str], tokenizer: Tokenizer) -> dict[str, list[int]
 
 
 def _anchored(texts: set[str], tokenizer: Tokenizer) -> dict[str, list[int] | None]:
-    """Ids of texts without special tokens, encoded behind an anchor that comes off whole."""
+    """Encode texts without special tokens behind an anchor that comes off whole."""
     done: dict[str, list[int] | None] = dict.fromkeys(texts)
     # A special token is the cleanest anchor, where the tokenizer puts no blank behind it.
     anchors = (*([tokenizer.eos_token] if tokenizer.eos_token else []), *ANCHORS)
@@ -254,7 +254,7 @@ def _anchored(texts: set[str], tokenizer: Tokenizer) -> dict[str, list[int] | No
 def _decode_answers(
     rows: Sequence[Row], pieces: Sequence[list[list[int]] | None], tokenizer: Tokenizer
 ) -> dict[tuple[int, int], str]:
-    """(row, span) -> what the tokens of trained answers, and of what was cut, decode to there."""
+    """Decode the tokens of trained answers, and of what was cut, by (row, span)."""
     asked = {
         (number, index): found[index]
         for number, (row, found) in enumerate(zip(rows, pieces, strict=True))
@@ -321,7 +321,7 @@ def _ends(ids: Sequence[int], tokenizer: Tokenizer, *, once: bool) -> bool:
 
 
 def _literal_as_text(span: Span, ids: list[int], tokenizer: Tokenizer) -> bool:
-    """Whether the special tokens among `ids` are those that the template wrote, and no more."""
+    """Tell whether the special tokens among `ids` are those that the template wrote."""
     texts = [part.text for part in _SpanPart.of(span)]
     written = [
         tokenizer.special_tokens[t]
@@ -332,5 +332,5 @@ def _literal_as_text(span: Span, ids: list[int], tokenizer: Tokenizer) -> bool:
 
 
 def _essence(text: str) -> str:
-    """The text without blanks, in one Unicode form: what every tokenizer must keep."""
+    """Strip blanks, in one Unicode form: what is left every tokenizer must keep."""
     return "".join(unicodedata.normalize("NFKC", text).split())

@@ -46,7 +46,7 @@ _FILES = (
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Text -> ids without anything added, ids -> text without anything left out.
+    """A map text -> ids without anything added, and ids -> text without anything left out.
 
     `named`: bos_token, eos_token, ... as chat templates know them. `special_tokens`: text -> id
     of the tokens that steer the model; they are found in any text that contains them.
@@ -78,8 +78,10 @@ class Tokenizer:
         return self.backend.decode_batch(batch, skip_special_tokens=False)
 
     def decode_each(self, ids: Sequence[int]) -> str:
-        """What each id writes behind another token, joined: `decode` where no token changes its
-        neighbours and no letter is spread over several."""
+        """Join what each id writes behind another token.
+
+        That is `decode` if no token changes its neighbours and no letter is spread over several.
+        """
         return "".join(map(self._texts.__getitem__, ids))
 
     @functools.cached_property
@@ -120,12 +122,12 @@ class Tokenizer:
 
     @functools.cached_property
     def special_pattern(self) -> re.Pattern[str]:
-        """Matches any special token, the longest first; never matches when there is none."""
+        """Match any special token, the longest first; never matches when there is none."""
         tokens = sorted(self.special_tokens, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
     def from_last_special(self, text: str) -> str:
-        """`text` from its last special token on; all of it where it has none."""
+        """Cut `text` to what begins with its last special token; all of it if it has none."""
         start = 0
         for found in self.special_pattern.finditer(text):
             start = found.start()
@@ -133,7 +135,7 @@ class Tokenizer:
 
 
 class _TokenTexts(dict[int, str]):
-    """id -> the text it adds behind another token, which is itself; asked once for each."""
+    """A table id -> the text it adds behind another token; computed once for each."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         super().__init__()
@@ -148,7 +150,7 @@ class _TokenTexts(dict[int, str]):
 def load_tokenizer(
     path_or_name: str, *, revision: str | None = None, add: Sequence[str] = ()
 ) -> Tokenizer:
-    """Opens a folder (also a run directory), or downloads the tokenizer files of a hub id.
+    """Open a folder (also a run directory), or download the tokenizer files of a hub id.
 
     `add` are special tokens it shall have; those it lacks get the ids behind all others. Raises
     `ConfigError` for what is no tokenizer, `ModelError` for files that cannot be read or fetched.
@@ -219,7 +221,7 @@ def _sentencepiece(
 
 
 def _file(path_or_name: str, revision: str | None) -> Path:
-    """The tokenizer.json of a folder, else its SentencePiece model; or that model itself."""
+    """Find the tokenizer.json of a folder, else its SentencePiece model; or that model itself."""
     path = Path(path_or_name).expanduser()
     if path.is_file() and path.suffix == ".model":
         return path
@@ -255,7 +257,7 @@ def _folder(folder: Path, path_or_name: str, revision: str | None) -> Path:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, completed from special_tokens_map.json where older versions split."""
+    """Read tokenizer_config.json, completed from special_tokens_map.json of older versions."""
     merged: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         file = folder / name
@@ -266,7 +268,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
-    """Tokens that tokenizer_config.json declares and tokenizer.json lacks, by their ids."""
+    """Add tokens that tokenizer_config.json declares and tokenizer.json lacks, by their ids."""
     declared = settings.get("added_tokens_decoder") or {}
     present = backend.get_added_tokens_decoder()
     for number, token in sorted(declared.items(), key=lambda item: int(item[0])):
@@ -277,7 +279,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> N
 
 
 def _declare_special(backend: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
-    """Makes special tokens of those that tokenizer_config.json alone calls special."""
+    """Make special tokens of those that tokenizer_config.json alone calls special."""
     texts: list[Any] = []
     for name in ("additional_special_tokens", "extra_special_tokens"):
         listed = settings.get(name) or ()
@@ -293,7 +295,7 @@ def _special(backend: tokenizers.Tokenizer) -> dict[str, int]:
 
 
 def _add_special(backend: tokenizers.Tokenizer, tokens: Sequence[str]) -> dict[str, int]:
-    """Makes `tokens` special tokens; returns the ids of those that were not there at all."""
+    """Make `tokens` special tokens; return the ids of those that were not there at all."""
     lacking = [token for token in tokens if backend.token_to_id(token) is None]
     backend.add_special_tokens(
         [tokenizers.AddedToken(token, special=True, normalized=False) for token in tokens]
@@ -308,7 +310,7 @@ def _files(
     special: Mapping[str, int],
     add: Sequence[str],
 ) -> dict[str, bytes]:
-    """tokenizer.json and tokenizer_config.json in which `add` are special tokens."""
+    """Write tokenizer.json and tokenizer_config.json in which `add` are special tokens."""
     settings = dict(settings)
     for name in ("additional_special_tokens", "extra_special_tokens"):
         listed = settings.get(name)
@@ -353,7 +355,7 @@ def _named(
 def _set_plain_text_processor(
     backend: tokenizers.Tokenizer, settings: Mapping[str, Any], named: Mapping[str, str]
 ) -> None:
-    """Honours an explicit add_bos_token as transformers does; else tokenizer.json decides."""
+    """Honour an explicit add_bos_token as transformers does; else tokenizer.json decides."""
     wanted = settings.get("add_bos_token")
     if wanted is None:
         return

@@ -36,7 +36,7 @@ _START = (
 
 
 def default_processes() -> int:
-    """One for each core this process may use, up to 16."""
+    """Return one for each core this process may use, up to 16."""
     usable = getattr(os, "sched_getaffinity", None)
     return min(_MOST, len(usable(0)) if usable else os.cpu_count() or 1)
 
@@ -44,7 +44,7 @@ def default_processes() -> int:
 def in_order(
     work: Callable[[T], R], items: Iterable[T], processes: int, *, alone: int = _ALONE
 ) -> Generator[R, None, None]:
-    """map(work, items), in `processes` processes where there are more than `alone` items.
+    """Map `work` over `items`, in `processes` processes if there are more than `alone` items.
 
     The results do not depend on `processes`. `work`, items and results are pickled. What `work`
     raises is raised here, at its place in the order. Memory holds two items for each process.
@@ -80,7 +80,7 @@ def in_order(
 
 
 class _Process:
-    """One interpreter that has `work` and answers items with results."""
+    """An interpreter that has `work` and answers items with results."""
 
     def __init__(self, work: Callable[[Any], Any], processes: int) -> None:
         self._processes = processes
@@ -114,7 +114,7 @@ class _Process:
         return answer
 
     def close(self) -> None:
-        """Ends the interpreter, also in the middle of an item."""
+        """End the interpreter, also in the middle of an item."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -124,7 +124,7 @@ class _Process:
 
 
 def serve() -> None:
-    """The other end: reads `work`, then items until there are no more."""
+    """Serve the other end: read `work`, then items until there are no more."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the asking process decides when to stop
         signal.signal(number, signal.SIG_IGN)
     gc.set_threshold(100_000)  # rows make many small objects and hardly a cycle

@@ -19,7 +19,7 @@ _LONGEST = 60  # letters of a value
 def column_values(
     dataset: Dataset, entries: Sequence[preprocess.Entry], column: str
 ) -> NDArray[np.object_] | None:
-    """The value of each example's record, as one short line; None when no record has the column.
+    """Read the value of each example's record as one short line; None if no record has the column.
 
     `entries` are those `dataset` was opened from; they are read again. A record without the column
     has `ABSENT`.
@@ -39,13 +39,13 @@ def column_values(
 
 
 def column_names(entries: Sequence[preprocess.Entry]) -> list[str]:
-    """Of the first record of each source, in order, once."""
+    """List the columns of the first record of each source, in order, once."""
     first = (next(preprocess.read(entry), None) for entry in entries)
     return list(dict.fromkeys(name for found in first if found for name in found[1].fields))
 
 
 def _shown(value: Any) -> str:
-    """A value as one short line, so that counting a column of long texts costs little."""
+    """Shorten a value to one line, so that counting a column of long texts costs little."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     line = " ".join(text[: 2 * _LONGEST].split())
     return line[:_LONGEST] + "..." if len(line) > _LONGEST else line or "(empty)"

@@ -34,7 +34,7 @@ _VALUES = 20  # of a column that are named; the others are counted together
 def report(
     dataset: Dataset, batches: Batches | None = None, *, total_steps: int | None = None
 ) -> dict[str, Any]:
-    """What `preview --stats --json` prints; with `batches` also how a run will batch it.
+    """Report what `preview --stats --json` prints; with `batches` also how a run will batch it.
 
     `lengths` are tokens per example. Everything is counted over this side of a split, but for the
     rows that were dropped: they are on neither side, and are counted over whole sources.
@@ -88,7 +88,7 @@ def report(
 
 
 def refuse(dataset: Dataset) -> None:
-    """Raises `DataError` where training could only do harm, before a device is touched."""
+    """Raise `DataError` if training could only do harm, before a device is touched."""
     cut = _cut(dataset)
     if cut.all() and not any(_teaches_stop(dataset, i) for i in range(len(dataset))):
         raise DataError(
@@ -99,12 +99,14 @@ def refuse(dataset: Dataset) -> None:
 
 
 def _cut(dataset: Dataset) -> NDArray[np.bool_]:
-    """Examples that lost trained tokens to `max_length`; all others end their answers."""
+    """Mark the examples that lost trained tokens to `max_length`; all others end their answers."""
     return (dataset.gather("flags") & (1 << preprocess.FLAGS.index("answers_cut"))) != 0
 
 
 def _teaches_stop(dataset: Dataset, index: int) -> bool:
-    """Whether what is left of an example trains an end of turn, that of an earlier answer too."""
+    """Tell whether what is left of an example trains an end of turn, also that of an earlier
+    answer.
+    """
     ids, weights = dataset.tokens(index)
     stop = dataset.sources[int(dataset.source_of[index])].stop_id
     return bool(weights[ids == stop].any())
@@ -113,7 +115,7 @@ def _teaches_stop(dataset: Dataset, index: int) -> bool:
 def distribution(
     dataset: Dataset, entries: Sequence[preprocess.Entry], column: str
 ) -> dict[str, dict[str, int]]:
-    """{value: {"records", "examples"}} of a column, the commonest first.
+    """Count {value: {"records", "examples"}} of a column, the commonest first.
 
     `entries` are those `dataset` was opened from; they are read again. Records without the column
     count under "(absent)". Raises `DataError` when no record has it.
@@ -134,7 +136,7 @@ def distribution(
 
 
 def histograms(dataset: Dataset, bins: int = 30) -> dict[str, dict[str, list[int]]]:
-    """How often each length occurs: {what: {"edges": n + 1 whole numbers, "counts": n}}.
+    """Count how often each length occurs: {what: {"edges": n + 1 whole numbers, "counts": n}}.
 
     Bin i holds the lengths from edges[i] up to, not including, edges[i + 1]; all bins are equally
     wide but for the last, which ends with the longest.
@@ -146,12 +148,12 @@ def histograms(dataset: Dataset, bins: int = 30) -> dict[str, dict[str, list[int
 
 
 def overlap(train: Dataset, held_out: Dataset) -> int:
-    """How many held-out examples are also trained, token for token."""
+    """Count the held-out examples that are also trained, token for token."""
     return int(np.isin(held_out.gather("digests"), train.gather("digests")).sum())
 
 
 def near_overlap(train: Dataset, held_out: Dataset) -> int:
-    """How many held-out records say nearly the same as a trained one, or just the same."""
+    """Count the held-out records that say nearly the same as a trained one, or just the same."""
     _, trained = _sayings(train)
     _, asked = _sayings(held_out)
     alike = minhash.first_near_duplicates(np.concatenate([trained, asked]))[len(trained) :]
@@ -159,7 +161,7 @@ def near_overlap(train: Dataset, held_out: Dataset) -> int:
 
 
 def near_duplicates(dataset: Dataset) -> int:
-    """How many records say nearly the same as an earlier one, those with the same tokens aside."""
+    """Count records that say nearly the same as an earlier one, but not in the same tokens."""
     examples, sayings = _sayings(dataset)
     earlier = minhash.first_near_duplicates(sayings)
     later = np.flatnonzero(earlier < len(earlier))
@@ -169,7 +171,7 @@ def near_duplicates(dataset: Dataset) -> int:
 
 
 def _sayings(dataset: Dataset) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
-    """The first example of each record, and what that record says, as a signature."""
+    """Return the first example of each record, and what that record says, as a signature."""
     _, first = np.unique(dataset.record_of, return_index=True)
     examples = np.sort(first)
     parts = []
@@ -181,7 +183,7 @@ def _sayings(dataset: Dataset) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
 
 
 def _records(dataset: Dataset) -> int:
-    """Those of this side, and those that are on neither because nothing of them is trained."""
+    """Count the records of this side, and those on neither because nothing of them is trained."""
     total = _counted(dataset, "records")
     for number, source in enumerate(dataset.sources):
         rows = dataset.gather("rows")[dataset.source_of == number]

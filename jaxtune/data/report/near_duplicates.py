@@ -33,7 +33,7 @@ _PLAIN = bytes(
 
 
 class _Hashes(dict[bytes, int]):
-    """word -> number; most words of a text have been seen before."""
+    """A table word -> number; most words of a text have been seen before."""
 
     def __missing__(self, word: bytes) -> int:
         self[word] = found = zlib.crc32(word)
@@ -47,7 +47,7 @@ def _words(text: str) -> list[bytes]:
 
 
 def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
-    """[n] texts -> [n PLACES]. Case and punctuation do not count."""
+    """Sign texts: [n] texts -> [n PLACES]. Case and punctuation do not count."""
     if not texts:
         return np.zeros((0, PLACES), np.uint32)
     known = _Hashes()
@@ -77,7 +77,7 @@ def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
 
 
 def first_near_duplicates(rows: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """For each of the [n PLACES] signatures an earlier row that is alike, or n where none is.
+    """Find for each of the [n PLACES] signatures an earlier row that is alike, or n if none is.
 
     A row is compared with the first of each band's group and with its neighbour there.
     """

@@ -21,20 +21,23 @@ from jaxtune.data.tokenizer import Tokenizer
 
 
 class Affixes(NamedTuple):
-    """What the template writes before the content of an answer, and between that and its end."""
+    """A template's text before the content of an answer, and between that and its end."""
 
     before: str = ""
     behind: str = ""
 
     def content(self, said: str) -> str:
-        """Of a whole answer."""
+        """Strip a whole answer to its content."""
         return said.removeprefix(self.before).removesuffix(self.behind)
 
 
 def affixes(template: Template, tokenizer: Tokenizer) -> Affixes:
-    """Learnt from an answer as it is trained: blanks as this tokenizer gives them back, and other
-    text where the template would write it twice. Nothing where the template takes it out of content
-    itself, as that of a reasoning model does with an empty reasoning."""
+    """Learn the affixes from an answer as it is trained.
+
+    They are blanks as this tokenizer gives them back, and other text if the template would write it
+    twice. Nothing if the template takes it out of content itself, as that of a reasoning model does
+    with an empty reasoning.
+    """
     ids = answer_ids(template, tokenizer, Conversation((ASKED, SAID)))
     if ids is None:
         return Affixes()
@@ -48,8 +51,10 @@ def affixes(template: Template, tokenizer: Tokenizer) -> Affixes:
 def answer_ids(
     template: Template, tokenizer: Tokenizer, conversation: Conversation
 ) -> list[int] | None:
-    """What a model must say to end `conversation` with its last message, as it is trained, without
-    the end of turn. None where that cannot be."""
+    """Tokenise what a model must say to end `conversation` with its last message, as it is trained.
+
+    Without the end of turn. None if that cannot be.
+    """
     messages = tuple(message._replace(weight=None) for message in conversation.messages)
     row = render(template, conversation._replace(messages=messages), train_on="last")[-1]
     (found,) = (row,) if isinstance(row, Dropped) else tokenize_rows([row], tokenizer)
@@ -60,13 +65,13 @@ def answer_ids(
 
 
 def text_of(tokenizer: Tokenizer, ids: Sequence[int], *, behind: int) -> str:
-    """What `ids` say behind the token `behind`: decoders drop a blank where a text begins."""
+    """Decode `ids` behind the token `behind`: decoders drop a blank at the beginning of a text."""
     alone, whole = tokenizer.decode([behind]), tokenizer.decode([behind, *ids])
     return whole[len(alone) :] if whole.startswith(alone) else tokenizer.decode(ids)
 
 
 def _takes_out(template: Template, said: str) -> bool:
-    """Whether the template writes the same for what was said as for its content."""
+    """Tell whether the template writes the same for a whole answer as for its content."""
     try:
         return template.text((ASKED, SAID._replace(content=said))) == template.text((ASKED, SAID))
     except jinja.TemplateFailed:

@@ -19,13 +19,13 @@ import jinja2
 
 
 class Code(str):
-    """Jinja source, which is written as it stands; other text is escaped for a quoted string."""
+    """A piece of jinja, written as it stands; other text is escaped for a quoted string."""
 
     __slots__ = ()
 
 
 class TemplateStrings(NamedTuple):
-    """What a template takes from the tokenizer and the configuration."""
+    """A template's strings that come from the tokenizer and the configuration."""
 
     bos: str  # "" where the tokenizer puts none before plain text
     stop: str  # end of turn after an answer
@@ -62,7 +62,7 @@ BUILTIN: dict[str, Builtin] = {
 
 
 def source(name: str, strings: TemplateStrings, **values: str | bool) -> str:
-    """Reads `builtin/NAME.jinja` and puts the strings, and `values` where it has more, in place.
+    """Read `builtin/NAME.jinja` and put the strings, and `values` if it has more, in place.
 
     >>> strings = TemplateStrings(bos="<s>", stop="</s>", system="")
     >>> source("plain", strings).splitlines()[0]
@@ -72,7 +72,7 @@ def source(name: str, strings: TemplateStrings, **values: str | bool) -> str:
 
 
 def quoted(text: str) -> str:
-    """Returns `text` as a string of jinja, whatever is in it."""
+    """Return `text` as a string of jinja, whatever is in it."""
     return json.dumps(text, ensure_ascii=False)
 
 

@@ -24,7 +24,7 @@ class Placeholders(NamedTuple):
 
 
 def parse(text: str) -> Placeholders:
-    """Takes a template string apart; a typed backslash-n or backslash-t is the character itself.
+    """Take a template string apart; a typed backslash-n or backslash-t is the character itself.
 
     Raises `ConfigError` naming what is wrong and the placeholders there are. Braces around anything
     that is not a plain name are literal text.
@@ -65,7 +65,8 @@ def source(
     special: re.Pattern[str],
     without_input: Placeholders | None = None,
 ) -> str:
-    """Jinja for a template string; `lead_out` + stop end the answer, `rest` follows untrained.
+    """Write jinja for a template string; `lead_out` + stop end the answer, `rest` follows
+    untrained.
 
     An empty {input} or {system} takes its whole line with it ({system} also the empty lines below).
     Where the line holds another placeholder it takes the blanks before it alone; where the line
@@ -96,14 +97,14 @@ def source(
 
 
 def preamble(text: str) -> str:
-    """What of a template string stands before the first question alone; "" where nothing does."""
+    """Return what of a template string stands before the first question alone, else ""."""
     once, _ = _split_preamble(parse(text).before)
     written = (f"{{{part}}}" if at % 2 else part for at, part in enumerate(once))
     return "".join(written).strip()
 
 
 def _split_preamble(parts: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(literal, name, ..., literal) -> the same in two, cut ahead of the turn that repeats."""
+    """Cut (literal, name, ..., literal) in two, ahead of the turn that repeats."""
     asks = next(i for i in range(1, len(parts), 2) if parts[i] in ("instruction", "input"))
     for position in range(asks - 1, -1, -2):
         text = parts[position]
@@ -116,8 +117,9 @@ def _split_preamble(parts: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str,
 
 
 class _FormatPart(NamedTuple):
-    """Literal text (`name` is empty), or what is given for `name` between `lead` and `trail`, which
-    are said only with it."""
+    """A literal text, or the value of `name` between `lead` and `trail`, which are written only
+    with it.
+    """
 
     name: str
     lead: str
@@ -128,7 +130,7 @@ _OPTIONAL = {"input": "message.input", "system": "turn.system"}
 
 
 def _jinja(parts: tuple[str, ...], names: frozenset[str], special: re.Pattern[str]) -> str:
-    """Jinja for (literal, name, ..., literal), line by line (see `source`)."""
+    """Write jinja for (literal, name, ..., literal), line by line (see `source`)."""
     pieces: list[_FormatPart] = []
     for line in _lines(parts):
         held = [name for name, _ in line if name]
@@ -153,12 +155,14 @@ def _jinja(parts: tuple[str, ...], names: frozenset[str], special: re.Pattern[st
 
 
 def _say(text: str) -> str:
-    """Jinja that writes `text`, and no white space of its own."""
+    """Write jinja that writes `text`, and no white space of its own."""
     return "{{- " + quoted(text) + " -}}" if text else ""
 
 
 def _lines(parts: tuple[str, ...]) -> list[list[tuple[str, str]]]:
-    """Lines of (name, "") and ("", literal); an empty one below {system} belongs to its line."""
+    """Split into lines of (name, "") and ("", literal); an empty one below {system} belongs to its
+    line.
+    """
     lines: list[list[tuple[str, str]]] = [[]]
     for position, part in enumerate(parts):
         if position % 2:
@@ -178,7 +182,9 @@ def _lines(parts: tuple[str, ...]) -> list[list[tuple[str, str]]]:
 def _alone(
     line: list[tuple[str, str]], above: list[_FormatPart], special: re.Pattern[str]
 ) -> list[_FormatPart]:
-    """A line whose only placeholder may be empty; of what is `above`, the line ends may go too."""
+    """Read a line whose only placeholder may be empty; of what is `above`, the line ends may go
+    too.
+    """
     at = next(i for i, (name, _) in enumerate(line) if name)
     before, behind = ("".join(text for _, text in part) for part in (line[:at], line[at + 1 :]))
     name = line[at][0]
@@ -194,7 +200,7 @@ def _alone(
 
 
 def _append(pieces: list[_FormatPart], *more: _FormatPart) -> None:
-    """Literal text behind literal text is one piece with it."""
+    """Append parts; literal text behind literal text becomes one part with it."""
     for piece in more:
         if piece.name or not pieces or pieces[-1].name:
             pieces.append(piece)
@@ -203,7 +209,7 @@ def _append(pieces: list[_FormatPart], *more: _FormatPart) -> None:
 
 
 def _taken(pieces: list[_FormatPart], end: str) -> str:
-    """What matches `end` in the literal that came last, from which it is cut."""
+    """Cut what matches `end` off the literal that came last, and return it."""
     if not pieces or pieces[-1].name:
         return ""
     text = pieces[-1].lead

@@ -26,13 +26,15 @@ _OPEN, _CLOSE = "\U0010fff0", "\U0010fff1"
 
 
 class TemplateFailed(Exception):
-    """The template refused the conversation (`raise_exception`), or is broken."""
+    """A conversation that the template refused (`raise_exception`), or a broken template."""
 
     reason = "the template refuses the conversation"
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` renders as what it holds, between marks if asked."""
+    """A tag `{% generation %}...{% endgeneration %}`, rendered as what it holds, between marks if
+    asked.
+    """
 
     tags = {"generation"}  # noqa: RUF012 - declared so by jinja
 
@@ -52,7 +54,8 @@ def has_marks(source: str) -> bool:
 
 
 def take_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """Text rendered with marks -> the text without them, and what they enclose as (start, end).
+    """Take the marks out of rendered text: the text without them, and what they enclose as (start,
+    end).
 
     >>> take_marks("Q A: " + _OPEN + "yes" + _CLOSE)
     ('Q A: yes', [(5, 8)])
@@ -79,7 +82,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes HTML; prompts are not HTML."""
+    """Write JSON as it is: jinja's own filter escapes HTML, and prompts are not HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -112,7 +115,7 @@ def render(
     marked: bool = False,
     trusted: bool = False,
 ) -> str:
-    """The text of a conversation; `named` are bos_token, eos_token, ... Raises `TemplateFailed`."""
+    """Render a conversation; `named` are bos_token, eos_token, ... Raises `TemplateFailed`."""
     try:
         return _compile(source, date, marked, trusted).render(
             messages=[dict(message) for message in messages],

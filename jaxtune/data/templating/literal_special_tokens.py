@@ -31,13 +31,13 @@ class MaskedConversation(NamedTuple):
 
 
 class LiteralTokensNotFound(jinja.TemplateFailed):
-    """With the tokens put back, the text is not what the template makes of the conversation."""
+    """A text that, with the tokens put back, is not what the template makes of the conversation."""
 
     reason = "literal special tokens of a message cannot be found in the rendered text"
 
 
 def mask(special: re.Pattern[str], messages: Sequence[Message], tools: Any) -> MaskedConversation:
-    """Puts a private character, one that is in no text, in place of each literal special token."""
+    """Put a private character, one that is in no text, in place of each literal special token."""
     plain = tuple(messages)
     values = [(m.content, m.input, m.extra) for m in plain]
     texts = "\0".join(strings([values, tools]))
@@ -63,7 +63,7 @@ def mask(special: re.Pattern[str], messages: Sequence[Message], tools: Any) -> M
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every string in a JSON value, keys included."""
+    """Yield every string in a JSON value, keys included."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -76,14 +76,14 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def unmask(text: str, literals: Mapping[str, str]) -> str:
-    """The text with the tokens themselves."""
+    """Put the tokens themselves back."""
     for character, token in literals.items():
         text = text.replace(character, token)
     return text
 
 
 def take_apart(row: Row, literals: Mapping[str, str], special: re.Pattern[str]) -> Row | Dropped:
-    """Puts literal special tokens back as text, and says where each is to be taken apart."""
+    """Put literal special tokens back as text, and mark where each is to be taken apart."""
     if not literals:
         return row
     spans = []

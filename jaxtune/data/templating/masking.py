@@ -58,7 +58,7 @@ Row = tuple[Span, ...]
 def render(
     template: Template, noun: Conversation | Document, *, train_on: TrainOn = "assistant"
 ) -> tuple[Row | Dropped, ...]:
-    """The rows of one record: mostly one; one per answer where the template rewrites history.
+    """Render the rows of one record: mostly one; one per answer if the template rewrites history.
 
     Joined, the spans of a row are the text as `apply_chat_template` renders it.
     """
@@ -97,7 +97,7 @@ def render(
 def render_prompt(
     template: Template, messages: Sequence[Message], *, tools: tuple[Any, ...] | None = None
 ) -> Row:
-    """What inference feeds for `messages`, the generation prompt included; all weights 0.
+    """Render what inference feeds for `messages`, the generation prompt included; all weights 0.
 
     Its spans are cut exactly where those of a trained row are. Raises `ConfigError` when the
     template refuses the messages.
@@ -120,7 +120,7 @@ class _RenderedAnswer(NamedTuple):
 
 
 def _document(template: Template, text: str) -> Row:
-    """What stands before and behind plain text, unless the text has brought it."""
+    """Put bos and eos around plain text, unless the text has brought them."""
     opening = "" if text.startswith(template.opening) else template.opening
     if text.rstrip().endswith(template.closing):
         text = text.rstrip()
@@ -131,7 +131,7 @@ def _document(template: Template, text: str) -> Row:
 
 
 def _masked(template: Template, noun: Conversation) -> MaskedConversation:
-    """The conversation in the form that shows its tool calls, with literal special tokens masked.
+    """Mask literal special tokens, in the form of the conversation that shows its tool calls.
 
     Arguments are given as they came; where the template cannot show them so (it joins strings, or
     would quote a string twice), as objects or as JSON text.
@@ -153,7 +153,7 @@ def _masked(template: Template, noun: Conversation) -> MaskedConversation:
 
 
 def _weights(noun: Conversation, train_on: TrainOn) -> dict[int, float] | Dropped:
-    """Weight of each assistant message, by its index."""
+    """Give the weight of each assistant message, by its index."""
     messages = noun.messages
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     if not answers:
@@ -184,7 +184,7 @@ def _text(
     *,
     prompt: bool = False,
 ) -> str:
-    """The rendered text of the first `upto` messages; raises `jinja.TemplateFailed`."""
+    """Render the first `upto` messages. Raises `jinja.TemplateFailed`."""
     text = template.text(conversation.messages[:upto], conversation.tools, prompt=prompt)
     if conversation.literals:
         plain = template.text(conversation.plain[:upto], conversation.plain_tools, prompt=prompt)
@@ -196,7 +196,7 @@ def _text(
 def _turn(
     template: Template, conversation: MaskedConversation, i: int, full: str | None = None
 ) -> _RenderedAnswer | Dropped:
-    """Message i as inference meets it: its prompt and its answer, or why that cannot be shown."""
+    """Show message i as inference meets it: prompt and answer, or why that cannot be shown."""
     where = f"message {i + 1}"
     try:
         prompt = _text(template, conversation, i, prompt=True)
@@ -226,7 +226,7 @@ _THINKING = ("reasoning_content", "reasoning", "thinking")
 def _wrong(
     template: Template, conversation: MaskedConversation, i: int, text: str
 ) -> Dropped | None:
-    """Why `text` is not what message i says."""
+    """Explain why `text` is not what message i says; None if it is."""
     message, where = conversation.messages[i], f"message {i + 1}"
     if text == message.content and not message.extra:
         return None
@@ -249,7 +249,7 @@ def _wrong(
 
 
 def _holds_another(template: Template, conversation: MaskedConversation, i: int) -> bool:
-    """Whether the answer changes with the messages before it: each is replaced by a sign."""
+    """Tell whether the answer changes with the messages before it: each is replaced by a sign."""
     signs = [chr(0x100000 + j) for j in range(i)]
     messages = [
         message._replace(content=sign)
@@ -269,7 +269,7 @@ def _holds_another(template: Template, conversation: MaskedConversation, i: int)
 def _marked_otherwise(
     template: Template, conversation: MaskedConversation, i: int, whole: str, start: int, end: int
 ) -> Dropped | None:
-    """Why the template's own `{% generation %}` contradicts whole[start:end]; None without any."""
+    """Explain why the template's `{% generation %}` contradicts whole[start:end], or None."""
     if not jinja.has_marks(template.jinja):
         return None
     where = f"message {i + 1}"
@@ -290,7 +290,7 @@ def _marked_otherwise(
 
 
 def _header(template: Template, conversation: MaskedConversation, i: int) -> int:
-    """Where what the template writes for message i begins, its header included."""
+    """Find the beginning of what the template writes for message i, its header included."""
     try:
         return len(_text(template, conversation, i)) if i else 0
     except jinja.TemplateFailed:
@@ -303,7 +303,7 @@ def _cut(
     weights: Mapping[int, float],
     background: float,
 ) -> Row | None:
-    """`full` in spans, or None where it does not show a turn as inference would."""
+    """Cut `full` in spans; None if it does not show a turn as inference would."""
     spans: list[Span] = []
     at = 0
     for i, turn in turns.items():
@@ -332,7 +332,7 @@ def _own_weight(message: Message) -> bool:
 def _weighted(
     template: Template, conversation: MaskedConversation, full: str, row: Row
 ) -> Row | Dropped:
-    """`row` of all of `full`, where messages that are no answers have the weights they bring."""
+    """Give messages in `row` (all of `full`) that are no answers the weights they bring."""
     for i, message in enumerate(conversation.messages):
         weight = message.weight
         if message.role == "assistant" or weight is None or not _own_weight(message):
@@ -349,7 +349,7 @@ def _weighted(
 
 
 def _between(row: Row, start: int, end: int, weight: float) -> Row:
-    """`row` with `weight` from `start` to `end` of its text, answers aside."""
+    """Set `weight` from `start` to `end` of the text of `row`, answers aside."""
     spans: list[Span] = []
     at = 0
     for span in row:
@@ -367,7 +367,7 @@ def _between(row: Row, start: int, end: int, weight: float) -> Row:
 def _prompt_spans(
     template: Template, conversation: MaskedConversation, background: float, upto: int | None = None
 ) -> Row:
-    """What inference feeds for the first `upto` messages, cut at the answers in it."""
+    """Cut what inference feeds for the first `upto` messages at the answers in it."""
     prompt = _text(template, conversation, upto, prompt=True)
     turns = {
         i: _turn(template, conversation, i)
@@ -388,7 +388,7 @@ def _alone(
     weight: float,
     background: float,
 ) -> Row | Dropped:
-    """One row for answer i: the prompt as inference feeds it, then the answer."""
+    """Make one row for answer i: the prompt as inference feeds it, then the answer."""
     if isinstance(turn, Dropped):
         return turn
     hidden = _hidden(conversation, turn.prompt, i)
@@ -403,7 +403,7 @@ def _alone(
 
 
 def _hidden(conversation: MaskedConversation, text: str, upto: int | None = None) -> Dropped | None:
-    """Every message that is not the assistant's must appear in the text, every tool and call.
+    """Name a message, tool or call that must appear in the text and does not.
 
     What an assistant conversation or thought earlier may be left out: that is rewriting history.
     """

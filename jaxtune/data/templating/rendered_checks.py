@@ -14,19 +14,19 @@ from jaxtune.data.templating.literal_special_tokens import strings
 
 
 def squeeze(text: str) -> str:
-    """Templates trim and join; what counts is that nothing else is lost."""
+    """Take out white space: templates trim and join, and only what else is lost counts."""
     return "".join(text.split())
 
 
 def appears(text: str, words: str) -> bool:
-    """Whether squeezed `words` have `text`, as it is or as JSON writes it."""
+    """Tell whether squeezed `words` have `text`, as it is or as JSON writes it."""
     return squeeze(text) in words or any(
         squeeze(json.dumps(text, ensure_ascii=ascii)[1:-1]) in words for ascii in (False, True)
     )
 
 
 def shows_calls(message: Message, words: str) -> bool:
-    """Whether squeezed text has the names and arguments of the message's tool calls."""
+    """Tell whether squeezed text has the names and arguments of the message's tool calls."""
     calls = message.extra.get("tool_calls")
     if not calls:
         return True
@@ -46,7 +46,7 @@ def shows_calls(message: Message, words: str) -> bool:
 
 
 def with_calls(message: Message, convert: Callable[[Any], Any]) -> Message:
-    """The message with `convert` applied to the arguments of its tool calls."""
+    """Apply `convert` to the arguments of the message's tool calls."""
     calls = message.extra.get("tool_calls")
     if not isinstance(calls, Sequence):
         return message
@@ -63,7 +63,7 @@ def _call(call: Any, convert: Callable[[Any], Any]) -> Any:
 
 
 def as_object(arguments: Any) -> Any:
-    """Arguments given as JSON text as the object they are; anything else unchanged."""
+    """Parse arguments given as JSON text; return anything else unchanged."""
     try:
         parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
     except ValueError:
@@ -72,5 +72,5 @@ def as_object(arguments: Any) -> Any:
 
 
 def as_text(arguments: Any) -> Any:
-    """Arguments given as an object as JSON text."""
+    """Write arguments given as an object as JSON text."""
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

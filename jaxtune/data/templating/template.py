@@ -36,7 +36,7 @@ ASKED, SAID = Message("user", "jaxtuneasks"), Message("assistant", "jaxtunesays"
 
 
 class TemplateRequest(NamedTuple):
-    """What a template was resolved from."""
+    """A template's fields of the config, from which it was resolved."""
 
     template: str
     system_prompt: str | None
@@ -63,7 +63,9 @@ class Template:
 
     @property
     def chat_template(self) -> str:
-        """What an export writes: with the system prompt that `text` puts before the messages."""
+        """Return what an export writes: with the system prompt that `text` puts before the
+        messages.
+        """
         if self.ours or not self.system_prompt:
             return self.jinja
         prompt = json.dumps({"role": "system", "content": self.system_prompt}, ensure_ascii=False)
@@ -81,7 +83,7 @@ class Template:
 
     @functools.cached_property
     def reads_input(self) -> bool:
-        """Whether it places a message's `input` itself, as ours do, exported ones too."""
+        """Tell whether it places a message's `input` itself, as ours do, exported ones too."""
         return re.search(r"""message(\.input\b|\[['"]input['"]\])""", self.jinja) is not None
 
     def text(
@@ -92,8 +94,10 @@ class Template:
         prompt: bool = False,
         marked: bool = False,
     ) -> str:
-        """The conversation as text, with the generation prompt or with marks around
-        `{% generation %}` where asked. Raises `jinja.TemplateFailed`.
+        """Render the conversation, with the generation prompt, or with marks around `{% generation
+        %}`.
+
+        Raises `jinja.TemplateFailed`.
         """
         plain: list[dict[str, Any]] = []
         brings_none = not messages or messages[0].role != "system"
@@ -126,7 +130,7 @@ def resolve(
     no_input: str | None = None,
     date: datetime.date = DATE,
 ) -> Template:
-    """`auto`, `chat`, a name, a string with placeholders, a .jinja file or jinja itself.
+    """Resolve `auto`, `chat`, a name, a string with placeholders, a .jinja file or jinja itself.
 
     `no_input` is what a string with {input} becomes where a record has none. Raises `ConfigError`
     when the template is unknown, the tokenizer lacks a token it needs, or an answer would not end
@@ -214,7 +218,7 @@ def _format_string(
 def variant(
     base: Template, tokenizer: Tokenizer, *, template: str | None, system_prompt: str | None
 ) -> Template:
-    """`base` with what one dataset has instead: another template, another system prompt."""
+    """Resolve `base` with what one dataset has instead: another template, another system prompt."""
     if template is None and system_prompt is None:
         return base
     request = base.request
@@ -229,7 +233,7 @@ def variant(
 
 
 def needed_tokens(template: str, *, stop: str | None = None) -> tuple[str, ...]:
-    """The special tokens that a named template writes; none where it is another kind."""
+    """List the special tokens that a named template writes; none if it is another kind."""
     if template not in BUILTIN:
         return ()
     choice = BUILTIN[template]
@@ -240,7 +244,7 @@ def needed_tokens(template: str, *, stop: str | None = None) -> tuple[str, ...]:
 def tokens_to_add(
     wanted: bool | Sequence[str], templates: Iterable[str], *, stop: str | None = None
 ) -> tuple[str, ...]:
-    """The special tokens that `add_tokens` asks for: those of the named templates, or a list."""
+    """List the special tokens that `add_tokens` names: those of the templates, or a list."""
     if not isinstance(wanted, bool):
         return tuple(wanted)
     needed = [token for name in templates for token in needed_tokens(name, stop=stop)]
@@ -262,7 +266,7 @@ def _without_input(parts: Placeholders, no_input: str | None) -> Placeholders | 
 
 
 def _stop_token(stop: str | None, tokenizer: Tokenizer) -> str:
-    """`stop`, proven to be one special token of the tokenizer."""
+    """Return `stop`, proven to be one special token of the tokenizer."""
     if not stop:
         raise ConfigError(
             "stop: the tokenizer names no eos_token, so nothing would end an answer. Set stop to "
@@ -284,7 +288,9 @@ def _some(tokens: Mapping[str, int]) -> str:
 
 
 def _end_of_answer(after: str, stop: str | None, tokenizer: Tokenizer) -> tuple[str, str, str]:
-    """Text behind {output} -> (blanks, end of turn, rest). Exactly one end of turn comes of it."""
+    """Cut text behind {output} into (blanks, end of turn, rest). Exactly one end of turn comes of
+    it.
+    """
     blanks = after[: len(after) - len(after.lstrip())]
     written = tokenizer.special_pattern.match(after, len(blanks))
     if stop and after.startswith(stop, len(blanks)):
@@ -319,7 +325,7 @@ def _foreign(template: str, tokenizer: Tokenizer) -> _Source:
 
 
 def _probed(template: Template, tokenizer: Tokenizer, stop: str | None) -> Template:
-    """Learns how a foreign template ends an answer, by rendering one."""
+    """Learn how a foreign template ends an answer, by rendering one."""
     asked, said = ASKED, SAID
     try:
         text = dataclasses.replace(template, system_prompt="").text((asked, said))
