@@ -41,15 +41,18 @@ _PUBLIC = {
     "JaxtuneError": "jaxtune.config",
     "Callback": "jaxtune.api.callbacks",
     "CallbackError": "jaxtune.api.callbacks",
+    "STOP": "jaxtune.api.callbacks",
 }
 _COMMANDS = ("train", "evaluate", "preview", "plan")
 
 if TYPE_CHECKING:
+    from jaxtune.api.callbacks import STOP as STOP
     from jaxtune.api.callbacks import Callback as Callback
     from jaxtune.api.callbacks import CallbackError as CallbackError
     from jaxtune.api.evaluate import evaluate as evaluate
     from jaxtune.api.plan import plan as plan
     from jaxtune.api.preview import preview as preview
+    from jaxtune.api.train import train as train
     from jaxtune.config import Config as Config
     from jaxtune.config import ConfigError as ConfigError
     from jaxtune.config import DataError as DataError

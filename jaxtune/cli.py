@@ -90,17 +90,23 @@ class ThisProcess:
     """A process's place among those of a run, set by `heartbeat` once they have joined.
 
     `quiet` processes make no notes; their errors begin with `name`. `leave(code, message)` ends a
-    process that fails, and tells the others.
+    process that fails, and tells the others. `is_command`: a command runs, not a call from Python.
     """
 
+    is_command = False
     quiet = False
     name = ""
     leave: Callable[[int, str], None] | None = None
 
 
+def shows_notes() -> bool:
+    """Tells whether somebody at a terminal reads what this process says."""
+    return ThisProcess.is_command and not ThisProcess.quiet
+
+
 def note(message: str) -> None:
     """Prints a line for the person at the terminal, on stderr: stdout is for results."""
-    if not ThisProcess.quiet:
+    if shows_notes():
         emit(message)
 
 
@@ -118,6 +124,7 @@ def execute(
 ) -> int:
     """Parses, runs, and turns what went wrong into an exit code and one message on stderr."""
     code, message, together = 0, "", False
+    before, ThisProcess.is_command = ThisProcess.is_command, True
     try:
         config, chosen = parse(
             sys.argv[1:] if argv is None else argv, command, description, options
@@ -142,6 +149,8 @@ def execute(
         else:
             traceback.print_exc()
             code, message = BUG, f"{type(error).__name__}: {error}"
+    finally:
+        ThisProcess.is_command = before
     if code:
         emit(f"jaxtune {command}: {ThisProcess.name}{message}")
         if ThisProcess.leave is not None and not together:

@@ -23,6 +23,8 @@ for flag in children.flags(devices=8):
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from jaxtune.cli import ThisProcess  # noqa: E402
+
 TESTS = Path(__file__).resolve().parent
 SHARED = TESTS.parents[1] / "shared" / "data"
 
@@ -61,6 +63,12 @@ def _few_programs() -> Iterator[None]:
     if ranges.read_bytes().count(b"\n") > MOST_RANGES:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def _as_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shows notes, which a call from Python does not."""
+    monkeypatch.setattr(ThisProcess, "is_command", True)
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,16 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from jaxtune.api.results import TrainResult
-from jaxtune.config import Config, JaxtuneError
+from jaxtune.config import Config, ConfigError, JaxtuneError
 from jaxtune.parallel import processes
+from jaxtune.training.evaluation import Totals
 
 FAILED: Final = "error in "  # how `Callbacks.stop_reason` begins after an exception
 STOP: Final = True  # what `on_step` and `on_evaluation` return to end the run
+
+
+Metric = Callable[[list[str], list[str], list[str]], float]  # of prompts, references, responses
+_COLUMNS = {"kind", "step", "by_dataset", *Totals().row()}  # of an eval row
 
 
 class CallbackError(JaxtuneError):
@@ -62,13 +67,18 @@ class Callbacks:
     `stop_reason` says why the run is to end; after an exception `error` holds it.
     """
 
-    def __init__(self, callbacks: Sequence[Callback] = ()) -> None:
+    def __init__(
+        self, callbacks: Sequence[Callback] = (), metrics: Mapping[str, Metric] | None = None
+    ) -> None:
         self._callbacks = tuple(callbacks)
+        self.metrics = dict(metrics or {})
+        if taken := _COLUMNS & self.metrics.keys():
+            raise ConfigError(f"metrics: {', '.join(sorted(taken))}: eval rows have that already.")
         self.stop_reason = ""
         self.error: CallbackError | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._callbacks)
+        return bool(self._callbacks or self.metrics)
 
     @property
     def watches_saves(self) -> bool:
@@ -85,6 +95,18 @@ class Callbacks:
 
     def end(self, result: TrainResult) -> None:
         self._call_all("on_end", result)
+
+    def measure(
+        self, prompts: list[str], references: list[str], responses: list[str]
+    ) -> dict[str, float]:
+        """Compute the metrics, on the first host."""
+        values: dict[str, float] = {}
+        for name, metric in self.metrics.items() if processes.is_first() else ():
+            call = functools.partial(_as_float, metric, [*prompts], [*references], [*responses])
+            value = self.guard(f"metric {name}", call)
+            if value is not None:
+                values[name] = value
+        return values
 
     def guard(self, name: str, call: Callable[[], Any]) -> Any:
         """Call a user's function; what it raises becomes `error` and ends the run after a save."""
@@ -107,3 +129,7 @@ class Callbacks:
             wants_stop = self.guard(name, call)
             if isinstance(wants_stop, bool | np.bool_) and wants_stop and not self.stop_reason:
                 self.stop_reason = f"{name} asked to stop"
+
+
+def _as_float(metric: Metric, *texts: list[str]) -> float:
+    return float(metric(*texts))

@@ -13,7 +13,8 @@ import jax
 from jax.sharding import Mesh
 
 from jaxtune import cli
-from jaxtune.api.callbacks import FAILED, Callback, CallbackError, Callbacks, RunInfo
+from jaxtune.api.answer_metrics import AnswerMetrics, held_out_questions
+from jaxtune.api.callbacks import FAILED, Callback, CallbackError, Callbacks, Metric, RunInfo
 from jaxtune.api.results import TrainResult
 from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, HostsConfig, dump, load_config, shard_bytes
@@ -113,16 +114,18 @@ def train(
     data: Any = None,
     eval_data: Any = None,
     callbacks: Sequence[Callback] = (),
+    metrics: Mapping[str, Metric] | None = None,
 ) -> TrainResult:
     """Train, checkpoint and export, as `jaxtune train` does; the same call resumes.
 
     `config` may be a mapping or a YAML file. `data` and `eval_data` replace the config's data: a
-    list of dicts, a `datasets.Dataset`, a pandas or polars frame, or a path.
+    list of dicts, a `datasets.Dataset`, a pandas or polars frame, or a path. `metrics` are columns
+    of the eval rows: name -> f(prompts, references, responses), of generated answers.
 
     Raises: ConfigError, DataError, ModelError, Diverged, CallbackError; `cli.Stopped` after saving
     on SIGTERM or SIGINT.
     """
-    config, calls = _with_data(config, data, eval_data), Callbacks(callbacks)
+    config, calls = _with_data(config, data, eval_data), Callbacks(callbacks, metrics)
     with _workplace(config, reading=False) as workplace:
         run, report = _open_run(config, workplace)
         program = _build(run)
@@ -142,8 +145,8 @@ def train(
         if workplace.mirror is not None:
             with workplace.watch.unlimited(f"copying to {workplace.mirror.url}"):
                 workplace.mirror.finish()
-        metrics = {**last_rows(run.run_dir / "metrics.jsonl", trained.step), **trained.last_rows}
-        result = TrainResult(run.run_dir, model_dir, trained.step, metrics, adapter_dir)
+        rows = {**last_rows(run.run_dir / "metrics.jsonl", trained.step), **trained.last_rows}
+        result = TrainResult(run.run_dir, model_dir, trained.step, rows, adapter_dir)
         calls.end(result)
         _raise_errors(calls)
     return result
@@ -266,17 +269,22 @@ def _open_data(config: Config) -> RunData:
     assert name is not None
     tokenizer = open_tokenizer(config, name, note=note)
     template = open_template(config, tokenizer, note=note)
-    with TokenizeProgress() as progress:
+    shown = TokenizeProgress() if cli.shows_notes() else contextlib.nullcontext(_silent)
+    with shown as progress:
         train, held_out = open_sides(config, tokenizer, template, progress=progress)
     refuse(train)
     return RunData(tokenizer, template, train, held_out)
+
+
+def _silent(path: str, records: int) -> None:
+    """Show no progress."""
 
 
 def _announce(run: Run) -> dict[str, Any]:
     """Say what is about to be trained; returns the data report for the model card."""
     data, batches, mesh = run.data, run.batches, run.mesh
     report = data_report(data.train, batches, total_steps=run.total_steps)
-    if processes.is_first():
+    if cli.shows_notes():
         show_report(report, short=True)
     if data.held_out is not None:
         common = overlap(data.train, data.held_out)
@@ -407,34 +415,31 @@ def _loop(
 
 
 def _hooks(run: Run, calls: Callbacks, start: int, due: bool) -> Hooks:
+    codec = TextCodec(run.data.tokenizer, run.data.template)
+    subject, prompts = run.subject, run.config.sample_prompts
+    model = Model(  # as inference takes it, still without weights
+        subject.name,
+        subject.spec,
+        {},
+        inference_stop_ids(run.config, codec, subject.model),
+        compute_dtype(run.config.dtype, platform_of(run.mesh)),
+        run.mesh,
+    )
+    sample = measure = None
+    if prompts:
+        sample = SamplePrompts(
+            run.run_dir, prompts, codec, subject, model, resumed_at=start, due=due
+        )
+    if calls.metrics:
+        questions = held_out_questions(run.config, run.data.held_out, codec, subject.spec)
+        measure = AnswerMetrics(calls, questions, codec, subject, model)
     return Hooks(
-        sample=_samples(run, start, due) if run.config.sample_prompts else None,
+        sample,
+        measure,
         row=calls.row,
         saved=calls.saved if calls.watches_saves else None,
         stop_reason=lambda: calls.stop_reason,
     )
-
-
-def _samples(run: Run, start: int, due: bool) -> SamplePrompts:
-    """Build what answers `sample_prompts` at every evaluation."""
-    codec = TextCodec(run.data.tokenizer, run.data.template)
-    return SamplePrompts(
-        run.run_dir,
-        run.config.sample_prompts,
-        codec,
-        run.subject,
-        _answering_model(run, codec),
-        resumed_at=start,
-        due=due,
-    )
-
-
-def _answering_model(run: Run, codec: TextCodec) -> Model:
-    """Describe the model in training for inference, without its weights."""
-    subject, mesh = run.subject, run.mesh
-    stops = inference_stop_ids(run.config, codec, subject.model)
-    dtype = compute_dtype(run.config.dtype, platform_of(mesh))
-    return Model(subject.name, subject.spec, {}, stops, dtype, mesh)
 
 
 def _raise_errors(calls: Callbacks, stop_reason: str = "") -> None:

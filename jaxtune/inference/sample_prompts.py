@@ -55,7 +55,7 @@ class SamplePrompts:
         self, trained: Any, frozen: Any, step: int, between: Callable[[], None] = lambda: None
     ) -> None:
         """Generate and write; what `between` raises ends that, and nothing is written."""
-        model = self._model._replace(params=self._params(merge(trained, frozen)))
+        model = with_trained(self._model, self._subject, trained, frozen)
         generations = generate(
             model, self._codec, self._ids, max_new_tokens=_LONGEST, between=between
         )
@@ -67,11 +67,14 @@ class SamplePrompts:
                 row["stopped"] = answer.stopped
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def _params(self, variables: Any) -> Any:
-        """Merge adapters into the unquantised base, read once more."""
-        lora = self._subject.lora
-        if lora is None:
-            return variables["params"]
-        model, dtype = self._subject.model, self._model.dtype
-        placed = param_shardings(model.spec, self._model.mesh, dtype)
-        return merged_params(model, lora, variables["lora"], placed, dtype)
+
+def with_trained(model: Model, subject: Subject, trained: Any, frozen: Any) -> Model:
+    """Give `model` the weights in training; adapters are merged into the unquantised base, which
+    is read once more.
+    """
+    variables = merge(trained, frozen)
+    if subject.lora is None:
+        return model._replace(params=variables["params"])
+    placed = param_shardings(subject.spec, model.mesh, model.dtype)
+    params = merged_params(subject.model, subject.lora, variables["lora"], placed, model.dtype)
+    return model._replace(params=params)

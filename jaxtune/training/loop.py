@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxtune.cli import Stopped, note
+from jaxtune.cli import Stopped, note, shows_notes
 from jaxtune.config import Config, Diverged
 from jaxtune.data.dataset import Batches, Dataset, eval_batches, prefetch
 from jaxtune.data.progress import counts_before, counts_of, epoch_at
@@ -140,7 +140,7 @@ class Loop:
         if plan.held_out is None:
             self.history = self.history._replace(due=False)
         self._seen = counts_before(plan.batches, plan.start)
-        self._progress = TrainProgress(plan.start, plan.total_steps, quiet=not processes.is_first())
+        self._progress = TrainProgress(plan.start, plan.total_steps, quiet=not shows_notes())
         self._hosts_asked = False
         self._pending: tuple[int, StepMetrics] | None = None  # a step still on the device
         self._notice: Notice = lambda: None
