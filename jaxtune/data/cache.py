@@ -1,4 +1,4 @@
-"""Where tokenised data lies: flat memory-mapped arrays in a folder named after what made them.
+"""The cache of tokenised data: flat memory-mapped arrays in a folder named after what made them.
 
 Knows arrays and folders; knows no record and no template. A folder appears under its name only when
 it is complete, so a killed writer leaves nothing that could be opened.

@@ -2,7 +2,8 @@
 
 A dataset is tokenised once, into the cache. The plan of an epoch is made from lengths, seed and
 epoch alone, so any number of hosts agree on it without talking, and the position in the data is one
-integer: the step. Rows are filled only when asked for; a host asks for its own.
+integer: the step. Rows are made only when a batch
+needs them; a host makes its own. Knows no file, no format and no device.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ class Dataset:
     def record_of(self) -> NDArray[np.int64]:
         """Give each example a number that only the examples of the same record share."""
         rows = self.gather("rows")
-        return self.source_of * (int(rows.max(initial=0)) + 1) + rows
+        numbers: NDArray[np.int64] = self.source_of * (int(rows.max(initial=0)) + 1) + rows
+        return numbers
 
     def tokens(self, index: int) -> WeightedTokens:
         """Return example `index`, whole and unshifted."""
@@ -240,11 +242,11 @@ def _refuse_empty(source: Source, max_length: int) -> None:
     records = stored.summary["counts"].get("records", 0)
     reason, dropped = next(iter(stored.summary["dropped"].items()))
     first = dropped["first"][0]
-    knob = f" Raise max_length (now {max_length})." if "max_length" in reason else ""
+    advice = f" Raise max_length (now {max_length})." if "max_length" in reason else ""
     raise DataError(
         f"{source.where(first)}: nothing to train: all {records} rows are dropped, "
         f"{dropped['count']} because: {reason}{': ' if first['detail'] else ''}{first['detail']}."
-        f"{knob} `preview` shows every row."
+        f"{advice} `preview` shows every row."
     )
 
 
@@ -296,7 +298,7 @@ class Batches:
         self.row_length = dataset.max_length if packing else self._shortest_row()
         self._bins = functools.lru_cache(maxsize=2)(self._packed)
         self._epoch_rows = functools.lru_cache(maxsize=2)(self._plan)
-        self._ends: list[int] = []  # the step behind each epoch, as far as it was asked for
+        self._ends: list[int] = []  # the step behind each epoch, as far as it is known
         self._growing = threading.Lock()  # of `_ends`: batches are made in another thread
 
     def _shortest_row(self) -> int:

@@ -120,9 +120,9 @@ def _short(value: Any) -> str:
 
 def _alpaca(fields: Fields) -> Conversation:
     instruction = _text(fields, "instruction", required=True)
-    given = _text(fields, "input")
+    own_input = _text(fields, "input")
     answer = _text(fields, "output", required=True)
-    if not (instruction + given).strip():
+    if not (instruction + own_input).strip():
         raise _Unusable("empty instruction")
     earlier: list[Message] = []
     history = fields.get("history") or ()
@@ -134,7 +134,7 @@ def _alpaca(fields: Fields) -> Conversation:
         if len(pair) != 2:
             raise _Unusable("history is not a list of pairs", f"got {_short(pair)}")
         earlier += [Message("user", pair[0]), Message("assistant", pair[1])]
-    turn = (Message("user", instruction, given), Message("assistant", answer))
+    turn = (Message("user", instruction, own_input), Message("assistant", answer))
     return Conversation((*_system(fields), *earlier, *turn))
 
 
@@ -214,13 +214,13 @@ def _messages(value: Any, column: str) -> tuple[Message, ...]:
 def _message(item: Any) -> Message:
     if not isinstance(item, dict):
         raise _Unusable("a message is not an object", f"got {_short(item)}")
-    said = _first(item, _ROLE)
-    if not isinstance(said, str) or said.strip().lower() not in ROLES:
-        raise _Unusable(f"role {said!r:.40} is not known", f"known: {', '.join(ROLES)}")
+    role = _first(item, _ROLE)
+    if not isinstance(role, str) or role.strip().lower() not in ROLES:
+        raise _Unusable(f"role {role!r:.40} is not known", f"known: {', '.join(ROLES)}")
     content, weight = _first(item, _CONTENT), _weight(item)
     # A null key is an absent one, as for every column; what lies deeper is kept as it is.
     extra = {key: value for key, value in item.items() if value is not None and key not in _READ}
-    if said.strip().lower() == "function_call":
+    if role.strip().lower() == "function_call":
         extra["tool_calls"] = [_call(call) for call in _calls_in(content)]
         return Message("assistant", "", weight=weight, extra=extra)
     if not extra.get("tool_calls", True):
@@ -232,7 +232,7 @@ def _message(item: Any) -> Message:
         raise _Unusable("tool_calls is not a list of objects", f"got {_short(calls)}")
     if content is None and calls:
         content = ""
-    return Message(ROLES[said.strip().lower()], _joined(content), weight=weight, extra=extra)
+    return Message(ROLES[role.strip().lower()], _joined(content), weight=weight, extra=extra)
 
 
 def _joined(content: Any) -> str:
@@ -274,12 +274,12 @@ def _first(item: Fields, names: tuple[str, ...]) -> Any:
 
 def _weight(item: Fields) -> float | None:
     """Read `weight`, under any of the names in use; `masked` says the opposite."""
-    given = [(name, item[name]) for name in _WEIGHT if item.get(name) is not None]
-    if len(given) > 1:
-        raise _Unusable("a message has two weights", " and ".join(name for name, _ in given))
-    if not given:
+    weights = [(name, item[name]) for name in _WEIGHT if item.get(name) is not None]
+    if len(weights) > 1:
+        raise _Unusable("a message has two weights", " and ".join(name for name, _ in weights))
+    if not weights:
         return None
-    name, value = given[0]
+    name, value = weights[0]
     if not isinstance(value, bool | int | float) or not 0 <= value <= _LARGEST:
         raise _Unusable(f"{name} is not a number >= 0 within float32", f"got {_short(value)}")
     return float(not value) if name == "masked" else float(value)

@@ -1,4 +1,4 @@
-"""Which examples make up an epoch, where datasets have weights or target proportions.
+"""Mixtures: which examples make up an epoch, if datasets have weights or target proportions.
 
     weight       an example of a dataset with weight 2 is drawn twice as often as one with weight 1
     proportions  within a dataset, the examples of each value of a column get their target share

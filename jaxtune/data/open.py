@@ -1,4 +1,7 @@
-"""What a run asks of its tokenizer, template and data, opened in one way by every door."""
+"""A run's tokenizer, template and data, opened from its config in one way by every command.
+
+Knows the fields of a config that decide data; knows no command and no model.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import datetime
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from jaxtune.data.dataset import Dataset, Progress, open_dataset, split
-from jaxtune.data.preprocess import Entry, PreprocessConfig, Truncation
+from jaxtune.data.dataset import Dataset, open_dataset, split
+from jaxtune.data.preprocess import Entry, PreprocessConfig, Progress, Truncation
 from jaxtune.data.templating.format_string import preamble
 from jaxtune.data.templating.masking import TrainOn
 from jaxtune.data.templating.template import Template, resolve, tokens_to_add, variant

@@ -1,7 +1,7 @@
-"""One source, from its file to examples: read, format, render, encode, cut to length, count.
+"""One source, from its file to examples: read, format, render, tokenise, cut to length, count.
 
-The chain itself, used alike by `preview` (which shows every row) and by the cache (which keeps
-those that are trained).
+The chain itself, used alike by `preview` (which shows every row) and by the cache (which stores
+those that are trained). Knows no batch and no step.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from jaxtune.config import DataError, label
 from jaxtune.data import formats, sources
 from jaxtune.data.cache import Writer, code_version
+from jaxtune.data.readers import File, Record
 from jaxtune.data.report.near_duplicates import signatures
 from jaxtune.data.schema import Conversation, Document, Dropped, Span, WeightedTokens
 from jaxtune.data.templating import literal_special_tokens
@@ -43,7 +44,7 @@ FLAGS = (
     "short_answers",
 )
 
-# Records encoded together: enough for a tokenizer's threads, little enough to stream. Fixed, so
+# Records tokenised together: enough for a tokenizer's threads, little enough to stream. Fixed, so
 # that the result does not depend on the number of processes.
 _CHUNK = 512
 _SHOWN = 3  # examples kept of each reason for dropping
@@ -105,7 +106,7 @@ def entry_config(entry: Entry, config: PreprocessConfig) -> PreprocessConfig:
     return config._replace(template=own)
 
 
-Numbered = tuple[int, sources.Record]  # a record and its place in its file, from 0
+Numbered = tuple[int, Record]  # a record and its place in its file, from 0
 
 
 class PreprocessedRow(NamedTuple):
@@ -159,7 +160,7 @@ def read(entry: Entry) -> Iterator[Numbered]:
     return enumerate(itertools.islice(sources.read(files_of(entry)), entry.limit))
 
 
-def files_of(entry: Entry) -> tuple[sources.File, ...]:
+def files_of(entry: Entry) -> tuple[File, ...]:
     return sources.find(entry.path, split=entry.split, revision=entry.revision, config=entry.name)
 
 
@@ -236,12 +237,12 @@ def _fit(prepared: PreprocessedRow, entry: Entry, config: PreprocessConfig) -> P
         )
     if config.truncation == "drop":
         return prepared._replace(dropped=Dropped("longer than max_length", detail))
-    kept = truncate(tokens, limit)
-    if not kept.weights.any():
+    shortened = truncate(tokens, limit)
+    if not shortened.weights.any():
         reason = "nothing left to train within max_length"
         return prepared._replace(dropped=Dropped(reason, detail))
-    lost = int(np.count_nonzero(tokens.weights)) - int(np.count_nonzero(kept.weights))
-    return prepared._replace(tokens=kept, cut=True, lost=lost)
+    lost = int(np.count_nonzero(tokens.weights)) - int(np.count_nonzero(shortened.weights))
+    return prepared._replace(tokens=shortened, cut=True, lost=lost)
 
 
 def _texts(noun: Conversation | Document) -> Iterator[str]:
@@ -327,7 +328,7 @@ def tokenize_chunk(
     for column in entry.columns.values():
         counts[_COLUMN + column] = sum(column in record.fields for _, record in chunk)
     dropped: dict[str, dict[str, Any]] = {}
-    kept: list[PreprocessedRow] = []
+    trained_rows: list[PreprocessedRow] = []
     tokens: list[WeightedTokens] = []
     for item in _preprocess_chunk(chunk, name, entry, config):
         if item.dropped or item.tokens is None:
@@ -337,7 +338,7 @@ def tokenize_chunk(
             if item.tokens is not None:
                 counts["trained_tokens_dropped"] += int(np.count_nonzero(item.tokens.weights))
         else:
-            kept.append(item)
+            trained_rows.append(item)
             tokens.append(item.tokens)
     values: dict[str, int] = {}
     arrays = {
@@ -345,12 +346,14 @@ def tokenize_chunk(
         "weights": _joined([part.weights for part in tokens]),
         "offsets": np.array([len(part.ids) for part in tokens], np.int64),
         "trained": np.array([np.count_nonzero(part.weights) for part in tokens], np.int32),
-        "rows": np.array([item.row for item in kept], np.int64),
-        "values": np.array([values.setdefault(item.value, len(values)) for item in kept], np.int32),
-        "flags": np.array([_flags(item) for item in kept], np.uint8),
-        "lost": np.array([item.lost for item in kept], np.int32),
+        "rows": np.array([item.row for item in trained_rows], np.int64),
+        "values": np.array(
+            [values.setdefault(item.value, len(values)) for item in trained_rows], np.int32
+        ),
+        "flags": np.array([_flags(item) for item in trained_rows], np.uint8),
+        "lost": np.array([item.lost for item in trained_rows], np.int32),
         "digests": np.array([_digest(part.ids) for part in tokens], np.uint64),
-        "signatures": signatures([item.own_text for item in kept]).reshape(-1),
+        "signatures": signatures([item.own_text for item in trained_rows]).reshape(-1),
     }
     return TokenizedChunk(arrays, tuple(values), counts, dropped)
 

@@ -1,4 +1,4 @@
-"""Where a run stands in its data: what it has seen by a step, and which data that was.
+"""Data progress: how much of its data a run has seen by a step, and which data that was.
 
 Counts are pure functions of the step, so a resumed run knows them without having counted.
 """

@@ -97,7 +97,7 @@ def _check_kind(file: File) -> None:
         )
 
 
-@functools.cache  # asked once: between two questions an object may change
+@functools.cache  # once: an object may change between two calls
 def _of_store(url: str) -> tuple[File, ...]:
     """Fetch each object by itself: one that has changed is fetched again, the others are not."""
     if glob.has_magic(url):
@@ -218,7 +218,7 @@ def _of_library(
     )
 
 
-# Asked once: between two questions a branch of the hub may move.
+# Once: a branch of the hub may move between two calls.
 _of_hub = functools.cache(_of_library)
 
 

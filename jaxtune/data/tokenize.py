@@ -244,9 +244,9 @@ def _anchored(texts: set[str], tokenizer: Tokenizer) -> dict[str, list[int] | No
         back = tokenizer.decode_batch(wholes)
         alone = tokenizer.decode(prefix)
         for text, whole, decoded in zip(left, wholes, back, strict=True):
-            kept = whole[len(prefix) :]
-            if whole[: len(prefix)] == prefix and kept and decoded == alone + text:
-                done[text] = kept
+            continuation = whole[len(prefix) :]
+            if whole[: len(prefix)] == prefix and continuation and decoded == alone + text:
+                done[text] = continuation
         left = [text for text in left if done[text] is None]
     return done
 
@@ -255,7 +255,7 @@ def _decode_answers(
     rows: Sequence[Row], pieces: Sequence[list[list[int]] | None], tokenizer: Tokenizer
 ) -> dict[tuple[int, int], str]:
     """Decode the tokens of trained answers, and of what was cut, by (row, span)."""
-    asked = {
+    to_decode = {
         (number, index): found[index]
         for number, (row, found) in enumerate(zip(rows, pieces, strict=True))
         for index, span in enumerate(row)
@@ -263,8 +263,10 @@ def _decode_answers(
     }
     # Token by token first: ten times as fast, and all there is where no letter is spread over
     # several tokens and nothing is rewritten.
-    found = {key: tokenizer.decode_each(ids) for key, ids in asked.items()}
-    left = [(key, asked[key]) for key, text in found.items() if text != rows[key[0]][key[1]].text]
+    found = {key: tokenizer.decode_each(ids) for key, ids in to_decode.items()}
+    left = [
+        (key, to_decode[key]) for key, text in found.items() if text != rows[key[0]][key[1]].text
+    ]
     # Decoders drop a blank where a text begins, so each answer stands behind its own last token; a
     # document is where a text begins.
     begins = [rows[number][index].document for (number, index), _ in left]

@@ -100,7 +100,9 @@ def refuse(dataset: Dataset) -> None:
 
 def _cut(dataset: Dataset) -> NDArray[np.bool_]:
     """Mark the examples that lost trained tokens to `max_length`; all others end their answers."""
-    return (dataset.gather("flags") & (1 << preprocess.FLAGS.index("answers_cut"))) != 0
+    bit = 1 << preprocess.FLAGS.index("answers_cut")
+    marked: NDArray[np.bool_] = (dataset.gather("flags") & bit) != 0
+    return marked
 
 
 def _teaches_stop(dataset: Dataset, index: int) -> bool:
@@ -155,8 +157,10 @@ def overlap(train: Dataset, held_out: Dataset) -> int:
 def near_overlap(train: Dataset, held_out: Dataset) -> int:
     """Count the held-out records that say nearly the same as a trained one, or just the same."""
     _, trained = _sayings(train)
-    _, asked = _sayings(held_out)
-    alike = minhash.first_near_duplicates(np.concatenate([trained, asked]))[len(trained) :]
+    _, held_out_records = _sayings(held_out)
+    alike = minhash.first_near_duplicates(np.concatenate([trained, held_out_records]))[
+        len(trained) :
+    ]
     return int((alike < len(trained)).sum())
 
 

@@ -68,10 +68,10 @@ def signatures(texts: Sequence[str]) -> NDArray[np.uint32]:
     for back in range(1, len(_RUN)):
         within[np.array(ends[:-1], np.int64) - back] = False
     starts = np.array([0, *ends[:-1]]) - (len(_RUN) - 1) * np.arange(len(texts))
-    kept = runs[within]
+    own_runs = runs[within]
     found = np.empty((len(texts), PLACES), np.uint32)
     for place, (factor, offset) in enumerate(_FACTORS.T):
-        mixed = (kept * (factor | np.uint64(1)) + offset) >> np.uint64(32)
+        mixed = (own_runs * (factor | np.uint64(1)) + offset) >> np.uint64(32)
         found[:, place] = np.minimum.reduceat(mixed, starts)
     return found
 
@@ -96,8 +96,8 @@ def first_near_duplicates(rows: NDArray[np.uint32]) -> NDArray[np.int64]:
         repeated = np.flatnonzero(same) + 1
         for start in range(0, len(repeated), _BLOCK):
             at = repeated[start : start + _BLOCK]
-            asked = order[at]
+            later = order[at]
             for earlier in (order[at - 1], first[at]):
-                agree = (rows[asked] == rows[earlier]).mean(axis=1) >= ALIKE
-                np.minimum.at(found, asked[agree], earlier[agree])
+                agree = (rows[later] == rows[earlier]).mean(axis=1) >= ALIKE
+                np.minimum.at(found, later[agree], earlier[agree])
     return found

@@ -1,0 +1,1 @@
+"""Conversation -> text and what of it is trained. Knows the tokenizer's special tokens, no ids."""

@@ -1,4 +1,4 @@
-"""What a model says -> the content of a message: without what the template writes around content.
+"""A generated answer -> the content of a message, without what the template writes around it.
 
     vicuna                       trained " Hello."     content "Hello."
     Q: {instruction}{output} </s>        "Hello. "             "Hello."
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from jaxtune.data.schema import Conversation, Dropped
 from jaxtune.data.templating import jinja
 from jaxtune.data.templating.masking import render
-from jaxtune.data.templating.template import ASKED, SAID, Template
+from jaxtune.data.templating.template import ANSWER, QUESTION, Template
 from jaxtune.data.tokenize import tokenize_rows
 from jaxtune.data.tokenizer import Tokenizer
 
@@ -26,9 +26,9 @@ class Affixes(NamedTuple):
     before: str = ""
     behind: str = ""
 
-    def content(self, said: str) -> str:
+    def content(self, answer: str) -> str:
         """Strip a whole answer to its content."""
-        return said.removeprefix(self.before).removesuffix(self.behind)
+        return answer.removeprefix(self.before).removesuffix(self.behind)
 
 
 def affixes(template: Template, tokenizer: Tokenizer) -> Affixes:
@@ -38,12 +38,12 @@ def affixes(template: Template, tokenizer: Tokenizer) -> Affixes:
     twice. Nothing if the template takes it out of content itself, as that of a reasoning model does
     with an empty reasoning.
     """
-    ids = answer_ids(template, tokenizer, Conversation((ASKED, SAID)))
+    ids = answer_ids(template, tokenizer, Conversation((QUESTION, ANSWER)))
     if ids is None:
         return Affixes()
-    said = text_of(tokenizer, ids, behind=template.stop_id)
-    before, found, behind = said.partition(SAID.content)
-    if not found or ((before + behind).strip() and _takes_out(template, said)):
+    answer = text_of(tokenizer, ids, behind=template.stop_id)
+    before, found, behind = answer.partition(ANSWER.content)
+    if not found or ((before + behind).strip() and _takes_out(template, answer)):
         return Affixes()
     return Affixes(before, behind)
 
@@ -70,9 +70,11 @@ def text_of(tokenizer: Tokenizer, ids: Sequence[int], *, behind: int) -> str:
     return whole[len(alone) :] if whole.startswith(alone) else tokenizer.decode(ids)
 
 
-def _takes_out(template: Template, said: str) -> bool:
+def _takes_out(template: Template, answer: str) -> bool:
     """Tell whether the template writes the same for a whole answer as for its content."""
     try:
-        return template.text((ASKED, SAID._replace(content=said))) == template.text((ASKED, SAID))
+        return template.text((QUESTION, ANSWER._replace(content=answer))) == template.text(
+            (QUESTION, ANSWER)
+        )
     except jinja.TemplateFailed:
         return False

@@ -71,8 +71,8 @@ def source(
     An empty {input} or {system} takes its whole line with it ({system} also the empty lines below).
     Where the line holds another placeholder it takes the blanks before it alone; where the line
     goes on to the answer, or holds a `special` token, its label and the line ends before it.
-    `without_input` is said instead where there is one. What stands before the last blank line (or
-    {system}) ahead of {instruction} is said once, the rest with every turn.
+    `without_input` is written instead if there is one. What stands before the last blank line (or
+    {system}) ahead of {instruction} is written once, the rest with every turn.
     """
     writes_bos = strings.bos and "".join(parts.before[:1]).startswith(strings.bos)
     names = parts.names

@@ -1,4 +1,4 @@
-"""What a template is: how it was asked for, its jinja, and how its answers end.
+"""A template: what it was resolved from, its jinja, and how its answers end.
 
 A name, the tokenizer's own, a string with placeholders or a jinja file all become one `Template`;
 every one is jinja (ours come from `builtin_templates` and `format_string`) and is rendered as
@@ -32,7 +32,7 @@ DATE = datetime.date(2024, 7, 26)
 
 
 # A turn that is rendered to see what a template makes of one.
-ASKED, SAID = Message("user", "jaxtuneasks"), Message("assistant", "jaxtunesays")
+QUESTION, ANSWER = Message("user", "jaxtuneasks"), Message("assistant", "jaxtunesays")
 
 
 class TemplateRequest(NamedTuple):
@@ -104,10 +104,10 @@ class Template:
         if not self.ours and self.system_prompt and brings_none:
             plain.append({"role": "system", "content": self.system_prompt})
         for message in messages:
-            content, given = message.content, message.input
-            if given and not self.reads_input:
-                content, given = "\n".join(filter(None, (content, given))), ""
-            beside = {"input": given} if given else {}
+            content, own_input = message.content, message.input
+            if own_input and not self.reads_input:
+                content, own_input = "\n".join(filter(None, (content, own_input))), ""
+            beside = {"input": own_input} if own_input else {}
             plain.append({"role": message.role, "content": content, **beside, **message.extra})
         return jinja.render(
             self.jinja,
@@ -326,13 +326,12 @@ def _foreign(template: str, tokenizer: Tokenizer) -> _Source:
 
 def _probed(template: Template, tokenizer: Tokenizer, stop: str | None) -> Template:
     """Learn how a foreign template ends an answer, by rendering one."""
-    asked, said = ASKED, SAID
     try:
-        text = dataclasses.replace(template, system_prompt="").text((asked, said))
+        text = dataclasses.replace(template, system_prompt="").text((QUESTION, ANSWER))
     except jinja.TemplateFailed as error:
         raise ConfigError(f"template '{template.name}' cannot be rendered: {error}") from None
-    head, found, tail = text.rpartition(said.content)
-    if not found or asked.content not in head:
+    head, found, tail = text.rpartition(ANSWER.content)
+    if not found or QUESTION.content not in head:
         raise ConfigError(
             f"template '{template.name}' does not show a question and its answer; "
             f"it renders them as {text[:80]!r}."
@@ -348,7 +347,7 @@ def _probed(template: Template, tokenizer: Tokenizer, stop: str | None) -> Templ
         )
     if template.system_prompt:
         try:
-            shown = template.text((asked,), prompt=True)
+            shown = template.text((QUESTION,), prompt=True)
         except jinja.TemplateFailed as error:
             raise ConfigError(
                 f"system_prompt: template '{template.name}' refuses it: {error}"
