@@ -37,14 +37,24 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+# Modules whose fixtures cost more than most of their tests: one worker makes them once.
+ONE_WORKER = {
+    "commands/test_adapters.py", "commands/test_part_of_a_model.py", "hf/test_adapter.py",
+    "inference/test_decode_step.py", "inference/test_engine.py", "model/test_mixture_of_experts.py",
+    "storage/test_remote_runs.py", "training/test_adapter_steps.py", "training/test_step.py",
+}  # fmt: skip
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the tests that compat.py names, before any are left out."""
+    """Marks what compat.py names, before any is left out, and what one worker runs."""
     nodes = [f"{item.path.relative_to(TESTS).as_posix()}::{item.name}" for item in items]
     config.stash[compat.COLLECTED] = frozenset(nodes)
     for item, node in zip(items, nodes, strict=True):
         if compat.entries_of(node):
             item.add_marker("compat")
+        if (file := node.partition("::")[0]) in ONE_WORKER:
+            item.add_marker(pytest.mark.xdist_group(file))
 
 
 # Of the 65,530 ranges of memory that Linux gives a process by default. Every compiled program takes

@@ -17,12 +17,13 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", [*fuzz.KINDS])
+@pytest.mark.parametrize("examples", [12, pytest.param(200, marks=pytest.mark.nightly)])
 def test_spoilt_inputs_are_read_or_refused(
-    name: str, good: Path, tmp_path_factory: pytest.TempPathFactory
+    name: str, examples: int, good: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("input")
     asked = settings(
-        max_examples=12, deadline=None, derandomize=True, database=None,
+        max_examples=examples, deadline=None, derandomize=True, database=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
 

@@ -8,7 +8,8 @@ from faults import storm
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("multihost")
-def test_a_short_storm(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = {"kills": 1, "sigterms": 1, "corruptions": 1, "full-disks": 1, "seed": 3}
+@pytest.mark.parametrize("each", [1, pytest.param(6, marks=pytest.mark.nightly)])
+def test_a_storm(each: int, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {**dict.fromkeys(("kills", "sigterms", "corruptions", "full-disks"), each), "seed": 3}
     assert storm.main([word for k, v in asked.items() for word in (f"--{k}", str(v))]) == 0
     assert "every run ended as the undisturbed one" in capsys.readouterr().out

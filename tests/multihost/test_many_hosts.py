@@ -206,7 +206,7 @@ def test_the_others_hear_why_a_host_has_ended(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("lora", [pytest.param(0, marks=pytest.mark.nightly), 2])
 def test_sample_prompts_on_two_hosts_are_answered_as_on_one(
     lora: int, material: Path, alone: Path, tmp_path: Path
 ) -> None:

@@ -72,7 +72,7 @@ def on_an_empty_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str)
     monkeypatch.setenv("JAXTUNE_CACHE", str(tmp_path / name))
 
 
-@pytest.mark.parametrize("scheme", ["s3", "gs"])
+@pytest.mark.parametrize("scheme", ["s3", pytest.param("gs", marks=pytest.mark.nightly)])
 def test_killed_and_gone_on_with_on_an_empty_disk(
     scheme: str,
     request: pytest.FixtureRequest,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -154,7 +155,16 @@ def test_every_family_is_asked() -> None:
     }
 
 
-@pytest.mark.parametrize(("name", "mesh", "attention"), ASKED)
+def grouped(cases: Sequence[Any]) -> list[Any]:
+    """The cases, all of a model in one worker, which compiles it for one device once."""
+    sets = [case if hasattr(case, "marks") else pytest.param(*case) for case in cases]
+    return [
+        pytest.param(*s.values, marks=(*s.marks, pytest.mark.xdist_group(f"meshes {s.values[0]}")))
+        for s in sets
+    ]
+
+
+@pytest.mark.parametrize(("name", "mesh", "attention"), grouped(ASKED))
 def test_loss_and_gradients_are_those_of_one_device(name: str, mesh: int, attention: str) -> None:
     assert_those_of_one_device(name, MESHES[mesh], attention)
 
@@ -181,7 +191,7 @@ EXPERT_MESHES: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "sizes"), EXPERT_MESHES)
+@pytest.mark.parametrize(("name", "sizes"), grouped(EXPERT_MESHES))
 def test_experts_on_devices_of_their_own_are_those_of_one(name: str, sizes: dict[str, int]) -> None:
     assert_those_of_one_device(name, sizes, "reference")
 
