@@ -21,7 +21,7 @@ KERNELS = {
     "reference": "ops/test_attention.py::test_gradients_are_those_of_the_reference[reference-all]",
     "blocked": "ops/test_attention.py::test_gradients_are_those_of_the_reference[blocked-all]",
     "splash": "ops/test_kernels.py::test_values_and_gradients_are_those_of_the_reference[all]",
-    "cudnn": "ops/test_kernels.py::test_what_cudnn_is_asked_for_is_the_reference",
+    "cudnn": "ops/test_kernels.py::test_the_call_of_cudnn_is_the_reference",
 }
 OPTIMIZERS = {
     name: f"training/test_optim.py::test_six_steps_equal_those_of_the_library_people_use[{name}]"
