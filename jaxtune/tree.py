@@ -16,7 +16,7 @@ Tree = Any  # nested dicts with string keys; leaves are arrays, shapes or anythi
 
 
 def named(tree: Tree, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts -> {"a/b/c": leaf}, in the order of sorted names.
+    """Flattens nested dicts to {"a/b/c": leaf}, in the order of sorted names.
 
     >>> named({"b": {"c": 2}, "a": 1})
     {'a': 1, 'b/c': 2}
@@ -30,7 +30,7 @@ def named(tree: Tree, prefix: str = "") -> dict[str, Any]:
 
 
 def unnamed(leaves: Mapping[str, Any]) -> Tree:
-    """The inverse of `named`."""
+    """Nests names again: the inverse of `named`."""
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *groups, last = name.split("/")
@@ -42,7 +42,7 @@ def unnamed(leaves: Mapping[str, Any]) -> Tree:
 
 
 def map_named(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """`f(name, leaf, *leaves_of_rest)` at every leaf of `tree`."""
+    """Maps `f(name, leaf, *leaves_of_rest)` over the leaves of `tree`."""
     others = [named(other) for other in rest]
     return unnamed(
         {name: f(name, leaf, *(o[name] for o in others)) for name, leaf in named(tree).items()}
@@ -50,7 +50,7 @@ def map_named(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 
 
 def split(tree: Tree, chosen: Callable[[str], bool]) -> tuple[Tree, Tree]:
-    """Two complementary trees: leaves whose name is `chosen`, and the others. `merge` undoes it.
+    """Splits a tree in two: leaves whose name is `chosen`, and the others. `merge` undoes it.
 
     >>> split({"a": 1, "b": {"c": 2, "d": 3}}, lambda name: name == "b/c")
     ({'b': {'c': 2}}, {'a': 1, 'b': {'d': 3}})

@@ -93,7 +93,7 @@ _GPUS = tuple(kind for kind in CHIPS if kind not in _TPUS)
 
 
 class Slice(NamedTuple):
-    """`shape` of one slice in chips; `slices` of them, joined by the data-centre network."""
+    """A number of `slices` of `shape` in chips, joined by the data-centre network."""
 
     kind: str  # a key of CHIPS
     shape: tuple[int, ...]
@@ -125,12 +125,12 @@ class Slice(NamedTuple):
 
     @property
     def topology(self) -> str:
-        """The compiler's name for one slice: `v5e:4x4`."""
+        """Returns the compiler's name for a slice: `v5e:4x4`."""
         return f"{self.kind}:{'x'.join(map(str, self.shape))}"
 
 
 def parse_slice(name: str) -> Slice:
-    """The slice that `name` means. Raises `ConfigError` with what there is.
+    """Parses a slice's name. Raises `ConfigError` with what there is.
 
     >>> parse_slice("v5p-16").topology
     'v5p:2x2x2'
@@ -216,7 +216,7 @@ def set_compiler_flags() -> None:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bf16 a second of one JAX device of that kind, or None."""
+    """Returns dense bf16 FLOPs a second of a JAX device of that kind, or None."""
     for chip in CHIPS.values():
         if device_kind in chip.kinds:
             return chip.flops / chip.devices

@@ -83,8 +83,10 @@ def cut(axis: str | None, size: int) -> tuple[str, ...]:
 
 
 def _beside(f: Callable[[jax.Array], jax.Array], x: jax.Array, axes: Axes) -> jax.Array:
-    """`f(x)`, a collective along axes that are each device's own, on the slices that `x` has along
-    the automatic ones: left to itself the compiler makes those whole first."""
+    """Calls `f(x)`, a collective along each device's own axes, on slices along the automatic ones.
+
+    Left to itself the compiler makes those whole first.
+    """
     mesh = in_context()
     free = () if mesh is None else automatic(mesh)
     if not free:
@@ -174,7 +176,8 @@ def zigzag_split(batch: B) -> B:
         row = _of_row(x.ndim).whole(x)
         return jnp.take(row, row_positions(row.shape[1]), axis=1)
 
-    return jax.tree.map(deal, batch)
+    split: B = jax.tree.map(deal, batch)
+    return split
 
 
 def _of_row(dims: int, axes: Axes = ()) -> _Cut:
@@ -242,7 +245,8 @@ def all_gathered(
     if mesh is not None and not manual(mesh):
         others = [name for name in AXES if name not in RULES["embed"]]
         spec = partition_spec(axes, shape, mesh, only=others)
-        return jax.lax.with_sharding_constraint(w.astype(dtype), spec)
+        whole: jax.Array = jax.lax.with_sharding_constraint(w.astype(dtype), spec)
+        return whole
     if gradient_sink is not None:
         w = jax.lax.stop_gradient(w)
     return _all_gathered(w, gradient_sink, _cut(axes, shape), np.dtype(dtype), w.dtype)
@@ -301,7 +305,7 @@ def sharded_lookup(table: jax.Array, ids: jax.Array, width: int, dtype: Any) -> 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _rows(table: jax.Array, ids: jax.Array, dtype: Any) -> jax.Array:
-    """`table[ids]` `[n B T width]` in `dtype`."""
+    """Returns `table[ids]`, `[n B T width]` in `dtype`."""
     return jnp.take(table, ids, axis=0, mode="clip").astype(dtype)
 
 
@@ -353,7 +357,7 @@ def total(tree: Any) -> Any:
 
 
 def _words(key: jax.Array, rows: int, length: int) -> jax.Array:
-    """Two random words, uint32, for each token: `[B T 2]`."""
+    """Draws two random words, uint32, for each token: `[B T 2]`."""
     numbers, tokens = jnp.arange(rows), row_positions(length * row_devices())
     mesh = in_context()
     if mesh is not None and manual(mesh):
@@ -381,7 +385,7 @@ def bits(key: jax.Array, shape: Sequence[int]) -> jax.Array:
         for n in range(2)
     )
     place = jnp.arange(math.prod(shape[2:]), dtype=jnp.uint32).reshape(1, 1, *shape[2:])
-    mixed = one + jnp.broadcast_to(place, shape) * jnp.uint32(0x9E3779B9)
+    mixed: jax.Array = one + jnp.broadcast_to(place, shape) * jnp.uint32(0x9E3779B9)
     mixed = (mixed ^ mixed >> 16) * jnp.uint32(0x85EBCA6B) + two
     mixed = (mixed ^ mixed >> 13) * jnp.uint32(0xC2B2AE35)
     return mixed ^ mixed >> 16

@@ -16,7 +16,7 @@ _SAID = ("RESOURCE_EXHAUSTED", "Out of memory allocating")
 
 
 def machine_bytes() -> int:
-    """All that this machine has."""
+    """Returns all that this machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -50,8 +50,10 @@ def is_exhausted(error: BaseException | None) -> bool:
 
 
 def _exhausted(error: BaseException) -> str | None:
-    """The first line of what XLA says, None where it is about something else: messages between
-    hosts, or a kernel's scratch memory, which no setting makes smaller."""
+    """Returns the first line of XLA's message on a full memory; None for other messages.
+
+    Messages between hosts, or a kernel's scratch memory, which no setting makes smaller.
+    """
     if type(error).__name__ not in _ERRORS or not any(each in str(error) for each in _SAID):
         return None
     said = str(error).partition("\n")[0]

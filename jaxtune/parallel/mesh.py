@@ -1,4 +1,4 @@
-"""Who holds which slice: the mesh, one table from logical axes to mesh axes, host -> device.
+"""The mesh: one table from logical axes to mesh axes, and the copy from host to device.
 
 A weight or an activation says what its dimensions mean ("embed", "heads"); `RULES` says where that
 meaning lives. Nobody else writes a `PartitionSpec`. The mesh always has all axes, of size 1 when
@@ -102,13 +102,13 @@ def _grid(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
 
 
 def _place(device: Any) -> tuple[int, ...]:
-    """Slice, coordinates in it, and the core of the chip; alike for all where there is no grid."""
+    """Returns slice, coordinates and core of the chip; alike for all without a grid."""
     core = getattr(device, "core_on_chip", 0)
     return getattr(device, "slice_index", 0), *getattr(device, "coords", ()), core
 
 
 def _torus(line: Iterable[Any]) -> tuple[int, ...]:
-    """How a line of devices lies on the network, major dimension first; (n,) where unknown."""
+    """Finds how a line of devices lies on the network, major first; (n,) where unknown."""
     places = [_place(device) for device in line]
     count, sizes = len(places), list[int]()
     while len(places) > 1:
@@ -125,18 +125,18 @@ def _torus(line: Iterable[Any]) -> tuple[int, ...]:
 
 
 def platform_of(mesh: Mesh) -> str:
-    """Of the devices a program is for, which need not be those of this machine."""
+    """Names the platform of a program's devices, which need not be of this machine."""
     return str(mesh.devices.flat[0].platform)
 
 
 def sizes_of(mesh: Mesh) -> dict[str, int]:
-    """The sizes of the axes as a config names them."""
+    """Returns the sizes of the axes as a config names them."""
     fsdp = math.prod(mesh.shape[axis] for axis in FSDP)
     return {axis: fsdp if axis == "fsdp" else mesh.shape[axis] for axis in SIZES}
 
 
 def row_shards(mesh: Mesh) -> int:
-    """How many ways the rows of a batch are divided."""
+    """Counts the devices over which the rows of a batch are sharded."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
@@ -160,7 +160,7 @@ def check_experts(experts: int, mesh: Mesh) -> None:
 def partition_spec(
     axes: Axes, shape: Sequence[int], mesh: Any, *, only: Sequence[str] = AXES
 ) -> PartitionSpec:
-    """Logical axes of one array -> its spec; a dimension that does not divide is replicated.
+    """Maps logical axes of an array to its spec; a dimension that does not divide is replicated.
 
     `only` are the mesh axes that count.
     """
@@ -173,7 +173,7 @@ def partition_spec(
 
 
 def cuts(axes: Axes, shape: Sequence[int], mesh: Any, only: Sequence[str]) -> list[tuple[str, ...]]:
-    """The mesh axes that each dimension of one array is cut over; none of them cuts two."""
+    """Lists the mesh axes that cut each dimension of an array; none of them cuts two."""
     found: list[tuple[str, ...]] = []
     for axis, size in zip(axes, shape, strict=True):
         free = set(only).difference(*found)
@@ -184,8 +184,9 @@ def cuts(axes: Axes, shape: Sequence[int], mesh: Any, only: Sequence[str]) -> li
 def _on_tiles(
     axes: Axes, shape: Sequence[int], found: list[tuple[str, ...]], mesh: Any
 ) -> list[tuple[str, ...]]:
-    """`found` with "mlp" cut in place of "embed" where slices of "embed" end inside of a `TILE` and
-    those of "mlp" do not: what is gathered would be copied into place once more. Not beside
+    """Cuts "mlp" in place of "embed" where slices of "embed" end inside of a `TILE`.
+
+    Those of "mlp" must not: what is gathered would be copied into place once more. Not beside
     `tensor`, which cuts "mlp" itself.
     """
     if mesh.shape["tensor"] > 1 or not {"embed", "mlp"} <= set(axes):
@@ -223,7 +224,7 @@ def in_context() -> Any | None:
 
 
 def manual(mesh: Any) -> tuple[str, ...]:
-    """The axes that are each device's own here: none outside of a training step."""
+    """Lists the axes that are each device's own here: none outside of a training step."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in kinds if kind == AxisType.Manual)
 
@@ -243,13 +244,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def spread(axis: str, size: int) -> tuple[str, ...]:
-    """The mesh axes that a dimension of `size` and this logical axis is cut along, for `local`."""
+    """Lists the mesh axes that cut a dimension of `size` and this logical axis, for `local`."""
     mesh = in_context()
     return () if mesh is None else cut_over(axis, size, mesh, automatic(mesh))
 
 
 def parts(axis: str, size: int) -> int:
-    """How many pieces `spread` cuts such a dimension into."""
+    """Counts the pieces into which `spread` cuts such a dimension."""
     mesh = in_context()
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in spread(axis, size))
 
@@ -262,7 +263,7 @@ def local(
     *,
     kernel: bool = False,
 ) -> jax.Array:
-    """`f(*args)` on every device for its own slices; with no mesh, plainly `f(*args)`.
+    """Calls `f(*args)` on every device for its own slices; with no mesh, plainly.
 
     `axes` name the dimensions of each argument, `out` those of the result, which has the shape of
     the first argument. For what the compiler cannot cut by itself, as sorting each device's own
@@ -289,7 +290,7 @@ def local(
 
 
 def put_batch(rows: Callable[[int, int], B], *, batch_size: int, length: int, mesh: Mesh) -> B:
-    """The one host -> device copy: `rows(lo, hi)` gives rows [lo, hi) of the global batch.
+    """Copies a batch from host to device: `rows(lo, hi)` gives rows [lo, hi) of the global batch.
 
     Every host asks only for the rows its devices hold. Arrays are [batch_size length], rows over
     `data`, `fsdp` and `expert`, tokens over `context`.

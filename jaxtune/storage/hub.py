@@ -26,8 +26,9 @@ def is_id(name: str) -> bool:
 
 
 def download(name: str, *, revision: str | None, patterns: Sequence[str]) -> Path:
-    """The folder with the files of hub model `name`, or of the folder at that URL, that match
-    `patterns`, none from subfolders.
+    """Downloads the files that match `patterns` of hub model `name`, or of the folder at that URL.
+
+    None from subfolders.
 
     What lies in the cache is not fetched again, and serves alone when the hub does not answer.
     Raises `ModelError` for what is no id, unknown, gated, without `revision`, or not reachable.

@@ -29,7 +29,7 @@ def as_json(row: Mapping[str, Any]) -> str:
 
 
 def from_json(row: Mapping[str, Any]) -> Row:
-    """The row with numbers again where `as_json` wrote text."""
+    """Makes numbers again where `as_json` wrote text."""
     return _each(row, lambda v: _WORDS.get(v, v) if isinstance(v, str) else v)
 
 
@@ -66,7 +66,7 @@ def last_rows(path: Path, step: int, *, best: int | None = None) -> dict[str, Ro
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Row]]:
-    """Each line that is a row, as it stands and as it reads."""
+    """Yields each line that is a row, as text and as a mapping."""
     for line in path.read_bytes().split(b"\n"):  # at line feeds alone: U+2028 is text of a sample
         try:
             row = json.loads(line)

@@ -26,8 +26,10 @@ _held: set[int] = set()  # files that are locked
 
 @contextlib.contextmanager
 def held(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
-    """Meanwhile nobody else is in here for `folder`, which exists. One who is has a moment to end,
-    as it needs when it was killed; then raises `ConfigError`."""
+    """Holds the lock of `folder`, which exists.
+
+    Another holder has a moment to end, as it needs when it was killed; then raises `ConfigError`.
+    """
     try:
         file = os.open(folder / NAME, os.O_CREAT | os.O_RDWR, 0o666)
     except OSError:  # another user's

@@ -84,7 +84,7 @@ def default_folder() -> Path:
 
 
 def find(url: str) -> Item | None:
-    """The object at `url`, None where there is none."""
+    """Finds the object at `url`; None where nothing is."""
     system, path = _opened(url)
 
     def ask() -> Item | None:
@@ -98,7 +98,7 @@ def find(url: str) -> Item | None:
 
 
 def listed(url: str) -> list[Item]:
-    """Every object below the folder `url`, however deep, by name; none where there is none."""
+    """Lists every object below the folder `url`, however deep, by name."""
     system, path = _opened(url)
 
     def ask() -> dict[str, Any]:
@@ -115,7 +115,7 @@ def listed(url: str) -> list[Item]:
 
 
 def matching(pattern: str) -> list[Item]:
-    """The objects that a glob names, by name; `**` reaches into folders."""
+    """Lists the objects that a glob names, by name; `**` reaches into folders."""
     system, path = _opened(pattern)
     found = _tried(pattern, "listed", lambda: dict(system.glob(path, detail=True)))
     items = [found[name] for name in sorted(found) if found[name]["type"] == "file"]
@@ -151,7 +151,7 @@ def _ends_in_return(file: Path) -> bool:
 
 
 def fetch(item: Item, file: Path) -> None:
-    """Into `file`, whole. Raises `StoreError` where what comes is not what the store states."""
+    """Fetches into `file`, whole. Raises `StoreError` where the bytes are not those stated."""
     system, path = _opened(item.url)
     file.parent.mkdir(parents=True, exist_ok=True)
 
@@ -192,18 +192,18 @@ def remove(urls: Iterable[str]) -> None:
 
 
 def fetch_all(items: Iterable[Item], below: str, folder: Path) -> None:
-    """`items`, which lie below the URL `below`, into `folder`, in the same folders there."""
+    """Fetches `items` below the URL `below` into the same folders of `folder`."""
     pairs = [(item, folder / inside(item.url, below)) for item in items]
     _all(lambda pair: fetch(*pair), pairs)
 
 
 def put_all(folder: Path, names: Iterable[str], below: str) -> None:
-    """The files `names` of `folder` to below the URL `below`."""
+    """Puts the files `names` of `folder` below the URL `below`."""
     _all(lambda name: put(folder / name, join(below, name)), names)
 
 
 def inside(url: str, below: str) -> str:
-    """The path of `url` below `below`. Raises `StoreError` for one that would lead elsewhere."""
+    """Returns the path of `url` below `below`. Raises `StoreError` for one that leads elsewhere."""
     path = url.removeprefix(below.rstrip("/")).lstrip("/")
     parts = path.split("/")
     if not path or "\0" in path or any(part in ("", ".", "..") for part in parts):
@@ -266,7 +266,7 @@ def free_space(needed: int) -> None:
 
 
 def download(url: str, patterns: Sequence[str]) -> Path:
-    """The folder with what lies directly at `url` and matches `patterns`: a model or a tokenizer.
+    """Fetches what lies directly at `url` and matches `patterns`: a model or a tokenizer.
 
     Of a run directory, its `hf/`. Raises `StoreError` where nothing does.
     """
@@ -360,7 +360,7 @@ def _hex(base64_text: str) -> str:
 
 
 def _tried(url: str, done: str, act: Callable[[], T]) -> T:
-    """`act()`, again after a pause where it may help. Raises `StoreError`."""
+    """Calls `act()`, again after a pause where it may help. Raises `StoreError`."""
     for pause in (*_PAUSES, None):
         try:
             return act()
@@ -396,7 +396,7 @@ def _explained(url: str, done: str, error: Exception) -> StoreError:
 
 
 def _all(act: Callable[[Any], T], things: Iterable[Any]) -> list[T]:
-    """`act` of each, several at once; the first error is raised once none is going on."""
+    """Calls `act` of each, several at once; the first error is raised once all have ended."""
     pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
     try:
         return [each.result() for each in [pool.submit(act, thing) for thing in things]]

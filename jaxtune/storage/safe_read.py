@@ -48,7 +48,7 @@ def open_inside(file: Path, folder: Path) -> int:
 
 
 def read_bytes(file: Path, folder: Path, *, limit: int = MAX_TABLE) -> bytes:
-    """All of a file of `folder`; `ModelError` when it has more than `limit` bytes."""
+    """Reads a file of `folder`; `ModelError` when it has more than `limit` bytes."""
     with open(open_inside(file, folder), "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > limit:
@@ -78,7 +78,7 @@ def read_object(file: Path, folder: Path, *, limit: int = MAX_TEXT) -> dict[str,
 
 
 def parse_json(text: bytes) -> Any:
-    """JSON in which no key stands twice; everything wrong with it is a `ValueError`.
+    """Parses JSON in which no key stands twice; every mistake is a `ValueError`.
 
     >>> parse_json(b'{"a": 1, "a": 2}')
     Traceback (most recent call last):
@@ -108,7 +108,7 @@ def shown(name: Any, width: int = 80) -> str:
 
 
 def plain(name: str) -> str:
-    """The same without quotes where the text is harmless, as names of tensors nearly always are."""
+    """Shows a harmless text without quotes, as a tensor's name nearly always is."""
     return name if name.isprintable() and 0 < len(name) <= 120 else shown(name)
 
 
