@@ -141,7 +141,8 @@ def python_api() -> str:
     parts = [_documented(f"jt.{name}", public(name)) for name in names]
     for name in names:
         value = public(name)
-        returned = None if inspect.isclass(value) else typing.get_type_hints(value).get("return")
+        function = callable(value) and not inspect.isclass(value)
+        returned = typing.get_type_hints(value).get("return") if function else None
         if inspect.isclass(returned) and returned.__module__.startswith("jaxtune.api"):
             parts.append(_documented(returned.__name__, returned))
     return "\n\n".join(parts)
@@ -165,6 +166,8 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
 
 
 def _documented(name: str, value: Any) -> str:
+    if not callable(value):
+        return f"## {name}\n\nA constant: `{value!r}`."
     text = inspect.getdoc(value) or ""
     if not inspect.isclass(value):
         return f"## {name}\n\n```text\n{name}{_signature(value)}\n```\n\n{_as_markdown(text)}"

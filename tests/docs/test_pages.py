@@ -59,6 +59,12 @@ def test_names_of_the_python_api_exist() -> None:
     assert public - named == set(), "docs/python.md names all of it"
 
 
+def test_every_public_name_has_its_docstring() -> None:
+    text = reference.python_api()
+    for name in {*jaxtune._PUBLIC, *jaxtune._COMMANDS}:
+        assert re.search(rf"^## jt\.{name}\n\n(?:```text\n[^`]+```\n\n)?\w", text, re.M), name
+
+
 def test_shell_blocks_are_read() -> None:
     text = "```bash\njaxtune train --lora.r 16 \\\n  --no_such_flag 1   # --comment\n```\n"
     assert [(name, words.split()) for name, words in _commands(text)] == [
