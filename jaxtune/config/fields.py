@@ -292,7 +292,7 @@ class Config(_Strict):
     )
     add_tokens: bool | tuple[str, ...] = Field(
         False,
-        description="control tokens for the tokenizer: true = those the template needs, or a list; "
+        description="special tokens for the tokenizer: true = those the template needs, or a list; "
         "new rows of embedding and head begin as the mean of the others",
     )
     system_prompt: str | None = Field(None, description="for rows that bring none")

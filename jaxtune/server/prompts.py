@@ -53,7 +53,7 @@ def _without_calls(message: Message) -> Message:
 
 
 def text_ids(model: Model, words: TextCodec, text: str) -> list[int]:
-    """Of a text as it stands: control tokens in it are meant, and bos comes first where the
+    """Of a text as it stands: special tokens in it are meant, and bos comes first where the
     tokenizer puts it before plain text."""
     from jaxtune.training.initial_weights import check_ids
 
