@@ -30,3 +30,11 @@ def test_every_kernel_family_optimizer_and_command_has_one() -> None:
     assert set(compat.COMMANDS) == COMMANDS
     assert set(compat.FAMILIES) == set(FAMILIES)
     assert all(CASES[case]["model_type"] == kind for kind, case in compat.FAMILIES.items())
+
+
+def test_groups_reach_the_scheduler(request: pytest.FixtureRequest) -> None:
+    """A group counts by its name behind the node id; without, both workers compile everything."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("not among workers that share groups: nothing to see")
+    grouped = [item for item in request.session.items if item.get_closest_marker("xdist_group")]
+    assert all("@" in item.nodeid.rpartition("]")[2] for item in grouped)
