@@ -239,7 +239,7 @@ class SchedulerConfig(_Strict):
     )  # fmt: skip
 
 
-class Config(_Strict):
+class ConfigFields(_Strict):
     """All of a run. Names and defaults are those Hugging Face users know."""
 
     model_name_or_path: str | None = Field(
@@ -505,7 +505,7 @@ class Config(_Strict):
         return name
 
     @pydantic.model_validator(mode="after")
-    def _agree(self) -> Config:
+    def _agree(self) -> ConfigFields:
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError("max_steps is positive, or -1 for num_train_epochs")
         adapted = self.lora.r > 0 or self.adapter_name_or_path is not None
@@ -596,5 +596,5 @@ def method_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     rank = lora.get("r", 0) if isinstance(lora, Mapping) else getattr(lora, "r", 0)
     adapted = str(rank) not in ("0", "None") or values.get("adapter_name_or_path") is not None
     found = defaults.defaults(str(values.get("optim", "adamw")), lora=adapted)
-    fields = Config.model_fields
+    fields = ConfigFields.model_fields
     return {n: v for n, v in found.items() if n not in values and v != fields[n].default}

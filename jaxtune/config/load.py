@@ -25,7 +25,7 @@ _SHOWN = 200  # characters of a value in a message
 _MISTAKES = 10  # lines of one message
 
 
-class Config(fields.Config):
+class Config(fields.ConfigFields):
     """A run's whole config; it understands what `load` does: `dataset`, aliases, dotted names.
 
     Raises `ConfigError`.
