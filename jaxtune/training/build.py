@@ -6,27 +6,26 @@ is planned is what runs.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
 
 from jaxtune.config import Config, ConfigError
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from jaxtune.spec import ModelSpec
-    from jaxtune.training.optim.optim import Hyper
-    from jaxtune.training.program import Program
-    from jaxtune.training.subject import Subject
+from jaxtune.model.decoder import attention_for
+from jaxtune.parallel.mesh import check_experts, platform_of, row_shards
+from jaxtune.spec import ModelSpec
+from jaxtune.storage.object_store import default_folder
+from jaxtune.training import program, schedules
+from jaxtune.training.optim.optim import Hyper
+from jaxtune.training.program import Program, compute_dtype
+from jaxtune.training.subject import Subject
 
 
 def keep_compiled(folder: str | None) -> None:
     """Keeps compiled programs in `folder` for the next run; "auto" = where JAX was told to, else in
     the user's cache; None = nowhere. Programs that compile within a second are not kept.
     """
-    import jax
-
-    from jaxtune.storage.object_store import default_folder
-
     if folder == "auto":
         told: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
         folder = told or str(default_folder() / "compiled")
@@ -36,8 +35,6 @@ def keep_compiled(folder: str | None) -> None:
 
 def microbatches(config: Config, mesh: Mesh) -> int:
     """In a step. Raises `ConfigError` for a global_batch_size that does not divide."""
-    from jaxtune.parallel.mesh import row_shards
-
     if config.global_batch_size is None:
         return config.gradient_accumulation_steps
     each = row_shards(mesh) * config.per_device_train_batch_size
@@ -56,8 +53,6 @@ def rows_per_step(config: Config, mesh: Mesh) -> int:
 
     Raises `ConfigError` for rows that cannot be cut over `mesh.context`.
     """
-    from jaxtune.parallel.mesh import row_shards
-
     parts = mesh.shape["context"]
     if parts > 1 and not config.packing:
         raise ConfigError(
@@ -74,8 +69,6 @@ def rows_per_step(config: Config, mesh: Mesh) -> int:
 
 def hyper(config: Config) -> Hyper:
     """What the config says of the optimiser."""
-    from jaxtune.training.optim.optim import Hyper
-
     return Hyper(
         config.optim,
         beta1=config.adam_beta1,
@@ -90,10 +83,6 @@ def hyper(config: Config) -> Hyper:
 
 def attention_of(config: Config, spec: ModelSpec, mesh: Mesh, length: int) -> tuple[str, str]:
     """The implementation that rows of `length` tokens are attended by, and why it and no other."""
-    from jaxtune.model.decoder import attention_for
-    from jaxtune.parallel.mesh import platform_of
-    from jaxtune.training.program import compute_dtype
-
     return attention_for(
         spec,
         platform_of(mesh),
@@ -107,9 +96,6 @@ def attention_of(config: Config, spec: ModelSpec, mesh: Mesh, length: int) -> tu
 def build(config: Config, subject: Subject, mesh: Mesh, total_steps: int) -> Program:
     """The program of a run of `total_steps`, for the devices of `mesh`. Raises `ConfigError` as
     `check_experts` does."""
-    from jaxtune.parallel.mesh import check_experts, platform_of
-    from jaxtune.training import program, schedules
-
     check_experts(subject.spec.experts, mesh)
     dtype: Any = program.compute_dtype(config.dtype, platform_of(mesh))
     warmup = schedules.warmup_length(config.warmup_steps, total_steps)

@@ -11,17 +11,22 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jax
 
 from jaxtune import __version__
 from jaxtune.config import Config, ConfigError, field_names
+from jaxtune.data.dataset import Batches, Dataset
+from jaxtune.data.progress import fingerprint
+from jaxtune.hf.folders import is_adapter
+from jaxtune.hf.load import HfModel, open_model
+from jaxtune.hf.peft.base_identity import digests
+from jaxtune.hf.peft.read import on_model, open_adapter
 from jaxtune.parallel import processes
-
-if TYPE_CHECKING:
-    from jaxtune.data.dataset import Batches, Dataset
-    from jaxtune.hf.load import HfModel
-    from jaxtune.training.initial_weights import Adapters
-    from jaxtune.training.subject import Subject
+from jaxtune.training.initial_weights import Adapters, checkpoint_of, is_checkpoint
+from jaxtune.training.subject import Subject
+from jaxtune.tree import named
 
 # Fields that each host may have its own of: where it writes, and how it works.
 _OWN = ("output_dir", "dataset_num_proc", "compilation_cache_dir", "hang_timeout_seconds")
@@ -83,10 +88,6 @@ def run_fingerprints(
     total_steps: int,
 ) -> dict[str, str]:
     """What decides about a run's numbers and about what its hosts do together."""
-    import jax
-
-    from jaxtune.data.progress import fingerprint
-
     evaluated = held_out and _short([held_out.names, held_out.fingerprint])
     return {
         "jaxtune": __version__,
@@ -108,8 +109,6 @@ def evaluation_fingerprints(
     prompts: Sequence[Sequence[int]],
 ) -> dict[str, str]:
     """What decides about an evaluation's numbers; `options` are those of its door."""
-    import jax
-
     return {
         "jaxtune": __version__,
         "jax": jax.__version__,
@@ -123,12 +122,6 @@ def evaluation_fingerprints(
 
 def _asked(name: str, config: Config) -> str:
     """A model folder or an adapter by samples of its weights, a checkpoint by its step."""
-    from jaxtune.hf.folders import is_adapter
-    from jaxtune.hf.load import open_model
-    from jaxtune.hf.peft.read import on_model, open_adapter
-    from jaxtune.training.initial_weights import checkpoint_of, is_checkpoint
-    from jaxtune.tree import named
-
     if is_checkpoint(name):
         return f"step {checkpoint_of(Path(name))[1]}"
     if is_adapter(name):
@@ -153,16 +146,12 @@ def _knobs(config: Config) -> dict[str, str]:
 
 def _base(model: HfModel) -> str:
     """By its shape and samples of its weights."""
-    from jaxtune.hf.peft.base_identity import digests
-
     return _short([repr(model.spec), digests(model)])
 
 
 def _adapter(adapters: Adapters | None) -> str:
     if adapters is None or adapters.start is None:
         return "none"
-    from jaxtune.tree import named
-
     return _digest_of(named(adapters.start))
 
 

@@ -5,21 +5,30 @@ The doors meet here, so that what is evaluated is what was trained.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
 
 from jaxtune import cli
 from jaxtune.config import Config, ConfigError, load
+from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.hf.load import HfModel, load_params
+from jaxtune.hf.peft.base_identity import check_base, lora_from_meta
+from jaxtune.hf.peft.merge import merged
+from jaxtune.hf.peft.read import with_token_rows
+from jaxtune.model import decoder, quantise
+from jaxtune.model.lora import Lora
+from jaxtune.parallel.mesh import make_mesh, put, shardings
+from jaxtune.spec import ModelSpec
 from jaxtune.storage import object_store
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from jaxtune.data.tokenizer import Tokenizer
-    from jaxtune.hf.load import HfModel
-    from jaxtune.model.lora import Lora
-    from jaxtune.spec import ModelSpec
+from jaxtune.training.checkpoint.checkpoints import read_meta, restore_trained
+from jaxtune.training.checkpoint.remote import fetch_run
+from jaxtune.training.trainable import trainable_subset
+from jaxtune.tree import merge, named, split
 
 
 class Adapters(NamedTuple):
@@ -42,11 +51,6 @@ def base_params(
     A model opened without weights (`init: random`) is filled from the seed, in `param_dtype` first,
     so that everybody who asks for another `dtype` begins with the same numbers.
     """
-    import jax
-
-    from jaxtune.hf.load import load_params
-    from jaxtune.model import decoder
-
     if lora is not None and lora.base != "none":
         return _quantised_params(model, lora, placed, dtype)
     if model.tensors:
@@ -61,21 +65,10 @@ def base_params(
 
 def param_shardings(spec: ModelSpec, mesh: Mesh, dtype: Any) -> Any:
     """Where plain parameters lie on `mesh`."""
-    from jaxtune.model import decoder
-    from jaxtune.parallel.mesh import shardings
-
     return shardings(decoder.axes(spec), decoder.abstract(spec, dtype), mesh)
 
 
 def _quantised_params(model: HfModel, lora: Lora, placed: Any, dtype: Any) -> Any:
-    import functools
-
-    import jax
-
-    from jaxtune.hf.load import load_params
-    from jaxtune.model import decoder, quantise
-    from jaxtune.tree import named
-
     projections = {f"{name}/kernel" for name in decoder.projections(model.spec)}
     banks = {f"{name}/kernel" for name in decoder.banks(model.spec)}
     where = named(placed)
@@ -114,13 +107,6 @@ def first_adapters(
     spec: ModelSpec, adapters: Adapters, params: Any, placed: Any, *, seed: int
 ) -> Any:
     """The collection "lora" a run begins with, in the shardings `placed`."""
-    import functools
-
-    import jax
-
-    from jaxtune.model import decoder
-    from jaxtune.parallel.mesh import put
-
     if adapters.start is not None:
         return jax.tree.map(put, adapters.start, placed)
     make = functools.partial(decoder.init_adapters, spec, adapters.lora)
@@ -149,8 +135,6 @@ def fetched(name: str, step: int | None = None, *, checkpoint: bool = True) -> s
     """
     if not object_store.is_url(name):
         return name
-    from jaxtune.training.checkpoint.remote import fetch_run
-
     run, _, number = name.rstrip("/").rpartition("/checkpoints/")
     if run and number.isdigit():
         _, step = checkpoint_of(Path("checkpoints", number), step)
@@ -189,15 +173,6 @@ def run_config(run_dir: Path, flags: Config) -> Config:
 
 def restore(model: HfModel, run_dir: Path, step: int | None, *, dtype: str) -> Restored:
     """What a run's checkpoint trained, spread over the devices that are here."""
-    from jaxtune.hf.load import load_params
-    from jaxtune.hf.peft.base_identity import check_base, lora_from_meta
-    from jaxtune.hf.peft.read import with_token_rows
-    from jaxtune.model import decoder
-    from jaxtune.parallel.mesh import make_mesh, shardings
-    from jaxtune.training.checkpoint.checkpoints import read_meta, restore_trained
-    from jaxtune.training.trainable import trainable_subset
-    from jaxtune.tree import merge, split
-
     meta = read_meta(run_dir, step, note=cli.note)
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1, "context": 1})
     lora = lora_from_meta(meta["lora"]) if "lora" in meta else None
@@ -225,8 +200,6 @@ def restore(model: HfModel, run_dir: Path, step: int | None, *, dtype: str) -> R
 
 def to_export(restored: Restored) -> Any:
     """The whole parameters as `export_model` takes them, adapters merged."""
-    from jaxtune.hf.peft.merge import merged
-
     if restored.lora is None:
         return restored.trained["params"]
     return merged(restored.model, restored.lora, restored.trained["lora"])

@@ -136,9 +136,6 @@ def router_coef(spec: ModelSpec) -> float:
     return next((layer.moe.aux_coef for layer in spec.layers if layer.moe is not None), 0.0)
 
 
-OBJECTIVES = {"next_token": next_token}
-
-
 def zero_sums() -> Sums:
     zero = jnp.zeros((), jnp.float32)
     return Sums(zero, zero, zero, zero)

@@ -5,17 +5,18 @@ Refuses what would not be the same run: other data, another base, other adapters
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError
-
-if TYPE_CHECKING:
-    from jaxtune.data.dataset import Batches
-    from jaxtune.training.checkpoint.checkpoints import Checkpoints
-    from jaxtune.training.program import Program
-    from jaxtune.training.state import TrainState
-    from jaxtune.training.subject import Subject
+from jaxtune.data.dataset import Batches
+from jaxtune.data.progress import fingerprint
+from jaxtune.training.checkpoint.checkpoints import Checkpoints
+from jaxtune.training.initial_weights import base_params, first_adapters
+from jaxtune.training.program import Program
+from jaxtune.training.state import TrainState
+from jaxtune.training.subject import Subject
+from jaxtune.tree import split
 
 
 def first_step(
@@ -29,8 +30,6 @@ def first_step(
 ) -> int:
     """The step to go on from (below `before`); 0 is the beginning. Raises `ConfigError` for what
     would not be the same run."""
-    from jaxtune.data.progress import fingerprint
-
     latest = checkpoints.newest_good(note, before=before)
     if latest is None:
         if config.resume == "must" and before is None:
@@ -99,9 +98,6 @@ def first_state(
 ) -> tuple[TrainState, Any]:
     """The state to go on from, and what is frozen beside it; a resumed run reads only the latter
     from the model."""
-    from jaxtune.training.initial_weights import base_params, first_adapters
-    from jaxtune.tree import split
-
     _, frozen = split(program.placed, program.is_trained)
     if start:
         state, _ = checkpoints.restore(start, program.abstract, program.shardings)

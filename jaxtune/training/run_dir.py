@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, dump
 from jaxtune.parallel import processes
 from jaxtune.storage import lock, object_store
 from jaxtune.storage.atomic_write import write_whole
-
-if TYPE_CHECKING:
-    from jaxtune.training.checkpoint.remote import Mirror
+from jaxtune.training.checkpoint import remote
+from jaxtune.training.checkpoint.remote import Mirror
 
 
 def place_of(output_dir: str, *, reading: bool) -> Path:
     """Where this host writes: `output_dir`, or a folder of its own beside a store."""
     if not object_store.is_url(output_dir):
         return Path(output_dir)
-    from jaxtune.training.checkpoint import remote as mirror
-
-    place = mirror.reading if reading else mirror.staging
+    place = remote.reading if reading else remote.staging
     return place(output_dir, processes.index())
 
 
@@ -34,8 +30,6 @@ def claim(
     in one."""
     mirror = None
     if object_store.is_url(output_dir):
-        from jaxtune.training.checkpoint.remote import Mirror
-
         mirror = Mirror(output_dir, run_dir, note)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
