@@ -25,7 +25,15 @@ from jaxtune.training.objectives import Objective, each_token, next_token
 from jaxtune.training.optim import optim
 from jaxtune.training.schedules import Schedule
 from jaxtune.training.state import TrainState, abstract_state, init_opt_state, state_shardings
-from jaxtune.training.step import EachToken, Evaluate, Train, eval_step, gradient, train_step
+from jaxtune.training.step import (
+    EachToken,
+    Evaluate,
+    GradientConfig,
+    Train,
+    eval_step,
+    gradient,
+    train_step,
+)
 from jaxtune.tree import split
 
 
@@ -55,66 +63,65 @@ class Program(NamedTuple):
         return TrainState(step, trained, self.init_opt_state(trained)), frozen
 
 
-def build(
-    spec: ModelSpec,
-    mesh: Mesh,
-    *,
-    hyper: optim.Hyper,
-    learning_rate: Schedule,
-    max_grad_norm: float,
-    microbatches: int,
-    dtype: Any,
-    param_dtype: Any,
-    remat: str,
-    seed: int = 0,
-    noise_alpha: float | None = None,
-    is_trained: Callable[[str], bool] | None = None,
-    lora: Lora | None = None,
-    loss_block: int | None = None,
-    z_loss: float = 0.0,
-    attention: str | None = None,
-    optim_offload: bool = False,
-) -> Program:
-    """`dtype` is of the computation, `param_dtype` of what is stored, `hyper` of the optimiser.
+class StepConfig(NamedTuple):
+    """The choices that make up a step, beside model and mesh.
 
-    `is_trained` decides by the names of the variables, `params/embed/table`; without it everything
-    is trained, or with `lora` its adapters alone. `seed` is of what is random while training,
-    `noise_alpha` NEFTune's; `loss_block` and `z_loss` are of the loss, `z_loss` of training alone;
-    `attention` names its implementation, None or "auto" chooses. `optim_offload` keeps moments in
-    the host's memory between steps.
+    `dtype` is of the computation, `param_dtype` of what is stored. `is_trained` decides by the
+    names of variables, `params/embed/table`; None trains everything, or with `lora` its adapters.
+    `seed` and `noise_alpha` (NEFTune) are of what is random; `loss_block` and `z_loss` of the loss,
+    `z_loss` in training alone; `attention` names an implementation, None or "auto" chooses.
+    `optim_offload` keeps moments in the host's memory between steps.
     """
+
+    hyper: optim.Hyper
+    learning_rate: Schedule
+    max_grad_norm: float
+    microbatches: int
+    dtype: Any
+    param_dtype: Any
+    remat: str
+    seed: int = 0
+    noise_alpha: float | None = None
+    is_trained: Callable[[str], bool] | None = None
+    lora: Lora | None = None
+    loss_block: int | None = None
+    z_loss: float = 0.0
+    attention: str | None = None
+    optim_offload: bool = False
+
+
+def build(spec: ModelSpec, mesh: Mesh, config: StepConfig) -> Program:
+    """Build the program that trains `spec` on the devices of `mesh`."""
+    lora, is_trained = config.lora, config.is_trained
     axes = _axes(spec, lora)
-    variables = {"params": decoder.abstract(spec, param_dtype, lora)}
+    variables = {"params": decoder.abstract(spec, config.param_dtype, lora)}
     if lora is not None:
         variables[COLLECTION] = decoder.abstract_adapters(spec, lora)
     if is_trained is None:
         is_trained = _everything if lora is None else is_adapter
     trained_axes, _ = split(axes, is_trained)
     trained, _ = split(variables, is_trained)
-    optimiser = optim.optimiser(hyper, trained_axes)
+    optimiser = optim.optimiser(config.hyper, trained_axes)
     abstract = abstract_state(trained, optimiser)
     trained_placed = shardings(trained_axes, trained, mesh)
-    state_placed = state_shardings(abstract, trained_placed, mesh, offload=optim_offload)
+    state_placed = state_shardings(abstract, trained_placed, mesh, offload=config.optim_offload)
     beside = state_shardings(abstract, trained_placed, mesh).opt_state  # the parameters, on devices
     everywhere = replicated(mesh)
     of_rows = functools.partial(
         next_token,
         spec,
-        dtype=dtype,
+        dtype=config.dtype,
         lora=lora,
         platform=platform_of(mesh),
-        loss_block=loss_block,
-        attention=attention,
+        loss_block=config.loss_block,
+        attention=config.attention,
     )
-    objective = of_rows(remat=remat, noise_alpha=noise_alpha, z_loss=z_loss)
+    objective = of_rows(remat=config.remat, noise_alpha=config.noise_alpha, z_loss=config.z_loss)
 
     def gradient_of(trained: Any, frozen: Any, batch: Any, step: Any) -> Any:
         here = functools.partial(
             gradient,
-            objective=objective,
-            microbatches=microbatches,
-            seed=seed,
-            dtype=dtype,
+            config=GradientConfig(objective, config.microbatches, config.seed, config.dtype),
             axes=trained_axes,
             shapes=trained,
         )
@@ -123,7 +130,7 @@ def build(
         return shard_map_step(here, mesh, given, (own, EVERYWHERE))(trained, frozen, batch, step)
 
     def step(state: TrainState, frozen: Any, batch: Any) -> Any:
-        if optim_offload:
+        if config.optim_offload:
             state = state._replace(opt_state=jax.device_put(state.opt_state, beside))
         return train_step(
             state,
@@ -131,8 +138,8 @@ def build(
             batch,
             gradient=gradient_of,
             optimiser=optimiser,
-            learning_rate=learning_rate,
-            max_grad_norm=max_grad_norm,
+            learning_rate=config.learning_rate,
+            max_grad_norm=config.max_grad_norm,
         )
 
     return Program(

@@ -55,32 +55,39 @@ def split_microbatches(batch: Tokens, count: int) -> Any:
     return jax.tree.map(split, batch)
 
 
+class GradientConfig(NamedTuple):
+    """An objective, the microbatches of a step, and the seed; `dtype` is of the computation."""
+
+    objective: Objective
+    microbatches: int
+    seed: int
+    dtype: Any
+
+
 def gradient(
     trained: Any,
     frozen: Any,
     batch: Tokens,
     step: jax.Array,
     *,
-    objective: Objective,
-    microbatches: int,
-    seed: int,
-    dtype: Any,
+    config: GradientConfig,
     axes: Any,
     shapes: Any,
 ) -> tuple[Any, Sums]:
     """Gradients of loss + penalty, f32 and summed, and the sums.
 
     Runs under `collectives.shard_map_step`. `axes` and `shapes` are of the whole `trained`, of
-    which a device has its slices; `dtype` is that of the computation.
+    which a device has its slices.
     """
-    key_of_step = jax.random.fold_in(jax.random.key(seed), step)
+    microbatches = config.microbatches
+    key_of_step = jax.random.fold_in(jax.random.key(config.seed), step)
     weights = trained.get("params", {})
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), weights)
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, config.dtype), weights)
 
     def loss(trained: Any, sink: Any, rows: Tokens, number: Any) -> tuple[jax.Array, Sums]:
         key = jax.random.fold_in(key_of_step, number)
         variables = {**merge(trained, frozen), GRADIENT_SINK: sink}
-        sums = objective(variables, rows, key)
+        sums = config.objective(variables, rows, key)
         return sums.loss + sums.penalty, sums
 
     def of_rows(rows: Tokens, number: Any) -> tuple[Any, Sums]:

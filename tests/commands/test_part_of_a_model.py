@@ -112,7 +112,7 @@ def test_new_tokens_need_a_trained_embedding(root: Path, tmp_path: Path) -> None
 
 
 def test_every_field_of_the_optimiser_reaches_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "build", lambda spec, mesh, **given: given)
+    monkeypatch.setattr(program, "build", lambda spec, mesh, config: config._asdict())
     config = load(overrides={
         "optim": "muon", "momentum": 0.8, "muon_adjust_lr": "original", "adam_beta1": 0.7,
         "adam_beta2": 0.6, "adam_epsilon": 1e-5, "weight_decay": 0.3, "max_grad_norm": 2,

@@ -41,13 +41,21 @@ def hlo(sizes: dict[str, int], torus: tuple[int, ...], *, tied: bool) -> hlo_cos
     )
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1, **sizes}, torus=torus)
     built = program.build(
-        spec, mesh, hyper=optim.Hyper(),
-        learning_rate=schedules.schedule(
-            "constant", learning_rate=0.1, warmup_steps=0, total_steps=9
+        spec,
+        mesh,
+        program.StepConfig(
+            hyper=optim.Hyper(),
+            learning_rate=schedules.schedule(
+                "constant", learning_rate=0.1, warmup_steps=0, total_steps=9
+            ),
+            max_grad_norm=1.0,
+            microbatches=1,
+            dtype=jnp.float32,
+            param_dtype=jnp.float32,
+            remat="full",
+            loss_block=VOCAB // 2,
         ),
-        max_grad_norm=1.0, microbatches=1, dtype=jnp.float32, param_dtype=jnp.float32,
-        remat="full", loss_block=VOCAB // 2,
-    )  # fmt: skip
+    )
     with jax.set_mesh(mesh):
         lowered = built.train_step.lower(*arguments(built, rows=ROWS, length=LENGTH))
         return hlo_cost.parse(lowered.compile().as_text())

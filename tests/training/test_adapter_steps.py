@@ -83,12 +83,22 @@ def run(
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, **(sizes or {})}
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     built = program.build(
-        spec, mesh, hyper=optim.Hyper(), lora=lora, seed=3, microbatches=microbatches,
-        learning_rate=schedules.schedule(
-            "constant", learning_rate=lr, warmup_steps=0, total_steps=9
+        spec,
+        mesh,
+        program.StepConfig(
+            hyper=optim.Hyper(),
+            lora=lora,
+            seed=3,
+            microbatches=microbatches,
+            learning_rate=schedules.schedule(
+                "constant", learning_rate=lr, warmup_steps=0, total_steps=9
+            ),
+            max_grad_norm=0.0,
+            dtype=dtype,
+            param_dtype=dtype,
+            remat=remat,
         ),
-        max_grad_norm=0.0, dtype=dtype, param_dtype=dtype, remat=remat,
-    )  # fmt: skip
+    )
     batch = one_per_row()
     with jax.set_mesh(mesh):
         params = jax.tree.map(

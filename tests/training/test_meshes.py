@@ -26,7 +26,7 @@ from jaxtune.parallel.collectives import EVERYWHERE, shard_map_step, slices, tok
 from jaxtune.parallel.mesh import make_mesh, shardings
 from jaxtune.spec import LayerSpec, ModelSpec, MoeSpec, RopeSpec, Stack
 from jaxtune.training.objectives import next_token
-from jaxtune.training.step import gradient
+from jaxtune.training.step import GradientConfig, gradient
 from jaxtune.tree import map_named, named, unnamed
 
 ROWS, LENGTH = 8, 32
@@ -132,7 +132,7 @@ def gradients(name: str, sizes: dict[str, int], attention: str) -> tuple[Any, Su
     objective = next_token(spec, dtype=jnp.float32, remat="none", attention=attention)
     here = functools.partial(
         gradient,
-        objective=objective, microbatches=1, seed=0, dtype=jnp.float32, axes=axes,
+        config=GradientConfig(objective, microbatches=1, seed=0, dtype=jnp.float32), axes=axes,
         shapes=jax.eval_shape(lambda: variables),
     )  # fmt: skip
     own = slices(axes, variables, mesh)

@@ -32,13 +32,23 @@ def test_a_resumed_run_is_the_same_run(method: str, tmp_path: Path) -> None:
     optimiser keeps its state in the host's memory."""
     mesh = make_mesh({"data": 1, "fsdp": 4, "tensor": 2, "context": 1})
     built = program.build(
-        SPEC, mesh, hyper=HYPER[method],
-        learning_rate=schedules.schedule(
-            "constant_with_warmup", learning_rate=0.01, warmup_steps=2, total_steps=9
+        SPEC,
+        mesh,
+        program.StepConfig(
+            hyper=HYPER[method],
+            learning_rate=schedules.schedule(
+                "constant_with_warmup", learning_rate=0.01, warmup_steps=2, total_steps=9
+            ),
+            max_grad_norm=1.0,
+            microbatches=1,
+            dtype=jnp.float32,
+            param_dtype=jnp.float32,
+            remat="none",
+            seed=3,
+            noise_alpha=5.0,
+            optim_offload=method == "schedule_free",
         ),
-        max_grad_norm=1.0, microbatches=1, dtype=jnp.float32, param_dtype=jnp.float32,
-        remat="none", seed=3, noise_alpha=5.0, optim_offload=method == "schedule_free",
-    )  # fmt: skip
+    )
     rows = one_per_row()
 
     def go_on(state: Any, steps: int) -> tuple[Any, list[float]]:

@@ -16,7 +16,7 @@ from jaxtune.ops.cross_entropy import Sums
 from jaxtune.training.objectives import next_token
 from jaxtune.training.optim import optim
 from jaxtune.training.state import TrainState
-from jaxtune.training.step import gradient, train_step
+from jaxtune.training.step import GradientConfig, gradient, train_step
 from jaxtune.tree import named
 
 COEF = 0.05
@@ -128,8 +128,8 @@ def test_a_step_minimises_the_sum_and_reports_the_parts(microbatches):
 
     def of_batch(*given):
         return gradient(
-            *given, objective=objective, microbatches=microbatches, seed=0,
-            dtype=jnp.float32, axes={"x": {"scale": ()}}, shapes=trained,
+            *given, config=GradientConfig(objective, microbatches, 0, jnp.float32),
+            axes={"x": {"scale": ()}}, shapes=trained,
         )  # fmt: skip
 
     _, metrics = train_step(

@@ -17,7 +17,7 @@ from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack
 from jaxtune.training import program, schedules
 from jaxtune.training.optim import optim
 from jaxtune.training.state import HOST, TrainState
-from jaxtune.training.step import StepMetrics, eval_step, gradient, train_step
+from jaxtune.training.step import GradientConfig, StepMetrics, eval_step, gradient, train_step
 from jaxtune.tree import named
 
 LAYER = LayerSpec(
@@ -102,14 +102,22 @@ def run(
     count = int(np.prod(list(sizes.values())))
     mesh = make_mesh(sizes, jax.devices()[:count])
     built = program.build(
-        SPEC, mesh, hyper=optim.Hyper(weight_decay=0.1),
-        learning_rate=schedules.schedule(
-            "constant", learning_rate=lr, warmup_steps=0, total_steps=9
+        SPEC,
+        mesh,
+        program.StepConfig(
+            hyper=optim.Hyper(weight_decay=0.1),
+            learning_rate=schedules.schedule(
+                "constant", learning_rate=lr, warmup_steps=0, total_steps=9
+            ),
+            max_grad_norm=max_grad_norm,
+            microbatches=microbatches,
+            dtype=jnp.float32,
+            param_dtype=jnp.float32,
+            remat=remat,
+            is_trained=is_trained,
+            optim_offload=optim_offload,
         ),
-        max_grad_norm=max_grad_norm, microbatches=microbatches,
-        dtype=jnp.float32, param_dtype=jnp.float32, remat=remat, is_trained=is_trained,
-        optim_offload=optim_offload,
-    )  # fmt: skip
+    )
     params = params_on(mesh, built)
     if poison is not None:
         params["final_norm"]["scale"] = params["final_norm"]["scale"] * poison
@@ -302,8 +310,8 @@ def test_a_step_draws_by_seed_step_and_microbatch_alone() -> None:
 
     def loss(seed: int, step: int, microbatches: int = 1) -> float:
         _, sums = gradient(
-            {}, {}, one_per_row(), jnp.int32(step), objective=objective,
-            microbatches=microbatches, seed=seed, dtype=jnp.float32, axes={}, shapes={},
+            {}, {}, one_per_row(), jnp.int32(step), axes={}, shapes={},
+            config=GradientConfig(objective, microbatches, seed, jnp.float32),
         )  # fmt: skip
         return float(sums.loss / sums.weight)
 

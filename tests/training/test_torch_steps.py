@@ -79,13 +79,20 @@ def losses_of_ours(folder: Path) -> list[float]:
     model = open_model(folder)
     mesh = make_mesh({"data": 1, "fsdp": 2, "tensor": 2, "context": 1}, jax.devices()[:4])
     built = program.build(
-        model.spec, mesh, hyper=optim.Hyper(weight_decay=DECAY),
-        learning_rate=schedules.schedule(
-            "linear", learning_rate=LR, warmup_steps=WARMUP, total_steps=STEPS
+        model.spec,
+        mesh,
+        program.StepConfig(
+            hyper=optim.Hyper(weight_decay=DECAY),
+            learning_rate=schedules.schedule(
+                "linear", learning_rate=LR, warmup_steps=WARMUP, total_steps=STEPS
+            ),
+            max_grad_norm=CLIP,
+            microbatches=2,
+            dtype=jnp.float32,
+            param_dtype=jnp.float32,
+            remat="full",
         ),
-        max_grad_norm=CLIP, microbatches=2, dtype=jnp.float32, param_dtype=jnp.float32,
-        remat="full",
-    )  # fmt: skip
+    )
     losses = []
     with jax.set_mesh(mesh):
         params = load_params(model, built.placed["params"], jnp.float32)

@@ -86,10 +86,19 @@ def test_two_layers_train_as_within_the_whole_and_the_rest_keeps_every_byte() ->
 
     def stepped(spec: ModelSpec, variables: Any, **options: Any) -> Any:
         built = program.build(
-            spec, mesh, hyper=optim.Hyper("sgd", momentum=0.9),
-            learning_rate=lambda step: jnp.float32(0.1), max_grad_norm=0.0, microbatches=1,
-            dtype=jnp.float32, param_dtype=jnp.float32, remat="full", **options,
-        )  # fmt: skip
+            spec,
+            mesh,
+            program.StepConfig(
+                hyper=optim.Hyper("sgd", momentum=0.9),
+                learning_rate=lambda step: jnp.float32(0.1),
+                max_grad_norm=0.0,
+                microbatches=1,
+                dtype=jnp.float32,
+                param_dtype=jnp.float32,
+                remat="full",
+                **options,
+            ),
+        )
         with jax.set_mesh(mesh):
             variables = {"params": jax.device_put(variables, built.placed["params"])}
             state, frozen = built.first_state(variables)
@@ -133,10 +142,19 @@ def test_the_backward_pass_ends_at_the_first_trained_layer(
     assert chosen is not None
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
     built = program.build(
-        chosen.spec, mesh, hyper=optim.Hyper(), learning_rate=lambda step: jnp.float32(0.1),
-        max_grad_norm=1.0, microbatches=1, dtype=jnp.float32, param_dtype=jnp.float32,
-        remat="full", is_trained=chosen.is_trained,
-    )  # fmt: skip
+        chosen.spec,
+        mesh,
+        program.StepConfig(
+            hyper=optim.Hyper(),
+            learning_rate=lambda step: jnp.float32(0.1),
+            max_grad_norm=1.0,
+            microbatches=1,
+            dtype=jnp.float32,
+            param_dtype=jnp.float32,
+            remat="full",
+            is_trained=chosen.is_trained,
+        ),
+    )
     _, frozen = split(built.variables, chosen.is_trained)
     with jax.set_mesh(mesh):
         jaxpr = jax.make_jaxpr(built.train_step)(built.abstract, frozen, one_per_row())
@@ -169,10 +187,20 @@ def test_the_products_that_are_counted_are_those_of_the_compiled_step(chosen: An
     spec = PLAIN if some is None else some.spec
     mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
     built = program.build(
-        spec, mesh, hyper=optim.Hyper("sgd"), learning_rate=lambda step: jnp.float32(0.1),
-        max_grad_norm=1.0, microbatches=1, dtype=jnp.float32, param_dtype=jnp.float32,
-        remat="none", is_trained=None if some is None else some.is_trained, lora=lora,
-    )  # fmt: skip
+        spec,
+        mesh,
+        program.StepConfig(
+            hyper=optim.Hyper("sgd"),
+            learning_rate=lambda step: jnp.float32(0.1),
+            max_grad_norm=1.0,
+            microbatches=1,
+            dtype=jnp.float32,
+            param_dtype=jnp.float32,
+            remat="none",
+            is_trained=None if some is None else some.is_trained,
+            lora=lora,
+        ),
+    )
     _, frozen = split(built.variables, built.is_trained)
     rows = Batch(*(jax.ShapeDtypeStruct((2, T), leaf.dtype) for leaf in one_per_row()))
     with jax.set_mesh(mesh):
