@@ -42,6 +42,7 @@ _PUBLIC = {
     "Callback": "jaxtune.api.callbacks",
     "CallbackError": "jaxtune.api.callbacks",
     "STOP": "jaxtune.api.callbacks",
+    "load_model": "jaxtune.api.model",
 }
 _COMMANDS = ("train", "evaluate", "preview", "plan")
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from jaxtune.api.callbacks import Callback as Callback
     from jaxtune.api.callbacks import CallbackError as CallbackError
     from jaxtune.api.evaluate import evaluate as evaluate
+    from jaxtune.api.model import load_model as load_model
     from jaxtune.api.plan import plan as plan
     from jaxtune.api.preview import preview as preview
     from jaxtune.api.train import train as train

@@ -26,8 +26,7 @@ FLOORS: tuple[set[str], ...] = (
     {"training"},
     {"inference"},
     {"evaluation", "planning"},
-    {"reporting"},
-    {"server", "repl"},
+    {"reporting", "server", "repl"},
     {"api"},
     COMMANDS,
 )
@@ -107,6 +106,7 @@ def test_imports_only_go_down() -> None:
         ("hf", "import jaxtune.training.checkpoint.checkpoints"),
         ("train", "from jaxtune import evaluate"),
         ("repl", "from jaxtune.server import app"),
+        ("server", "from jaxtune.reporting.html import markup"),
         ("config", "from jaxtune.tree import named"),
     ],
 )

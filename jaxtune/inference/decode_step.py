@@ -224,7 +224,7 @@ def _grow(program: DecodeProgram, slots: Slots, *, length: int, stops: int) -> S
 
 def _placed(slots: Slots) -> Slots:
     """Shard the rows over the mesh; the cache is placed already."""
-    placed = jax.tree.map(
+    placed: Slots = jax.tree.map(
         lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), slots._replace(cache={})
     )
     return placed._replace(cache=slots.cache)

@@ -17,7 +17,8 @@ from jaxtune.data.templating.answer_text import Affixes, affixes, text_of
 from jaxtune.data.templating.template import Template
 from jaxtune.data.tokenize import tokenize_prompt
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.inference.engine import MOST_STEPS, Engine, by_length
+from jaxtune.inference.decode_step import MOST_STEPS
+from jaxtune.inference.engine import Engine, by_length
 from jaxtune.inference.load import Model, TextCodec
 from jaxtune.inference.sampling import GREEDY, Sampling
 from jaxtune.training.initial_weights import check_ids

@@ -62,14 +62,15 @@ def _cache_bytes(model: Model, slots: int, length: int) -> float:
             dtype=model.dtype,
         )
     )
-    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    whole: int = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     return whole / row_shards(model.mesh)
 
 
 def _free_bytes(model: Model) -> float:
-    """Return the free bytes of the fullest device, of the machine if devices are its cores."""
+    """Return the free bytes of the fullest device; of the machine if devices are its cores."""
     devices = model.mesh.local_devices
     stats = [device.memory_stats() or {} for device in devices]
     if all("bytes_limit" in each for each in stats):
-        return min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
+        free: int = min(each["bytes_limit"] - each["bytes_in_use"] for each in stats)
+        return free
     return (memory.available_bytes() or memory.machine_bytes()) / len(devices)

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxtune.config import ConfigError
 
-LOWEST = float(jnp.finfo(jnp.float32).min)  # a logit that is never drawn
+LOWEST = float(np.finfo(np.float32).min)  # a logit that is never drawn
 MOST_SEED = 2**64
 
 
@@ -101,17 +101,18 @@ def choose(
     """
 
     def drawn() -> jax.Array:
-        kept_BV = process_logits(logits, seen, settings)
+        processed_BV = process_logits(logits, seen, settings)
         noise_BV = jax.vmap(_noise, in_axes=(0, 0, 0, None))(
             settings.seed, settings.number, places, logits.shape[-1]
         )
         # The largest of logits plus Gumbel noise is a draw from their softmax.
         noise_BV = jnp.where((settings.temperature > 0)[:, None], noise_BV, 0.0)
-        return jnp.argmax(kept_BV + noise_BV, axis=-1)
+        return jnp.argmax(processed_BV + noise_BV, axis=-1)
 
     plain_B = (settings.temperature == 0) & (settings.repetition_penalty == 1)
     likeliest = lambda: jnp.argmax(logits, axis=-1)  # noqa: E731
-    return jax.lax.cond(jnp.all(plain_B), likeliest, drawn).astype(jnp.int32)
+    next_B: jax.Array = jax.lax.cond(jnp.all(plain_B), likeliest, drawn)
+    return next_B.astype(jnp.int32)
 
 
 def process_logits(logits: jax.Array, seen: jax.Array, settings: SamplingArrays) -> jax.Array:
@@ -134,7 +135,8 @@ def process_logits(logits: jax.Array, seen: jax.Array, settings: SamplingArrays)
     # Each reads all logits 32 times: only if a row needs it.
     same = lambda logits: logits  # noqa: E731
     logits = jax.lax.cond(jnp.any(settings.top_k > 0), top_k, same, logits)
-    return jax.lax.cond(jnp.any(settings.top_p < 1), top_p, same, logits)
+    logits = jax.lax.cond(jnp.any(settings.top_p < 1), top_p, same, logits)
+    return logits
 
 
 def _keep_largest(
@@ -158,8 +160,8 @@ def _keep_largest(
 
     threshold_B = jnp.zeros(logits_BV.shape[0], jnp.uint32)
     threshold_B = jax.lax.fori_loop(0, 32, lower, threshold_B)
-    kept_BV = (order_BV >= threshold_B[:, None]) | all_B[:, None]
-    return jnp.where(kept_BV, logits_BV, LOWEST)
+    processed_BV = (order_BV >= threshold_B[:, None]) | all_B[:, None]
+    return jnp.where(processed_BV, logits_BV, LOWEST)
 
 
 def _noise(seed_2: jax.Array, number: jax.Array, place: jax.Array, vocab: int) -> jax.Array:

@@ -49,7 +49,8 @@ def _layers(tree: Any, repeats: int, consume: bool) -> list[Any]:
     for name, leaf in named(tree).items():
         parts[name] = _split(leaf, repeats)
         if consume:
-            jax.block_until_ready(parts[name])
+            for part in parts[name]:
+                part.block_until_ready()
             leaf.delete()
     return [unnamed({name: part[r] for name, part in parts.items()}) for r in range(repeats)]
 

@@ -1,4 +1,4 @@
-"""What is remembered of a conversation: state in, state out; and its file.
+"""The history of a conversation: state in, state out; and its file.
 
 Every model has its own answers, so its own conversation. A saved one is a row of format
 `messages`, with that of a second model beside it under its label.
@@ -24,7 +24,7 @@ Turn = Mapping[str, tuple[Message, ...]]
 
 
 class Talk(NamedTuple):
-    """`open` is a question that nobody has answered, for /retry."""
+    """A conversation so far; `open` is a question without an answer, for /retry."""
 
     system: str | None = None
     turns: tuple[Turn, ...] = ()
@@ -32,42 +32,42 @@ class Talk(NamedTuple):
 
 
 def messages(talk: Talk, label: str, question: str | None = None) -> tuple[Message, ...]:
-    """What a model is shown: the system prompt, its turns, and a new question."""
-    said = itertools.chain.from_iterable(turn.get(label, ()) for turn in talk.turns)
+    """Return the messages for a model: the system prompt, its turns, and a new question."""
+    conversation = itertools.chain.from_iterable(turn.get(label, ()) for turn in talk.turns)
     first = () if talk.system is None else (Message("system", talk.system),)
-    return (*first, *said, *(() if question is None else (Message("user", question),)))
+    return (*first, *conversation, *(() if question is None else (Message("user", question),)))
 
 
 def answered(talk: Talk, question: str, answers: Mapping[str, str]) -> Talk:
-    """The question and what each model said to it. Without any answer the question stays open."""
+    """Add a question with the answer of each model; without any answer it stays open."""
     if not answers:
         return talk._replace(open=question)
-    asked = Message("user", question)
-    turn = {label: (asked, Message("assistant", text)) for label, text in answers.items()}
+    prompt = Message("user", question)
+    turn = {label: (prompt, Message("assistant", text)) for label, text in answers.items()}
     return talk._replace(turns=(*talk.turns, turn), open=None)
 
 
 def undone(talk: Talk) -> Talk:
-    """Without its last question, answered or not."""
+    """Drop the last question, answered or not."""
     if talk.open is not None:
         return talk._replace(open=None)
     return talk._replace(turns=talk.turns[:-1])
 
 
 def last_question(talk: Talk) -> tuple[Talk, str] | None:
-    """The talk before its last question, and that question; None where there is none."""
+    """Return the history before its last question, and that question; None if there is none."""
     if talk.open is not None:
         return undone(talk), talk.open
     if not talk.turns:
         return None
-    asked = next(message.content for turn in talk.turns[-1].values() for message in turn)
-    return undone(talk), asked
+    question = next(message.content for turn in talk.turns[-1].values() for message in turn)
+    return undone(talk), question
 
 
 def save(talk: Talk, labels: Sequence[str], path: str, *, overwrite: bool) -> Path:
-    """Writes one line of JSON; the last label is the model the conversation is with.
+    """Write one line of JSON; the last label is the model the conversation is with.
 
-    Raises `DataError` for a name that `load` could not read, a file that is there already unless
+    Raises: DataError for a name that `load` could not read, a file that is there already unless
     `overwrite`, and one that cannot be written.
     """
     file = Path(path).expanduser()
@@ -90,9 +90,9 @@ def _written(talk: Talk, label: str) -> list[dict[str, Any]]:
 
 
 def load(labels: Sequence[str], path: str) -> Talk:
-    """The first row of a file. A model that it has no messages of its own for takes the main ones.
+    """Read the first row of a file. A model without messages of its own takes the main ones.
 
-    Raises `DataError` and `ConfigError` for a file that is none or holds no conversation.
+    Raises: DataError and ConfigError for a file that is missing or holds no conversation.
     """
     if not Path(path).expanduser().is_file():
         raise DataError(f"{path}: no such file (looked in {Path.cwd()}).")
@@ -100,15 +100,15 @@ def load(labels: Sequence[str], path: str) -> Talk:
     if record is None:
         raise DataError(f"{path}: the file is empty.")
     *beside, main = labels
-    found = {main: _read(record.fields, "messages", record.where)}
+    by_label = {main: _read(record.fields, "messages", record.where)}
     for label in beside:
-        found[label] = _read(record.fields, label if label in record.fields else "messages",
+        by_label[label] = _read(record.fields, label if label in record.fields else "messages",
                              record.where)  # fmt: skip
     system, turns = None, {}
-    for label, said in found.items():
-        if said and said[0].role == "system":
-            system, said = said[0].content, said[1:]
-        turns[label] = _turns(said)
+    for label, conversation in by_label.items():
+        if conversation and conversation[0].role == "system":
+            system, conversation = conversation[0].content, conversation[1:]
+        turns[label] = _turns(conversation)
     longest = max(turns.values(), key=len)
     columns = {label: _beside(longest, each) for label, each in turns.items()}
     rows = zip(*columns.values(), strict=True)
@@ -121,7 +121,7 @@ def load(labels: Sequence[str], path: str) -> Talk:
 def _beside(
     longest: Sequence[tuple[Message, ...]], turns: Sequence[tuple[Message, ...]]
 ) -> list[tuple[Message, ...]]:
-    """`turns` in the places of the same questions; where these are not the same, at the end."""
+    """Put `turns` beside the same questions; at the end if these are not the same."""
     placed: list[tuple[Message, ...]] = []
     left = list(turns)
     for turn in longest:
@@ -139,10 +139,10 @@ def _read(fields: Mapping[str, Any], column: str, where: str) -> tuple[Message, 
     return noun.messages
 
 
-def _turns(said: Sequence[Message]) -> list[tuple[Message, ...]]:
-    """Cut before every question; what stands before the first belongs to it."""
+def _turns(conversation: Sequence[Message]) -> list[tuple[Message, ...]]:
+    """Split before every question; what stands before the first belongs to it."""
     turns: list[list[Message]] = []
-    for message in said:
+    for message in conversation:
         if not turns or (message.role == "user" and any(m.role == "user" for m in turns[-1])):
             turns.append([])
         turns[-1].append(message)

@@ -1,4 +1,4 @@
-"""What a person types, as entries: a message of one or more lines, or a command. Knows no model.
+"""Typed lines as entries: a message of one or more lines, or a command. Knows no model.
 
 a line                              a message
 a line that ends in a backslash \\   goes on in the next
@@ -46,16 +46,16 @@ class Command(NamedTuple):
 
 
 class Unknown(NamedTuple):
-    """A command that there is none of; `said` is one line about it."""
+    """A command that does not exist, with a line about it."""
 
-    said: str
+    message: str
 
 
 Entry = Text | Command | Unknown
 
 
 def entry(read: Callable[[str], str]) -> Entry:
-    """The next entry. `read(prompt)` gives a line and raises EOFError where there is none.
+    """Read the next entry. `read(prompt)` gives a line and raises EOFError at the end.
 
     An end of input within an entry ends the entry; what was typed is not lost.
     """
@@ -75,7 +75,7 @@ def entry(read: Callable[[str], str]) -> Entry:
 
 
 def _block(first: str, read: Callable[[str], str]) -> str:
-    """Lines up to one that ends in three quotes, `first` being what stands behind the opening."""
+    """Read lines up to one that ends in three quotes; `first` follows the opening quotes."""
     lines = [first]
     while not lines[-1].rstrip().endswith(_BLOCK):
         try:

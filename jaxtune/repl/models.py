@@ -1,20 +1,20 @@
-"""Who answers in a conversation, and how answers are drawn."""
+"""The models of a conversation, and the settings of their answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 from jaxtune.config import ConfigError
 from jaxtune.data.schema import Message
+from jaxtune.inference.generate import Generation, stream
+from jaxtune.inference.load import Model, TextCodec
+from jaxtune.inference.sampling import Sampling
 
-if TYPE_CHECKING:
-    from jaxtune.inference.load import Model, TextCodec
-    from jaxtune.inference.sampling import Sampling
 
-
-class Settings(NamedTuple):
-    """The fields of `model.sampling.Sampling`, and how long an answer may become, in tokens."""
+class ChatSettings(NamedTuple):
+    """The fields of `Sampling`, and the longest answer in tokens."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -24,58 +24,43 @@ class Settings(NamedTuple):
     max_new_tokens: int = 512
 
 
-class Ended(NamedTuple):
-    """`stopped`: the model ended the answer; otherwise `full` says that no position was left."""
-
-    stopped: bool
-    full: bool
+StreamAnswer = Callable[[Sequence[Message], ChatSettings], Generator[str, None, Generation]]
 
 
-Say = Callable[[Sequence[Message], Settings], Generator[str, None, Ended]]
+class ChatModel(NamedTuple):
+    """A model that answers; `without_adapter` is the same without its adapter, if it has one.
 
-
-class Voice(NamedTuple):
-    """One who answers. `bare` speaks with the same weights without their adapter, if they have one.
-
-    Both raise `JaxtuneError` for a conversation that cannot be put to the model.
+    Both raise `JaxtuneError` for a conversation that does not fit the model.
     """
 
     label: str
-    say: Say
-    bare: Say | None = None
+    answer: StreamAnswer
+    without_adapter: StreamAnswer | None = None
 
 
-def sampling(settings: Settings) -> Sampling:
-    """Raises `ConfigError` for settings that cannot be."""
-    from jaxtune.inference.sampling import Sampling
-
+def sampling_of(settings: ChatSettings) -> Sampling:
+    """Check the settings and return their `Sampling`. Raises: ConfigError."""
     if settings.max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {settings.max_new_tokens}; expected at least 1.")
-    drawn = settings._asdict()
-    del drawn["max_new_tokens"]
-    return Sampling(**drawn)
+    fields = settings._asdict()
+    del fields["max_new_tokens"]
+    return Sampling(**fields)
 
 
-def voices(models: Mapping[str, Model], words: TextCodec) -> list[Voice]:
-    """`models` by their labels, in the order in which they answer."""
+def chat_models(models: Mapping[str, Model], codec: TextCodec) -> list[ChatModel]:
+    """Make a `ChatModel` of each of `models`, by label, in the order in which they answer."""
     return [
-        Voice(
+        ChatModel(
             label,
-            _say(model, words),
-            None if model.lora is None else _say(model.without_adapters(), words),
+            partial(_answer, model, codec),
+            None if model.lora is None else partial(_answer, model.without_adapters(), codec),
         )
         for label, model in models.items()
     ]
 
 
-def _say(model: Model, words: TextCodec) -> Say:
-    def say(messages: Sequence[Message], settings: Settings) -> Generator[str, None, Ended]:
-        from jaxtune.inference.generate import stream
-
-        most = settings.max_new_tokens
-        found = yield from stream(
-            model, words, messages, max_new_tokens=most, sampling=sampling(settings)
-        )
-        return Ended(found.stopped, full=not found.stopped and found.tokens < most)
-
-    return say
+def _answer(
+    model: Model, codec: TextCodec, messages: Sequence[Message], settings: ChatSettings
+) -> Generator[str, None, Generation]:
+    sampling, most = sampling_of(settings), settings.max_new_tokens
+    return (yield from stream(model, codec, messages, max_new_tokens=most, sampling=sampling))

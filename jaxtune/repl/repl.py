@@ -18,77 +18,79 @@ from jaxtune.config import ConfigError, JaxtuneError
 from jaxtune.repl import history as conversation
 from jaxtune.repl.history import Talk
 from jaxtune.repl.input import COMMANDS, Command, Entry, Unknown, entry, help_text
-from jaxtune.repl.models import Settings, Voice, sampling
+from jaxtune.repl.models import ChatModel, ChatSettings, sampling_of
 from jaxtune.terminal.text import printable
 
 _HISTORY = 1000  # lines of a history file
 
 
-class Room(NamedTuple):
-    """All that a conversation is: who answers, how, and what was said."""
+class Session(NamedTuple):
+    """A conversation at the terminal: its models, settings and messages."""
 
-    voices: tuple[Voice, ...]
-    settings: Settings
+    models: tuple[ChatModel, ...]
+    settings: ChatSettings
     talk: Talk = Talk()
     adapter: bool = True
     saved: frozenset[Path] = frozenset()  # files of this conversation, which it may write again
 
 
-class _Left(Exception):
-    """By /quit."""
+class _Quit(Exception):
+    """Raised by /quit."""
 
 
-def converse(
-    voices: Sequence[Voice],
-    settings: Settings,
+def run_conversation(
+    models: Sequence[ChatModel],
+    settings: ChatSettings,
     *,
     history: str | None = None,
 ) -> None:
-    """Until /quit, the end of input, or Ctrl-C twice.
+    """Run until /quit, the end of input, or Ctrl-C twice.
 
     `history` is a file of the lines typed, read at the start and written at the end.
     """
-    room = Room(tuple(voices), settings)
+    session = Session(tuple(models), settings)
     note("/help lists the commands, /quit or Ctrl-D leaves, Ctrl-C ends an answer")
-    left = contextlib.suppress(EOFError, KeyboardInterrupt, _Left)
+    left = contextlib.suppress(EOFError, KeyboardInterrupt, _Quit)
     with _line_editing(history), left, _ctrl_c() as ctrl_c:
         while True:
             try:
                 typed = ctrl_c.line()
-                room = _heard(room, typed, ctrl_c)
+                session = _handle(session, typed, ctrl_c)
             except _Pressed:
                 print(file=sys.stderr)
             except JaxtuneError as error:
                 note(printable(str(error)))
 
 
-def _heard(room: Room, typed: Entry, ctrl_c: _CtrlC) -> Room:
-    """What becomes of the conversation."""
+def _handle(session: Session, typed: Entry, ctrl_c: _CtrlC) -> Session:
+    """Act on what was typed, and return the new state."""
     if isinstance(typed, Unknown):
-        note(printable(typed.said))
+        note(printable(typed.message))
     elif isinstance(typed, Command):
-        return _retry(room, ctrl_c) if typed.name == "retry" else _obey(room, typed)
+        return _retry(session, ctrl_c) if typed.name == "retry" else _execute(session, typed)
     elif typed.text.strip():
-        return _ask(room, typed.text, ctrl_c)
-    return room
+        return _ask(session, typed.text, ctrl_c)
+    return session
 
 
 # -- Ctrl-C --------------------------------------------------------------------------------------
 
 
 class _Pressed(Exception):
-    """Ctrl-C, for the first time, while a line is typed."""
+    """Raised by a first Ctrl-C while a line is typed."""
 
 
 class _CtrlC:
-    """The first ends an answer between two tokens, or the line being typed; a second one before
-    another line is entered raises `KeyboardInterrupt`, wherever that is."""
+    """A handler of Ctrl-C: the first one ends an answer between two tokens, or the typed line.
+
+    A second one before another line is entered raises `KeyboardInterrupt`.
+    """
 
     def __init__(self) -> None:
         self.pressed = False  # since the last line
         self._typing = False
 
-    def hear(self, *_: Any) -> None:
+    def handle(self, *_: Any) -> None:
         if self.pressed:
             print(file=sys.stderr)
             raise KeyboardInterrupt
@@ -110,12 +112,12 @@ class _CtrlC:
 
 @contextlib.contextmanager
 def _ctrl_c() -> Iterator[_CtrlC]:
-    """In another thread than the main one there is none to hear."""
+    """Handle Ctrl-C; only the main thread gets signals."""
     ctrl_c = _CtrlC()
     if threading.current_thread() is not threading.main_thread():
         yield ctrl_c
         return
-    before = signal.signal(signal.SIGINT, ctrl_c.hear)
+    before = signal.signal(signal.SIGINT, ctrl_c.handle)
     try:
         yield ctrl_c
     finally:
@@ -125,31 +127,32 @@ def _ctrl_c() -> Iterator[_CtrlC]:
 # -- answers -------------------------------------------------------------------------------------
 
 
-def _ask(room: Room, question: str, ctrl_c: _CtrlC) -> Room:
-    """Streams every model's answer, then remembers. Ctrl-C ends this answer and what follows."""
+def _ask(session: Session, question: str, ctrl_c: _CtrlC) -> Session:
+    """Stream the answer of every model and keep them. Ctrl-C ends this answer and the next ones."""
     answers: dict[str, str] = {}
-    for voice in room.voices:
+    for model in session.models:
         if ctrl_c.pressed:
             break
-        if len(room.voices) > 1:
-            print(f"{voice.label}: ", end="", flush=True)
+        if len(session.models) > 1:
+            print(f"{model.label}: ", end="", flush=True)
         try:
-            said = _stream(room, voice, question, ctrl_c)
+            text = _stream(session, model, question, ctrl_c)
         except JaxtuneError as error:
             note(f"{printable(str(error))} /reset begins a new conversation, /undo takes "
                  "back a question.")  # fmt: skip
             continue
-        if said or not ctrl_c.pressed:
-            answers[voice.label] = said
-    settings = room.settings._replace(seed=room.settings.seed + 1)
-    talk = conversation.answered(room.talk, question, answers)
-    return room._replace(talk=talk, settings=settings)
+        if text or not ctrl_c.pressed:
+            answers[model.label] = text
+    settings = session.settings._replace(seed=session.settings.seed + 1)
+    talk = conversation.answered(session.talk, question, answers)
+    return session._replace(talk=talk, settings=settings)
 
 
-def _stream(room: Room, voice: Voice, question: str, ctrl_c: _CtrlC) -> str:
-    say = voice.say if room.adapter or voice.bare is None else voice.bare
-    pieces = say(conversation.messages(room.talk, voice.label, question), room.settings)
-    said = ""
+def _stream(session: Session, model: ChatModel, question: str, ctrl_c: _CtrlC) -> str:
+    bare = None if session.adapter else model.without_adapter
+    answer = bare or model.answer
+    pieces = answer(conversation.messages(session.talk, model.label, question), session.settings)
+    text = ""
     ended = None
     with contextlib.closing(pieces):
         while not ctrl_c.pressed:
@@ -158,110 +161,111 @@ def _stream(room: Room, voice: Voice, question: str, ctrl_c: _CtrlC) -> str:
             except StopIteration as end:
                 ended = end.value
                 break
-            said += piece
+            text += piece
             print(printable(piece), end="", flush=True)
     print(flush=True)
     if ended is not None and not ended.stopped:
-        if ended.full:
+        if ended.tokens < session.settings.max_new_tokens:
             note("cut: the model has no position left. /reset begins a new conversation.")
         else:
-            note(f"cut after {room.settings.max_new_tokens} tokens: /max_new_tokens N allows more")
-    return said
+            most = session.settings.max_new_tokens
+            note(f"cut after {most} tokens: /max_new_tokens N allows more")
+    return text
 
 
-def _retry(room: Room, ctrl_c: _CtrlC) -> Room:
-    found = conversation.last_question(room.talk)
-    if found is None:
+def _retry(session: Session, ctrl_c: _CtrlC) -> Session:
+    last = conversation.last_question(session.talk)
+    if last is None:
         note("there is no question to ask again")
-        return room
-    if room.settings.temperature == 0:
+        return session
+    if session.settings.temperature == 0:
         note("a greedy answer comes out the same: /temperature 0.7 draws")
-    talk, question = found
-    again = _ask(room._replace(talk=talk), question, ctrl_c)
+    talk, question = last
+    again = _ask(session._replace(talk=talk), question, ctrl_c)
     # An answer that did not come takes nothing away: what was there before stays.
-    return again if again.talk.open is None else room
+    return again if again.talk.open is None else session
 
 
 # -- commands ------------------------------------------------------------------------------------
 
 
-def _obey(room: Room, given: Command) -> Room:
-    """Raises `JaxtuneError` for what cannot be done."""
-    name, argument = given
+def _execute(session: Session, command: Command) -> Session:
+    """Run a command. Raises: JaxtuneError."""
+    name, argument = command
     takes = COMMANDS[name][0]
     if argument and not takes:
         raise ConfigError(f"/{name} takes nothing behind it; got '{argument}'.")
-    labels = [voice.label for voice in room.voices]
+    labels = [model.label for model in session.models]
     match name:
         case "help":
-            note(help_text(adapter=_has_adapter(room)))
+            note(help_text(adapter=_has_adapter(session)))
         case "quit":
-            raise _Left
+            raise _Quit
         case "reset":
             note("forgotten")
-            return room._replace(talk=Talk(room.talk.system))
+            return session._replace(talk=Talk(session.talk.system))
         case "undo":
-            if not room.talk.turns and room.talk.open is None:
+            if not session.talk.turns and session.talk.open is None:
                 note("there is nothing to take back")
             else:
-                note(f"taken back; {len(conversation.undone(room.talk).turns)} before it stay")
-            return room._replace(talk=conversation.undone(room.talk))
+                note(f"taken back; {len(conversation.undone(session.talk).turns)} before it stay")
+            return session._replace(talk=conversation.undone(session.talk))
         case "system":
-            return _system(room, argument)
+            return _system(session, argument)
         case "adapter":
-            return _adapter(room, argument)
+            return _adapter(session, argument)
         case "save":
-            if not room.talk.turns:
+            if not session.talk.turns:
                 raise ConfigError("/save: there is nothing said yet.")
-            named = Path(_needed(given)).expanduser().absolute()
+            named = Path(_argument(command)).expanduser().absolute()
             file = conversation.save(
-                room.talk, labels, argument, overwrite=named in room.saved
+                session.talk, labels, argument, overwrite=named in session.saved
             ).absolute()
-            note(f"saved: {argument} ({len(room.talk.turns)} questions)")
-            return room._replace(saved=room.saved | {file})
+            note(f"saved: {argument} ({len(session.talk.turns)} questions)")
+            return session._replace(saved=session.saved | {file})
         case "load":
-            talk = conversation.load(labels, _needed(given))
+            talk = conversation.load(labels, _argument(command))
             note(f"loaded: {argument} ({len(talk.turns)} questions)")
-            return room._replace(talk=talk)
+            return session._replace(talk=talk)
         case _:
-            return room._replace(settings=_set(room.settings, given))
-    return room
+            return session._replace(settings=_set(session.settings, command))
+    return session
 
 
-def _needed(given: Command) -> str:
-    if not given.argument:
-        raise ConfigError(f"/{given.name} needs {COMMANDS[given.name][0]} behind it.")
-    return given.argument
+def _argument(command: Command) -> str:
+    if not command.argument:
+        raise ConfigError(f"/{command.name} needs {COMMANDS[command.name][0]} behind it.")
+    return command.argument
 
 
-def _system(room: Room, argument: str) -> Room:
+def _system(session: Session, argument: str) -> Session:
     if not argument:
-        note(f"system: {printable(room.talk.system) if room.talk.system else 'none'}")
-        return room
+        note(f"system: {printable(session.talk.system) if session.talk.system else 'none'}")
+        return session
     system = None if argument == "-" else argument
     note("system: none" if system is None else "system: from the next question on")
-    return room._replace(talk=room.talk._replace(system=system))
+    return session._replace(talk=session.talk._replace(system=system))
 
 
-def _has_adapter(room: Room) -> bool:
-    return any(voice.bare is not None for voice in room.voices)
+def _has_adapter(session: Session) -> bool:
+    return any(model.without_adapter is not None for model in session.models)
 
 
-def _adapter(room: Room, argument: str) -> Room:
-    if not _has_adapter(room):
+def _adapter(session: Session, argument: str) -> Session:
+    if not _has_adapter(session):
         raise ConfigError(
             "/adapter: this model has no adapter apart from its weights. Give a folder of one."
         )
     if argument and argument not in ("on", "off"):
         raise ConfigError(f"/adapter: expected on or off; got '{argument}'.")
-    on = room.adapter if not argument else argument == "on"
+    on = session.adapter if not argument else argument == "on"
     note(f"adapter: {'on' if on else 'off'}")
-    return room._replace(adapter=on)
+    return session._replace(adapter=on)
 
 
-def _set(settings: Settings, given: Command) -> Settings:
-    """One of the settings, by its name; without a value it is shown."""
-    name, argument = given
+def _set(settings: ChatSettings, command: Command) -> ChatSettings:
+    """Set one of the settings by its name; without a value show it."""
+    name, argument = command
     if argument:
         kind = type(getattr(settings, name))
         try:
@@ -269,7 +273,7 @@ def _set(settings: Settings, given: Command) -> Settings:
         except ValueError:
             expected = "a whole number" if kind is int else "a number"
             raise ConfigError(f"/{name}: expected {expected}; got '{argument}'.") from None
-        sampling(settings)  # or it raises
+        sampling_of(settings)  # or it raises
     value = getattr(settings, name)
     note(f"{name}: {value}{' (greedy)' if name == 'temperature' and value == 0 else ''}")
     return settings
@@ -284,7 +288,7 @@ def _read(prompt: str) -> str:
 
 @contextlib.contextmanager
 def _line_editing(history: str | None) -> Iterator[None]:
-    """Arrow keys, history and completion of commands, where there is a terminal and readline."""
+    """Turn on arrow keys, history and completion if there are a terminal and readline."""
     if not sys.stdin.isatty():
         yield
         return
@@ -297,7 +301,7 @@ def _line_editing(history: str | None) -> Iterator[None]:
         return
     file = None if history is None else Path(history).expanduser()
     if file is not None and file.exists():
-        with _told(file):
+        with _explained(file):
             readline.read_history_file(file)
     names = [f"/{name}" for name in COMMANDS]
 
@@ -314,12 +318,12 @@ def _line_editing(history: str | None) -> Iterator[None]:
         readline.set_completer(None)
         if file is not None:
             readline.set_history_length(_HISTORY)
-            with _told(file):
+            with _explained(file):
                 readline.write_history_file(file)
 
 
 @contextlib.contextmanager
-def _told(file: Path) -> Iterator[None]:
+def _explained(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -1,10 +1,10 @@
 """The HTTP side: routes, limits, streams. No path of a request is ever opened as a file.
 
-    /                       the page                /health     what is going on
-    /v1/chat/completions    streamed or not         /v1/models  the names that may be asked
+    /                       the page                /health     how many wait and are answered
+    /v1/chat/completions    streamed or not         /v1/models  the names of the models
     /v1/completions         a prompt as it stands
 
-Prompts are neither logged nor kept.
+Prompts are neither logged nor stored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
@@ -29,25 +29,25 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxtune.config import JaxtuneError
+from jaxtune.data.templating.template import Template
+from jaxtune.inference.generate import Generation, TextEvent
+from jaxtune.inference.sampling import Sampling
 from jaxtune.server import openai_schema
-from jaxtune.server.auth import Door, Guard, as_response
-from jaxtune.server.openai_schema import BROKEN, ChatAsked, Ended, Refused, Reply, TextAsked
+from jaxtune.server.auth import AccessPolicy, AuthMiddleware, as_response
+from jaxtune.server.openai_schema import BROKEN, ChatRequest, CompletionRequest, Refused, Reply
 from jaxtune.server.page import page
-from jaxtune.server.scheduler import Desk, Event, Job, Wanted
-
-if TYPE_CHECKING:
-    from jaxtune.data.templating.template import Template
-    from jaxtune.inference.generate import Generation
-    from jaxtune.inference.sampling import Sampling
+from jaxtune.server.scheduler import GenerationRequest, Scheduler
 
 _BODY_SECONDS = 20.0  # for a client to send what it has announced
 _SPARE = 64  # requests beyond those that may wait or be answered: pages, /health, refusals
-_READERS = 1  # threads that make ids of prompts: with two, who asked later could come earlier
+_READERS = 1  # threads that tokenize: with two, a later request could come earlier
 
 
-class Served(NamedTuple):
-    """A name in /v1/models. `positions` are those of a prompt and its answer. Both functions make
-    the ids that are fed, and raise `JaxtuneError`; `template` is that of conversations."""
+class ServedModel(NamedTuple):
+    """A model by its name in /v1/models, with `positions` for a prompt and its answer.
+
+    Both functions tokenize and raise `JaxtuneError`; `template` is that of conversations.
+    """
 
     name: str
     positions: int
@@ -57,8 +57,7 @@ class Served(NamedTuple):
 
 
 class Defaults(NamedTuple):
-    """What holds where a request says nothing. Without `seed_given` the seed of `sampling` is
-    nobody's wish, and every request that draws has one of its own."""
+    """The settings of a request that has none; without `seed_given` each one draws its own seed."""
 
     sampling: Sampling
     max_new_tokens: int
@@ -66,11 +65,15 @@ class Defaults(NamedTuple):
 
 
 def application(
-    models: Sequence[Served], desk: Desk, defaults: Defaults, door: Door, title: str
+    models: Sequence[ServedModel],
+    scheduler: Scheduler,
+    defaults: Defaults,
+    access: AccessPolicy,
+    title: str,
 ) -> ASGIApp:
-    """The ASGI application. `desk` answers in another thread."""
-    room = _Room({m.name: m for m in models}, desk, defaults, int(time.time()))
-    html, policy = page(title, [m.name for m in models], key=door.key is not None)
+    """Make the ASGI application. `scheduler` runs in another thread."""
+    routes = _Routes({m.name: m for m in models}, scheduler, defaults, int(time.time()))
+    html, policy = page(title, [m.name for m in models], key=access.key is not None)
     headers = {"Content-Security-Policy": policy}
 
     async def show(_: Request) -> Response:
@@ -79,21 +82,20 @@ def application(
     app = Starlette(
         routes=[
             Route("/", show),
-            Route("/health", room.health),
-            Route("/v1/models", room.models),
-            Route("/v1/models/{name}", _told(room.model)),
-            Route("/v1/chat/completions", _told(room.chat), methods=["POST"]),
-            Route("/v1/completions", _told(room.text), methods=["POST"]),
+            Route("/health", routes.health),
+            Route("/v1/models", routes.models),
+            Route("/v1/models/{name}", _errors_as_json(routes.model)),
+            Route("/v1/chat/completions", _errors_as_json(routes.chat), methods=["POST"]),
+            Route("/v1/completions", _errors_as_json(routes.text), methods=["POST"]),
         ],
-        exception_handlers={HTTPException: _no_such},  # type: ignore[dict-item]
+        exception_handlers={HTTPException: _http_error},  # type: ignore[dict-item]
     )
     app.router.redirect_slashes = False
-    return Guard(_Crowd(app, desk.places + _SPARE), door)
+    return AuthMiddleware(_RequestLimit(app, scheduler.places + _SPARE), access)
 
 
-class _Crowd:
-    """Of those the guard lets in, `most` requests at a time; connections that ask nothing do not
-    count."""
+class _RequestLimit:
+    """A limit of `most` requests at a time, of those with access; idle connections do not count."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self._app, self._most, self._count = app, most, 0
@@ -116,54 +118,58 @@ class _Crowd:
             self._count -= 1
 
 
-class _Room:
+class _Routes:
+    """The handlers of the API."""
+
     def __init__(
-        self, models: Mapping[str, Served], desk: Desk, defaults: Defaults, created: int
+        self,
+        models: Mapping[str, ServedModel],
+        scheduler: Scheduler,
+        defaults: Defaults,
+        created: int,
     ) -> None:
-        self._models, self._desk, self._defaults = models, desk, defaults
+        self._models, self._scheduler, self._defaults = models, scheduler, defaults
         self._created = created
         self._readers = CapacityLimiter(_READERS)
 
     async def health(self, _: Request) -> Response:
-        waiting, answering = self._desk.counts()
-        said = {"status": "ok", "models": [*self._models]}
-        return JSONResponse({**said, "waiting": waiting, "answering": answering})
+        waiting, answering = self._scheduler.counts()
+        state = {"status": "ok", "models": [*self._models]}
+        return JSONResponse({**state, "waiting": waiting, "answering": answering})
 
     async def models(self, _: Request) -> Response:
         return JSONResponse(openai_schema.models(dict.fromkeys(self._models, self._created)))
 
     async def model(self, request: Request) -> Response:
-        name = self._named(request.path_params["name"]).name
+        name = self._model(request.path_params["name"]).name
         return JSONResponse(openai_schema.model(name, self._created))
 
     async def chat(self, request: Request) -> Response:
-        asked = openai_schema.parse(ChatAsked, await self._body(request))
-        if len(asked.messages) > self._desk.limits.messages:
-            most = self._desk.limits.messages
-            raise Refused(400, f"messages: {len(asked.messages)} of them; at most {most}.",
+        body = openai_schema.parse(ChatRequest, await self._read_body(request))
+        if len(body.messages) > self._scheduler.limits.messages:
+            most = self._scheduler.limits.messages
+            raise Refused(400, f"messages: {len(body.messages)} of them; at most {most}.",
                           param="messages")  # fmt: skip
-        both = {n for n in (asked.max_tokens, asked.max_completion_tokens) if n is not None}
+        both = {n for n in (body.max_tokens, body.max_completion_tokens) if n is not None}
         if len(both) > 1:
             raise Refused(400, "max_tokens and max_completion_tokens differ; give one.",
                           param="max_tokens")  # fmt: skip
-        model = self._named(asked.model)
-        messages = [
-            m.model_dump(exclude_none=True, exclude={"annotations"}) for m in asked.messages
-        ]
-        given = asked.tools if asked.tool_choice != "none" else None
-        tools = [tool.model_dump(exclude_none=True) for tool in given or ()]
+        model = self._model(body.model)
+        messages = [m.model_dump(exclude_none=True, exclude={"annotations"}) for m in body.messages]
+        declared = body.tools if body.tool_choice != "none" else None
+        tools = [tool.model_dump(exclude_none=True) for tool in declared or ()]
         ids = await self._ids(partial(model.chat_ids, messages, tools), "messages")
-        return await self._answer(request, asked, model, ids, max(both, default=None))
+        return await self._answer(request, body, model, ids, max(both, default=None))
 
     async def text(self, request: Request) -> Response:
-        asked = openai_schema.parse(TextAsked, await self._body(request))
-        model = self._named(asked.model)
-        ids = await self._ids(partial(model.text_ids, asked.prompt), "prompt")
-        return await self._answer(request, asked, model, ids, asked.max_tokens)
+        body = openai_schema.parse(CompletionRequest, await self._read_body(request))
+        model = self._model(body.model)
+        ids = await self._ids(partial(model.text_ids, body.prompt), "prompt")
+        return await self._answer(request, body, model, ids, body.max_tokens)
 
     # -- a request in --
 
-    def _named(self, name: str) -> Served:
+    def _model(self, name: str) -> ServedModel:
         if name not in self._models:
             raise Refused(
                 404,
@@ -173,32 +179,32 @@ class _Room:
             )
         return self._models[name]
 
-    async def _body(self, request: Request) -> bytes:
-        """Raises `Refused` for another type, for too much, and for what does not come."""
+    async def _read_body(self, request: Request) -> bytes:
+        """Read the body. Raises: Refused for another type, a large body, or a slow client."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         # A page of another site may send any other type without asking the browser's leave.
         if kind != "application/json":
             raise Refused(415, "expected 'Content-Type: application/json'.")
-        most = self._desk.limits.body_bytes
+        most = self._scheduler.limits.body_bytes
         large = Refused(413, f"the body is larger than {most:,} bytes, the limit of this server.")
         claimed = request.headers.get("content-length", "")
         if claimed.isdigit() and int(claimed) > most:
             raise large
-        body = bytearray()
+        data = bytearray()
         try:
             async with asyncio.timeout(_BODY_SECONDS):
                 async for piece in request.stream():
-                    body += piece
-                    if len(body) > most:
+                    data += piece
+                    if len(data) > most:
                         raise large
         except ClientDisconnect:
             raise Refused(400, "the body ended early.") from None
         except TimeoutError:
             raise Refused(408, f"the body did not come within {_BODY_SECONDS:g} s.") from None
-        return bytes(body)
+        return bytes(data)
 
     async def _ids(self, make: Callable[[], list[int]], param: str) -> list[int]:
-        """In a thread: a long prompt takes longer to cut into tokens than others like to wait."""
+        """Tokenize in a thread: a long prompt takes time."""
         try:
             ids = await to_thread.run_sync(make, limiter=self._readers)
         except JaxtuneError as error:
@@ -207,65 +213,66 @@ class _Room:
             raise Refused(400, f"{param}: no tokens; there is nothing to continue.", param=param)
         return ids
 
-    def _wanted(
-        self, asked: openai_schema._Asked, model: Served, ids: list[int], most: int | None
-    ) -> Wanted:
+    def _generation_request(
+        self, body: openai_schema._Request, model: ServedModel, ids: list[int], most: int | None
+    ) -> GenerationRequest:
         left = model.positions - len(ids)
         if left < 1 or (most or 1) > left:
             raise Refused(
                 400,
                 f"the prompt has {len(ids)} tokens and {most or 'at least 1'} are asked for; "
                 f"there are {model.positions} positions. Shorten the prompt or ask for less.",
-                param="messages" if isinstance(asked, ChatAsked) else "prompt",
+                param="messages" if isinstance(body, ChatRequest) else "prompt",
                 code="context_length_exceeded",
             )
         names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-        given = {name: value for name in names if (value := getattr(asked, name)) is not None}
-        if "seed" in given:
-            given["seed"] %= 2**64
+        fields = {name: value for name in names if (value := getattr(body, name)) is not None}
+        if "seed" in fields:
+            fields["seed"] %= 2**64
         try:
-            sampling = replace(self._defaults.sampling, **given)
-            if sampling.temperature > 0 and "seed" not in given and not self._defaults.seed_given:
+            sampling = replace(self._defaults.sampling, **fields)
+            if sampling.temperature > 0 and "seed" not in fields and not self._defaults.seed_given:
                 sampling = replace(sampling, seed=secrets.randbits(64))
         except JaxtuneError as error:
             raise Refused(400, str(error)) from None
         most = most or min(self._defaults.max_new_tokens, left)
-        template = model.template if isinstance(asked, ChatAsked) else None
-        return Wanted(model.name, ids, most, sampling, asked.stops, template)
+        template = model.template if isinstance(body, ChatRequest) else None
+        return GenerationRequest(model.name, ids, most, sampling, body.stops, template)
 
     # -- an answer out --
 
     async def _answer(
         self,
         request: Request,
-        asked: openai_schema._Asked,
-        model: Served,
+        body: openai_schema._Request,
+        model: ServedModel,
         ids: list[int],
         most: int | None,
     ) -> Response:
-        wanted = self._wanted(asked, model, ids, most)
-        came: asyncio.Queue[Event | Refused] = asyncio.Queue()
-        job = self._desk.ask(wanted, _into(asyncio.get_running_loop(), came))
-        to = openai_schema.reply(model.name, chat=isinstance(asked, ChatAsked))
-        if asked.stream:
-            events = _events(job, came, to, with_usage=asked.usage_asked)
-            return _Stream(events, partial(self._desk.cancel, job))
+        generation_request = self._generation_request(body, model, ids, most)
+        events: _Events = asyncio.Queue()
+        deliver = _deliver_to(asyncio.get_running_loop(), events)
+        pending = self._scheduler.submit(generation_request, deliver)
+        chat = isinstance(body, ChatRequest)
+        reply = openai_schema.reply(model.name, chat=chat, prompt_tokens=len(ids))
+        if body.stream:
+            lines = _sse_lines(events, reply, with_usage=body.usage_asked)
+            return _Stream(lines, partial(self._scheduler.cancel, pending))
         leaving = asyncio.create_task(_left(request))
-        ended = asyncio.create_task(_all(came, len(ids)))
+        ended = asyncio.create_task(_whole(events))
         try:
             await asyncio.wait((ended, leaving), return_when=asyncio.FIRST_COMPLETED)
             if not ended.done():
                 return Response(status_code=499)  # to nobody: the client has gone
-            return JSONResponse(openai_schema.whole(to, ended.result()))
+            return JSONResponse(openai_schema.whole(reply, ended.result()))
         finally:
             ended.cancel()
             leaving.cancel()
-            self._desk.cancel(job)
+            self._scheduler.cancel(pending)
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events; `leave` is called when they end, also for a client that has gone, and
-    also before the first."""
+    """A stream of server-sent events; `leave` is called at its end, also if the client has gone."""
 
     def __init__(self, events: AsyncIterator[str], leave: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream")
@@ -278,25 +285,24 @@ class _Stream(StreamingResponse):
             self._leave()
 
 
-async def _events(
-    job: Job, came: asyncio.Queue[Event | Refused], to: Reply, *, with_usage: bool
-) -> AsyncIterator[str]:
+async def _sse_lines(events: _Events, reply: Reply, *, with_usage: bool) -> AsyncIterator[str]:
     try:
-        if to.chat:
-            yield _event(openai_schema.part(to, "", first=True, with_usage=with_usage))
+        if reply.chat:
+            yield _event(openai_schema.part(reply, "", first=True, with_usage=with_usage))
         while True:
-            event = await came.get()
+            event = await events.get()
             if isinstance(event, Refused):
                 yield _event(event.body)
                 return
             if event.text:
-                yield _event(openai_schema.part(to, event.text, with_usage=with_usage))
-            if event.ended is not None:
+                yield _event(openai_schema.part(reply, event.text, with_usage=with_usage))
+            if event.generation is not None:
                 break
-        ended = _ended(event.ended, len(job.wanted.prompt))
-        yield _event(openai_schema.part(to, "", reason=ended.reason, with_usage=with_usage))
+        ended = event.generation
+        reason = openai_schema.finish_reason(ended)
+        yield _event(openai_schema.part(reply, "", reason=reason, with_usage=with_usage))
         if with_usage:
-            yield _event(openai_schema.usage_part(to, ended))
+            yield _event(openai_schema.usage_part(reply, ended))
         yield "data: [DONE]\n\n"
     except Exception as error:
         yield _event(_mistake(error).body)
@@ -306,36 +312,32 @@ def _event(value: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def _into(
-    loop: asyncio.AbstractEventLoop, came: asyncio.Queue[Event | Refused]
-) -> Callable[[Event | Refused], None]:
-    def deliver(event: Event | Refused) -> None:
+def _deliver_to(
+    loop: asyncio.AbstractEventLoop, events: _Events
+) -> Callable[[TextEvent | Refused], None]:
+    def deliver(event: TextEvent | Refused) -> None:
         if not loop.is_closed():  # the server has stopped; nobody listens any more
-            loop.call_soon_threadsafe(came.put_nowait, event)
+            loop.call_soon_threadsafe(events.put_nowait, event)
 
     return deliver
 
 
-async def _all(came: asyncio.Queue[Event | Refused], prompt_tokens: int) -> Ended:
+async def _whole(events: _Events) -> Generation:
     while True:
-        event = await came.get()
+        event = await events.get()
         if isinstance(event, Refused):
             raise event
-        if event.ended is not None:
-            return _ended(event.ended, prompt_tokens)
-
-
-def _ended(answer: Generation, prompt_tokens: int) -> Ended:
-    return Ended(answer.text, answer.stopped, prompt_tokens, answer.tokens)
+        if event.generation is not None:
+            return event.generation
 
 
 async def _left(request: Request) -> None:
-    """Returns when the client has gone."""
+    """Return when the client has gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-async def _no_such(request: Request, error: HTTPException) -> Response:
+async def _http_error(request: Request, error: HTTPException) -> Response:
     if error.status_code == 405:
         message = f"{request.method} is not what this takes."
     else:
@@ -344,11 +346,12 @@ async def _no_such(request: Request, error: HTTPException) -> Response:
     return as_response(Refused(error.status_code, message, headers=headers))
 
 
+_Events = asyncio.Queue[TextEvent | Refused]
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def _told(handler: Handler) -> Handler:
-    """Whatever goes wrong is an error object, and the connection lives on."""
+def _errors_as_json(handler: Handler) -> Handler:
+    """Answer with an error object if the handler fails; the connection lives on."""
 
     async def handle(request: Request) -> Response:
         try:
@@ -362,7 +365,7 @@ def _told(handler: Handler) -> Handler:
 
 
 def _mistake(error: Exception) -> Refused:
-    """Where it happened goes to stderr; what was said to the model does not."""
+    """Log where it happened; prompts do not reach the log."""
     frames = "".join(traceback.format_tb(error.__traceback__))
     print(f"{frames}{type(error).__name__}", file=sys.stderr, flush=True)
     return Refused(500, "the server made a mistake; its log says where.", kind=BROKEN)

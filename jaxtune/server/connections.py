@@ -1,4 +1,4 @@
-"""Connections: what one may hold before it has asked anything, which is before any key is checked.
+"""Limits of connections before their first request, which is before any key is checked.
 
 uvicorn waits for the head of a request for ever. Here it has `_HEAD_SECONDS`, and when there are
 too many connections without a request the one that has waited longest makes room for the next.
@@ -15,10 +15,10 @@ _HEAD_SECONDS = 20.0  # for the whole head of a request
 _IDLE = 512  # connections; a process often may have 1,024 files open
 
 
-class Line(H11Protocol):
-    """uvicorn's connection. `idle`: those without a request, of the class that is one server's."""
+class Connection(H11Protocol):
+    """A uvicorn connection. `idle` are those of one server that have no request."""
 
-    idle: dict[Line, asyncio.TimerHandle | None]  # who waits longest is first
+    idle: dict[Connection, asyncio.TimerHandle | None]  # the one that waits longest is first
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -51,7 +51,7 @@ class Line(H11Protocol):
         self.timeout_keep_alive_handler()
 
     def _rests(self) -> bool:
-        """Whether no request is read or answered: before one, or when the answer came early."""
+        """Tell whether no request is read or answered: before one, or after an early answer."""
         return self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE
 
     def _waits(self) -> None:
@@ -63,6 +63,6 @@ class Line(H11Protocol):
             timer.cancel()
 
 
-def lines() -> type[Line]:
-    """The class of one server's connections."""
-    return type("Line", (Line,), {"idle": {}})
+def connection_class() -> type[Connection]:
+    """Make the class of one server's connections."""
+    return type("Connection", (Connection,), {"idle": {}})

@@ -16,6 +16,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from jaxtune.config import nearest
+from jaxtune.inference.generate import Generation
 
 INVALID, DENIED, BUSY, BROKEN = (
     *("invalid_request_error", "authentication_error", "rate_limit_error", "server_error"),
@@ -23,7 +24,7 @@ INVALID, DENIED, BUSY, BROKEN = (
 
 
 class Refused(Exception):
-    """A request that is not answered: an HTTP status and OpenAI's error object."""
+    """A refusal of a request: an HTTP status and OpenAI's error object."""
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class ToolCall(_Shape):
     function: CalledFunction
 
 
-class Turn(_Shape):
+class ChatMessage(_Shape):
     """A message. What a client sends back of an answer may carry OpenAI's other keys, empty."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -95,8 +96,8 @@ class StreamOptions(_Shape):
     include_obfuscation: bool | None = None
 
 
-class _Asked(_Shape):
-    """What both kinds of request have. `neutral`: field -> the values that change nothing."""
+class _Request(_Shape):
+    """The fields of both kinds of request. `neutral`: field -> the values that change nothing."""
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "n": (1,),
@@ -123,17 +124,16 @@ class _Asked(_Shape):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return tuple(given)
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def usage_asked(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatAsked(_Asked):
+class ChatRequest(_Request):
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **_Asked.neutral,
+        **_Request.neutral,
         "logprobs": (False,),
         "top_logprobs": (0,),
         "response_format": ({"type": "text"},),
@@ -141,7 +141,7 @@ class ChatAsked(_Asked):
         "tool_choice": ("auto", "none"),
     }
 
-    messages: list[Turn] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     tools: list[Tool] | None = None
     tool_choice: Any = None
@@ -157,11 +157,11 @@ class ChatAsked(_Asked):
     prompt_cache_key: Any = None
 
 
-class TextAsked(_Asked):
+class CompletionRequest(_Request):
     """A prompt that is continued as it stands, without a template."""
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **_Asked.neutral,
+        **_Request.neutral,
         "logprobs": (),
         "best_of": (1,),
         "echo": (False,),
@@ -175,17 +175,17 @@ class TextAsked(_Asked):
     suffix: Any = None
 
 
-A = TypeVar("A", bound=_Asked)
+A = TypeVar("A", bound=_Request)
 
 
 def parse(shape: type[A], body: bytes) -> A:
-    """The request in `body`, JSON. Raises `Refused` with the first thing that is wrong."""
+    """Parse the request in `body`, JSON. Raises: Refused with the first mistake."""
     try:
-        asked = shape.model_validate_json(body)
+        request = shape.model_validate_json(body)
     except pydantic.ValidationError as error:
         raise _refusal(shape, error) from None
     for name, neutral in shape.neutral.items():
-        value = getattr(asked, name)
+        value = getattr(request, name)
         # A bool is a number to Python, and not to a client.
         if value is not None and not any(value == n and _same_kind(value, n) for n in neutral):
             fine = " or ".join(_as_json(value) for value in neutral) or "null"
@@ -195,9 +195,9 @@ def parse(shape: type[A], body: bytes) -> A:
                 param=name,
                 code="unsupported_value",
             )
-    if any(not text for text in asked.stops):
+    if any(not text for text in request.stops):
         raise Refused(400, "stop: holds an empty text, which is everywhere.", param="stop")
-    return asked
+    return request
 
 
 def _same_kind(value: Any, other: Any) -> bool:
@@ -208,8 +208,8 @@ def _as_json(value: Any) -> str:
     return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
 
 
-def _refusal(shape: type[_Asked], error: pydantic.ValidationError) -> Refused:
-    """The first mistake, by the place where it is; never what was sent."""
+def _refusal(shape: type[_Request], error: pydantic.ValidationError) -> Refused:
+    """Describe the first mistake by its place, without quoting what was sent."""
     detail = error.errors(include_input=False, include_url=False)[0]
     if detail["type"] == "json_invalid":
         return Refused(400, f"the body is not JSON: {detail['msg']}.")
@@ -223,48 +223,43 @@ def _refusal(shape: type[_Asked], error: pydantic.ValidationError) -> Refused:
     return Refused(400, message, param=name[:80] or None)
 
 
-class Ended(NamedTuple):
-    """A whole answer. `stopped`: the model ended it, or a stop text did."""
-
-    text: str
-    stopped: bool
-    prompt_tokens: int
-    answer_tokens: int
-
-    @property
-    def reason(self) -> str:
-        """OpenAI's `finish_reason`."""
-        return "stop" if self.stopped else "length"
-
-
 class Reply(NamedTuple):
-    """What every part of one response repeats."""
+    """The fields that every part of one response repeats, and the size of its prompt."""
 
     id: str
     created: int
     model: str
     chat: bool
+    prompt_tokens: int
 
 
-def reply(model: str, *, chat: bool) -> Reply:
-    number = uuid.uuid4().hex
-    return Reply(f"chatcmpl-{number}" if chat else f"cmpl-{number}", int(time.time()), model, chat)
+def reply(model: str, *, chat: bool, prompt_tokens: int) -> Reply:
+    """Begin a response, with a new id."""
+    name = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+    return Reply(name, int(time.time()), model, chat, prompt_tokens)
 
 
-def whole(to: Reply, ended: Ended) -> dict[str, Any]:
-    message = {"role": "assistant", "content": ended.text, "refusal": None}
-    content = {"message": message} if to.chat else {"text": ended.text}
-    choice = {"index": 0, **content, "logprobs": None, "finish_reason": ended.reason}
+def finish_reason(generation: Generation) -> str:
+    """Return OpenAI's `finish_reason`."""
+    return "stop" if generation.stopped else "length"
+
+
+def whole(to: Reply, generation: Generation) -> dict[str, Any]:
+    """Build the body of a response that is not streamed."""
+    message = {"role": "assistant", "content": generation.text, "refusal": None}
+    content = {"message": message} if to.chat else {"text": generation.text}
+    reason = finish_reason(generation)
+    choice = {"index": 0, **content, "logprobs": None, "finish_reason": reason}
     return {
         **_head(to, "chat.completion" if to.chat else "text_completion"),
         "choices": [choice],
-        "usage": usage(ended),
+        "usage": usage(to, generation),
     }
 
 
 def part(to: Reply, text: str, *, first: bool = False, reason: str | None = None,
          with_usage: bool = False) -> dict[str, Any]:  # fmt: skip
-    """One event of a stream. `first` says whose turn it is, `reason` ends it."""
+    """Build one event of a stream. `first` has the role, `reason` ends it."""
     if to.chat:
         role = {"role": "assistant"} if first else {}
         content: dict[str, Any] = {"delta": {**role, **({"content": text} if not reason else {})}}
@@ -275,16 +270,17 @@ def part(to: Reply, text: str, *, first: bool = False, reason: str | None = None
     return {**head, "choices": [choice], **({"usage": None} if with_usage else {})}
 
 
-def usage_part(to: Reply, ended: Ended) -> dict[str, Any]:
+def usage_part(to: Reply, generation: Generation) -> dict[str, Any]:
     head = _head(to, "chat.completion.chunk" if to.chat else "text_completion")
-    return {**head, "choices": [], "usage": usage(ended)}
+    return {**head, "choices": [], "usage": usage(to, generation)}
 
 
-def usage(ended: Ended) -> dict[str, int]:
+def usage(to: Reply, generation: Generation) -> dict[str, int]:
+    """Count the tokens of a response."""
     return {
-        "prompt_tokens": ended.prompt_tokens,
-        "completion_tokens": ended.answer_tokens,
-        "total_tokens": ended.prompt_tokens + ended.answer_tokens,
+        "prompt_tokens": to.prompt_tokens,
+        "completion_tokens": generation.tokens,
+        "total_tokens": to.prompt_tokens + generation.tokens,
     }
 
 

@@ -1,8 +1,7 @@
-"""Requests wait here, first come, first served, and one thread runs the models.
+"""Requests from any thread, decoded by one: limits, deadlines, cancelling, closing.
 
-Any thread may ask, cancel or close; `run` is the one that computes. It gives waiting requests the
-places that are free, lets every model make a token for all of its own at once, and hands out what
-came. Knows no HTTP and no text of a prompt.
+Any thread may submit, cancel or close; `run` is the one that computes. Every model's own queue
+decides what is decoded next, first come, first served. Knows no HTTP and no text of a prompt.
 """
 
 from __future__ import annotations
@@ -11,34 +10,24 @@ import math
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from jaxtune.cli import note
 from jaxtune.config import JaxtuneError
+from jaxtune.data.templating.template import Template
+from jaxtune.inference.generate import TextEvent
+from jaxtune.inference.sampling import Sampling
 from jaxtune.parallel import memory
 from jaxtune.server.openai_schema import BROKEN, BUSY, Refused
 
-if TYPE_CHECKING:
-    from jaxtune.data.templating.template import Template
-    from jaxtune.inference.generate import Generation, TextEvent
-    from jaxtune.inference.sampling import Sampling
-
-# Tokens that every answer is taken further before others are looked at: who waits, who has gone.
+# Tokens of every answer between two looks at new requests and at clients that have gone.
 _STEPS = 4
 
 
-class Event(NamedTuple):
-    """More text of an answer; with the last of it how it ended."""
-
-    text: str
-    ended: Generation | None
-
-
-class Engine(Protocol):
-    """A model that answers several requests at a time: `answering.TextGenerator`."""
+class Generator(Protocol):
+    """A model with a queue and slots: `TextGenerator`."""
 
     def submit(
         self,
@@ -48,33 +37,32 @@ class Engine(Protocol):
         sampling: Sampling = ...,
         stop: Sequence[str] = (),
         template: Template | None = None,
-    ) -> int:
-        """The number of the request. Raises `JaxtuneError`."""
-        ...
+    ) -> int: ...
 
     def cancel(self, request: int) -> None: ...
 
     def step(self, most: int = ...) -> Iterable[TextEvent]: ...
 
-    def give_up(self) -> int:
-        """After a step that raised for want of memory: the request that is ended for it."""
-        ...
+    def give_up(self) -> int: ...
 
 
-class Wanted(NamedTuple):
+class GenerationRequest(NamedTuple):
+    """A prompt for a model; `template` is that of the prompt if it is a conversation."""
+
     model: str
     prompt: Sequence[int]
     max_new_tokens: int
     sampling: Sampling
     stop: tuple[str, ...]
-    template: Template | None = None  # of the prompt, where it is a conversation
+    template: Template | None = None
 
 
 class Limits(NamedTuple):
-    """`slots` answers are made at the same time by each model, and `queue` requests may wait for
-    one of them, those that find one free not counted.
-    `seconds` are those from the question to the end of its answer, waiting included; `grace`
-    those that answers have to end in when the server is told to stop."""
+    """The limits of a server: each model decodes `slots` requests at a time, `queue` more may wait.
+
+    `seconds` are from the request to the end of its answer, waiting included; `grace` those that
+    answers have to end in after a signal.
+    """
 
     body_bytes: int = 1 << 20
     messages: int = 1000
@@ -85,14 +73,14 @@ class Limits(NamedTuple):
 
 
 @dataclass(eq=False)
-class Job:
+class PendingRequest:
     """A request on its way. `deliver` is called by the thread that runs the models."""
 
-    wanted: Wanted
-    deliver: Callable[[Event | Refused], None]
+    request: GenerationRequest
+    deliver: Callable[[TextEvent | Refused], None]
     deadline: float
-    began: float | None = None
-    number: int | None = None
+    began: float | None = None  # when it got a slot
+    number: int | None = None  # that its model gave it
     done: bool = False
 
 
@@ -100,208 +88,206 @@ class _Close(NamedTuple):
     pass
 
 
-class Desk:
-    """Where requests wait and are answered."""
+class Scheduler:
+    """The requests of all models, and the thread that runs the models."""
 
-    def __init__(self, engines: Mapping[str, Engine], limits: Limits) -> None:
+    def __init__(self, generators: Mapping[str, Generator], limits: Limits) -> None:
         self.limits = limits
-        self._engines = dict(engines)
+        self._generators = dict(generators)
         # A signal handler puts into it, too: this queue alone may be entered twice by one thread.
-        self._inbox: queue.SimpleQueue[tuple[str, Job] | _Close] = queue.SimpleQueue()
-        self._waiting: dict[str, deque[Job]] = {name: deque() for name in engines}
-        self._running: dict[str, dict[int, Job]] = {name: {} for name in engines}
-        self._count = threading.Lock()
-        # By model, those that wait, are still in the inbox, or are answered.
-        self._here = dict.fromkeys(engines, 0)
+        self._inbox: queue.SimpleQueue[tuple[str, PendingRequest] | _Close] = queue.SimpleQueue()
+        self._pending: dict[str, dict[int, PendingRequest]] = {name: {} for name in generators}
+        self._lock = threading.Lock()
+        self._here = dict.fromkeys(generators, 0)  # by model, those in the inbox included
+        self._answering = 0
         self._closing = False
         self._close_by = math.inf
         self._mean_seconds = 1.0  # of an answer, for Retry-After
 
     @property
     def places(self) -> int:
-        """How many requests may wait or be answered."""
-        return self.limits.queue + self.limits.slots * len(self._engines)
+        """How many requests may wait or have a slot."""
+        return self.limits.queue + self.limits.slots * len(self._generators)
 
     # -- any thread --
 
-    def ask(self, wanted: Wanted, deliver: Callable[[Event | Refused], None]) -> Job:
-        """Raises `Refused` when too many wait, or the server is stopping."""
+    def submit(
+        self, request: GenerationRequest, deliver: Callable[[TextEvent | Refused], None]
+    ) -> PendingRequest:
+        """Queue a request. Raises: Refused if too many wait, or the server is stopping."""
         if self._closing:
             raise stopping()
-        with self._count:
-            self._here[wanted.model] += 1
+        with self._lock:
+            self._here[request.model] += 1
             if self._beyond_slots() > self.limits.queue:
-                self._here[wanted.model] -= 1
+                self._here[request.model] -= 1
                 raise self._busy()
-        job = Job(wanted, deliver, time.monotonic() + self.limits.seconds)
-        self._inbox.put(("ask", job))
-        return job
+        pending = PendingRequest(request, deliver, time.monotonic() + self.limits.seconds)
+        self._inbox.put(("submit", pending))
+        return pending
 
-    def cancel(self, job: Job) -> None:
-        """The client has gone: its place is free before the next token. Harmless when done."""
-        if not job.done:
-            self._inbox.put(("cancel", job))
+    def cancel(self, pending: PendingRequest) -> None:
+        """End a request whose client has gone, before the next token. Harmless when done."""
+        if not pending.done:
+            self._inbox.put(("cancel", pending))
 
     def close(self) -> None:
-        """`run` returns when all is answered, after `grace` seconds at the latest; when called
-        again, at once. May be called by a signal handler."""
+        """Let `run` return when all is answered, after `grace` seconds at the latest.
+
+        A second call ends it at once. May be called by a signal handler.
+        """
         self._inbox.put(_Close())
 
     def counts(self) -> tuple[int, int]:
-        """How many requests wait, and how many are being answered."""
-        answered = sum(map(len, self._running.values()))
-        return max(0, sum(self._here.values()) - answered), answered
+        """Count the requests that wait and those that have a slot."""
+        answering = self._answering
+        return max(0, sum(self._here.values()) - answering), answering
 
     def _beyond_slots(self) -> int:
-        """How many have to wait: a request is none of them while its model has a free slot, also
-        before the thread that computes has come to it."""
+        """Count those that have to wait: none while their model has a free slot, also before the
+        thread that computes has seen them."""
         return sum(max(0, here - self.limits.slots) for here in self._here.values())
 
     def _busy(self) -> Refused:
-        wait = self._beyond_slots()
-        waits = wait * self._mean_seconds / self.limits.slots
+        waiting = self._beyond_slots()
+        seconds = waiting * self._mean_seconds / self.limits.slots
         return Refused(
             429,
-            f"{wait} requests wait already, which is the limit. Ask again later.",
+            f"{waiting} requests wait already, which is the limit. Ask again later.",
             kind=BUSY,
             code="rate_limit_exceeded",
-            headers={"Retry-After": str(max(1, min(60, round(waits))))},
+            headers={"Retry-After": str(max(1, min(60, round(seconds))))},
         )
 
     # -- the thread that computes --
 
     def run(self) -> None:
-        """Until closed. What an engine raises ends it, after every request has been told; but for
-        want of memory one request is ended, and the others go on."""
+        """Run until closed. An exception of a model ends it, after every request was answered.
+
+        If memory runs out, one request is ended and the others go on.
+        """
         try:
-            while not (self._closing and self._all_told()):
-                self._hear(block=not self._has_work())
+            while not (self._closing and self._finished()):
+                self._receive(block=not self._has_work())
                 self._drop_late()
-                self._admit()
-                for name in self._engines:
-                    if self._running[name]:
+                for name, pending in self._pending.items():
+                    if pending:
                         self._step(name)
         except BaseException:
             self._closing = True
-            self._tell_all(Refused(500, "the model failed; the server stops.", kind=BROKEN))
+            self._refuse_all(Refused(500, "the model failed; the server stops.", kind=BROKEN))
             raise
 
     def _has_work(self) -> bool:
-        return any(self._running.values()) or any(self._waiting.values())
+        return any(self._pending.values())
 
-    def _hear(self, *, block: bool) -> None:
+    def _receive(self, *, block: bool) -> None:
         while True:
             try:
-                said = self._inbox.get(block=block)
+                message = self._inbox.get(block=block)
             except queue.Empty:
                 return
             block = False
-            if isinstance(said, _Close):
+            if isinstance(message, _Close):
                 again = self._closing
                 self._closing = True
                 self._close_by = time.monotonic() + (0 if again else self.limits.grace)
                 continue
-            what, job = said
-            if what == "ask":
-                self._waiting[job.wanted.model].append(job)
+            kind, pending = message
+            if kind == "submit":
+                self._queue(pending)
             else:
-                self._drop(job)
+                self._drop(pending)
 
-    def _all_told(self) -> bool:
+    def _queue(self, pending: PendingRequest) -> None:
+        request = pending.request
+        try:
+            pending.number = self._generators[request.model].submit(
+                request.prompt,
+                max_new_tokens=request.max_new_tokens,
+                sampling=request.sampling,
+                stop=request.stop,
+                template=request.template,
+            )
+        except JaxtuneError as error:
+            self._finish(pending)
+            pending.deliver(Refused(400, str(error)))
+            return
+        self._pending[request.model][pending.number] = pending
+
+    def _finished(self) -> bool:
         if self._has_work() and time.monotonic() < self._close_by:
             return False
-        self._hear(block=False)  # what was asked before `closing` was seen
-        self._tell_all(stopping())
+        self._receive(block=False)  # what came before `closing` was seen
+        self._refuse_all(stopping())
         return True
 
-    def _tell_all(self, refusal: Refused) -> None:
-        for job in self._jobs():
-            self._drop(job)
-            job.deliver(refusal)
+    def _refuse_all(self, refusal: Refused) -> None:
+        for pending in self._all():
+            self._drop(pending)
+            pending.deliver(refusal)
 
-    def _jobs(self) -> list[Job]:
-        waiting = [job for jobs in self._waiting.values() for job in jobs]
-        return waiting + [job for jobs in self._running.values() for job in jobs.values()]
+    def _all(self) -> list[PendingRequest]:
+        return [pending for each in self._pending.values() for pending in each.values()]
 
     def _drop_late(self) -> None:
         now = time.monotonic()
-        for job in self._jobs():
-            if now > job.deadline:
-                waited = job.number is None
-                self._drop(job)
-                job.deliver(_late(self.limits.seconds, waited=waited))
-
-    def _admit(self) -> None:
-        """Waiting requests into free places, in the order in which they came."""
-        for name, engine in self._engines.items():
-            waiting, running = self._waiting[name], self._running[name]
-            while waiting and len(running) < self.limits.slots:
-                job = waiting.popleft()
-                wanted = job.wanted
-                try:
-                    number = engine.submit(
-                        wanted.prompt,
-                        max_new_tokens=wanted.max_new_tokens,
-                        sampling=wanted.sampling,
-                        stop=wanted.stop,
-                        template=wanted.template,
-                    )
-                except JaxtuneError as error:
-                    self._leaves(job)
-                    job.deliver(Refused(400, str(error)))
-                    continue
-                job.number, job.began = number, time.monotonic()
-                running[number] = job
+        for pending in self._all():
+            if now > pending.deadline:
+                self._drop(pending)
+                pending.deliver(_late(self.limits.seconds, waited=pending.began is None))
 
     def _step(self, name: str) -> None:
-        running = self._running[name]
+        generator, all_pending = self._generators[name], self._pending[name]
+        began = time.monotonic()
         try:
-            pieces = self._engines[name].step(_STEPS)
+            events = generator.step(_STEPS)
         except Exception as error:
             if not memory.is_exhausted(error):
                 raise
-            job = running.pop(self._engines[name].give_up())
-            self._leaves(job)
-            job.deliver(self._too_large(job.wanted))
+            pending = all_pending.pop(generator.give_up())
+            self._finish(pending)
+            pending.deliver(_too_large(pending.request))
             return
-        for piece in pieces:
-            job = running[piece.request]
-            if piece.generation is not None:
-                del running[piece.request]
-                self._leaves(job)
-                assert job.began is not None
-                self._mean_seconds += 0.1 * (time.monotonic() - job.began - self._mean_seconds)
-            job.deliver(Event(piece.text, piece.generation))
+        for event in events:
+            pending = all_pending[event.request]
+            if pending.began is None:  # a slot gives its first event in the same step
+                pending.began = began
+                self._answering += 1
+            if event.generation is not None:
+                del all_pending[event.request]
+                self._finish(pending)
+                self._mean_seconds += 0.1 * (time.monotonic() - pending.began - self._mean_seconds)
+            pending.deliver(event)
 
-    def _too_large(self, wanted: Wanted) -> Refused:
-        asked = f"{len(wanted.prompt)} tokens and an answer of up to {wanted.max_new_tokens}"
-        note(
-            f"out of memory on a device: a request of {asked} is ended, the others go on. "
-            "A smaller --serve_length or fewer --serve_slots leave more room."
-        )
-        return Refused(
-            503,
-            f"there is no memory for {asked}. Shorten the prompt or ask for less.",
-            kind=BROKEN,
-            code="out_of_memory",
-        )
-
-    def _drop(self, job: Job) -> None:
-        """Out of the queue, or out of its place."""
-        if job.done:
+    def _drop(self, pending: PendingRequest) -> None:
+        """End a request in the queue, or in its slot."""
+        if pending.done:
             return
-        self._leaves(job)
-        name = job.wanted.model
-        if job.number is None:
-            self._waiting[name].remove(job)
-        else:
-            del self._running[name][job.number]
-            self._engines[name].cancel(job.number)
+        self._finish(pending)
+        assert pending.number is not None
+        del self._pending[pending.request.model][pending.number]
+        self._generators[pending.request.model].cancel(pending.number)
 
-    def _leaves(self, job: Job) -> None:
-        job.done = True
-        with self._count:
-            self._here[job.wanted.model] -= 1
+    def _finish(self, pending: PendingRequest) -> None:
+        pending.done = True
+        self._answering -= pending.began is not None
+        with self._lock:
+            self._here[pending.request.model] -= 1
+
+
+def _too_large(request: GenerationRequest) -> Refused:
+    size = f"{len(request.prompt)} tokens and an answer of up to {request.max_new_tokens}"
+    note(
+        f"out of memory on a device: a request of {size} is ended, the others go on. "
+        "A smaller --serve_length or fewer --serve_slots leave more room."
+    )
+    return Refused(
+        503,
+        f"there is no memory for {size}. Shorten the prompt or ask for less.",
+        kind=BROKEN,
+        code="out_of_memory",
+    )
 
 
 def stopping() -> Refused:

@@ -313,11 +313,11 @@ def test_a_conversation_turns_the_adapter_off_and_on(
                 said = (await client.post("/v1/chat/completions", json=body, timeout=300)).json()
                 served[name] = printable(said["choices"][0]["message"]["content"]) + "\n"
 
-    def serve(app: Any, desk: scheduler.Desk, taken: Any, models: str) -> None:
-        thread = threading.Thread(target=desk.run)
+    def serve(app: Any, scheduler: scheduler.Scheduler, taken: Any, models: str) -> None:
+        thread = threading.Thread(target=scheduler.run)
         thread.start()
         asyncio.run(ask_each(app, models.split(", ")))
-        desk.close()
+        scheduler.close()
         thread.join()
 
     monkeypatch.setattr(start, "serve", serve)

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from jaxtune import chat
+from jaxtune.api.chat import ChatResult
 from jaxtune.config import load
 from jaxtune.data.templating.answer_text import Affixes
 from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.inference import generate
+from jaxtune.repl import models as repl_models
 from jaxtune.terminal.text import printable
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model"
@@ -95,17 +97,17 @@ def test_drawn_answers_repeat_with_their_seed(
 def conversation(monkeypatch: pytest.MonkeyPatch, text: str, *models: Any) -> list[list[str]]:
     """Types `text`; gives what each answer was asked with, one list of contents per answer."""
     asked: list[list[str]] = []
-    stream = generate.stream
+    stream = repl_models.stream
 
     def remember(model: Any, words: Any, messages: Any, **more: Any) -> Any:
         asked.append([message.content for message in messages])
         return stream(model, words, messages, **more)
 
-    monkeypatch.setattr(generate, "stream", remember)
+    monkeypatch.setattr(repl_models, "stream", remember)
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     options = chat.ChatOptions(base=str(models[1].folder) if len(models) > 1 else None)
     config = load(overrides={"model_name_or_path": str(models[0].folder)})
-    assert chat.run(config, options) == chat.Result([])
+    assert chat.run(config, options) == ChatResult([])
     return asked
 
 

@@ -22,7 +22,7 @@ import openai
 import pytest
 
 from jaxtune import chat
-from jaxtune.server.run import KEY, address
+from jaxtune.server.bound_socket import KEY, Address, BoundSocket, parse_address
 from jaxtune.terminal.text import printable
 
 SAID = "Yes, you can"
@@ -276,22 +276,22 @@ def test_refusals(
 
 
 def test_addresses() -> None:
-    assert address(":8000") == ("127.0.0.1", 8000)
-    assert address("8000") == ("127.0.0.1", 8000)
-    assert address("[::1]:0").url == "http://[::1]:0"
-    assert address("0.0.0.0:80").loopback is False
-    assert address("localhost:80").loopback is True
+    assert parse_address(":8000") == ("127.0.0.1", 8000)
+    assert parse_address("8000") == ("127.0.0.1", 8000)
+    assert parse_address("[::1]:0").url == "http://[::1]:0"
+    assert parse_address("0.0.0.0:80").loopback is False
+    assert parse_address("localhost:80").loopback is True
 
 
 def test_another_host_is_announced(capsys: pytest.CaptureFixture[str]) -> None:
     from jaxtune.server import run as listen
 
     with socket.create_server(("0.0.0.0", 0)) as anywhere:
-        at = listen.Address("0.0.0.0", anywhere.getsockname()[1])
-        listen._announce(listen.Taken(anywhere, at, None), "model")
+        at = Address("0.0.0.0", anywhere.getsockname()[1])
+        listen._announce(BoundSocket(anywhere, at, None), "model")
         said = capsys.readouterr().err
         assert "whoever reaches 0.0.0.0 may ask, without a key" in said
-        listen._announce(listen.Taken(anywhere, at, "sesame"), "model")
+        listen._announce(BoundSocket(anywhere, at, "sesame"), "model")
         said = capsys.readouterr().err
         assert "who has the key" in said
         assert "sesame" not in said

@@ -68,8 +68,8 @@ def test_commands() -> None:
 def test_no_such_command_is_one_line(typed: str, said: str) -> None:
     (found,), _ = read(typed)
     assert isinstance(found, Unknown)
-    assert said in found.said
-    assert "\n" not in found.said
+    assert said in found.message
+    assert "\n" not in found.message
 
 
 def test_help_names_every_command() -> None:

@@ -12,14 +12,15 @@ import pytest
 
 from jaxtune.config import DataError
 from jaxtune.data.schema import Message
-from jaxtune.repl.models import Ended, Settings, Voice
-from jaxtune.repl.repl import converse
+from jaxtune.inference.generate import Generation
+from jaxtune.repl.models import ChatModel, ChatSettings
+from jaxtune.repl.repl import run_conversation
 
 
 class Asked(NamedTuple):
     who: str
     contents: list[str]
-    settings: Settings
+    settings: ChatSettings
 
 
 class Scene:
@@ -32,7 +33,9 @@ class Scene:
         self.adapter = False
 
     def _say(self, who: str) -> Any:
-        def say(messages: Sequence[Message], settings: Settings) -> Generator[str, None, Ended]:
+        def say(
+            messages: Sequence[Message], settings: ChatSettings
+        ) -> Generator[str, None, Generation]:
             contents = [message.content for message in messages]
             again = any(asked.contents == contents for asked in self.asked)
             if "too long" in contents[-1] or (again and contents[-1] == "once only"):
@@ -40,7 +43,9 @@ class Scene:
             self.asked.append(Asked(who, contents, settings))
             yield f"{who} "
             yield str(len(self.asked))
-            return Ended("cut" not in contents[-1], full=contents[-1] == "cut full")
+            most = settings.max_new_tokens
+            tokens = most - 1 if contents[-1] == "cut full" else most
+            return Generation(f"{who} {len(self.asked)}", "cut" not in contents[-1], tokens)
 
         return say
 
@@ -48,10 +53,10 @@ class Scene:
         self.asked.clear()
         self.patch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         voices = [
-            Voice(name, self._say(name), self._say("bare") if self.adapter else None)
+            ChatModel(name, self._say(name), self._say("bare") if self.adapter else None)
             for name in self.labels
         ]
-        converse(voices, Settings(seed=5))
+        run_conversation(voices, ChatSettings(seed=5))
         found = self.capsys.readouterr()
         return found.out, found.err
 
@@ -103,7 +108,7 @@ def test_every_draw_has_a_seed_of_its_own(scene: Scene) -> None:
 def test_settings(scene: Scene) -> None:
     lines = ("/temperature", "/top_p 0.9", "/top_k 3", "/repetition_penalty 1.1")
     _, said = scene(*lines, "/max_new_tokens 7", "/top_p 2", "/top_k x", "/seed 1.5", "one")
-    assert scene.asked[0].settings == Settings(0.0, 3, 0.9, 1.1, 5, 7)
+    assert scene.asked[0].settings == ChatSettings(0.0, 3, 0.9, 1.1, 5, 7)
     assert "temperature: 0.0 (greedy)" in said
     assert "top_p is 2.0; expected more than 0, at most 1" in said
     assert "/top_k: expected a whole number; got 'x'" in said

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import httpx
 
 from jaxtune.config import DataError
-from jaxtune.server.app import Defaults, Served, application
-from jaxtune.server.auth import Door
-from jaxtune.server.run import Address, Taken, bind, serve
-from jaxtune.server.scheduler import Desk, Limits
+from jaxtune.server.app import Defaults, ServedModel, application
+from jaxtune.server.auth import AccessPolicy
+from jaxtune.server.bound_socket import Address, BoundSocket, bind
+from jaxtune.server.run import serve
+from jaxtune.server.scheduler import Limits, Scheduler
 
 POSITIONS = 200
 
@@ -33,7 +34,7 @@ class Drawn:
 
 
 class Said(NamedTuple):
-    """`answering.Answer`, without JAX."""
+    """`generate.Generation`, without JAX."""
 
     text: str
     stopped: bool
@@ -51,14 +52,17 @@ class JaxRuntimeError(RuntimeError):
 
 
 class Echo:
-    """Says the characters of its prompt, one a step; remembers in which order it was asked. It has
-    no memory for a prompt that begins with `enormous`."""
+    """Says the characters of a prompt, one a step, of `slots` prompts at a time; remembers in which
+    order they were begun. It has no memory for one that begins with `enormous`.
+    """
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
         self.asked: list[str] = []
         self.settings: list[tuple[int, Any, Sequence[str]]] = []
         self.cancelled: list[int] = []
+        self.slots = 1
+        self.waiting: dict[int, tuple[str, int, int]] = {}
         self.going: dict[int, tuple[str, int, int]] = {}
         self.most = 0
         self.broken = False
@@ -77,20 +81,23 @@ class Echo:
         if "unspeakable" in text:
             raise DataError("prompt 0 cannot be said.")
         number = next(self._numbers)
-        self.asked.append(text)
         self.settings.append((max_new_tokens, sampling, stop))
-        self.going[number] = (text, 0, max_new_tokens)
-        self.most = max(self.most, len(self.going))
+        self.waiting[number] = (text, 0, max_new_tokens)
         return number
 
     def cancel(self, request: int) -> None:
         self.cancelled.append(request)
-        del self.going[request]
+        del (self.going if request in self.going else self.waiting)[request]
 
     def step(self, most: int | None = None) -> list[TextEvent]:
         if self.broken:
             raise RuntimeError("no memory for 'a secret question'")
         time.sleep(self.seconds)
+        while self.waiting and len(self.going) < self.slots:
+            number = next(iter(self.waiting))
+            self.going[number] = self.waiting.pop(number)
+            self.asked.append(self.going[number][0])
+            self.most = max(self.most, len(self.going))
         if self._enormous():
             raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
         pieces = []
@@ -124,8 +131,8 @@ def chat_ids(
 
 
 class Running:
-    def __init__(self, url: str, desk: Desk, engines: Mapping[str, Echo]) -> None:
-        self.url, self.desk, self.engines = url, desk, engines
+    def __init__(self, url: str, scheduler: Scheduler, engines: Mapping[str, Echo]) -> None:
+        self.url, self.scheduler, self.engines = url, scheduler, engines
         self.client = httpx.Client(base_url=url, timeout=30)
 
     def chat(self, text: str, model: str = "model", **more: Any) -> httpx.Response:
@@ -148,29 +155,34 @@ def running(
     seed_given: bool = False,
     **limits: Any,
 ) -> Iterator[Running]:
-    desk = Desk(engines, Limits(**{"seconds": 20.0, "grace": 0.5, "slots": 4, **limits}))
-    served = [Served(name, POSITIONS, chat_ids, lambda text: [*map(ord, text)]) for name in engines]
-    taken = Taken(*bind(Address("127.0.0.1", 0)), key)
+    bounds = Limits(**{"seconds": 20.0, "grace": 0.5, "slots": 4, **limits})
+    for engine in engines.values():
+        engine.slots = bounds.slots
+    scheduler = Scheduler(engines, bounds)
+    served = [
+        ServedModel(name, POSITIONS, chat_ids, lambda text: [*map(ord, text)]) for name in engines
+    ]
+    taken = BoundSocket(*bind(Address("127.0.0.1", 0)), key)
     at = taken.address
     defaults = Defaults(Drawn(), 64, seed_given)
-    app = application(served, desk, defaults, Door(loopback, key), "echo")
+    app = application(served, scheduler, defaults, AccessPolicy(loopback, key), "echo")
     failed: list[BaseException] = []
 
     def go() -> None:
         try:
-            serve(app, desk, taken, "echo")
+            serve(app, scheduler, taken, "echo")
         except BaseException as error:
             failed.append(error)
 
     thread = threading.Thread(target=go)
     thread.start()
-    found = Running(at.url, desk, engines)
+    found = Running(at.url, scheduler, engines)
     try:
         found.wait(lambda: _answers(at.url))
         yield found
     finally:
         found.client.close()
-        desk.close()
+        scheduler.close()
         thread.join(timeout=60)
         assert not thread.is_alive(), "the server does not end"
     if not any(engine.broken for engine in engines.values()):

@@ -13,8 +13,7 @@ import httpx
 import pytest
 from echo import POSITIONS, Echo, Running, running
 
-from jaxtune.server import app
-from jaxtune.server import connections as lines
+from jaxtune.server import app, connections
 
 
 def error(response: httpx.Response, status: int) -> dict[str, Any]:
@@ -174,7 +173,7 @@ def closed(line: socket.socket) -> bool:
 
 def test_a_head_that_does_not_come(echo: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a new connection, on one that was answered before, and behind a body refused early."""
-    monkeypatch.setattr(lines, "_HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "_HEAD_SECONDS", 0.3)
     parts = urlsplit(echo.url)
     place = (parts.hostname, parts.port)
     head = f"GET /health HTTP/1.1\r\nHost: {parts.netloc}\r\n".encode()
@@ -201,10 +200,10 @@ def test_connections_without_a_request_block_nobody(
     parts = urlsplit(echo.url)
     place = (parts.hostname, parts.port)
     with contextlib.ExitStack() as stack:
-        for _ in range(echo.desk.places + 64):
+        for _ in range(echo.scheduler.places + 64):
             stack.enter_context(socket.create_connection(place))
         assert echo.chat("Hello").status_code == 200
-    monkeypatch.setattr(lines, "_IDLE", 5)
+    monkeypatch.setattr(connections, "_IDLE", 5)
     with contextlib.ExitStack() as stack:
         held = [stack.enter_context(socket.create_connection(place)) for _ in range(20)]
         assert closed(held[0])
@@ -344,12 +343,12 @@ def test_too_many_wait() -> None:
             found.client.stream(*ask, json=body),
             other.stream(*ask, json=body),
         ):
-            found.wait(lambda: found.desk.counts() == (1, 1))
+            found.wait(lambda: found.scheduler.counts() == (1, 1))
             response = found.chat("Hi")
             assert error(response, 429)["code"] == "rate_limit_exceeded"
             assert int(response.headers["retry-after"]) >= 1
         found.wait(lambda: bool(engine.cancelled))
-        found.wait(lambda: found.desk.counts() == (0, 0))
+        found.wait(lambda: found.scheduler.counts() == (0, 0))
         assert found.chat("Hi").status_code == 200
 
 

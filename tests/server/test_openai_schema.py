@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from jaxtune.server.openai_schema import ChatAsked, Refused, TextAsked, parse
+from jaxtune.server.openai_schema import ChatRequest, CompletionRequest, Refused, parse
 
 HI = [{"role": "user", "content": "Hi"}]
 
 
-def refusal(body: Any, shape: Any = ChatAsked) -> tuple[str | None, str]:
+def refusal(body: Any, shape: Any = ChatRequest) -> tuple[str | None, str]:
     sent = body if isinstance(body, bytes) else json.dumps(body).encode()
     with pytest.raises(Refused) as caught:
         parse(shape, sent)
@@ -38,7 +38,7 @@ def test_what_a_client_may_send() -> None:
         *(answer, {"role": "tool", "tool_call_id": "c1", "content": "3"}),
     ]
     asked = parse(
-        ChatAsked,
+        ChatRequest,
         json.dumps(
             chat(
                 messages=messages, temperature=1, top_p=0.9, seed=-1, stop="END", stream=True, n=1,
@@ -53,15 +53,15 @@ def test_what_a_client_may_send() -> None:
     assert asked.usage_asked
     assert asked.temperature == 1
     assert asked.messages[2].tool_calls is not None
-    assert parse(TextAsked, b'{"model": "m", "prompt": "Once", "stop": ["a", "b"]}').stops == (
-        *("a", "b"),
-    )
+    assert parse(
+        CompletionRequest, b'{"model": "m", "prompt": "Once", "stop": ["a", "b"]}'
+    ).stops == (*("a", "b"),)
 
 
 def test_a_stop_may_be_long_and_there_may_be_sixteen() -> None:
     for stop in ("a text that is longer than sixteen characters", ["x" * 99] * 16):
         expected = (stop,) if isinstance(stop, str) else tuple(stop)
-        assert parse(ChatAsked, json.dumps(chat(stop=stop)).encode()).stops == expected
+        assert parse(ChatRequest, json.dumps(chat(stop=stop)).encode()).stops == expected
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,11 @@ def test_what_is_no_request() -> None:
     assert refusal({"messages": HI}) == ("model", "model: field required.")
     nan = b'{"model": "m", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}'
     assert "temperature" in refusal(nan)[1]
-    assert refusal({"model": "m", "prompt": ["a", "b"]}, TextAsked)[0] == "prompt"
-    assert "expected false" in refusal({"model": "m", "prompt": "a", "echo": True}, TextAsked)[1]
+    assert refusal({"model": "m", "prompt": ["a", "b"]}, CompletionRequest)[0] == "prompt"
+    assert (
+        "expected false"
+        in refusal({"model": "m", "prompt": "a", "echo": True}, CompletionRequest)[1]
+    )
 
 
 def test_a_refusal_never_repeats_what_was_said() -> None:

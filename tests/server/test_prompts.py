@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jaxtune.config import DataError
-from jaxtune.inference import generate
+from jaxtune.server import prompts
 from jaxtune.server.prompts import chat_ids
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
@@ -37,7 +37,7 @@ def ids(
             raise DataError("an empty answer")
         return [*map(ord, text)]
 
-    monkeypatch.setattr(generate, "prompt_ids", prompt_ids)
+    monkeypatch.setattr(prompts, "prompt_ids", prompt_ids)
     nothing: Any = None
     return chat_ids(nothing, nothing, messages, tools)
 

@@ -10,42 +10,47 @@ from typing import Any
 import pytest
 from echo import Drawn, Echo
 
+from jaxtune.inference.generate import TextEvent
 from jaxtune.server.openai_schema import Refused
-from jaxtune.server.scheduler import Desk, Event, Job, Limits, Wanted
+from jaxtune.server.scheduler import GenerationRequest, Limits, PendingRequest, Scheduler
 
 
 class Office:
-    """A desk with the thread that runs it, and what it handed out."""
+    """A scheduler with the thread that runs it, and what it handed out."""
 
     def __init__(self, engines: dict[str, Echo], limits: Limits) -> None:
-        self.desk = Desk(engines, limits)
-        self.came: dict[str, list[Event | Refused]] = {}
+        for engine in engines.values():
+            engine.slots = limits.slots
+        self.scheduler = Scheduler(engines, limits)
+        self.came: dict[str, list[TextEvent | Refused]] = {}
         self.first: list[str] = []
         self.failed: list[BaseException] = []
         self.thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
         try:
-            self.desk.run()
+            self.scheduler.run()
         except BaseException as error:
             self.failed.append(error)
 
-    def ask(self, text: str, model: str = "m") -> Job:
+    def ask(self, text: str, model: str = "m") -> PendingRequest:
         got = self.came.setdefault(text, [])
 
-        def deliver(event: Event | Refused) -> None:
+        def deliver(event: TextEvent | Refused) -> None:
             if not got:
                 self.first.append(text)
             got.append(event)
 
-        return self.desk.ask(Wanted(model, [*map(ord, text)], 99, Drawn(), ()), deliver)
+        return self.scheduler.submit(
+            GenerationRequest(model, [*map(ord, text)], 99, Drawn(), ()), deliver
+        )
 
     def text(self, asked: str) -> str:
-        return "".join(event.text for event in self.came[asked] if isinstance(event, Event))
+        return "".join(event.text for event in self.came[asked] if not isinstance(event, Refused))
 
     def ended(self, asked: str) -> bool:
         last = (self.came[asked] or [None])[-1]
-        return isinstance(last, Refused) or (last is not None and last.ended is not None)
+        return isinstance(last, Refused) or (last is not None and last.generation is not None)
 
     def wait(self, *asked: str) -> None:
         end = time.monotonic() + 10
@@ -65,7 +70,7 @@ def office() -> Iterator[Any]:
 
     yield make
     for each in made:
-        each.desk.close()
+        each.scheduler.close()
         if each.thread.ident is not None:
             each.thread.join(timeout=60)
             assert not each.thread.is_alive()
@@ -83,7 +88,7 @@ def test_first_come_first_served(office: Any) -> None:
     assert here.first == names
     assert engine.most == 3
     assert [here.text(name) for name in names] == names
-    assert here.desk.counts() == (0, 0)
+    assert here.scheduler.counts() == (0, 0)
 
 
 def test_a_place_that_is_free_is_taken_while_others_are_answered(office: Any) -> None:
@@ -93,7 +98,7 @@ def test_a_place_that_is_free_is_taken_while_others_are_answered(office: Any) ->
         here.ask(name)
     here.thread.start()
     here.wait("a" * 50, "bb", "cc")
-    last = [name for name, got in here.came.items() if got and got[-1].ended]
+    last = [name for name, got in here.came.items() if got and got[-1].generation]
     assert len(last) == 3
     assert here.first == ["a" * 50, "bb", "cc"]
     assert engine.most == 2
@@ -136,7 +141,7 @@ def test_who_finds_a_slot_free_does_not_wait(office: Any) -> None:
     here.ask("of the other", "n")
     here.thread.start()
     here.wait(*names, "of the other")
-    assert here.desk.counts() == (0, 0)
+    assert here.scheduler.counts() == (0, 0)
 
 
 def test_time_is_limited_also_for_those_who_wait(office: Any) -> None:
@@ -152,7 +157,7 @@ def test_time_is_limited_also_for_those_who_wait(office: Any) -> None:
     assert "did not end within 0.3 seconds" in str(cut)
     assert "was not begun" in str(never)
     assert engine.asked == ["long" * 100]
-    assert engine.cancelled == [0]
+    assert engine.cancelled == [0, 1]
     here.ask("next")
     here.wait("next")
     assert here.text("next") == "next"
@@ -166,14 +171,14 @@ def test_cancelled_in_the_queue_and_in_its_place(office: Any) -> None:
     here.thread.start()
     while not here.came["r" * 400]:
         time.sleep(0.002)
-    here.desk.cancel(waiting)
-    here.desk.cancel(running)
-    here.desk.cancel(running)  # a second time does nothing
+    here.scheduler.cancel(waiting)
+    here.scheduler.cancel(running)
+    here.scheduler.cancel(running)  # a second time does nothing
     here.wait("third")
     assert engine.asked == ["r" * 400, "third"]
-    assert engine.cancelled == [0]
+    assert engine.cancelled == [1, 0]
     assert not here.came["waits"]
-    assert here.desk.counts() == (0, 0)
+    assert here.scheduler.counts() == (0, 0)
 
 
 def test_what_an_engine_refuses_is_told(office: Any) -> None:
@@ -193,7 +198,7 @@ def test_closing_lets_answers_end(office: Any) -> None:
     here.thread.start()
     while not here.came["a" * 30]:
         time.sleep(0.001)
-    here.desk.close()
+    here.scheduler.close()
     here.wait("a" * 30, "b" * 30)
     here.thread.join(timeout=60)
     assert not here.thread.is_alive()
@@ -211,9 +216,9 @@ def test_closing_tells_those_who_cannot_end(office: Any, again: bool) -> None:
     here.thread.start()
     while not here.came["a" * 10_000]:
         time.sleep(0.001)
-    here.desk.close()
+    here.scheduler.close()
     if again:
-        here.desk.close()
+        here.scheduler.close()
     here.thread.join(timeout=60)
     assert not here.thread.is_alive()
     for asked in ("a" * 10_000, "waits"):
@@ -247,7 +252,7 @@ def test_want_of_memory_ends_the_request_it_was_for(
     assert "no memory for 15 tokens and an answer of up to 99" in str(refused)
     assert (here.text("before"), here.text("after")) == ("before", "after")
     assert not here.failed
-    assert here.desk.counts() == (0, 0)
+    assert here.scheduler.counts() == (0, 0)
     said = capsys.readouterr().err
     assert "--serve_length" in said
     assert "secret" not in said
