@@ -1,4 +1,4 @@
-"""How good a model is on a data set: loss, perplexity, token accuracy, and its answers.
+"""Measure a model on a data set: loss, perplexity, token accuracy, and its answers.
 
     python -m jaxtune.evaluate --model_name_or_path DIR --dataset FILE [--generate N] [--base DIR]
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page for a run directory: curves, data, examples, answers, how to repeat.
+"""Write one self-contained HTML page for a run: curves, data, examples, answers, how to repeat.
 
     python -m jaxtune.report RUN_DIR [--evaluation FILE.json ...] [--card] [--png]
 

@@ -1,4 +1,4 @@
-"""What `chat` does: answers to prompts, a conversation in the terminal, a server."""
+"""The work of `chat`: answers to prompts, a conversation in the terminal, a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One record -> one noun. Knows the columns of each format; knows no file and no template.
+"""Formats: record -> noun. Knows the columns of each format; knows no file and no template.
 
 To add a format: one function and one line in `FORMATS`. A column that is absent is a mistake in the
 configuration and raises; a value that is no use (null, wrong type, empty) drops that row.

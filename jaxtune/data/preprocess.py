@@ -1,4 +1,4 @@
-"""One source, from its file to examples: read, format, render, tokenise, cut to length, count.
+"""A source, from its file to examples: read, format, render, tokenise, cut to length, count.
 
 The chain itself, used alike by `preview` (which shows every row) and by the cache (which stores
 those that are trained). Knows no batch and no step.

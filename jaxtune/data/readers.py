@@ -1,4 +1,4 @@
-"""One file -> records. Knows bytes, lines and tables; knows nothing of what a record means.
+"""Readers: file -> records. Knows bytes, lines and tables; knows nothing of what a record means.
 
 JSON is read as Python objects, never through Arrow, so no missing key turns into a null. Files are
 read as a stream: memory holds a record or a block, never the file. Every record comes with the line

@@ -1,4 +1,4 @@
-"""What a dataset's `path` names -> files -> records. Knows folders and the hub; no record's sense.
+"""A dataset's `path` -> files -> records. Knows folders and the hub; not what a record means.
 
 A path is a file, a glob, a folder, a folder that the `datasets` library has saved, the id of a
 dataset on the Hugging Face hub, or a file, glob or folder of a store, which is fetched first. Of

@@ -44,7 +44,7 @@ _BEHIND = 1 << 28  # bytes that are written before they are read back together
 
 
 class Tokenizer(Protocol):
-    """What the export needs of a tokenizer; `data.tokenizer` has it."""
+    """A tokenizer, as far as the export needs it; `data.tokenizer` has it."""
 
     @property
     def folder(self) -> Path: ...
@@ -63,14 +63,14 @@ class Tokenizer(Protocol):
 
 
 class Template(Protocol):
-    """What the export needs of a template: the jinja text `apply_chat_template` will use."""
+    """A template, as far as the export needs it: the jinja text `apply_chat_template` will use."""
 
     @property
     def chat_template(self) -> str | None: ...
 
 
 class Exported(NamedTuple):
-    """What was written: every tensor was read back from the disk as its parameter gave it."""
+    """A written export: every tensor was read back from the disk as its parameter gave it."""
 
     folder: Path
     files: tuple[str, ...]
@@ -236,7 +236,7 @@ def _block(name: str, parts: list[TensorPart], indices: Sequence[Index]) -> Tens
 def _getter(
     leaf: Any, place: Mapping[str, int], placed: Placed
 ) -> Callable[[Index], Callable[[], Shards]]:
-    """How to get blocks of one tensor's part of a parameter, whole, on this host."""
+    """Return a getter of blocks of one tensor's part of a parameter, whole, on this host."""
     if callable(leaf):  # made when asked for, as merged weights are: a tensor's part at once
         at = {placed.row.axes.index(axis): where for axis, where in place.items()}
         made = once(lambda: np.expand_dims(leaf(at), tuple(at)))
@@ -257,7 +257,7 @@ def _getter(
 
 
 def _from_shards(leaf: jax.Array, index: Index) -> Shards:
-    """What each device of this host has of part `index` of a parameter, every value once."""
+    """Yield each local device's block of part `index` of a parameter, every value once."""
     for shard in leaf.addressable_shards:
         if shard.replica_id != 0:
             continue
@@ -436,7 +436,7 @@ def write_tokenizer(
 
 
 def _drop_chat_template(file: Path) -> None:
-    """One template only: transformers would find a second one here."""
+    """Remove the template of tokenizer_config.json: transformers would find a second one here."""
     if file.is_file():
         config = read_object(file, file.parent, limit=MAX_TABLE)
         if config.pop("chat_template", None) is not None:

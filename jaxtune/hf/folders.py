@@ -1,4 +1,4 @@
-"""What a local folder is, by the files in it: a model, or an adapter to one. No jax."""
+"""Tell, by the files in it, if a local folder is a model or an adapter to one. No jax."""
 
 import fnmatch
 import functools
@@ -31,7 +31,7 @@ _EXPORTED = (
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a folder, here or in a store, is an adapter and not a model."""
+    """Return True if a folder, here or in a store, is an adapter and not a model."""
     if object_store.is_url(name):
         return _is_adapter_there(name)
     folder = Path(name).expanduser()

@@ -1,4 +1,4 @@
-"""One invertible row per kind of tensor: how a checkpoint's tensors make a parameter, and back.
+"""Layouts: an invertible row per kind of tensor, from a checkpoint's tensors to a parameter.
 
     Row("model.layers.{L}.self_attn.q_proj.weight",
         "stack_{i}/layer_{j}/attention/q/kernel", "(H K) D -> L D H K")
@@ -70,7 +70,8 @@ class Row:
 
     @cached_property
     def takes_turns(self) -> bool:
-        """Whether the parts alternate along the shared dimension rather than follow each other."""
+        """Return True if the parts alternate along the shared dimension, False if they follow
+        each other."""
         return self.shared is not None and self._left[self.shared][-1] == "*"
 
     @cached_property
@@ -95,14 +96,14 @@ class Row:
 
 
 class TensorPiece(NamedTuple):
-    """One tensor of a parameter: its name in the file and its place, an index per spread axis."""
+    """A tensor of a parameter: its name in the file and its place, an index per spread axis."""
 
     name: str
     place: dict[str, int]
 
 
 class AxisPart(NamedTuple):
-    """Which positions of a dimension of `size` are one parameter's: `start`, `start + step`, ..."""
+    """A parameter's positions of a dimension of `size`: `start`, `start + step`, ..."""
 
     start: int
     step: int
@@ -231,7 +232,7 @@ class Placed:
         move(place[cut].transpose(self._permutation), self._unspread(values))
 
     def write(self, values: np.ndarray, tensor: np.ndarray | None = None) -> np.ndarray:
-        """One whole tensor as it stands in the file, from the parameter's values at its place.
+        """Return one whole tensor in the file's layout, from the parameter's values at its place.
 
         `values` has the parameter's axes without the spread ones, in the parameter's order. Of a
         tensor in parts, this one is filled in: in `tensor`, or in a new one, which is returned.

@@ -81,7 +81,7 @@ class HfModel:
 
     @property
     def eos_ids(self) -> list[int]:
-        """What the folder itself says ends a text: generation_config.json, else config.json."""
+        """Return the folder's own end-of-text ids: of generation_config.json, else config.json."""
         eos = self.generation.get("eos_token_id", self.config.get("eos_token_id"))
         ids = [i for i in (eos if isinstance(eos, list) else [eos]) if i is not None]
         if not all(type(i) is int for i in ids):
@@ -146,7 +146,7 @@ def open_model(
 
 
 def _understood(config: Mapping[str, Any], file: Path) -> tuple[Family, ModelSpec]:
-    """What `config` describes, when it is something of a size that can exist."""
+    """Return the family and the spec of `config`, if they are of a size that can exist."""
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         if method != mxfp4.METHOD:
@@ -287,7 +287,7 @@ def _assemble(
     sharding: jax.sharding.Sharding,
     read: Callable[[Index], np.ndarray],
 ) -> jax.Array:
-    """One global array from the slices this host's devices hold."""
+    """Build one global array from the slices this host's devices hold."""
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         cuts = index if index is not None else _whole(shape)

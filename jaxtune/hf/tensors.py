@@ -50,7 +50,7 @@ _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth")
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies: `code` is the file's dtype, `start` the byte its values begin at."""
+    """A tensor's place: `code` is the file's dtype, `start` the byte its values begin at."""
 
     file: Path
     code: str
@@ -207,7 +207,7 @@ def _brief(shape: Sequence[int]) -> str:
 
 
 class ShardPlan(NamedTuple):
-    """One file to write: its name, its header's bytes, each tensor's place, its whole size."""
+    """A file to write: its name, its header's bytes, each tensor's place, its whole size."""
 
     file: str
     header: bytes
@@ -362,7 +362,7 @@ def flush(file: Path) -> None:
 
 
 def damaged(runs: Sequence[WrittenRun]) -> Iterator[WrittenRun]:
-    """Those runs of one file that the disk gives other than they were written.
+    """Yield the runs of one file that the disk gives other than they were written.
 
     The disk, not the system's copy of it: the file is brought there first, and read past the cache
     where the file system has a way.

@@ -143,7 +143,7 @@ def _by_tiles(target: np.ndarray, values: np.ndarray) -> None:
 
 
 def _turn(target: np.ndarray, values: np.ndarray) -> None:
-    """One tile, or a few small ones."""
+    """Transpose one tile, or a few small ones, into `target`."""
     *others, rows, columns = values.shape
     space = _LINE // target.itemsize
     buffer = _tiles.empty((*others, columns, rows + space), target.dtype)[..., :rows]

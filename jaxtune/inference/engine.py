@@ -113,7 +113,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether any request has a slot or waits."""
+        """Return True if any request has a slot or waits."""
         return bool(self._active or self._waiting)
 
     @property

@@ -158,7 +158,7 @@ class TextGenerator:
 
     @property
     def busy(self) -> bool:
-        """Whether any request has a slot or waits."""
+        """Return True if any request has a slot or waits."""
         return self._engine.busy
 
     @property

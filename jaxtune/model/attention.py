@@ -115,7 +115,7 @@ class Attention(nn.Module):
         context: AttentionContext,
         sinks_H: jax.Array | None,
     ) -> tuple[jax.Array, KVCache]:
-        """One new token a row: put into the slot of its position, then attending over all slots."""
+        """Put one new token a row into the slot of its position, then attend over all slots."""
         position_B, slots = context.positions[:, 0], cache.keys.shape[2]
         cache = KVCache(
             *(

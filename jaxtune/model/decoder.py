@@ -386,7 +386,7 @@ class Decoder(nn.Module):
 
 
 class Pattern(nn.Module):
-    """One repeat of a stack: its layers in order."""
+    """A repeat of a stack: its layers in order."""
 
     spec: ModelSpec
     layers: tuple[LayerSpec, ...]

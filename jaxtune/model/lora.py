@@ -29,7 +29,7 @@ COLLECTION = "lora"
 
 @dataclass(frozen=True)
 class Lora:
-    """Which projections have adapters and of what kind; static, as the spec is.
+    """A choice of the projections that have adapters, and of what kind; static, as the spec is.
 
     `targets` are names of projections, `stack_0/layer_0/attention/q`; None is all of them.
     `tokens` are ids whose rows of embedding and head are trained too. `dropout` is on the input of
@@ -59,7 +59,7 @@ Declare = Callable[[str, str, Make], jax.Array]
 
 
 def has_adapter(module: nn.Module, lora: Lora | None, leaf: str = "a") -> bool:
-    """Whether `module` is adapted: it has the leaf, or is a target where leaves are being made."""
+    """Return True if `module` is adapted: has the leaf, or is a target while leaves are made."""
     if lora is None:
         return False
     if not module.is_mutable_collection(COLLECTION):
@@ -154,7 +154,7 @@ def with_rows(lora: Lora, letters: str, table: jax.Array, *, declare: Declare) -
 def merged_kernel(
     leaves: Mapping[str, np.ndarray], kernel: np.ndarray, letters: str, shared: str, lora: Lora
 ) -> np.ndarray:
-    """One layer's kernel of axes `letters` with the adapter `leaves` in it, f32, on the host."""
+    """Merge the adapter `leaves` into one layer's kernel of axes `letters`, f32, on the host."""
     added = "".join(letter for letter in letters if letter not in shared)
     delta = np.einsum(f"{shared}R,R{added}->{letters}", leaves["a"], leaves["b"], optimize=True)
     whole = kernel.astype(np.float32) + np.float32(lora.scale) * delta

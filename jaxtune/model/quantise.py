@@ -38,7 +38,7 @@ Stored = Mapping[str, Any]  # name of a leaf -> array
 
 
 class Leaf(NamedTuple):
-    """What a leaf of a quantised kernel is: `letters` of its dimensions, "." for one of its own.
+    """A leaf of a quantised kernel: `letters` of its dimensions, "." for one of its own.
 
     Blocks along the width of the model have its letter: their scales are spread over devices as
     the weights are, which would be half as much again of all weights on each device otherwise.
@@ -77,7 +77,7 @@ def leaves(
 
 @functools.partial(jax.jit, static_argnames=("kind", "inputs", "double"))
 def quantise(kernel: jax.Array, *, kind: str, inputs: int, double: bool) -> dict[str, jax.Array]:
-    """One kernel, whose first `inputs` axes are summed over, as its leaves."""
+    """Quantise one kernel, whose first `inputs` axes are summed over, into its leaves."""
     flat = kernel.astype(jnp.float32).reshape(-1, *kernel.shape[inputs:])  # [inputs outputs...]
     if kind == "int8":
         scales = jnp.max(jnp.abs(flat), axis=0) / 127

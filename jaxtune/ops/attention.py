@@ -84,7 +84,7 @@ def choose(platform: str, shape: AttentionShape, requested: str = "auto") -> tup
 
 
 def _refusal(name: str, platform: str, shape: AttentionShape) -> str | None:
-    """Why a kernel cannot be run there; None if it can."""
+    """Return the reason why a kernel cannot be run there; None if it can."""
     home = KERNELS[name]
     if platform != home and not (home == "gpu" and platform == "cuda"):
         return f"it is for {home}, here is {platform}"

@@ -43,7 +43,7 @@ class _Static(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """One row in blocks: queries `[n G q K]`, keys and values `[m G s K]`, and their mask.
+    """A row in blocks: queries `[n G q K]`, keys and values `[m G s K]`, and their mask.
 
     `first` and `stop` `[n]` are the range of key blocks that each block of queries visits.
     """
@@ -287,7 +287,7 @@ def _ends(
 
 
 def _of_queries(per_head_H: jax.Array, groups: int, t: int) -> jax.Array:
-    """One number a head `[H]` -> f32 `[G q]`."""
+    """Repeat one number a head for its queries: `[H]` -> f32 `[G q]`."""
     return jnp.repeat(per_head_H.astype(jnp.float32).reshape(groups, -1), t, axis=1)
 
 

@@ -19,7 +19,7 @@ DTYPES = ("bfloat16", "float16")
 
 
 def unsupported(shape: AttentionShape) -> str | None:
-    """Why attention of this shape cannot be run, or None."""
+    """Return the reason why attention of this shape cannot be run, or None."""
     queries, keys = shape.queries, shape.keys
     if shape.devices != 1:
         return f"rows lie on {shape.devices} devices: cuDNN is used for rows that are whole"

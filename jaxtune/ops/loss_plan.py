@@ -1,4 +1,4 @@
-"""How the loss is divided into chunks of tokens and blocks of the vocabulary: numbers alone.
+"""Division of the loss into chunks of tokens and blocks of the vocabulary: numbers alone.
 
 `ops/cross_entropy.py` follows the plan; the planner reads its memory and work from it.
 """

@@ -74,7 +74,8 @@ def route(logits: jax.Array, *, per_token: int, softmax_over: str) -> Chosen:
 
 
 def load(logits: jax.Array, chosen: Chosen, counts: jax.Array) -> Load:
-    """What `balance` needs of router logits `[... E]`, over the tokens where `counts` `[...]`."""
+    """Sum the `Load` of router logits `[... E]`, for `balance`, over the tokens where `counts`
+    `[...]`."""
     probability = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     counts = counts.astype(jnp.float32)
     hits = jax.nn.one_hot(chosen.experts, logits.shape[-1], dtype=jnp.float32)
@@ -176,7 +177,7 @@ def gated_inner(
     activation: Activation,
     clamp: Clamp,
 ) -> jax.Array:
-    """What `down` is applied to, `[S F]`."""
+    """Compute the input of `down`, `[S F]`."""
     gate_SF = affine(x, experts.gate, experts.gate_bias, sizes, expert)
     up_SF = affine(x, experts.up, experts.up_bias, sizes, expert)
     return gate_and_up(gate_SF, up_SF, activation, clamp)

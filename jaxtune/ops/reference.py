@@ -58,7 +58,7 @@ class AttentionShape(NamedTuple):
 
 
 class ContextShard(NamedTuple):
-    """One of n devices that share the queries of a row: device d has those at `order[d]`.
+    """A device of the n that share the queries of a row: device d has those at `order[d]`.
 
     `order` is int32 `[n T]`; `device` is this one. The keys are the whole row, in order.
     """
@@ -115,7 +115,7 @@ def reference(
 
 
 def _visible(mask: AttentionMask, window: int | None) -> jax.Array:
-    """Which keys each query sees, bool `[B T S]`."""
+    """Return the mask of the keys that each query sees, bool `[B T S]`."""
     same_BTS = mask.query_segments[:, :, None] == mask.key_segments[:, None, :]
     real_BT1 = (mask.query_segments != 0)[:, :, None]
     distance_BTS = mask.query_positions[:, :, None] - mask.key_positions[:, None, :]

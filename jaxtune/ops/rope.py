@@ -47,7 +47,7 @@ def _kept_by_yarn(rope: RopeSpec, dims: int) -> np.ndarray:
     """`[k]`: 1 for pairs that are left alone, 0 for those that are stretched, a ramp between."""
 
     def pair(turns: float) -> float:
-        """Which feature pair turns so many times within the original context."""
+        """Return the feature pair that turns so many times within the original context."""
         wave = rope.original_max_positions / (turns * 2 * math.pi)
         return dims * math.log(wave) / (2 * math.log(rope.theta))
 

@@ -48,7 +48,7 @@ def blocks(length: int, queries: int, head_dim: int) -> BlockSizes:
 
 
 def unsupported(shape: AttentionShape) -> str | None:
-    """Why attention of this shape cannot be run, or None."""
+    """Return the reason why attention of this shape cannot be run, or None."""
     queries, devices = shape.queries, shape.devices
     if queries != shape.keys:
         return (

@@ -1,6 +1,6 @@
-"""Where, on which devices and from which step a run started or resumed: OUT/starts.jsonl.
+"""Starts of a run: where, on which devices and from which step it started or resumed.
 
-Each start is a line, so that a run which was stopped and resumed elsewhere says so.
+Each is a line of OUT/starts.jsonl, so that a run which was stopped and resumed elsewhere says so.
 """
 
 from __future__ import annotations

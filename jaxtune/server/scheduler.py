@@ -106,7 +106,7 @@ class Scheduler:
 
     @property
     def places(self) -> int:
-        """How many requests may wait or have a slot."""
+        """Count the requests that may wait or have a slot."""
         return self.limits.queue + self.limits.slots * len(self._generators)
 
     # -- any thread --

@@ -1,4 +1,4 @@
-"""What a column of the records says of each example of a dataset."""
+"""Values of a column of the records, one for each example of a dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether rendered text has what a message says: blanks aside, and as it is or as JSON writes it.
+"""Check that rendered text has a message's text: blanks aside, and as it is or as JSON writes it.
 
 Also the forms that the arguments of a tool call may take.
 """

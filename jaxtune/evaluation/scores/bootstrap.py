@@ -1,4 +1,4 @@
-"""How sure a score is, and whether two models differ: the paired bootstrap over examples.
+"""Intervals of a score, and of the difference of two models: the paired bootstrap over examples.
 
 The examples are drawn again, with replacement, as many as there are; the score of each resample is
 taken; the interval is between two quantiles of those. Both models are scored on the same resamples,

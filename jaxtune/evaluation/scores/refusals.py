@@ -1,5 +1,7 @@
-"""Whether an answer declines to answer, by its words. English only, and a count of phrasings: it
-shows that a model began or ceased to refuse, not whether it should have.
+"""Detect answers that decline to answer, by their phrases.
+
+English only, and a count of phrasings: it shows that a model began or ceased to refuse, not
+whether it should have.
 
 The phrasings are those that models of the last years refuse in; docs/evaluate.md lists them.
 """

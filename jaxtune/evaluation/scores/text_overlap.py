@@ -1,4 +1,4 @@
-"""How alike an answer and its reference are: ROUGE-L, chrF, BLEU, by the packages that define them.
+"""Overlap of an answer and its reference: ROUGE-L, chrF, BLEU, by the packages that define them.
 
 chrF and BLEU are scores of a whole set of answers, made of counts that add up over them. sacrebleu
 counts; the score of added counts is taken here, of all resamples at once.

@@ -1,1 +1,1 @@
-"""What the families are made of; the table of them all is `hf/families.py`."""
+"""The model families and their parts; the table of them all is `hf/family/registry.py`."""

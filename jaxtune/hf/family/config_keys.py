@@ -1,4 +1,4 @@
-"""How the keys of a config.json are read: strictly, with an error that names the key."""
+"""Read the keys of a config.json: strictly, with an error that names the key."""
 
 import math
 from collections.abc import Mapping

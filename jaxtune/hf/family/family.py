@@ -1,4 +1,4 @@
-"""What a family is: config.json -> ModelSpec and back, and a layout row per tensor."""
+"""A family of models: config.json -> ModelSpec and back, and a layout row per tensor."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence

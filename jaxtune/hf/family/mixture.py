@@ -56,7 +56,10 @@ _STACKED = layer_rows(
 
 
 def _moe(config: Config, **fields: Any) -> MoeSpec:
-    """What all of them state alike. Version 5 writes `num_experts` as `num_local_experts`."""
+    """Read the keys that all of them share.
+
+    Version 5 writes `num_experts` as `num_local_experts`.
+    """
     key = "num_local_experts" if "num_local_experts" in config else "num_experts"
     asked = bool(config["output_router_logits"])  # transformers then adds the loss in training
     return MoeSpec(

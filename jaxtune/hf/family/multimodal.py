@@ -58,7 +58,7 @@ class Wrapper:
         return text, left_out
 
     def module(self, name: str) -> str:
-        """What transformers 5 calls, in the whole model, a module of the model of text alone."""
+        """Return transformers 5's name, in the whole model, of a module of the text-only model."""
         whole, alone = self.modules
         return whole + name.removeprefix(alone) if name.startswith(alone) else name
 

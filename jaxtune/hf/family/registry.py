@@ -1,4 +1,4 @@
-"""What each `model_type` means: config.json -> ModelSpec and back, and a layout row per tensor.
+"""Families by `model_type`: config.json -> ModelSpec and back, and a layout row per tensor.
 
 A family is data over the one decoder; there is no code per brand below these tables. Configs are
 read as transformers reads them, in the key style of version 4 (`rope_theta`, `rope_scaling`,

@@ -20,7 +20,7 @@ _ORIGINAL = "original_max_position_embeddings"
 
 @dataclass(frozen=True)
 class RopeKeys:
-    """How a family's config states its rope.
+    """A description of how a family's config states its rope.
 
     `thetas`: for each type of layer, version 4's key of its base and the base where it is absent.
     Version 5 nests by the same types, and settings beside these, of no type, do nothing there.

@@ -1,4 +1,4 @@
-"""What a checkpoint of adapters says of them and of their base, and whether that is still so."""
+"""A checkpoint's record of its adapters and of their base, and the check that it still holds."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _digest_now(file: Path, folder: Path, identity: tuple[int, ...]) -> str:
 
 
 def base_meta(model: HfModel) -> dict[str, Any]:
-    """What a checkpoint of adapters says of its base."""
+    """Return a checkpoint's record of the base of its adapters: name and digests."""
     return {"name": model.name, "digests": digests(model)}
 
 
@@ -65,7 +65,7 @@ def check_base(meta: Mapping[str, Any], model: HfModel, *, where: str) -> None:
 
 
 def lora_meta(lora: Lora) -> dict[str, Any]:
-    """What a checkpoint says of its adapters; `lora_from_meta` reads it."""
+    """Return a checkpoint's record of its adapters; `lora_from_meta` reads it."""
     targets = sorted(lora.targets) if lora.targets is not None else None
     return {**lora.__dict__, "targets": targets, "tokens": list(lora.tokens)}
 

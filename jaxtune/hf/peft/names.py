@@ -1,4 +1,4 @@
-"""What PEFT calls the parts of an adapter, and which modules of transformers a projection is.
+"""PEFT's names for the parts of an adapter, and the modules of transformers of each projection.
 
     adapter_config.json          what is adapted and how; the base by name
     adapter_model.safetensors    base_model.model.{module}.lora_A.weight [R in], lora_B [out R], ...

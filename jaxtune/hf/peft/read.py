@@ -123,7 +123,7 @@ def open_adapter(path_or_id: str, *, revision: str | None = None) -> Adapter:
 
 
 def _check_types(config: Mapping[str, Any], file: Path) -> None:
-    """What is computed with is of the kind that `peft` writes, and of a size that can be."""
+    """Check that the values to compute with are of `peft`'s types, and of a size that can be."""
 
     def wrong(key: str, expected: str) -> ModelError:
         return ModelError(f"{file}: {key} is {shown(config[key])}; expected {expected}.")

@@ -1,4 +1,4 @@
-"""Which projections `lora.targets` means."""
+"""The projections that `lora.targets` means."""
 
 from __future__ import annotations
 

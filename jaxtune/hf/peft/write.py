@@ -180,7 +180,7 @@ def _magnitude(model: HfModel, leaves: Leaves, name: str, layer: int) -> np.ndar
 
 
 def _config(model: HfModel, lora: Lora, revision: str | None) -> dict[str, Any]:
-    """What `peft.LoraConfig` reads; keys that are absent have its defaults."""
+    """Return the keys for `peft.LoraConfig`; those that are absent have its defaults."""
     tables = ["embed/table", *(() if model.spec.tie_head else ("head/kernel",))]
     tokens = {table_module(model, table).rpartition(".")[2]: list(lora.tokens) for table in tables}
     return {
