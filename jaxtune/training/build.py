@@ -68,7 +68,7 @@ def rows_per_step(config: Config, mesh: Mesh) -> int:
 
 
 def hyper(config: Config) -> Hyper:
-    """What the config says of the optimiser."""
+    """Read the optimiser's hyperparameters from the config."""
     return Hyper(
         config.optim,
         beta1=config.adam_beta1,

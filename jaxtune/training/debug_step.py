@@ -1,4 +1,4 @@
-"""What is written down of a step that went wrong, and that step once more, in detail.
+"""Records of a step that went wrong, and the replay of that step, in detail.
 
 OUT/step-N.json says which rows the batch held and how large each parameter's gradient was;
 `train --replay_step N` goes there again from the checkpoint before it and adds the loss of each
@@ -34,7 +34,7 @@ def path_of(run_dir: Path, step: int) -> Path:
 
 
 def command_for(run_dir: Path, step: int) -> str:
-    """What replays the step, as typed into a shell."""
+    """Return the command that replays the step, as typed into a shell."""
     config = shlex.quote(str(run_dir / "config.yaml"))
     return f"python -m jaxtune.train --config {config} --replay_step {step}"
 
@@ -99,7 +99,7 @@ def replay(
 def _row_losses(
     program: Program, whole: Any, trained: Any, frozen: Any, size: Any
 ) -> list[float | str | None]:
-    """One row at a time, beside empty rows on the other devices."""
+    """Compute the loss of one row at a time, beside empty rows on the other devices."""
     ways = row_shards(program.mesh)
 
     def alone(row: int, low: int, high: int) -> Any:
@@ -134,5 +134,5 @@ def summary(found: dict[str, Any]) -> str:
 
 
 def _size(value: float | str | None) -> float:
-    """What is not finite comes first."""
+    """Return a key to sort by: a value that is not finite is the largest."""
     return math.inf if isinstance(value, str) else value or 0.0

@@ -1,4 +1,4 @@
-"""Whether the hosts of a run, or of an evaluation, are about to do the same.
+"""Check that the hosts of a run, or of an evaluation, are about to do the same.
 
 Each host reads its own config, data and model, and makes its own rows of a batch: where one of them
 has others, the run trains on what nobody asked for, or waits for ever. So all is compared, part by
@@ -70,7 +70,7 @@ def _by_value(values: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _told(who: Mapping[str, Sequence[int]]) -> str:
-    """What few hosts have first: of many it is theirs that is wrong."""
+    """Describe the values, that of the fewest hosts first: of many it is theirs that is wrong."""
     texts = []
     for value, alike in sorted(who.items(), key=lambda item: (len(item[1]), -item[1][0])):
         shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
@@ -87,7 +87,7 @@ def run_fingerprints(
     held_out: Dataset | None,
     total_steps: int,
 ) -> dict[str, str]:
-    """What decides about a run's numbers and about what its hosts do together."""
+    """Collect the values that decide a run's numbers and its hosts' work together."""
     evaluated = held_out and _short([held_out.names, held_out.fingerprint])
     return {
         "jaxtune": __version__,
@@ -108,7 +108,7 @@ def evaluation_fingerprints(
     datasets: Sequence[Dataset],
     prompts: Sequence[Sequence[int]],
 ) -> dict[str, str]:
-    """What decides about an evaluation's numbers; `options` are those of its door."""
+    """Collect the values that decide an evaluation's numbers; `options` are its command's."""
     return {
         "jaxtune": __version__,
         "jax": jax.__version__,

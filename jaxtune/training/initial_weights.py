@@ -1,6 +1,6 @@
-"""Where the weights of a run come from: a model folder, a seed, an adapter, a checkpoint.
+"""Sources of a run's weights: a model folder, a seed, an adapter, a checkpoint.
 
-The doors meet here, so that what is evaluated is what was trained.
+All commands use it, so that what is evaluated is what was trained.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from jaxtune.tree import merge, named, split
 
 
 class Adapters(NamedTuple):
-    """What a run trains beside a frozen base; `start` is where it goes on from, as numpy arrays, or
-    None for new adapters."""
+    """A run's adapters, which it trains beside a frozen base.
+
+    `start` is where it goes on from, as numpy arrays, or None for new adapters.
+    """
 
     lora: Lora
     start: Any | None
@@ -64,7 +66,7 @@ def base_params(
 
 
 def param_shardings(spec: ModelSpec, mesh: Mesh, dtype: Any) -> Any:
-    """Where plain parameters lie on `mesh`."""
+    """Return the shardings of plain parameters on `mesh`."""
     return shardings(decoder.axes(spec), decoder.abstract(spec, dtype), mesh)
 
 
@@ -154,13 +156,13 @@ def checkpoint_of(source: Path, step: int | None = None) -> tuple[Path, int | No
 
 
 def is_checkpoint(name: str) -> bool:
-    """Whether `name` is RUN/checkpoints/STEP."""
+    """Return True if `name` is RUN/checkpoints/STEP."""
     run_dir, step = checkpoint_of(Path(name))
     return step is not None and (run_dir / "config.yaml").is_file()
 
 
 def unexported(name: str) -> bool:
-    """Whether `name` is a run directory here that has checkpoints and no exported model."""
+    """Return True if `name` is a run directory here that has checkpoints and no exported model."""
     folder = Path(name)
     return (folder / "checkpoints").is_dir() and not (folder / "hf" / "config.json").is_file()
 
@@ -172,7 +174,7 @@ def run_config(run_dir: Path, flags: Config) -> Config:
 
 
 def restore(model: HfModel, run_dir: Path, step: int | None, *, dtype: str) -> Restored:
-    """What a run's checkpoint trained, spread over the devices that are here."""
+    """Restore the variables that a run trained, spread over the devices that are here."""
     meta = read_meta(run_dir, step, note=cli.note)
     mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1, "context": 1})
     lora = lora_from_meta(meta["lora"]) if "lora" in meta else None

@@ -187,8 +187,10 @@ class Loop:
         return state, done
 
     def _conclude(self, state: TrainState, frozen: Any, done: int) -> None:
-        """What follows a step: its evaluation where one is due, its checkpoint where one is. Raises
-        `Stopped` where that was asked for."""
+        """Conclude a step: its evaluation where one is due, its checkpoint where one is.
+
+        Raises `Stopped` if a signal asked for that.
+        """
         signal, improved = self._signal(), False
         if self.history.due and not signal:
             self._read()
@@ -343,7 +345,10 @@ class Loop:
         return due or done == self.plan.total_steps
 
     def _evaluate(self, trained: Any, frozen: Any, done: int) -> bool:
-        """Whether this step is to be kept as the best so far. Raises `_Left`."""
+        """Evaluate, and return True if this step is to be saved as the best so far.
+
+        Raises `_Left`.
+        """
         data = self.plan.held_out
         assert data is not None
         self.watch.at(done, "evaluating")

@@ -1,4 +1,4 @@
-"""What is written about a run: metrics.jsonl always, TensorBoard and Weights & Biases where asked.
+"""Metrics of a run: metrics.jsonl always, TensorBoard and Weights & Biases where configured.
 
 The meter is the only clock. Peaks are those of `chips`: published, dense, bfloat16.
 """
@@ -24,7 +24,7 @@ from jaxtune.storage.jsonl import as_json, keep_rows_up_to
 
 
 class Board(Protocol):
-    """Where numbers go besides the file."""
+    """A destination of numbers besides the file."""
 
     def add(self, values: Mapping[str, float], step: int) -> None: ...
     def close(self) -> None: ...
@@ -106,8 +106,11 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """One run of Weights & Biases for one run directory: its id is kept there, so that a resumed
-    run goes on in the same one. WANDB_MODE=offline writes into OUT/wandb alone."""
+    """A run of Weights & Biases for one run directory.
+
+    Its id is stored there, so that a resumed run goes on in the same one. WANDB_MODE=offline writes
+    into OUT/wandb alone.
+    """
 
     def __init__(self, run_dir: Path, settings: Mapping[str, Any]) -> None:
         try:
@@ -171,8 +174,10 @@ class Meter:
         self._waited += seconds
 
     def pause(self) -> None:
-        """What follows (an evaluation, a save) is not training: the next step restarts the clock
-        and forgets the tokens since the last reading."""
+        """Leave out of the rates what follows, an evaluation or a save, which is not training.
+
+        The next step restarts the clock and forgets the tokens since the last reading.
+        """
         self._since, self._tokens, self._steps, self._waited = None, 0, 0, 0.0
 
     def read(self) -> Reading:

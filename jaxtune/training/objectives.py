@@ -1,4 +1,4 @@
-"""What is minimised: functions (variables, batch, key) -> `Sums`, never a mean.
+"""Objectives to minimise: functions (variables, batch, key) -> `Sums`, never a mean.
 
 Sums and counts travel through microbatches, devices and hosts; the one division is in
 `step.train_step`, by the global weight. An objective knows nothing of optimisers or meshes.
@@ -23,7 +23,7 @@ from jaxtune.spec import ModelSpec
 
 
 class Tokens(Protocol):
-    """What an objective reads of a batch: arrays [B T], shifted per example before packing."""
+    """A batch, as an objective reads it: arrays [B T], shifted per example before packing."""
 
     @property
     def inputs(self) -> jax.Array: ...
@@ -132,7 +132,7 @@ def _noise(key: jax.Array, segment_ids: jax.Array, width: int, alpha: float) -> 
 
 
 def router_coef(spec: ModelSpec) -> float:
-    """What the balance of the routers counts in training; 0 where nothing asks for it."""
+    """Return the coefficient of the router balance in training; 0 where nothing sets it."""
     return next((layer.moe.aux_coef for layer in spec.layers if layer.moe is not None), 0.0)
 
 

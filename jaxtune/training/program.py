@@ -158,7 +158,7 @@ def build(spec: ModelSpec, mesh: Mesh, config: StepConfig) -> Program:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a variable belongs to the adapters, by its name."""
+    """Return True if a variable belongs to the adapters, by its name."""
     return name.startswith(f"{COLLECTION}/")
 
 
@@ -167,8 +167,11 @@ def _everything(name: str) -> bool:
 
 
 def build_token_losses(spec: ModelSpec, mesh: Mesh, *, dtype: Any) -> EachToken:
-    """What `eval_step` adds up, token by token, for those who train nothing: `(variables, batch) ->
-    TokenLosses` `[B T]`, on every device, so that every host can read all of it."""
+    """Build the losses that `eval_step` adds up, token by token, for callers that train nothing.
+
+    `(variables, batch) -> TokenLosses` `[B T]`, on every device, so that every host can read all
+    of it.
+    """
     here = each_token(spec, dtype=dtype, platform=platform_of(mesh))
     axes = _axes(spec, None)
 

@@ -1,4 +1,4 @@
-"""Where a run begins: anew, or after the newest good checkpoint of the same run.
+"""Start a run: anew, or after the newest good checkpoint of the same run.
 
 Refuses what would not be the same run: other data, another base, other adapters.
 """
@@ -64,9 +64,11 @@ def first_step(
 
 
 def past_of(config: Config, checkpoints: Checkpoints, start: int, evaluated: str) -> dict[str, Any]:
-    """What the checkpoint of `start` says. Its best step is forgotten where `evaluated`, the
-    fingerprint of the held-out data, is no longer what it was measured on, and where it is to be
-    exported and is gone."""
+    """Read the meta of the checkpoint of `start`.
+
+    Its best step is forgotten where `evaluated`, the fingerprint of the held-out data, is no longer
+    what it was measured on, and where it is to be exported and is gone.
+    """
     meta = checkpoints.meta(start) if start else {}
     standing = meta.get("standing", {})
     best = standing.get("best_step")

@@ -15,7 +15,7 @@ from jaxtune.training.checkpoint.remote import Mirror
 
 
 def place_of(output_dir: str, *, reading: bool) -> Path:
-    """Where this host writes: `output_dir`, or a folder of its own beside a store."""
+    """Return where this host writes: `output_dir`, or a folder of its own beside a store."""
     if not object_store.is_url(output_dir):
         return Path(output_dir)
     place = remote.reading if reading else remote.staging
@@ -25,9 +25,11 @@ def place_of(output_dir: str, *, reading: bool) -> Path:
 def claim(
     output_dir: str, run_dir: Path, end: contextlib.ExitStack, *, reading: bool
 ) -> Mirror | None:
-    """Makes the run directory and proves that it can be written, before anything is paid for, and
-    keeps other runs out until `end`, unless it is only read; the copy in the store, where it lies
-    in one."""
+    """Make the run directory and prove that it can be written, before anything is paid for.
+
+    Keeps other runs out until `end`, unless it is only read. Returns the copy in the store, where
+    it lies in one.
+    """
     mirror = None
     if object_store.is_url(output_dir):
         mirror = Mirror(output_dir, run_dir, note)

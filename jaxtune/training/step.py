@@ -1,4 +1,4 @@
-"""One optimiser step as a pure function, and its evaluation twin.
+"""An optimiser step as a pure function, and its evaluation twin.
 
 microbatch m  ->  gradient of loss + penalty, and Sums      lax.scan over M, f32 accumulators
 all           ->  gradients / sum(w)                        ONE division, by the global weight

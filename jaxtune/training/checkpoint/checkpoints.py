@@ -95,7 +95,7 @@ class Checkpoints:
 
     @property
     def where(self) -> str:
-        """Where the newest step lies, for the person who looks for it."""
+        """Describe, for a person, where the newest step lies."""
         if self._mirror is None:
             return str(self.folder)
         place = join(self._mirror.url, FOLDER)
@@ -162,7 +162,7 @@ class Checkpoints:
         )
 
     def counts(self, step: int) -> bool:
-        """Whether every host sees that step, here or in the store. All call."""
+        """Return True if every host sees that step, here or in the store. All call."""
         seen = step in self._steps_here() | self._steps_there()
         return all(processes.gather_texts("seen" if seen else ""))
 
@@ -185,7 +185,7 @@ class Checkpoints:
         return self._damage(here)
 
     def _damage(self, place: Path) -> str:
-        """What any host finds in its share of the files; empty where all is well."""
+        """Return the damage that any host finds in its share of the files; empty if all is well."""
         return _of_all(
             functools.partial(
                 integrity.damage, place, host=processes.index(), hosts=processes.count()
@@ -273,7 +273,7 @@ class Checkpoints:
             self._mirror.steps.discard(old)
 
     def _make_room(self, step: int) -> None:
-        """What lies where `step` is to be written, of an earlier run that went on from before."""
+        """Remove a `step` that lies in the way, of an earlier run that went on from before."""
         remove = functools.partial(self._remove, [step])
         if self._parts is None or self._mirror is None:
             processes.on_first(remove, "before saving")
@@ -305,7 +305,10 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """What goes wrong while writing comes from Orbax's threads, as whatever they raise."""
+        """Raise `ConfigError` for a failure while writing: Orbax's threads raise anything.
+
+        `StoreError` stays one, and says where the same command goes on from.
+        """
         try:
             yield
         except StoreError as error:
@@ -423,8 +426,10 @@ def place(abstract: Any, shardings: Any) -> Any:
 
 
 def _of_all(look: Callable[[], str]) -> str:
-    """What `look` finds on any host, the same on all; empty where all is well. Raises `ConfigError`
-    on all where one cannot look."""
+    """Return what `look` finds on any host, the same on all; empty where all is well.
+
+    Raises `ConfigError` on all where one cannot look.
+    """
     try:
         found, failed = look(), ""
     except ConfigError as error:
@@ -461,7 +466,7 @@ _META_PARTS = ("lora", "base", "part", "standing")
 
 
 def _meta(found: Any, folder: Path, needed: Collection[str] = ("step",)) -> dict[str, Any]:
-    """What the checkpoint says of itself, of the kinds that were written."""
+    """Return a checkpoint's meta, after a check that its values have the types that are written."""
     meta = found["meta"]
     kinds = isinstance(meta, dict) and all(
         type(meta.get(name)) is kind
@@ -479,8 +484,10 @@ def _meta(found: Any, folder: Path, needed: Collection[str] = ("step",)) -> dict
 def read_meta(
     run_dir: Path, step: int | None = None, *, note: Callable[[str], None] = lambda said: None
 ) -> dict[str, Any]:
-    """What the checkpoint of `step`, or the newest good one, says of itself; "step" is which.
-    `note` hears of those that are damaged and passed over."""
+    """Read the meta of the checkpoint of `step`, or of the newest good one; its "step" is which.
+
+    `note` is called for those that are damaged and passed over.
+    """
     place = _find(run_dir, step, note)
     return _meta(_read(place, meta=ocp.args.JsonRestore()), place)
 

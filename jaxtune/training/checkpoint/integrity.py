@@ -33,15 +33,17 @@ Known = Mapping[str, tuple[int, str]]  # file -> (size in bytes, SHA-256)
 def write(
     folder: Path, *, host: int = 0, hosts: int = 1, names: Sequence[str] | None = None
 ) -> None:
-    """This host's share: sizes in bytes and SHA-256 of the files `names` under `folder`; without
-    them of every file there that falls to this host."""
+    """Write this host's share: sizes in bytes and SHA-256 of the files `names` under `folder`.
+
+    Without `names`, of every file there that falls to this host.
+    """
     files = files_of(folder)[host::hosts] if names is None else names
     found = {"hosts": hosts, "files": dict(zip(files, _digests(folder, files), strict=True))}
     write_whole(folder / mark_of(host), json.dumps(found))
 
 
 def complete(folder: Path) -> bool:
-    """Whether every host has written its share, readable or not."""
+    """Return True if every host has written its share, readable or not."""
     try:
         return bool(_parts(folder))
     except (ValueError, OSError):
@@ -49,7 +51,7 @@ def complete(folder: Path) -> bool:
 
 
 def damage(folder: Path, *, host: int = 0, hosts: int = 1) -> str:
-    """What is not as it was written, for the person who asks; empty where all is well.
+    """Describe, for a person, the first file that is not as written; empty where all is well.
 
     Looks at this host's share of the files; hosts need not be those of the writing. Raises
     `ConfigError` for a file that cannot be read.
@@ -65,7 +67,8 @@ def damage(folder: Path, *, host: int = 0, hosts: int = 1) -> str:
 
 
 def _unlike_known(folder: Path, entries: Known, hashed: Sequence[str]) -> str:
-    """What the first file is that is missing, new, of another size, or of `hashed` other bytes."""
+    """Describe the first file that is missing, new, of another size, or, if `hashed`, of other
+    bytes."""
     if new := sorted(set(files_of(folder)) - entries.keys()):
         return f"{new[0]}: is not one of its files"
     for name, (size, _) in sorted(entries.items()):
@@ -85,15 +88,19 @@ def _unlike_known(folder: Path, entries: Known, hashed: Sequence[str]) -> str:
 
 
 def known(folder: Path) -> Known:
-    """What all hosts wrote down; empty where it was never finished. Raises `ValueError` for what
-    is no digests, `ConfigError` for what cannot be read."""
+    """Read the digests that all hosts wrote; empty where they were never finished.
+
+    Raises `ValueError` for a file that is no digests, `ConfigError` for one that cannot be read.
+    """
     with _readable(folder):
         return {name: entry for part in _parts(folder) for name, entry in part.items()}
 
 
 def unlike(folder: Path, names: Sequence[str], known: Known) -> list[str]:
-    """Those of `names` that are not there, or not as they were written. Raises `ConfigError` for
-    one that cannot be read."""
+    """Return those of `names` that are not there, or not as they were written.
+
+    Raises `ConfigError` for one that cannot be read.
+    """
     with _readable(folder):
         there = [name for name in names if (folder / name).is_file()]
         found = dict(zip(there, _digests(folder, there), strict=True))
@@ -121,8 +128,10 @@ def mark_of(host: int) -> str:
 
 
 def _parts(folder: Path) -> list[Known]:
-    """What each host wrote; empty when one is missing. Raises `ValueError` for one that is no
-    digests."""
+    """Read the digests that each host wrote; empty when one host's are missing.
+
+    Raises `ValueError` for a file that is no digests.
+    """
     parts: list[Known] = []
     hosts = 1
     while len(parts) < hosts:

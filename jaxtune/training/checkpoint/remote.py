@@ -39,12 +39,15 @@ _PARTS = (FOLDER, *_MARKED, "wandb")  # wandb sends its own, or keeps it to be s
 
 
 def staging(url: str, host: int = 0) -> Path:
-    """Where a run of that URL is made before it is copied; hosts may share a machine or a home."""
+    """Return the folder where a run of that URL is made before it is copied.
+
+    Each host has its own: hosts may share a machine or a home.
+    """
     return object_store.default_folder() / "runs" / _name(url, host)
 
 
 def reading(url: str, host: int = 0) -> Path:
-    """Where it is read, while it may be going on."""
+    """Return the folder where a run of that URL is read, while it may be going on."""
     return object_store.default_folder() / "read" / _name(url, host)
 
 
@@ -96,7 +99,7 @@ class Mirror:
             self.steps = set(json.loads(processes.receive(_CLAIMED, 0))["steps"])
 
     def put(self, name: str) -> None:
-        """One file of the folder. Raises `StoreError`."""
+        """Put one file of the folder into the store. Raises `StoreError`."""
         object_store.put(self._folder / name, join(self.url, name))
 
     def _join(self, claimed: dict[str, Any]) -> None:
@@ -145,7 +148,7 @@ class Mirror:
     # -- while it goes on --------------------------------------------------------------------------
 
     def put_files(self) -> None:
-        """What has changed since it was put. Raises `StoreError`."""
+        """Put the files that have changed since they were put. Raises `StoreError`."""
         with self._one_at_a_time:
             self._put_files()
 
@@ -195,7 +198,7 @@ class Mirror:
             self.failed(what, error)
 
     def _put_files(self) -> None:
-        """Those that have changed since they were put; of a .jsonl file its whole lines."""
+        """Put the files that have changed since they were put; of a .jsonl file its whole lines."""
         for file in _files(self._folder):
             name = file.relative_to(self._folder).as_posix()
             try:
@@ -240,7 +243,7 @@ class Mirror:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """What lies in a run directory besides its parts, hidden and unfinished files left out."""
+    """Yield the files of a run directory besides its parts, hidden and unfinished ones left out."""
     for path in sorted(folder.iterdir()):
         if path.name[0] == "." or path.name in _PARTS or path.name.endswith(".tmp"):
             continue

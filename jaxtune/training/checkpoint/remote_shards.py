@@ -52,7 +52,7 @@ def checkpointer() -> ocp.AsyncCheckpointer:
 
 
 class Parts:
-    """This host's part of the steps in `mirror`'s store. Every host calls `put` for each step."""
+    """A host's part of the steps in `mirror`'s store. Every host calls `put` for each step."""
 
     def __init__(self, mirror: Mirror) -> None:
         self._mirror = mirror
@@ -83,8 +83,10 @@ class Parts:
         self._mirror.steps.add(step)
 
     def fetch(self, step: int, here: Path, wanted: Wanted) -> str:
-        """What this host needs of a step into `here`, where it lacks it. What is not as it was
-        written, in words; empty where all is well."""
+        """Fetch into `here` the files of a step that this host needs and lacks.
+
+        Returns, in words, what is not as it was written; empty where all is well.
+        """
         return _fetch(join(self._mirror.url, FOLDER, step), here, wanted)
 
 
@@ -125,7 +127,7 @@ def _fetch(place: str, here: Path, wanted: Wanted) -> str:
 
 
 def _unlike_listed(known: integrity.Known, sizes: Mapping[str, int]) -> str:
-    """What the store lists and the digests do not say, or the other way round."""
+    """Describe the first difference of the store's listing and the digests; empty if none."""
     if not known:
         return integrity.UNFINISHED
     for name in sorted(sizes.keys() - known.keys()):
@@ -147,7 +149,7 @@ def _chunks(known: integrity.Known) -> dict[str, str]:
 
 
 def _needed(chunks: Mapping[str, str], here: Path, wanted: Wanted) -> set[str]:
-    """Those of the chunks that devices of this host hold a share of."""
+    """Select the chunks that devices of this host hold a share of."""
     leaves = {
         f"{part}/{name}": leaf
         for part, tree in wanted.items()

@@ -1,4 +1,4 @@
-"""Which dimensions of a parameter are its matrix, whatever its layers are stacked into.
+"""The dimensions of a parameter that are its matrix, whatever its layers are stacked into.
 
 A kernel q `[L D H K]` is, in each of its L layers, the matrix of D rows and H*K columns; o
 `[L H K D]` has H*K rows. Optimisers that look at matrices (muon, adafactor) ask here, and so

@@ -61,7 +61,10 @@ def update(
     epsilon: float,
     decay: Callable[[Any], Any],
 ) -> tuple[Any, ScheduleFreeState]:
-    """What to add to x; `decay(y)` is the decoupled weight decay at y, at learning rate 1."""
+    """Return the update to add to x, and the next state.
+
+    `decay(y)` is the decoupled weight decay at y, at learning rate 1.
+    """
     count = state.updates + 1
     correction = 1.0 - beta2 ** count.astype(jnp.float32)
     nu = jax.tree.map(lambda v, g: beta2 * v + (1.0 - beta2) * jnp.square(g), state.nu, grads)
