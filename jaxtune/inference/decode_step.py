@@ -110,13 +110,9 @@ def _prefill(
     output = decoder.forward(
         program.spec,
         variables,
-        prompts.tokens,
-        segment_ids=is_text_RT.astype(jnp.int32),
-        positions=positions_RT,
-        dtype=program.dtype,
-        remat="none",
+        decoder.TokenRows(prompts.tokens, is_text_RT.astype(jnp.int32), positions_RT),
+        decoder.ForwardConfig(program.dtype, remat="none", lora=program.lora),
         keep=True,
-        lora=program.lora,
     )
     assert output.cache is not None
     rows_R = jnp.arange(R)
@@ -171,13 +167,11 @@ def _decode(
         output = decoder.forward(
             program.spec,
             variables,
-            slots.newest[:, None],
-            segment_ids=jnp.ones((B, 1), jnp.int32),
-            positions=slots.length[:, None] - 1,
-            dtype=program.dtype,
-            remat="none",
+            decoder.TokenRows(
+                slots.newest[:, None], jnp.ones((B, 1), jnp.int32), slots.length[:, None] - 1
+            ),
+            decoder.ForwardConfig(program.dtype, remat="none", lora=program.lora),
             cache=slots.cache,
-            lora=program.lora,
         )
         assert output.cache is not None
         slots, (counts_B, active_B, stopped_B) = _next(

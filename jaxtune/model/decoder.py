@@ -1,7 +1,8 @@
 """The decoder: token ids in, hidden states and the head out. No loss.
 
     params = init(spec, key, jnp.float32)
-    output = forward(spec, {"params": params}, inputs, segment_ids=..., positions=..., dtype=...)
+    rows   = TokenRows(inputs, segment_ids, positions)
+    output = forward(spec, {"params": params}, rows, ForwardConfig(jnp.bfloat16))
     sums   = linear_cross_entropy(output.hidden, output.head, targets, weights)
 
 Every function here is pure and takes the spec as its static argument. The layers of a stack are
@@ -82,10 +83,38 @@ Params = Any  # nested dicts of arrays
 Cache = dict[str, dict[str, KVCache]]  # stack_{i} -> layer_{j} -> [L B G S K] each
 
 
+class TokenRows(NamedTuple):
+    """Token ids `[B T]` int32, and who sees whom among them (`ops/reference.py`).
+
+    Padding is segment 0.
+    """
+
+    inputs: jax.Array
+    segment_ids: jax.Array
+    positions: jax.Array
+
+
+class ForwardConfig(NamedTuple):
+    """The settings of a forward pass, known when it is traced.
+
+    `dtype` is of the computation, `remat` a name of `REMAT`. `attention` names an implementation of
+    `ops/attention.py`; None or "auto" chooses by length and `platform`, of which None is this
+    process's own. `lora` says how the adapters in the collection "lora" are used.
+    """
+
+    dtype: DTypeLike
+    remat: str = "full"
+    attention: str | None = None
+    platform: str | None = None
+    lora: Lora | None = None
+
+
 class Output(NamedTuple):
-    """`hidden` `[B T D]` after the final norm, in compute dtype; the `head` on its kernel
-    as stored; the `cache` that came with these tokens in it, or the keys and values to `keep`; the
-    `load` of all mixtures of experts together, None where there are none."""
+    """The result of a forward pass: `hidden` `[B T D]` after the final norm, in compute dtype.
+
+    `head` has its kernel as stored; `cache` is the one passed in with these tokens in it, or the
+    keys and values to `keep`; `load` is of all mixtures of experts together, None without them.
+    """
 
     hidden: jax.Array
     head: Head
@@ -96,53 +125,44 @@ class Output(NamedTuple):
 def forward(
     spec: ModelSpec,
     variables: Mapping[str, Params],
-    inputs: jax.Array,
+    rows: TokenRows,
+    config: ForwardConfig,
     *,
-    segment_ids: jax.Array,
-    positions: jax.Array,
-    dtype: DTypeLike,
-    remat: str = "full",
     cache: Cache | None = None,
     keep: bool = False,
-    attention: str | None = None,
-    platform: str | None = None,
     key: jax.Array | None = None,
-    lora: Lora | None = None,
     noise: jax.Array | None = None,
 ) -> Output:
-    """Runs `inputs` `[B T]` int32 through the decoder `variables["params"]`, computing in `dtype`.
+    """Run `rows` through the decoder `variables["params"]`.
 
-    `segment_ids` and `positions` `[B T]` say who sees whom (`ops/attention.py`); padding is segment
-    0. With a `cache` a row is one text of which this is the newest token, T = 1: it is kept in the
-    slot of its position and sees what the cache holds; a text that outgrows a limit of
-    `rope_limits` must be read again. `keep` gives back the keys and values of these tokens, for
-    `in_slots`. `remat` is a name of `REMAT`. `attention` names an implementation of
-    `ops/attention.py`; None or "auto" chooses by length and `platform`, which is this process's own
-    where nothing is said. `key` is for what is random while training; without it nothing is. `lora`
-    says how the adapters in `variables["lora"]` are used; without that collection the base is what
-    runs. `noise` `[B T D]` is added to what the layers are given.
+    With a `cache` a row is one text of which this is the newest token, T = 1: it goes into the slot
+    of its position and sees what the cache holds; a text that outgrows a limit of `rope_limits`
+    needs a new prefill. `keep` gives back the keys and values of these tokens, for `in_slots`.
+    `key` is for what is random while training; without it nothing is. Without the collection
+    `variables["lora"]` the base runs. `noise` `[B T D]` is added to the input of the layers.
+    Raises: ConfigError for an unknown `remat`, or attention that cannot be run here.
     """
-    if remat not in REMAT:
+    if config.remat not in REMAT:
         raise ConfigError(
-            f"gradient_checkpointing: there is no policy {remat!r}. Use one of {', '.join(REMAT)}."
+            f"gradient_checkpointing: there is no policy {config.remat!r}. Use one of "
+            f"{', '.join(REMAT)}."
         )
     devices = collectives.row_devices()
     attention, _ = attention_for(
         spec,
-        platform or jax.default_backend(),
-        inputs.shape[1] * devices,
+        config.platform or jax.default_backend(),
+        rows.inputs.shape[1] * devices,
         devices=devices,
-        dtype=dtype,
-        requested=attention or "auto",
+        dtype=config.dtype,
+        requested=config.attention or "auto",
     )
-    module = Decoder(
-        spec, ModuleConfig(dtype, dtype, spec.init_scale, lora), remat, attention, keep
-    )
+    of_modules = ModuleConfig(config.dtype, config.dtype, spec.init_scale, config.lora)
+    module = Decoder(spec, of_modules, config.remat, attention, keep)
     rngs = {} if key is None else {"dropout": key}
-    places = (inputs, segment_ids, positions, cache, noise)
-    (hidden, kernel, cache), left = module.apply(variables, *places, rngs=rngs, mutable=[LOADS])
-    head = _head(spec, kernel, dtype)
-    return Output(hidden, head, cache, total_load(left[LOADS]) if LOADS in left else None)
+    arguments = (*rows, cache, noise)
+    (hidden, kernel, cache), sown = module.apply(variables, *arguments, rngs=rngs, mutable=[LOADS])
+    head = _head(spec, kernel, config.dtype)
+    return Output(hidden, head, cache, total_load(sown[LOADS]) if LOADS in sown else None)
 
 
 def _head(spec: ModelSpec, kernel: jax.Array, dtype: DTypeLike) -> Head:
@@ -193,10 +213,18 @@ def attention_for(
 
 
 def logits(
-    spec: ModelSpec, variables: Mapping[str, Params], inputs: jax.Array, **options: Any
+    spec: ModelSpec,
+    variables: Mapping[str, Params],
+    inputs: jax.Array,
+    *,
+    segment_ids: jax.Array,
+    positions: jax.Array,
+    key: jax.Array | None = None,
+    **config: Any,
 ) -> jax.Array:
-    """`[B T V]` float32 for all positions, with the options of `forward`; for tests and tools."""
-    output = forward(spec, variables, inputs, **options)
+    """`[B T V]` float32 for all positions, with fields of `ForwardConfig`; for tests and tools."""
+    rows = TokenRows(inputs, segment_ids, positions)
+    output = forward(spec, variables, rows, ForwardConfig(**config), key=key)
     return output_head.logits(output.hidden, output.head)
 
 

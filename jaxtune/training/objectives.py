@@ -6,7 +6,6 @@ Sums and counts travel through microbatches, devices and hosts; the one division
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtune.model import decoder
-from jaxtune.model.lora import Lora
+from jaxtune.model.decoder import ForwardConfig, TokenRows
 from jaxtune.ops import neftune
 from jaxtune.ops.cross_entropy import Sums, TokenLosses, linear_cross_entropy, token_losses
 from jaxtune.ops.moe import balance
@@ -43,20 +42,15 @@ Objective = Callable[[Variables, Tokens, jax.Array | None], Sums]  # no key: not
 
 def next_token(
     spec: ModelSpec,
+    config: ForwardConfig,
     *,
-    dtype: Any,
-    remat: str,
-    lora: Lora | None = None,
     noise_alpha: float | None = None,
-    platform: str | None = None,
     loss_block: int | None = None,
     z_loss: float = 0.0,
-    attention: str | None = None,
 ) -> Objective:
     """Weighted next-token cross-entropy: loss = sum(w * -log p(target)), weight = sum(w).
 
     `targets` at weight 0 may be any id in range; nothing is inferred from token values.
-    `attention` names its implementation (`ops/attention.py`), None or "auto" chooses.
     `noise_alpha` is NEFTune's; its noise, like all that is random, is absent without a key.
     `loss_block` and `z_loss` are `linear_cross_entropy`'s; what z-loss costs is in the penalty.
 
@@ -69,17 +63,14 @@ def next_token(
     """
     coef = router_coef(spec)
 
-    read = functools.partial(
-        _read, spec, dtype=dtype, remat=remat, lora=lora, platform=platform, attention=attention
-    )
-
     def objective(variables: Variables, batch: Tokens, key: jax.Array | None) -> Sums:
         batch = collectives.zigzag_split(batch)
         noise = None
         if noise_alpha is not None and key is not None:
             key, own = jax.random.split(key)
             noise = _noise(own, batch.segment_ids, spec.width, noise_alpha)
-        output = read(variables, batch, key=key, noise=noise)
+        rows = _rows(batch)
+        output = decoder.forward(spec, variables, rows, config, key=key, noise=noise)
         sums = linear_cross_entropy(
             output.hidden,
             output.head,
@@ -98,30 +89,21 @@ def next_token(
 
 
 def each_token(
-    spec: ModelSpec, *, dtype: Any, lora: Lora | None = None, platform: str | None = None
+    spec: ModelSpec, config: ForwardConfig
 ) -> Callable[[Variables, Tokens], TokenLosses]:
     """`next_token` before it is added up: `[B T]`, each token where it lies in the batch."""
 
     def losses(variables: Variables, batch: Tokens) -> TokenLosses:
         batch = collectives.zigzag_split(batch)
-        output = _read(
-            spec, variables, batch, dtype=dtype, remat="none", lora=lora, platform=platform
-        )
+        output = decoder.forward(spec, variables, _rows(batch), config)
         each = token_losses(output.hidden, output.head, batch.targets, batch.weights)
         return jax.tree.map(collectives.whole_rows, each)
 
     return losses
 
 
-def _read(spec: ModelSpec, variables: Variables, batch: Tokens, **how: Any) -> decoder.Output:
-    return decoder.forward(
-        spec,
-        variables,
-        batch.inputs,
-        segment_ids=batch.segment_ids,
-        positions=batch.positions,
-        **how,
-    )
+def _rows(batch: Tokens) -> TokenRows:
+    return TokenRows(batch.inputs, batch.segment_ids, batch.positions)
 
 
 def _noise(key: jax.Array, segment_ids: jax.Array, width: int, alpha: float) -> jax.Array:

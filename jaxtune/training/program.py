@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune.model import decoder
+from jaxtune.model.decoder import ForwardConfig
 from jaxtune.model.lora import COLLECTION, Lora
 from jaxtune.ops.cross_entropy import TokenLosses
 from jaxtune.parallel.collectives import EVERYWHERE, shard_map_step, slices, tokens
@@ -107,16 +108,10 @@ def build(spec: ModelSpec, mesh: Mesh, config: StepConfig) -> Program:
     state_placed = state_shardings(abstract, trained_placed, mesh, offload=config.optim_offload)
     beside = state_shardings(abstract, trained_placed, mesh).opt_state  # the parameters, on devices
     everywhere = replicated(mesh)
-    of_rows = functools.partial(
-        next_token,
-        spec,
-        dtype=config.dtype,
-        lora=lora,
-        platform=platform_of(mesh),
-        loss_block=config.loss_block,
-        attention=config.attention,
-    )
-    objective = of_rows(remat=config.remat, noise_alpha=config.noise_alpha, z_loss=config.z_loss)
+    forward = ForwardConfig(config.dtype, config.remat, config.attention, platform_of(mesh), lora)
+    losses = functools.partial(next_token, spec, loss_block=config.loss_block)
+    objective = losses(forward, noise_alpha=config.noise_alpha, z_loss=config.z_loss)
+    evaluated = losses(forward._replace(remat="none"))
 
     def gradient_of(trained: Any, frozen: Any, batch: Any, step: Any) -> Any:
         here = functools.partial(
@@ -150,7 +145,7 @@ def build(spec: ModelSpec, mesh: Mesh, config: StepConfig) -> Program:
         abstract=abstract,
         shardings=state_placed,
         train_step=jax.jit(step, donate_argnums=0, out_shardings=(state_placed, everywhere)),
-        eval_step=_evaluation(axes, mesh, of_rows(remat="none")),
+        eval_step=_evaluation(axes, mesh, evaluated),
         init_opt_state=jax.jit(
             functools.partial(init_opt_state, optimiser), out_shardings=state_placed.opt_state
         ),
@@ -172,7 +167,7 @@ def build_token_losses(spec: ModelSpec, mesh: Mesh, *, dtype: Any) -> EachToken:
     `(variables, batch) -> TokenLosses` `[B T]`, on every device, so that every host can read all
     of it.
     """
-    here = each_token(spec, dtype=dtype, platform=platform_of(mesh))
+    here = each_token(spec, ForwardConfig(dtype, "none", platform=platform_of(mesh)))
     axes = _axes(spec, None)
 
     def losses(variables: Any, batch: Any) -> TokenLosses:

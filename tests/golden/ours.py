@@ -62,11 +62,8 @@ def _program(name: str) -> tuple[HfModel, functools.partial[Any]]:
         output = decoder.forward(
             model.spec,
             {"params": params},
-            batch["inputs"],
-            segment_ids=batch["segment_ids"],
-            positions=batch["positions"],
-            dtype=jnp.float32,
-            remat="none",
+            decoder.TokenRows(batch["inputs"], batch["segment_ids"], batch["positions"]),
+            decoder.ForwardConfig(jnp.float32, "none"),
         )
         sums = linear_cross_entropy(
             output.hidden, output.head, batch["targets"], batch["weights"], block=11

@@ -1,13 +1,12 @@
 """One small decoder that has nearly every switch, shared by the tests of this room."""
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxtune.model import decoder
+from jaxtune.model.decoder import TokenRows as Rows
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack
 
 PLAIN = LayerSpec(4, 2, 8, 32, RopeSpec(10_000.0))
@@ -63,12 +62,6 @@ SPEC = ModelSpec(
     logit_scale=0.8,
     logit_softcap=9.0,
 )
-
-
-class Rows(NamedTuple):
-    inputs: jax.Array
-    segment_ids: jax.Array
-    positions: jax.Array
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from model.conftest import FANCY, ODD, PLAIN, SPEC, Rows
 
 from jaxtune.config import ConfigError
 from jaxtune.model import decoder
-from jaxtune.model.decoder import Params, forward
+from jaxtune.model.decoder import ForwardConfig, Params, forward
 from jaxtune.parallel import mesh
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack, parameter_count
 from jaxtune.tree import named
@@ -20,14 +20,7 @@ from jaxtune.tree import named
 
 def hidden(params: Params, rows: Rows, spec: ModelSpec = SPEC, **options: Any) -> jax.Array:
     options = {"dtype": jnp.float32} | options
-    return forward(
-        spec,
-        {"params": params},
-        rows.inputs,
-        segment_ids=rows.segment_ids,
-        positions=rows.positions,
-        **options,
-    ).hidden
+    return forward(spec, {"params": params}, rows, ForwardConfig(**options)).hidden
 
 
 def loss(params: Params, rows: Rows, spec: ModelSpec = SPEC, **options: Any) -> jax.Array:
@@ -322,10 +315,8 @@ def test_half_precision_compute_over_f32_parameters(params: Params, packed: Rows
     output = forward(
         SPEC,
         {"params": params},
-        packed.inputs,
-        segment_ids=packed.segment_ids,
-        positions=packed.positions,
-        dtype=jnp.bfloat16,
+        packed,
+        ForwardConfig(jnp.bfloat16),
     )
     assert output.hidden.dtype == jnp.bfloat16
     assert output.head.kernel.dtype == jnp.float32

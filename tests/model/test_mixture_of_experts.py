@@ -48,11 +48,8 @@ def _loss(params, batch, remat="none"):
     output = decoder.forward(
         SPEC,
         {"params": params},
-        batch["inputs"],
-        segment_ids=batch["segment_ids"],
-        positions=batch["positions"],
-        dtype=jnp.float32,
-        remat=remat,
+        decoder.TokenRows(batch["inputs"], batch["segment_ids"], batch["positions"]),
+        decoder.ForwardConfig(jnp.float32, remat),
     )
     sums = linear_cross_entropy(output.hidden, output.head, batch["targets"], batch["weights"])
     return sums.loss + 10.0 * balance(output.load), output.load

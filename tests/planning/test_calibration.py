@@ -113,9 +113,11 @@ def _residuals(spec: ModelSpec, remat: str) -> Any:
 
     def forward(params: Any, inputs: Any) -> jax.Array:
         output = decoder.forward(
-            spec, {"params": params}, inputs, segment_ids=inputs, positions=inputs,
-            dtype=jnp.bfloat16, remat=remat, platform="tpu", attention="splash",
-        )  # fmt: skip
+            spec,
+            {"params": params},
+            decoder.TokenRows(inputs, inputs, inputs),
+            decoder.ForwardConfig(jnp.bfloat16, remat, "splash", "tpu"),
+        )
         return output.hidden.astype(jnp.float32).sum()
 
     return jax.eval_shape(lambda params, row: jax.vjp(forward, params, row)[1], params, row)

@@ -202,9 +202,11 @@ def test_the_backward_pass_keeps_codes_and_not_kernels() -> None:
 
     def loss(adapters: Any, params: Any) -> jax.Array:
         output = decoder.forward(
-            WIDE, {"params": params, "lora": adapters}, ids, segment_ids=ids + 1, positions=ids,
-            dtype=jnp.float32, remat="none", lora=lora,
-        )  # fmt: skip
+            WIDE,
+            {"params": params, "lora": adapters},
+            decoder.TokenRows(ids, ids + 1, ids),
+            decoder.ForwardConfig(jnp.float32, "none", lora=lora),
+        )
         return jnp.sum(output.hidden)
 
     _, backward = jax.eval_shape(

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.model import decoder
+from jaxtune.model.decoder import ForwardConfig
 from jaxtune.ops.cross_entropy import Sums
 from jaxtune.parallel.collectives import EVERYWHERE, shard_map_step, slices, tokens
 from jaxtune.parallel.mesh import make_mesh, shardings
@@ -129,7 +130,7 @@ def gradients(name: str, sizes: dict[str, int], attention: str) -> tuple[Any, Su
     spec, variables = model(name)
     mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
     axes = {"params": decoder.axes(spec)}
-    objective = next_token(spec, dtype=jnp.float32, remat="none", attention=attention)
+    objective = next_token(spec, ForwardConfig(jnp.float32, "none", attention))
     here = functools.partial(
         gradient,
         config=GradientConfig(objective, microbatches=1, seed=0, dtype=jnp.float32), axes=axes,

@@ -12,6 +12,7 @@ import pytest
 from golden.cases import TEXTS, WEIGHTS, write_folder
 
 from jaxtune.hf.load import load_params, open_model
+from jaxtune.model.decoder import ForwardConfig
 from jaxtune.ops.cross_entropy import Sums
 from jaxtune.training.objectives import next_token
 from jaxtune.training.optim import optim
@@ -59,7 +60,7 @@ def _model(name: str):
         asked = {"output_router_logits": True, "router_aux_loss_coef": COEF}
         model = open_model(write_folder(name, Path(folder), **asked))
         params = load_params(model, None, jnp.float32)
-    objective = next_token(model.spec, dtype=jnp.float32, remat="full")
+    objective = next_token(model.spec, ForwardConfig(jnp.float32))
 
     def penalty(params, batch):
         sums = objective({"params": params}, batch, None)
