@@ -111,7 +111,7 @@ def by_jaxtune(source: Path, out: Path, param_dtype: str | None) -> Iterator[str
     import jax
     import numpy as np
 
-    from jaxtune.hf.export import export_model
+    from jaxtune.hf.export import WeightFormat, export_model
     from jaxtune.hf.load import load_params, open_model
     from jaxtune.model import decoder
     from jaxtune.parallel import mesh as meshes
@@ -128,7 +128,7 @@ def by_jaxtune(source: Path, out: Path, param_dtype: str | None) -> Iterator[str
     yield "export"
     export_model(
         out, model=model, params=params, tokenizer=None, template=None, card="# random\n",
-        max_shard_bytes=SHARD_BYTES,
+        weights=WeightFormat(max_shard_bytes=SHARD_BYTES),
     )  # fmt: skip
 
 

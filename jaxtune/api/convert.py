@@ -12,7 +12,7 @@ from jaxtune.config import Config, ConfigError, dump, shard_bytes
 from jaxtune.data.open import open_template, open_tokenizer, stop_ids
 from jaxtune.data.templating.template import Template
 from jaxtune.data.tokenizer import Tokenizer, load_tokenizer
-from jaxtune.hf.export import Exported, check_target, export_model
+from jaxtune.hf.export import Exported, WeightFormat, check_target, export_model
 from jaxtune.hf.folders import is_adapter
 from jaxtune.hf.load import HfModel, load_params, open_model
 from jaxtune.hf.peft.merge import merged
@@ -130,8 +130,7 @@ def _export_run(
         out,
         model=model,
         params=to_export(restored),
-        save_dtype=config.save_dtype,
-        max_shard_bytes=shard_bytes(config.max_shard_size),
+        weights=WeightFormat(config.save_dtype, shard_bytes(config.max_shard_size)),
         tokenizer=tokenizer,
         template=template,
         stop_ids=stop_ids(config, tokenizer, template),
@@ -183,8 +182,7 @@ def _export_adapter(
         out,
         model=model,
         params=merged(model, lora, leaves),
-        save_dtype=config.save_dtype,
-        max_shard_bytes=shard_bytes(config.max_shard_size),
+        weights=WeightFormat(config.save_dtype, shard_bytes(config.max_shard_size)),
         tokenizer=tokenizer,
         template=None,
         stop_ids=model.eos_ids if own else (),
@@ -200,8 +198,7 @@ def _export_folder(source: str, out: Path, config: Config) -> Exported:
         out,
         model=model,
         params=load_params(model, _shardings(model, "float32"), "float32"),
-        save_dtype=config.save_dtype,
-        max_shard_bytes=shard_bytes(config.max_shard_size),
+        weights=WeightFormat(config.save_dtype, shard_bytes(config.max_shard_size)),
         tokenizer=None,
         template=None,
         card=read_text(card, model.folder) if card.exists() else f"# {Path(source).name}\n",

@@ -27,7 +27,7 @@ from jaxtune.data.report.data_report import near_overlap, overlap, refuse
 from jaxtune.data.report.data_report import report as data_report
 from jaxtune.data.templating.template import Template
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.hf.export import check_target, export_model
+from jaxtune.hf.export import WeightFormat, check_target, export_model
 from jaxtune.hf.folders import refuse_adapter
 from jaxtune.hf.peft.merge import merged
 from jaxtune.hf.peft.write import check_adapter_target, write_adapter
@@ -486,8 +486,7 @@ def _export(
         run.run_dir / "hf",
         model=run.subject.model,
         params=params,
-        save_dtype=config.save_dtype,
-        max_shard_bytes=shard_bytes(config.max_shard_size),
+        weights=WeightFormat(config.save_dtype, shard_bytes(config.max_shard_size)),
         tokenizer=data.tokenizer,
         template=data.template,
         stop_ids=stop_ids(config, data.tokenizer, data.template),

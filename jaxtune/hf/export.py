@@ -14,13 +14,15 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxtune.config import ConfigError
+from jaxtune.data.templating.template import Template
+from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.hf.folders import CHAT_TEMPLATE, MODEL, TOKENIZER, check_replaceable
 from jaxtune.hf.layout import Index, Placed
 from jaxtune.hf.load import HfModel
@@ -43,30 +45,14 @@ from jaxtune.tree import named
 _BEHIND = 1 << 28  # bytes that are written before they are read back together
 
 
-class Tokenizer(Protocol):
-    """A tokenizer, as far as the export needs it; `data.tokenizer` has it."""
+class WeightFormat(NamedTuple):
+    """The dtype of exported weights, a name or `source`, and the size of their files."""
 
-    @property
-    def folder(self) -> Path: ...
-    @property
-    def bos_id(self) -> int | None: ...
-    @property
-    def eos_id(self) -> int | None: ...
-    @property
-    def pad_id(self) -> int | None: ...
-    @property
-    def bos_token(self) -> str | None: ...
-    @property
-    def eos_token(self) -> str | None: ...
-    @property
-    def changed_files(self) -> Mapping[str, bytes]: ...
+    save_dtype: str = "source"
+    max_shard_bytes: int = 5_000_000_000
 
 
-class Template(Protocol):
-    """A template, as far as the export needs it: the jinja text `apply_chat_template` will use."""
-
-    @property
-    def chat_template(self) -> str | None: ...
+_AS_SOURCE = WeightFormat()
 
 
 class Exported(NamedTuple):
@@ -83,29 +69,28 @@ def export_model(
     *,
     model: HfModel,
     params: Any,
-    save_dtype: str = "source",
+    weights: WeightFormat = _AS_SOURCE,
     tokenizer: Tokenizer | None,
     template: Template | None,
     stop_ids: Sequence[int] = (),
     card: str,
-    max_shard_bytes: int = 5_000_000_000,
 ) -> Exported:
-    """Writes `params` (sharded or not) as `out`, replacing an earlier export there.
+    """Write `params` (sharded or not) as `out`, replacing an earlier export there.
 
-    `save_dtype` is float32, bfloat16, float16, or source: each tensor as the checkpoint it came
-    from had it, else what `config.json` states. `stop_ids` are the ends of turn that were trained;
+    `weights.save_dtype` is float32, bfloat16, float16, or source: each tensor as the checkpoint it
+    came from had it, else what `config.json` states. `stop_ids` are the trained ends of turn;
     the tokenizer's eos joins them. Without a tokenizer the source folder's files and ids are taken
-    over as they are. Every host calls this; the first one writes. Raises `ConfigError` when the
-    folder cannot be written or a value does not fit `save_dtype`.
+    over as they are. Every host calls this; the first one writes.
+    Raises: `ConfigError` if the folder cannot be written or a value does not fit the dtype.
     """
     check_target(out, model)
-    dtypes = _dtypes(model, save_dtype)
+    dtypes = _dtypes(model, weights.save_dtype)
     plans = plan_shards(
         {
             name: (dtypes[name], placed.tensor_shape)
             for name, placed in _in_file_order(model).items()
         },
-        max_shard_bytes,
+        weights.max_shard_bytes,
     )
     size = index_of(plans)["metadata"]["total_size"]
     try:
@@ -116,7 +101,7 @@ def export_model(
         else:
             with replacing(out, size) as folder:
                 _write_tensors(folder, plans, dtypes, model, params)
-                _write_configs(folder, model, save_dtype, tokenizer, stop_ids)
+                _write_configs(folder, model, weights.save_dtype, tokenizer, stop_ids)
                 write_tokenizer(folder, model, tokenizer, template)
                 write(folder / "README.md", card.encode())
         multihost_utils.sync_global_devices("export")

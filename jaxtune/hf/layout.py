@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -190,7 +190,7 @@ class Placed:
         yield from itertools.product(*cuts)
 
     def read(
-        self, fetch: Fetch, index: Index, dtype: np.dtype, run: Callable[..., Iterable] = map
+        self, fetch: Fetch, index: Index, dtype: np.dtype, run: Callable[..., Iterable[Any]] = map
     ) -> np.ndarray:
         """`index` of the parameter (unit steps) in `dtype`, through the fewest contiguous slices.
 

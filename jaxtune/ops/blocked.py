@@ -32,7 +32,7 @@ UNSEEN = 2 * LOWEST  # added to a score: its weight is zero even where nothing w
 FAR = jnp.iinfo(jnp.int32).max
 
 
-class _Static(NamedTuple):
+class _BlockStatic(NamedTuple):
     """Numbers known when tracing; t and s are tokens in a block of queries and of keys."""
 
     window: int | None
@@ -71,7 +71,7 @@ def blocked(
     """
     t, s = min(QUERY_BLOCK, q.shape[1]), min(KEY_BLOCK, k.shape[1])
     assert spec.scale is not None
-    static = _Static(spec.window, spec.softcap, spec.scale, t, s)
+    static = _BlockStatic(spec.window, spec.softcap, spec.scale, t, s)
     return _attend(q, k, v, mask, spec.sinks, static)
 
 
@@ -82,7 +82,7 @@ def _attend(
     v: jax.Array,
     mask: AttentionMask,
     sinks: jax.Array | None,
-    static: _Static,
+    static: _BlockStatic,
 ) -> jax.Array:
     return _forward(q, k, v, mask, sinks, static)[0]
 
@@ -93,7 +93,7 @@ def _forward(
     v: jax.Array,
     mask: AttentionMask,
     sinks: jax.Array | None,
-    static: _Static,
+    static: _BlockStatic,
 ) -> tuple[jax.Array, Any]:
     T, H = q.shape[1:3]
     G = k.shape[2]
@@ -112,7 +112,7 @@ def _forward(
 
 
 def _mix(
-    row: _Row, static: _Static, sinks_Gq: jax.Array | None, i: jax.Array
+    row: _Row, static: _BlockStatic, sinks_Gq: jax.Array | None, i: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Queries of block i: what they get `[G q K]`, and the logs of their sums `[G q]`, f32."""
     q_GqK = row.q[i]
@@ -141,7 +141,7 @@ def _mix(
 
 
 def _backward(
-    static: _Static, kept: Any, d_out: jax.Array
+    static: _BlockStatic, kept: Any, d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, jax.Array | None]:
     q, k, v, mask, sinks, out, logs_BnGq = kept
     S, G = k.shape[1:3]
@@ -174,7 +174,7 @@ _attend.defvjp(_forward, _backward)
 
 def _slopes(
     row: _Row,
-    static: _Static,
+    static: _BlockStatic,
     logs_nGq: jax.Array,
     inner_nGq: jax.Array,
     d_out_nGqK: jax.Array,
@@ -206,7 +206,9 @@ def _slopes(
     return (d_k_mGsK, d_v_mGsK), jnp.swapaxes(d_q_GKq, 1, 2)
 
 
-def _scores(row: _Row, static: _Static, i: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _scores(
+    row: _Row, static: _BlockStatic, i: jax.Array, j: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Scores `[G s q]` of queries i and keys j, f32; what to add to hide the unseen `[1 s q]`."""
     scores_Gsq = _product("GsK,GqK->Gsq", row.k[j], row.q[i]) * static.scale
     if static.softcap is not None:
@@ -233,7 +235,7 @@ def _rows(
     k: jax.Array,
     v: jax.Array,
     mask: AttentionMask,
-    static: _Static,
+    static: _BlockStatic,
 ) -> _Row:
     """Every row in blocks, `[B ...]`; what fills the last blocks is padding."""
     G = k.shape[2]

@@ -15,7 +15,7 @@ import pytest
 
 from jaxtune.data.templating.template import resolve
 from jaxtune.data.tokenizer import load_tokenizer
-from jaxtune.hf.export import export_model
+from jaxtune.hf.export import WeightFormat, export_model
 from jaxtune.hf.load import open_model
 from jaxtune.model import decoder
 from jaxtune.tree import map_named
@@ -57,7 +57,7 @@ class Parrot:
         model = open_model(source, weights=False)
         export_model(
             folder, model=model, params=map_named(self._leaf, decoder.abstract(model.spec, "f4")),
-            save_dtype="float32", tokenizer=tokenizer, template=resolved,
+            weights=WeightFormat("float32"), tokenizer=tokenizer, template=resolved,
             stop_ids=[resolved.stop_id], card="# parrot\n",
         )  # fmt: skip
 

@@ -18,7 +18,7 @@ import pytest
 from jaxtune import chat, convert, evaluate, train
 from jaxtune.config import Config, ConfigError, load
 from jaxtune.data.tokenizer import load_tokenizer
-from jaxtune.hf.export import export_model
+from jaxtune.hf.export import WeightFormat, export_model
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.inference import generate
 from jaxtune.inference import load as inference
@@ -47,7 +47,7 @@ def write_base(folder: Path, seed: int, **keys: object) -> Path:
     model = open_model(start, weights=False)
     params = decoder.init(model.spec, jax.random.key(seed), np.float32)
     export_model(
-        folder, model=model, params=params, save_dtype="float32", tokenizer=tokenizer,
+        folder, model=model, params=params, weights=WeightFormat("float32"), tokenizer=tokenizer,
         template=None, card="# base\n",
     )  # fmt: skip
     (folder / "chat_template.jinja").unlink(missing_ok=True)

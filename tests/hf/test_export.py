@@ -27,7 +27,7 @@ from jaxtune.data.templating.template import resolve
 from jaxtune.data.tokenizer import load_tokenizer
 from jaxtune.hf import export, layout
 from jaxtune.hf import tensors as safetensors_io
-from jaxtune.hf.export import check_target, export_model
+from jaxtune.hf.export import WeightFormat, check_target, export_model
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.hf.tensors import open_tensors
 from jaxtune.model import decoder
@@ -101,7 +101,9 @@ def test_import_then_export_changes_no_byte(name, sharded, dtype, tmp_path):
         safetensors.numpy.save_file(values, source / "model.safetensors")
 
     out = tmp_path / "out"
-    result = _export(open_model(source), out, max_shard_bytes=20_000 if sharded else 10**9)
+    result = _export(
+        open_model(source), out, weights=WeightFormat(max_shard_bytes=20_000 if sharded else 10**9)
+    )
     assert _bytes(out) == _bytes(source)
     assert result.tensors == len(values)
     assert result.size == sum(value.nbytes for value in values.values())
@@ -126,12 +128,12 @@ def test_mixed_dtypes_stay_mixed_and_save_dtype_overrules(tmp_path):
     assert _bytes(tmp_path / "same") == _bytes(source)
     assert json.loads((tmp_path / "same" / "config.json").read_text())["dtype"] == "bfloat16"
 
-    _export(model, tmp_path / "half", save_dtype="float16")
+    _export(model, tmp_path / "half", weights=WeightFormat("float16"))
     assert {dtype for dtype, *_ in _bytes(tmp_path / "half").values()} == {"float16"}
     config = json.loads((tmp_path / "half" / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "float16"
     with pytest.raises(ConfigError, match="save_dtype 'int8'; expected source, float32"):
-        _export(model, tmp_path / "int8", save_dtype="int8")
+        _export(model, tmp_path / "int8", weights=WeightFormat("int8"))
 
 
 def test_random_weights_are_saved_as_the_config_says_or_float32(tmp_path):
@@ -153,7 +155,7 @@ def test_a_value_too_large_for_float16_is_refused(tmp_path):
     with pytest.raises(
         ConfigError, match=r"model.norm.weight: has a value of 1e\+05, which float16"
     ):
-        _export(model, tmp_path / "out", params, save_dtype="float16")
+        _export(model, tmp_path / "out", params, weights=WeightFormat("float16"))
     assert not (tmp_path / "out").exists()
 
 
@@ -350,7 +352,7 @@ def test_what_a_killed_export_left_is_cleared(tmp_path):
     params = load_params(model, None, jnp.float32)
     params["head"]["kernel"] = params["head"]["kernel"].at[0, 0].set(1e6)
     with pytest.raises(ConfigError, match="cannot hold"):
-        _export(model, out, params, save_dtype="float16")
+        _export(model, out, params, weights=WeightFormat("float16"))
     assert (out / "README.md").read_text() == "first"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 

@@ -10,7 +10,7 @@ from golden.cases import tensors, write_folder
 from safetensors.numpy import load_file, save_file
 
 from jaxtune.config import ModelError
-from jaxtune.hf.export import export_model
+from jaxtune.hf.export import WeightFormat, export_model
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.hf.mxfp4 import fetch
 from jaxtune.model import decoder
@@ -42,7 +42,9 @@ def test_import_then_export_changes_no_byte(name, sharded, tmp_path):
         values = {key: value.astype(ml_dtypes.bfloat16) for key, value in tensors(name).items()}
         save_file(values, source / "model.safetensors")
     out = tmp_path / "out"
-    result = _export(open_model(source), out, max_shard_bytes=9_000 if sharded else 10**9)
+    result = _export(
+        open_model(source), out, weights=WeightFormat(max_shard_bytes=9_000 if sharded else 10**9)
+    )
     assert _bytes(out) == _bytes(source)
     assert (len(result.files) > 1) is sharded
 
