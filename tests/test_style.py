@@ -27,10 +27,8 @@ WRONG_STARTS = {
     "where", "whether", "which", "who", "whom", "whose", "why",
 }  # fmt: skip
 PENDING: dict[str, dict[str, int]] = {
-    "hidden imports": {"api": 1, "server": 1},
-    "long functions": {"training": 1},
-    "many parameters": {"hf": 1, "model": 1, "training": 1},
-    "doubled classes": {"data": 2, "hf": 2, "inference": 1, "ops": 2, "training": 1},
+    # The server needs optional libraries, so `chat --serve` alone imports it.
+    "hidden imports": {"api": 1},
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -181,7 +179,7 @@ def test_rules_hold_where_nothing_is_pending(rule: str) -> None:
         (
             "hidden imports",
             "train.py",
-            "def run():\n    from jaxtune import a\n    from jaxtune import b",
+            "def run():\n    from jaxtune import spec\n    from jaxtune import tree",
         ),
         ("long functions", "ops/a.py", "def f():\n" + "    pass\n" * 60),
         ("many parameters", "ops/a.py", "def f(a, b, c, d, *, e, f, g, h, i): ..."),

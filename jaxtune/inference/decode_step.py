@@ -60,7 +60,7 @@ class Slots(NamedTuple):
     cache: Cache
 
 
-class Tokens(NamedTuple):
+class DecodedTokens(NamedTuple):
     """The new tokens of a call: the first `counts` `[B]` of `tokens` `[B N]`, replicated.
 
     `active` `[B]`: the row goes on; `stopped` `[B]`: it met a stop id.
@@ -102,7 +102,7 @@ def _empty(program: DecodeProgram, *, rows: int, length: int, stops: int) -> Slo
 
 def _prefill(
     program: DecodeProgram, variables: Mapping[str, Params], slots: Slots, prompts: Prompts
-) -> tuple[Slots, Tokens]:
+) -> tuple[Slots, DecodedTokens]:
     """Run the prompts through the model, fill their slots, and take a token of each."""
     R, T = prompts.tokens.shape
     positions_RT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (R, T))
@@ -136,7 +136,7 @@ def _prefill(
     cache = decoder.in_slots(slots.cache, output.cache, prompts.slots, prompts.lengths)
     rest = jax.tree.map(into, slots._replace(cache={}), read)
     slots = _placed(rest._replace(cache=cache))
-    return slots, _replicated(Tokens(read.newest[:, None], *written_R))
+    return slots, _replicated(DecodedTokens(read.newest[:, None], *written_R))
 
 
 def _decode(
@@ -146,7 +146,7 @@ def _decode(
     live: jax.Array,
     steps: jax.Array,
     until_one_ends: jax.Array,
-) -> tuple[Slots, Tokens]:
+) -> tuple[Slots, DecodedTokens]:
     """Decode up to `steps` tokens of each of the `live` rows `[B]`, fewer when no row goes on.
 
     With `until_one_ends` fewer also when one row ends.
@@ -157,12 +157,14 @@ def _decode(
     zeros_B = jnp.zeros(B, jnp.int32)
     tokens_BN = jnp.zeros((B, MOST_STEPS), jnp.int32)
 
-    def goes_on(carry: tuple[jax.Array, Slots, Tokens]) -> jax.Array:
+    def goes_on(carry: tuple[jax.Array, Slots, DecodedTokens]) -> jax.Array:
         step, _, done = carry
         ended = jnp.any(begun_B & ~done.active)
         return (step < steps) & jnp.any(done.active) & ~(until_one_ends & ended)
 
-    def token(carry: tuple[jax.Array, Slots, Tokens]) -> tuple[jax.Array, Slots, Tokens]:
+    def token(
+        carry: tuple[jax.Array, Slots, DecodedTokens],
+    ) -> tuple[jax.Array, Slots, DecodedTokens]:
         step, slots, done = carry
         output = decoder.forward(
             program.spec,
@@ -179,10 +181,10 @@ def _decode(
         )
         column_B1 = slots.newest[:, None]
         tokens_BN = jax.lax.dynamic_update_slice(done.tokens, column_B1, (0, step))
-        done = Tokens(tokens_BN, done.counts + counts_B, active_B, done.stopped | stopped_B)
+        done = DecodedTokens(tokens_BN, done.counts + counts_B, active_B, done.stopped | stopped_B)
         return step + 1, slots, done
 
-    start = Tokens(tokens_BN, zeros_B, begun_B, jnp.zeros(B, bool))
+    start = DecodedTokens(tokens_BN, zeros_B, begun_B, jnp.zeros(B, bool))
     _, slots, written = jax.lax.while_loop(goes_on, token, (jnp.zeros((), jnp.int32), slots, start))
     return slots, _replicated(written)
 
@@ -224,8 +226,8 @@ def _placed(slots: Slots) -> Slots:
     return placed._replace(cache=slots.cache)
 
 
-def _replicated(written: Tokens) -> Tokens:
-    return Tokens(*(constrain(x, *[None] * x.ndim) for x in written))
+def _replicated(written: DecodedTokens) -> DecodedTokens:
+    return DecodedTokens(*(constrain(x, *[None] * x.ndim) for x in written))
 
 
 empty = jax.jit(_empty, static_argnames=("program", "rows", "length", "stops"))

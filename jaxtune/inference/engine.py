@@ -26,11 +26,11 @@ from jaxtune.config import ConfigError, DataError
 from jaxtune.inference import decode_step as device
 from jaxtune.inference.decode_step import (
     MOST_STEPS,
+    DecodedTokens,
     DecodeProgram,
     Prompts,
     RowOptions,
     Slots,
-    Tokens,
 )
 from jaxtune.inference.sampling import GREEDY, Sampling, sampling_arrays
 from jaxtune.inference.unstack import unstack
@@ -309,7 +309,7 @@ class Engine:
             )
         return self._events(tokens, {slot: slot for slot in self._active})
 
-    def _events(self, tokens: Tokens, rows: Mapping[int, int]) -> list[TokenEvent]:
+    def _events(self, tokens: DecodedTokens, rows: Mapping[int, int]) -> list[TokenEvent]:
         """Return the new tokens of each slot, whose row in `tokens` is `rows[slot]`."""
         tokens = jax.device_get(tokens)
         events = []

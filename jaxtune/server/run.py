@@ -12,20 +12,18 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import uvicorn
 from starlette.types import ASGIApp
 
 from jaxtune.cli import note
 from jaxtune.server.bound_socket import KEY, BoundSocket
+from jaxtune.server.connections import connection_class
 from jaxtune.server.scheduler import Scheduler
 
 
 def serve(app: ASGIApp, scheduler: Scheduler, bound: BoundSocket, models: str) -> None:
     """Until a signal: then no more is bound, what is being answered ends or is told, and this
     returns. `models` are named in the announcement."""
-    import uvicorn
-
-    from jaxtune.server.connections import connection_class
-
     server = uvicorn.Server(
         uvicorn.Config(
             app,
