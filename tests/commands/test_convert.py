@@ -78,7 +78,7 @@ def test_from_python_it_says_what_it_needs():
 def test_a_run_without_an_export_is_asked_by_its_newest_checkpoint(run_dir, capsys):
     asked = resolved(load(overrides={"model_name_or_path": str(run_dir)}))
     assert asked.model_name_or_path == f"{run_dir}/checkpoints/2"
-    assert "has no exported model; asking" in capsys.readouterr().err
+    assert "has no exported model; using" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="is a run without an exported model"):
         load_tokenizer(str(run_dir))
 
