@@ -24,15 +24,8 @@ from jaxtune.storage import object_store
 from jaxtune.storage.jsonl import last_rows
 from jaxtune.storage.safe_read import read_text
 from jaxtune.training.checkpoint.remote import put_export, staging
-from jaxtune.training.initial_weights import (
-    Restored,
-    checkpoint_of,
-    fetched,
-    param_shardings,
-    restore,
-    run_config,
-    to_export,
-)
+from jaxtune.training.initial_weights import Restored, param_shardings, restore, to_export
+from jaxtune.training.run_dir import checkpoint_of, fetched, run_config
 from jaxtune.training.subject import open_base
 
 

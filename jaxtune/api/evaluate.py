@@ -41,7 +41,7 @@ from jaxtune.inference.load import (
 from jaxtune.inference.sampling import Sampling
 from jaxtune.parallel import heartbeat, memory, processes
 from jaxtune.training.host_consistency import check_same, evaluation_fingerprints
-from jaxtune.training.initial_weights import fetched
+from jaxtune.training.run_dir import fetched
 
 
 class EvaluateResult(NamedTuple):

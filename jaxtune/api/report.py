@@ -14,7 +14,7 @@ from jaxtune.reporting.html.example import ExampleView
 from jaxtune.reporting.loss_png import save_loss
 from jaxtune.reporting.write import NAME, write_card, write_page
 from jaxtune.storage import object_store
-from jaxtune.training.initial_weights import fetched, run_config
+from jaxtune.training.run_dir import fetched, run_config
 
 
 class ReportResult(NamedTuple):

@@ -29,17 +29,9 @@ from jaxtune.parallel.mesh import check_experts, make_mesh, platform_of, shardin
 from jaxtune.spec import ModelSpec
 from jaxtune.storage import object_store
 from jaxtune.training.checkpoint.checkpoints import read_meta
-from jaxtune.training.initial_weights import (
-    base_params,
-    checkpoint_of,
-    fetched,
-    is_checkpoint,
-    param_shardings,
-    restore,
-    run_config,
-    unexported,
-)
+from jaxtune.training.initial_weights import base_params, param_shardings, restore
 from jaxtune.training.program import compute_dtype
+from jaxtune.training.run_dir import checkpoint_of, fetched, is_checkpoint, run_config, unexported
 from jaxtune.training.subject import open_base
 
 

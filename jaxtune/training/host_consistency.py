@@ -24,7 +24,8 @@ from jaxtune.hf.load import HfModel, open_model
 from jaxtune.hf.peft.base_identity import digests
 from jaxtune.hf.peft.read import on_model, open_adapter
 from jaxtune.parallel import processes
-from jaxtune.training.initial_weights import Adapters, checkpoint_of, is_checkpoint
+from jaxtune.training.initial_weights import Adapters
+from jaxtune.training.run_dir import checkpoint_of, is_checkpoint
 from jaxtune.training.subject import Subject
 from jaxtune.tree import named
 

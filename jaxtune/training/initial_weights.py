@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxtune import cli
-from jaxtune.config import Config, ConfigError, load
+from jaxtune.config import Config, ConfigError
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.hf.load import HfModel, load_params
 from jaxtune.hf.peft.base_identity import check_base, lora_from_meta
@@ -24,9 +24,7 @@ from jaxtune.model import decoder, quantise
 from jaxtune.model.lora import Lora
 from jaxtune.parallel.mesh import make_mesh, put, shardings
 from jaxtune.spec import ModelSpec
-from jaxtune.storage import object_store
 from jaxtune.training.checkpoint.checkpoints import read_meta, restore_trained
-from jaxtune.training.checkpoint.remote import fetch_run
 from jaxtune.training.trainable import trainable_subset
 from jaxtune.tree import merge, named, split
 
@@ -128,49 +126,6 @@ class Restored(NamedTuple):
     trained: Any
     lora: Lora | None
     step: int
-
-
-def fetched(name: str, step: int | None = None, *, checkpoint: bool = True) -> str:
-    """A run in a store, or one of its checkpoints, as a folder here; any other name as it is.
-
-    A model's folder in a store is another name: what opens it fetches it.
-    """
-    if not object_store.is_url(name):
-        return name
-    run, _, number = name.rstrip("/").rpartition("/checkpoints/")
-    if run and number.isdigit():
-        _, step = checkpoint_of(Path("checkpoints", number), step)
-        return str(fetch_run(run, step=step) / "checkpoints" / number)
-    if not object_store.find(object_store.join(name, "config.yaml")):
-        return name
-    return str(fetch_run(name, step=step, checkpoint=checkpoint))
-
-
-def checkpoint_of(source: Path, step: int | None = None) -> tuple[Path, int | None]:
-    """RUN/checkpoints/STEP -> RUN and STEP; anything else as it is."""
-    if source.parent.name != "checkpoints" or not source.name.isdigit():
-        return source, step
-    if step not in (None, int(source.name)):
-        raise ConfigError(f"{source}: is step {source.name}, but --step is {step}. Drop one.")
-    return source.parent.parent, int(source.name)
-
-
-def is_checkpoint(name: str) -> bool:
-    """Return True if `name` is RUN/checkpoints/STEP."""
-    run_dir, step = checkpoint_of(Path(name))
-    return step is not None and (run_dir / "config.yaml").is_file()
-
-
-def unexported(name: str) -> bool:
-    """Return True if `name` is a run directory here that has checkpoints and no exported model."""
-    folder = Path(name)
-    return (folder / "checkpoints").is_dir() and not (folder / "hf" / "config.json").is_file()
-
-
-def run_config(run_dir: Path, flags: Config) -> Config:
-    """The run's config with the fields that were given as flags."""
-    config = load(run_dir / "config.yaml")
-    return config.model_copy(update={name: getattr(flags, name) for name in flags.model_fields_set})
 
 
 def restore(model: HfModel, run_dir: Path, step: int | None, *, dtype: str) -> Restored:

@@ -310,7 +310,7 @@ def test_refusals(params: Params) -> None:
     assert [len(answer) for answer in answers(small).values()] == [2]
 
 
-@pytest.mark.parametrize("where", ["empty", "longer", "read", "advance"])
+@pytest.mark.parametrize("where", ["empty", "grow", "prefill", "decode"])
 def test_without_memory_one_is_given_up_and_the_others_go_on(
     params: Params, alone: list[list[int]], where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
