@@ -54,7 +54,7 @@ def run(config: Config, options: PlanOptions | None = None) -> PlanResult:
     from jaxtune.api.plan import PlanRequest, run_plan
 
     request = PlanRequest(**options.model_dump(exclude={"as_json"}))
-    result = run_plan(config, request, note=cli.note)
+    result = run_plan(config, request)
     if options.as_json:
         print(json.dumps(result.plan, ensure_ascii=False, allow_nan=False))
     else:

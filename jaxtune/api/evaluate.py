@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.cli import note
-from jaxtune.config import Config, ConfigError, parse_model
+from jaxtune.config import Config, ConfigError, ConfigSource, load_config, parse_model
 from jaxtune.data.dataset import Dataset
 from jaxtune.data.in_memory import dataset_file
 from jaxtune.evaluation import harness
@@ -72,7 +72,7 @@ class _Experiment(NamedTuple):
     left_out: int | None  # questions too long for a model; None without questions
 
 
-def evaluate(config: Config, data: Any = None, **options: Any) -> EvaluateResult:
+def evaluate(config: ConfigSource, data: Any = None, **options: Any) -> EvaluateResult:
     """Measure `config.model_name_or_path` on `data`, else on the data of the config.
 
     `data` is a list of dicts, a `datasets.Dataset`, a pandas or polars frame, or a path; `options`
@@ -82,7 +82,8 @@ def evaluate(config: Config, data: Any = None, **options: Any) -> EvaluateResult
     """
     if data is not None:
         options["dataset"] = dataset_file(data)
-    return evaluate_model(config, parse_model(EvaluateOptions, options, where="evaluate"))
+    parsed = parse_model(EvaluateOptions, options, where="evaluate")
+    return evaluate_model(load_config(config), parsed)
 
 
 def evaluate_model(config: Config, options: EvaluateOptions) -> EvaluateResult:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack, overload
 
-from jaxtune.config import Config, ConfigError, load_config
+from jaxtune.config import Config, ConfigError, ConfigSource, load_config
 from jaxtune.data.in_memory import dataset_file
 from jaxtune.evaluation.measured import Inputs, measure
 from jaxtune.evaluation.questions import entries_of, open_data
@@ -42,7 +41,7 @@ class Loss(NamedTuple):
 
 def load_model(
     folder: str | os.PathLike[str],
-    config: Config | str | Path | Mapping[str, Any] | None = None,
+    config: ConfigSource | None = None,
     **overrides: Any,
 ) -> LoadedModel:
     """Load a model for inference.
@@ -54,8 +53,6 @@ def load_model(
     Raises: ConfigError, DataError, ModelError.
     """
     overrides["model_name_or_path"] = os.fspath(folder)
-    if isinstance(config, Config):
-        config = {name: getattr(config, name) for name in config.model_fields_set}
     config = resolved(load_config(config, **overrides))
     codec = open_codec(config)
     assert config.model_name_or_path is not None

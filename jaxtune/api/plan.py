@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from jaxtune.config import Config, ConfigError
+from jaxtune.cli import note, shows_notes
+from jaxtune.config import Config, ConfigError, ConfigSource, load_config
 from jaxtune.data.dataset import Batches
 from jaxtune.data.open import open_sides, open_template, open_tokenizer
 from jaxtune.hf.load import HfModel, with_tokens
@@ -33,12 +33,6 @@ from jaxtune.storage.object_store import default_folder
 from jaxtune.terminal.progress import SearchProgress, TokenizeProgress
 from jaxtune.training.build import rows_per_step
 from jaxtune.training.subject import open_base
-
-Note = Callable[[str], None]
-
-
-def _silent(*_: object) -> None:
-    """Shows nothing, as a value of the API."""
 
 
 class PlanRequest(NamedTuple):
@@ -75,7 +69,7 @@ class PlanResult(NamedTuple):
 
 
 def plan(
-    config: Config,
+    config: ConfigSource,
     *,
     topology: str,
     compile: bool = True,
@@ -98,12 +92,11 @@ def plan(
         topology, compile, verify, search, search_minutes, None, price_per_chip_hour, cache
     )
     set_environment()
-    return run_plan(config, request)
+    return run_plan(load_config(config), request)
 
 
-def run_plan(config: Config, request: PlanRequest, *, note: Note = _silent) -> PlanResult:
-    """Makes the plan; a search writes its choice to `search_output`. Progress is shown where notes
-    are."""
+def run_plan(config: Config, request: PlanRequest) -> PlanResult:
+    """Makes the plan; a search writes its choice to `search_output`."""
     if not config.model_name_or_path:
         raise ConfigError(
             "model_name_or_path is not set. Give --model_name_or_path DIR, whose config.json is "
@@ -113,12 +106,12 @@ def run_plan(config: Config, request: PlanRequest, *, note: Note = _silent) -> P
         raise ConfigError("topology is not set. Give --topology v5e-16, h100-8 or cpu.")
     hardware = make_hardware(parse_slice(request.topology), compiles=request.compile)
     model = open_base(config, weights=False, note=note)
-    run, notes = _planned_run(config, model, hardware, note)
+    run, notes = _planned_run(config, model, hardware)
     if request.search:
-        config, described = _search(config, run, hardware, request, note)
+        config, described = _search(config, run, hardware, request)
     else:
         estimate = evaluate_config(config, run, hardware, folder=request.folder, note=note)
-        described = _described(estimate, request, note)
+        described = _described(estimate, request)
     described["notes"] = [*notes, *described["notes"]]
     return PlanResult(described, config)
 
@@ -127,7 +120,7 @@ def run_plan(config: Config, request: PlanRequest, *, note: Note = _silent) -> P
 
 
 def _planned_run(
-    config: Config, model: HfModel, hardware: Hardware, note: Note
+    config: Config, model: HfModel, hardware: Hardware
 ) -> tuple[PlannedRun, list[str]]:
     """Returns the model with the data's rows and steps, where data is given, and notes on them."""
     if not config.datasets:
@@ -137,7 +130,7 @@ def _planned_run(
         return PlannedRun(model, config.max_length, steps), notes
     tokenizer = open_tokenizer(config, config.tokenizer_name or model.name, note=note)
     template = open_template(config, tokenizer, note=note)
-    with nullcontext(_silent) if note is _silent else TokenizeProgress() as progress:
+    with TokenizeProgress(quiet=not shows_notes()) as progress:
         train, _ = open_sides(config, tokenizer, template, progress=progress)
     added = tokenizer.added.values()
     model = with_tokens(model, added, trained=tokenizer.size - len(added))
@@ -154,7 +147,7 @@ def _planned_run(
 # -- the answer ----------------------------------------------------------------------------------
 
 
-def _described(estimate: StepEstimate, request: PlanRequest, note: Note) -> dict[str, Any]:
+def _described(estimate: StepEstimate, request: PlanRequest) -> dict[str, Any]:
     """Makes the object of `--json`."""
     described = figures(estimate)
     run, price = described["run"], request.price_per_chip_hour
@@ -228,7 +221,7 @@ def _notes(estimate: StepEstimate) -> list[str]:
 
 
 def _search(
-    config: Config, run: PlannedRun, hardware: Hardware, request: PlanRequest, note: Note
+    config: Config, run: PlannedRun, hardware: Hardware, request: PlanRequest
 ) -> tuple[Config, dict[str, Any]]:
     """Finds the fastest settings that fit, and their plan."""
     if not hardware.slice.chip.flops:
@@ -236,7 +229,7 @@ def _search(
     ranked = candidates(config, run, hardware)
     note(f"search: {len(ranked)} settings may fit on {hardware.slice.name}, by arithmetic")
     plans = []
-    for candidate, plan in _tried(ranked, config, run, hardware, request.search_minutes, note):
+    for candidate, plan in _tried(ranked, config, run, hardware, request.search_minutes):
         plans.append({**plan, "settings": candidate.settings, "fields": dict(candidate.fields)})
     best = frontier(plans)
     if not best:
@@ -249,7 +242,7 @@ def _search(
     estimate = evaluate_config(
         chosen, run, hardware, folder=request.folder, note=note, compiles=compiles
     )
-    described = _described(estimate, request, note)
+    described = _described(estimate, request)
     described["frontier"] = [dict(other) for other in best]
     described["tried"] = len(plans)
     tried = f"search: {len(plans)} of {len(ranked)} settings tried"
@@ -266,13 +259,12 @@ def _tried(
     run: PlannedRun,
     hardware: Hardware,
     minutes: float,
-    note: Note,
 ) -> Iterator[tuple[Candidate, dict[str, Any]]]:
     """Yields candidates and their plans, compiled as far as time allows, or all by arithmetic."""
     if not hardware.compiles:
         yield from ((candidate, estimate_candidate(candidate, hardware)) for candidate in ranked)
         return
-    with nullcontext(_silent) if note is _silent else SearchProgress(minutes) as show:
+    with SearchProgress(minutes, quiet=not shows_notes()) as show:
 
         def advance(progress: Progress) -> None:
             best = progress.best

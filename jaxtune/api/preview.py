@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.cli import note
-from jaxtune.config import Config, DatasetConfig
+from jaxtune.config import Config, ConfigSource, load_config
 from jaxtune.data.in_memory import dataset_file
 from jaxtune.data.preprocess import PreprocessConfig, PreprocessedRow
 from jaxtune.data.tokenize import runs
@@ -44,7 +44,7 @@ class PreviewResult(NamedTuple):
 
 
 def preview(
-    config: Config, data: Any = None, *, limit: int | None = None, columns: Sequence[str] = ()
+    config: ConfigSource, data: Any = None, *, limit: int | None = None, columns: Sequence[str] = ()
 ) -> PreviewResult:
     """Prepare `data`, else the datasets of the config, as training would; print nothing.
 
@@ -53,8 +53,8 @@ def preview(
 
     Raises: `ConfigError`, `DataError`.
     """
-    if data is not None:
-        config = config.model_copy(update={"datasets": (DatasetConfig(path=dataset_file(data)),)})
+    entries = {} if data is None else {"datasets": [{"path": dataset_file(data)}]}
+    config = load_config(config, **entries)
     settings = open_settings(config, note=note)
     shown = [_example(name, prepared) for name, prepared in rows(config, settings, limit)]
     return PreviewResult(shown, data_report(config, settings, columns))

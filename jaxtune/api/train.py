@@ -17,11 +17,24 @@ from jaxtune.api.answer_metrics import AnswerMetrics, held_out_questions
 from jaxtune.api.callbacks import FAILED, Callback, CallbackError, Callbacks, Metric, RunInfo
 from jaxtune.api.results import TrainResult
 from jaxtune.cli import note
-from jaxtune.config import Config, ConfigError, HostsConfig, dump, load_config, shard_bytes
+from jaxtune.config import (
+    Config,
+    ConfigError,
+    ConfigSource,
+    HostsConfig,
+    dump,
+    load_config,
+    shard_bytes,
+)
 from jaxtune.data.dataset import Batches, Dataset
 from jaxtune.data.in_memory import dataset_file
-from jaxtune.data.open import open_sides, open_template, open_tokenizer, stop_ids
-from jaxtune.data.preprocess import PreprocessConfig
+from jaxtune.data.open import (
+    open_sides,
+    open_template,
+    open_tokenizer,
+    preprocess_config,
+    stop_ids,
+)
 from jaxtune.data.progress import fingerprint, largest_id
 from jaxtune.data.report.data_report import near_overlap, overlap, refuse
 from jaxtune.data.report.data_report import report as data_report
@@ -110,7 +123,7 @@ class Replayed(NamedTuple):
 
 
 def train(
-    config: Config | Mapping[str, Any] | str | Path,
+    config: ConfigSource,
     data: Any = None,
     eval_data: Any = None,
     callbacks: Sequence[Callback] = (),
@@ -171,9 +184,7 @@ def replay(config: Config, step: int) -> Replayed:
 # -- open ------------------------------------------------------------------------------------------
 
 
-def _with_data(
-    config: Config | Mapping[str, Any] | str | Path, data: Any, eval_data: Any
-) -> Config:
+def _with_data(config: ConfigSource, data: Any, eval_data: Any) -> Config:
     """Put data given as values into the config, as files."""
     given = {"datasets": data, "eval_datasets": eval_data}
     entries = {
@@ -181,10 +192,6 @@ def _with_data(
         for (field, value), name in zip(given.items(), ("data", "eval_data"), strict=True)
         if value is not None
     }
-    if isinstance(config, Config):
-        if not entries:
-            return config
-        config = config.model_dump(exclude_unset=True)
     return load_config(config, **entries)
 
 
@@ -269,15 +276,10 @@ def _open_data(config: Config) -> RunData:
     assert name is not None
     tokenizer = open_tokenizer(config, name, note=note)
     template = open_template(config, tokenizer, note=note)
-    shown = TokenizeProgress() if cli.shows_notes() else contextlib.nullcontext(_silent)
-    with shown as progress:
+    with TokenizeProgress(quiet=not cli.shows_notes()) as progress:
         train, held_out = open_sides(config, tokenizer, template, progress=progress)
     refuse(train)
     return RunData(tokenizer, template, train, held_out)
-
-
-def _silent(path: str, records: int) -> None:
-    """Show no progress."""
 
 
 def _announce(run: Run) -> dict[str, Any]:
@@ -524,7 +526,5 @@ def _export_adapter(run: Run, lora: Lora, adapters: Any) -> Path:
 
 def _write_report(run: Run, report: Mapping[str, Any]) -> None:
     config, data = run.config, run.data
-    settings = PreprocessConfig(
-        data.tokenizer, data.template, config.train_on, config.max_length, config.truncation
-    )
+    settings = preprocess_config(config, data.tokenizer, data.template)
     after_training(run.run_dir, config, settings, data.train, report)

@@ -40,13 +40,16 @@ class Config(fields.ConfigFields):
         _fill(self, _nested(merged), where="Config")
 
 
+ConfigSource = str | Path | Mapping[str, Any] | Config
+
+
 def load(
-    path: str | Path | None = None,
+    source: str | Path | Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] | None = None,
     *,
     note: Callable[[str], None] = lambda message: None,
 ) -> Config:
-    """Reads the config of a YAML file, with overrides on top.
+    """Reads the config of a YAML file, or of a mapping in its place, with overrides on top.
 
     `overrides` maps names to values; dots reach into groups (`{"lora.r": 16}`), nested mappings
     work too. `note` receives one line for each alias used. Raises `ConfigError`.
@@ -56,9 +59,11 @@ def load(
     """
     values: dict[str, Any] = {}
     where = "config"
-    if path is not None:
-        where = str(path)
-        _merge(values, _flat(_read_yaml(Path(path)), where), where, note)
+    if isinstance(source, Mapping):
+        _merge(values, _flat(source, where), where, note)
+    elif source is not None:
+        where = str(source)
+        _merge(values, _flat(_read_yaml(Path(source)), where), where, note)
     _merge(values, _flat(overrides or {}, "flags"), "flags", note)
     nested = _nested(values)
     config = parse_model(Config, nested, where=where)
@@ -70,16 +75,18 @@ def load(
     return config
 
 
-def load_config(source: str | Path | Mapping[str, Any] | None = None, **overrides: Any) -> Config:
-    """Makes a config of a YAML file or of a mapping, with keyword arguments on top.
+def load_config(source: ConfigSource | None = None, **overrides: Any) -> Config:
+    """Makes a config of a YAML file, a mapping or another config, with keyword arguments on top.
 
     A group is a mapping (`lora={"r": 16}`). Raises `ConfigError`.
 
     >>> load_config({"cutoff_len": 512}, learning_rate=1e-4).learning_rate
     0.0001
     """
-    if isinstance(source, Mapping):
-        return load(overrides={**source, **overrides})
+    if isinstance(source, Config):
+        if not overrides:
+            return source
+        source = source.model_dump(exclude_unset=True)
     return load(source, overrides)
 
 

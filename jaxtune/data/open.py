@@ -89,6 +89,15 @@ def stop_ids(config: DataConfig, tokenizer: Tokenizer, template: Template) -> li
     return list(dict.fromkeys(found.stop_id for found in (template, *others)))
 
 
+def preprocess_config(
+    config: DataConfig, tokenizer: Tokenizer, template: Template
+) -> PreprocessConfig:
+    """Take from the run's config what preprocessing needs."""
+    return PreprocessConfig(
+        tokenizer, template, config.train_on, config.max_length, config.truncation
+    )
+
+
 def open_entries(
     config: DataConfig,
     entries: Sequence[Entry],
@@ -100,13 +109,7 @@ def open_entries(
     """Open `entries` as the run's config says. Raises what `open_dataset` raises."""
     return open_dataset(
         entries,
-        PreprocessConfig(
-            tokenizer,
-            template,
-            train_on=config.train_on,
-            max_length=config.max_length,
-            truncation=config.truncation,
-        ),
+        preprocess_config(config, tokenizer, template),
         processes=config.dataset_num_proc,
         progress=progress,
     )

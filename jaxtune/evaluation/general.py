@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxtune.cli import note
+from jaxtune.cli import note, shows_notes
 from jaxtune.config import Config, DataError, DatasetConfig
 from jaxtune.data import packing
 from jaxtune.data.dataset import Dataset
@@ -41,7 +41,7 @@ def open_general(config: Config, path: str, codec: TextCodec) -> GeneralText:
     """Cut a file of text into windows. Raises `DataError` where it cannot be read as text."""
     whole = config.model_copy(update={"max_length": 2**30})  # windows are cut here
     entry = DatasetConfig(path=path, format="text")
-    with TokenizeProgress() as progress:
+    with TokenizeProgress(quiet=not shows_notes()) as progress:
         texts = open_entries(whole, (entry,), codec.tokenizer, codec.template, progress=progress)
     length, windows = config.max_length, []
     closed = bool(codec.template.closing)

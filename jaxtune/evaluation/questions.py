@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxtune.cli import note
+from jaxtune.cli import note, shows_notes
 from jaxtune.config import Config, ConfigError, DataError, DatasetConfig
 from jaxtune.data.dataset import Dataset, split
 from jaxtune.data.formats import to_noun
@@ -86,7 +86,7 @@ def entries_of(config: Config, dataset: str | None) -> Sequence[DatasetConfig]:
 
 def open_data(config: Config, entries: Sequence[DatasetConfig], codec: TextCodec) -> Dataset:
     """Open the examples; of the config's own datasets those that eval_split holds out."""
-    with TokenizeProgress() as progress:
+    with TokenizeProgress(quiet=not shows_notes()) as progress:
         dataset = open_entries(config, entries, codec.tokenizer, codec.template, progress=progress)
     if entries is config.datasets and config.eval_split:
         _, dataset = split(dataset, config.eval_split, seed=config.seed)

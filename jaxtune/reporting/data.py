@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from jaxtune.cli import shows_notes
 from jaxtune.config import Config, ConfigError
 from jaxtune.data.dataset import Batches
-from jaxtune.data.open import open_sides, open_template, open_tokenizer
+from jaxtune.data.open import open_sides, open_template, open_tokenizer, preprocess_config
 from jaxtune.data.preprocess import PreprocessConfig, PreprocessedRow, dataset_names, preprocess
 from jaxtune.data.report.data_report import (
     distribution,
@@ -37,9 +38,7 @@ def open_settings(config: Config, *, note: Callable[[str], None]) -> PreprocessC
         raise ConfigError("dataset is not set. Give --dataset FILE, or datasets in the config.")
     tokenizer = open_tokenizer(config, name, note=note)
     template = open_template(config, tokenizer, note=note)
-    return PreprocessConfig(
-        tokenizer, template, config.train_on, config.max_length, config.truncation
-    )
+    return preprocess_config(config, tokenizer, template)
 
 
 def rows(
@@ -75,7 +74,7 @@ def data_report(
     config: Config, settings: PreprocessConfig, columns: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Report on the data that a run of this config trains, on one device."""
-    with TokenizeProgress() as progress:
+    with TokenizeProgress(quiet=not shows_notes()) as progress:
         dataset, held_out = open_sides(
             config, settings.tokenizer, settings.template, progress=progress
         )

@@ -16,11 +16,14 @@ from jaxtune.terminal.text import printable
 class TokenizeProgress:
     """A context manager, called with (path, records so far); silent where all is done in seconds.
 
-    Everything goes to stderr: on a terminal a moving bar, elsewhere a line now and then.
+    Everything goes to stderr, nothing if `quiet`: on a terminal a moving bar, elsewhere a line now
+    and then.
     """
 
-    def __init__(self, *, after_seconds: float = 2.0, every_seconds: float = 30.0) -> None:
-        self._console = Console(stderr=True, highlight=False)
+    def __init__(
+        self, *, quiet: bool = False, after_seconds: float = 2.0, every_seconds: float = 30.0
+    ) -> None:
+        self._console = Console(stderr=True, highlight=False, quiet=quiet)
         self._bar = Bar(
             TextColumn("[bold]tokenising"),
             TextColumn("{task.description}", markup=False),
@@ -61,11 +64,12 @@ class SearchProgress:
     """A context manager, called with (settings compiled, of how many, the fastest so far in words)
     of a search that may take `minutes`.
 
-    Everything goes to stderr: on a terminal a bar of the time, elsewhere a line for every answer.
+    Everything goes to stderr, nothing if `quiet`: on a terminal a bar of the time, elsewhere a
+    line for every answer.
     """
 
-    def __init__(self, minutes: float) -> None:
-        self._console = Console(stderr=True, highlight=False)
+    def __init__(self, minutes: float, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, highlight=False, quiet=quiet)
         self._bar = Bar(
             TextColumn("[bold]compiling"),
             BarColumn(),

@@ -11,7 +11,6 @@ from commands.conftest import Parrot, contrary, parrot
 
 import jaxtune as jt
 from jaxtune import chat, evaluate
-from jaxtune.cli import ThisProcess
 
 __all__ = ["contrary", "parrot"]
 
@@ -20,11 +19,6 @@ ROWS = [
     {"instruction": "Can I?", "output": SAID},
     {"instruction": "Can I go?", "input": "Now.", "output": "Yes, you go"},
 ]
-
-
-@pytest.fixture(autouse=True)
-def called_from_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ThisProcess, "is_command", False)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from jaxtune.config import (
     dump,
     field_names,
     load,
+    load_config,
     shard_bytes,
 )
 from jaxtune.config.fields import LoraConfig
@@ -481,3 +482,12 @@ def test_yaml_that_its_reader_fails_on(tmp_path: Path, text: str, message: str) 
     (tmp_path / "odd.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load(tmp_path / "odd.yaml")
+
+
+def test_overrides_replace_what_a_mapping_or_a_config_sets():
+    first = {"cutoff_len": 5, "dataset": "a.jsonl", "lora": {"r": 4}}
+    for source in (first, Config(**first)):
+        config = load_config(source, max_length=7, datasets=[{"path": "b.jsonl"}])
+        assert (config.max_length, config.lora.r) == (7, 4)
+        assert [entry.path for entry in config.datasets] == ["b.jsonl"]
+    assert load_config(config) is config
