@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import write_model
 
 import jaxtune as jt
-from jaxtune.cli import ThisProcess
 
-TOKENIZER = Path(__file__).resolve().parents[2] / "configs" / "quickstart" / "model"
 CLOCK = ("tokens_per_second", "mfu", "step_seconds", "data_wait", "memory_peak_bytes")
 ROWS = [{"instruction": f"Where is number {i}?", "output": f"In Oslo {i % 4}"} for i in range(32)]
 HELD_OUT = [{"instruction": "Where are you?", "output": "In Rome"}]
 STEPS = 4
-
-
-@pytest.fixture(autouse=True)
-def _as_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ThisProcess, "is_command", False)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,15 +29,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tokenizer and the config of a tiny model, without weights."""
     folder = tmp_path_factory.mktemp("api") / "model"
-    shutil.copytree(TOKENIZER, folder)
-    vocab = len(json.loads((TOKENIZER / "tokenizer.json").read_text())["model"]["vocab"]) + 16
-    config = {
-        "model_type": "llama", "vocab_size": vocab, "hidden_size": 16, "intermediate_size": 32,
-        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "tie_word_embeddings": False, "hidden_act": "silu", "architectures": ["LlamaForCausalLM"],
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
+    write_model(folder, layers=1, positions=128)
     return folder
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import yaml
 from children import environment
+from tiny import write_model
 
 from jaxtune import chat, evaluate, train
 from jaxtune.config import ConfigError, Diverged, load
@@ -32,7 +33,6 @@ from jaxtune.training.checkpoint.checkpoints import Checkpoints, read_meta
 from jaxtune.tree import named
 
 ROOT = Path(__file__).resolve().parents[2]
-TOKENIZER = ROOT / "configs" / "quickstart" / "model"
 # What depends on the clock and the machine.
 CLOCK = ("tokens_per_second", "mfu", "step_seconds", "data_wait", "memory_peak_bytes")
 PLACES = ("Paris", "Rome", "Oslo", "Cairo", "Lima", "Quito", "Delhi", "Seoul")
@@ -51,15 +51,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     write(folder / "train.jsonl", rows[:40])
     write(folder / "eval.jsonl", rows[40:44])
-    shutil.copytree(TOKENIZER, folder / "model")
-    vocab = len(json.loads((TOKENIZER / "tokenizer.json").read_text())["model"]["vocab"]) + 16
-    config = {
-        "model_type": "llama", "vocab_size": vocab, "hidden_size": 16, "intermediate_size": 32,
-        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-        "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "tie_word_embeddings": False, "hidden_act": "silu", "architectures": ["LlamaForCausalLM"],
-    }  # fmt: skip
-    (folder / "model" / "config.json").write_text(json.dumps(config))
+    write_model(folder / "model")
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,9 +12,9 @@ from pathlib import Path
 from typing import IO
 
 from children import environment
+from tiny import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
-TOKENIZER = ROOT / "configs" / "quickstart" / "model"
 PLACES = ("Paris", "Rome", "Oslo", "Cairo", "Lima", "Quito", "Delhi", "Seoul")
 # What depends on the clock and the machine.
 CLOCK = ("tokens_per_second", "mfu", "step_seconds", "data_wait", "memory_peak_bytes")
@@ -34,15 +33,7 @@ def make_material(folder: Path) -> Path:
     for name, part in (("train", rows[:40]), ("eval", rows[40:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
         (folder / f"{name}.jsonl").write_text(text)
-    shutil.copytree(TOKENIZER, folder / "model")
-    vocab = len(json.loads((TOKENIZER / "tokenizer.json").read_text())["model"]["vocab"]) + 16
-    config = {
-        "model_type": "llama", "vocab_size": vocab, "hidden_size": 16, "intermediate_size": 32,
-        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
-        "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "tie_word_embeddings": False, "hidden_act": "silu", "architectures": ["LlamaForCausalLM"],
-    }  # fmt: skip
-    (folder / "model" / "config.json").write_text(json.dumps(config))
+    write_model(folder / "model", kv_heads=2)
     return folder
 
 
