@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from jaxtune.config import fields
 from jaxtune.config.aliases import ALIASES
-from jaxtune.config.errors import ConfigError
+from jaxtune.config.errors import ConfigError, JaxtuneError
 from jaxtune.config.fields import DatasetConfig, ProportionsConfig, method_defaults
 
 M = TypeVar("M", bound=pydantic.BaseModel)
@@ -37,7 +37,7 @@ class Config(fields.ConfigFields):
     def __init__(self, /, **values: Any) -> None:
         merged: dict[str, Any] = {}
         _merge(merged, _flat(values, "Config"), "Config", note=lambda message: None)
-        _fill(self, _nested(merged), where="Config")
+        _fill(self, _nested(merged), "Config")
 
 
 ConfigSource = str | Path | Mapping[str, Any] | Config
@@ -113,14 +113,25 @@ def nearest(name: str, known: Mapping[str, Any] | tuple[str, ...] | list[str]) -
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-def parse_model(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
-    """Validates, turning pydantic's report into one `ConfigError` with a line per mistake."""
+def parse_model(
+    model: type[M],
+    values: Mapping[str, Any],
+    *,
+    where: str,
+    raises: type[JaxtuneError] = ConfigError,
+) -> M:
+    """Validates, turning pydantic's report into one error with a line per mistake."""
     made = model.__new__(model)
-    _fill(made, values, where=where)
+    _fill(made, values, where, raises)
     return made
 
 
-def _fill(made: pydantic.BaseModel, values: Mapping[str, Any], *, where: str) -> None:
+def _fill(
+    made: pydantic.BaseModel,
+    values: Mapping[str, Any],
+    where: str,
+    raises: type[JaxtuneError] = ConfigError,
+) -> None:
     model = type(made)
     try:
         pydantic.BaseModel.__init__(made, **values)
@@ -129,7 +140,7 @@ def _fill(made: pydantic.BaseModel, values: Mapping[str, Any], *, where: str) ->
         lines = [_mistake(model, detail, where) for detail in details[:_MISTAKES]]
         if len(details) > _MISTAKES:
             lines.append(f"{where}: and {len(details) - _MISTAKES:,} more like these.")
-        raise ConfigError("\n".join(lines)) from None
+        raise raises("\n".join(lines)) from None
 
 
 def _mistake(model: type[pydantic.BaseModel], detail: ErrorDetails, where: str) -> str:

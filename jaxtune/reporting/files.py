@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtune.config import ConfigError, DataError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt
+
+from jaxtune.config import ConfigError, DataError, parse_model
 from jaxtune.reporting import starts
 from jaxtune.storage.jsonl import from_json
 from jaxtune.storage.safe_read import parse_json, reason
@@ -18,8 +20,72 @@ from jaxtune.storage.safe_read import parse_json, reason
 EXAMPLES = 10  # rows of the data on the page of a run
 EVALUATION = "evaluation.json"  # where `report` looks for what `evaluate --json` printed
 Row = dict[str, Any]
-# What a row of these kinds must have beside kind and step; every number may be null.
-_NUMBERS = {"train": ("loss",), "eval": ("eval_loss",)}
+
+
+class _Object(BaseModel):
+    """An object of a run's file: the fields that a page needs; others are as they are."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Metrics(_Object):
+    kind: str
+    step: NonNegativeInt
+    by_dataset: dict[str, Row] = {}
+
+
+class _TrainMetrics(_Metrics):
+    loss: float | None
+
+
+class _EvalMetrics(_Metrics):
+    eval_loss: float | None
+
+
+_METRICS: Mapping[str, type[_Metrics]] = {"train": _TrainMetrics, "eval": _EvalMetrics}
+
+
+class _Sample(_Object):
+    step: NonNegativeInt
+    prompt: str
+    response: str
+
+
+class _Start(_Object):
+    step: NonNegativeInt
+    versions: Row = {}
+
+
+class _Scores(_Object):
+    intervals: Row = {}
+    difference: Row = {}
+
+
+class _Generation(_Object):
+    prompt: str
+    reference: str
+    response: str
+
+
+class _Verdicts(_Object):
+    model: Any
+    wins: NonNegativeInt
+    ties: NonNegativeInt
+    losses: NonNegativeInt
+    inconsistent: NonNegativeInt
+    unparseable: NonNegativeInt
+    failed: NonNegativeInt
+
+
+class _Evaluation(_Scores):
+    eval_loss: Any
+    generations: list[_Generation] = []
+    by_dataset: dict[str, _Scores] = {}
+    by_column: dict[str, dict[str, _Scores]] = {}
+    harness: dict[str, Row] = {}
+    general: _Scores = _Scores()
+    judge: _Verdicts | None = None
+    base: _Evaluation = None  # type: ignore[assignment]  # absent without a second model
 
 
 class RunFiles(NamedTuple):
@@ -52,14 +118,14 @@ def read_run(folder: Path) -> RunFiles:
             "Give the output_dir of a training run."
         )
     notes: list[str] = []
-    rows = [_metric(row, where) for where, row in _lines(metrics, notes)]
+    rows = [_metrics(row, where) for where, row in _lines(metrics, notes)]
     config = folder / "config.yaml"
     return RunFiles(
         folder,
         [row for row in rows if row["kind"] == "train"],
         [row for row in rows if row["kind"] == "eval"],
-        [_sample(row, where) for where, row in _lines(folder / "samples.jsonl", notes)],
-        [_start(row, where) for where, row in _lines(folder / starts.NAME, notes)],
+        _rows(folder / "samples.jsonl", _Sample, notes),
+        _rows(folder / starts.NAME, _Start, notes),
         config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
         notes,
     )
@@ -76,57 +142,20 @@ def read_evaluation(file: Path) -> Row:
         raise ConfigError(
             f"{file}: not readable as JSON: {error}. Give what 'jaxtune evaluate --json' printed."
         ) from None
-    if not _is_evaluation(evaluation):
-        came = (
-            ", ".join(map(str, evaluation))
-            if isinstance(evaluation, dict)
-            else type(evaluation).__name__
-        )
-        raise ConfigError(
-            f"{file}: expected one object with eval_loss, as 'jaxtune evaluate --json' prints it; "
-            f"got {came[:200] or 'an empty object'}."
-        )
-    return dict(evaluation)
+    try:
+        if not isinstance(evaluation, dict):
+            raise ConfigError(f"{file}: expected an object; got {_short(evaluation)}.")
+        parse_model(_Evaluation, evaluation, where=str(file))
+    except ConfigError as error:
+        raise ConfigError(f"{error} Give what 'jaxtune evaluate --json' printed.") from None
+    return evaluation
 
 
-def _is_evaluation(evaluation: Any) -> bool:
-    if not _is_scored(evaluation) or "eval_loss" not in evaluation:
-        return False
-    answers = evaluation.get("generations", [])
-    groups = [evaluation.get("by_dataset", {})]
-    by_column = evaluation.get("by_column", {})
-    harness = evaluation.get("harness", {})
-    if not isinstance(by_column, dict) or not isinstance(harness, dict):
-        return False
-    groups += by_column.values()
-    return (
-        isinstance(answers, list)
-        and all(
-            isinstance(row, dict)
-            and all(isinstance(row.get(k), str) for k in ("prompt", "reference", "response"))
-            for row in answers
-        )
-        and all(isinstance(g, dict) and all(map(_is_scored, g.values())) for g in groups)
-        and all(isinstance(scores, dict) for scores in harness.values())
-        and _is_scored(evaluation.get("general", {}))
-        and _is_judged(evaluation.get("judge"))
-        and ("base" not in evaluation or _is_evaluation(evaluation["base"]))
-    )
-
-
-def _is_scored(scores: Any) -> bool:
-    return isinstance(scores, dict) and all(
-        isinstance(scores.get(key, {}), dict) for key in ("intervals", "difference")
-    )
-
-
-def _is_judged(judge: Any) -> bool:
-    counts = ("wins", "ties", "losses", "inconsistent", "unparseable", "failed")
-    return judge is None or (
-        isinstance(judge, dict)
-        and "model" in judge
-        and all(_is_count(judge.get(c)) for c in counts)
-    )
+def _rows(file: Path, model: type[_Object], notes: list[str]) -> list[Row]:
+    lines = _lines(file, notes)
+    for where, row in lines:
+        parse_model(model, row, where=where, raises=DataError)
+    return [row for _, row in lines]
 
 
 def _lines(file: Path, notes: list[str]) -> list[tuple[str, Row]]:
@@ -159,45 +188,10 @@ def _lines(file: Path, notes: list[str]) -> list[tuple[str, Row]]:
     return rows
 
 
-def _metric(row: Row, where: str) -> Row:
-    kind, step = row.get("kind"), row.get("step")
-    if not isinstance(kind, str) or not _is_count(step):
-        raise DataError(
-            f'{where}: expected "kind" and a whole "step" from 0; got kind {_short(kind)}, step '
-            f"{_short(step)}."
-        )
+def _metrics(row: Row, where: str) -> Row:
     row = from_json(row)
-    for name in _NUMBERS.get(kind, ()):
-        if name not in row or not _is_number(row[name]):
-            raise DataError(f'{where}: expected a number as "{name}"; got {_short(row.get(name))}.')
-    parts = row.get("by_dataset", {})
-    if not isinstance(parts, dict) or not all(isinstance(p, dict) for p in parts.values()):
-        raise DataError(f'{where}: expected objects by name as "by_dataset"; got {_short(parts)}.')
+    parse_model(_METRICS.get(str(row.get("kind")), _Metrics), row, where=where, raises=DataError)
     return row
-
-
-def _sample(row: Row, where: str) -> Row:
-    if not (
-        _is_count(row.get("step"))
-        and isinstance(row.get("prompt"), str)
-        and isinstance(row.get("response"), str)
-    ):
-        raise DataError(f'{where}: expected "step", "prompt" and "response"; got {_short(row)}.')
-    return row
-
-
-def _start(row: Row, where: str) -> Row:
-    if not _is_count(row.get("step")) or not isinstance(row.get("versions", {}), Mapping):
-        raise DataError(f'{where}: expected a whole "step" and "versions"; got {_short(row)}.')
-    return row
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _short(value: Any) -> str:
