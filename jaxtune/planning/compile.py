@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from pydantic import TypeAdapter
 
 from jaxtune.data.schema import Batch
 from jaxtune.parallel.mesh import partition_spec
@@ -207,9 +208,8 @@ def key(program: str, topology: str, mesh: Mesh) -> str:
 
 def _stored(file: Path) -> CompiledStep | None:
     try:
-        found = CompiledStep(**json.loads(file.read_text(encoding="utf-8")))
-        return found._replace(wire={kind: (n, b, e) for kind, (n, b, e) in found.wire.items()})
-    except (OSError, ValueError, TypeError):
+        return TypeAdapter(CompiledStep).validate_json(file.read_bytes())
+    except (OSError, ValueError):
         return None
 
 

@@ -17,6 +17,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from pydantic import BaseModel, PositiveInt
+
 from jaxtune.config import ConfigError
 from jaxtune.storage.atomic_write import write_whole
 
@@ -28,6 +30,13 @@ _THREADS = 8  # hashing lets go of the interpreter
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 Known = Mapping[str, tuple[int, str]]  # file -> (size in bytes, SHA-256)
+
+
+class _Digests(BaseModel):
+    """A file of digests, by one of `hosts`."""
+
+    hosts: PositiveInt
+    files: dict[str, tuple[int, str]]
 
 
 def write(
@@ -137,15 +146,13 @@ def _parts(folder: Path) -> list[Known]:
     while len(parts) < hosts:
         name = mark_of(len(parts))
         try:
-            found = json.loads((folder / name).read_text(encoding="utf-8"))
-            hosts = range(1, int(found["hosts"]) + 1)[-1]  # one at least
-            files = found["files"].items()
-            parts.append({file: (int(size), str(digest)) for file, (size, digest) in files})
+            part = _Digests.model_validate_json((folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return []
-        except (*_MISSING, ValueError, TypeError, LookupError, AttributeError, OverflowError,
-                RecursionError):  # fmt: skip
+        except (*_MISSING, ValueError):  # of the file, and of pydantic
             raise ValueError(f"{name}: cannot be read") from None
+        hosts = part.hosts
+        parts.append(part.files)
     return parts
 
 
