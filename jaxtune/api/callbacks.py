@@ -70,8 +70,21 @@ class Callbacks:
     def __init__(
         self, callbacks: Sequence[Callback] = (), metrics: Mapping[str, Metric] | None = None
     ) -> None:
+        if not isinstance(callbacks, Sequence) or not all(
+            isinstance(each, Callback) for each in callbacks
+        ):
+            raise ConfigError(
+                "callbacks: expected a list of objects whose classes derive from jt.Callback; "
+                f"got {callbacks!r:.200}."
+            )
+        metrics = {} if metrics is None else metrics
+        if not isinstance(metrics, Mapping) or not all(map(callable, metrics.values())):
+            raise ConfigError(
+                "metrics: expected a dict of functions of (prompts, references, responses) by "
+                f"name; got {metrics!r:.200}."
+            )
         self._callbacks = tuple(callbacks)
-        self.metrics = dict(metrics or {})
+        self.metrics = dict(metrics)
         if taken := _COLUMNS & self.metrics.keys():
             raise ConfigError(f"metrics: {', '.join(sorted(taken))}: eval rows have that already.")
         self.stop_reason = ""
@@ -132,4 +145,8 @@ class Callbacks:
 
 
 def _as_float(metric: Metric, *texts: list[str]) -> float:
-    return float(metric(*texts))
+    value = metric(*texts)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"expected a number; got {value!r:.200}") from None

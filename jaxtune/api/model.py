@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict, Unpack, overload
 
-from jaxtune.config import Config, ConfigError, ConfigSource, load_config
+from jaxtune.config import Config, ConfigError, ConfigSource, DataError, load_config
 from jaxtune.data.in_memory import dataset_file
 from jaxtune.evaluation.measured import Inputs, measure
 from jaxtune.evaluation.questions import entries_of, open_data
@@ -77,24 +77,24 @@ class LoadedModel:
         prompts: str,
         *,
         max_new_tokens: int = ...,
-        stop: Sequence[str] = ...,
+        stop: str | Sequence[str] = ...,
         **sampling: Unpack[SamplingFields],
     ) -> Generation: ...
     @overload
     def generate(
         self,
-        prompts: Sequence[Any],
+        prompts: Iterable[Any],
         *,
         max_new_tokens: int = ...,
-        stop: Sequence[str] = ...,
+        stop: str | Sequence[str] = ...,
         **sampling: Unpack[SamplingFields],
     ) -> Any: ...
     def generate(
         self,
-        prompts: str | Sequence[Any],
+        prompts: str | Iterable[Any],
         *,
         max_new_tokens: int = 512,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         **sampling: Unpack[SamplingFields],
     ) -> Generation | list[Generation]:
         """Answer prompts: each result has `text`, `stopped` and `tokens`.
@@ -106,7 +106,15 @@ class LoadedModel:
 
         Raises: ConfigError, DataError.
         """
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], Mapping)):
+        if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+            raise DataError(
+                "prompts: expected a text, a conversation (a list of messages) or a list of "
+                f"these; got {type(prompts).__name__}."
+            )
+        if isinstance(prompts, str):
+            return self._generate([prompts], max_new_tokens, stop, sampling)[0]
+        prompts = list(prompts)
+        if prompts and isinstance(prompts[0], Mapping):
             return self._generate([prompts], max_new_tokens, stop, sampling)[0]
         return self._generate(prompts, max_new_tokens, stop, sampling)
 
@@ -148,7 +156,7 @@ class LoadedModel:
         self,
         prompts: Sequence[str | Messages],
         max_new_tokens: int,
-        stop: Sequence[str],
+        stop: str | Sequence[str],
         sampling: SamplingFields,
     ) -> list[Generation]:
         unknown = set(sampling) - set(SamplingFields.__annotations__)
@@ -164,7 +172,7 @@ class LoadedModel:
             [prompt_ids(self._model, self._codec, prompt.conversation) for prompt in parsed],
             max_new_tokens=max_new_tokens,
             sampling=Sampling(**sampling),
-            stop=stop,
+            stop=[stop] if isinstance(stop, str) else stop,
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.cli import note
-from jaxtune.config import Config, ConfigSource, load_config
+from jaxtune.config import Config, ConfigError, ConfigSource, load_config
 from jaxtune.data.in_memory import dataset_file
 from jaxtune.data.preprocess import PreprocessConfig, PreprocessedRow
 from jaxtune.data.tokenize import runs
@@ -44,7 +44,11 @@ class PreviewResult(NamedTuple):
 
 
 def preview(
-    config: ConfigSource, data: Any = None, *, limit: int | None = None, columns: Sequence[str] = ()
+    config: ConfigSource,
+    data: Any = None,
+    *,
+    limit: int | None = None,
+    columns: str | Sequence[str] = (),
 ) -> PreviewResult:
     """Prepare `data`, else the datasets of the config, as training would; print nothing.
 
@@ -54,8 +58,11 @@ def preview(
     Raises: `ConfigError`, `DataError`.
     """
     entries = {} if data is None else {"datasets": [{"path": dataset_file(data)}]}
+    if limit is not None and limit < 0:
+        raise ConfigError(f"limit is {limit}; expected a number of examples from 0, or None.")
     config = load_config(config, **entries)
     settings = open_settings(config, note=note)
+    columns = [columns] if isinstance(columns, str) else columns
     shown = [_example(name, prepared) for name, prepared in rows(config, settings, limit)]
     return PreviewResult(shown, data_report(config, settings, columns))
 

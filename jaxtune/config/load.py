@@ -62,6 +62,10 @@ def load(
     if isinstance(source, Mapping):
         _merge(values, _flat(source, where), where, note)
     elif source is not None:
+        if not isinstance(source, str | Path):
+            raise ConfigError(
+                f"config: expected a mapping, a Config or a YAML file; got {_cut(repr(source))}."
+            )
         where = str(source)
         _merge(values, _flat(_read_yaml(Path(source)), where), where, note)
     _merge(values, _flat(overrides or {}, "flags"), "flags", note)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from jaxtune.config import DataError, label
 from jaxtune.data import formats, sources
 from jaxtune.data.cache import Writer, code_version
-from jaxtune.data.readers import File, Record
+from jaxtune.data.readers import File, Record, location
 from jaxtune.data.report.near_duplicates import signatures
 from jaxtune.data.schema import Conversation, Document, Dropped, Span, WeightedTokens
 from jaxtune.data.templating import literal_special_tokens
@@ -129,7 +129,7 @@ class PreprocessedRow(NamedTuple):
 
     @property
     def where(self) -> str:
-        return f"{self.file}:{self.line}"
+        return location(self.file, self.line)
 
 
 def dataset_names(entries: Sequence[Entry]) -> list[str]:

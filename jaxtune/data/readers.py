@@ -22,6 +22,10 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from jaxtune.config import ConfigError, DataError
+from jaxtune.storage import object_store
+
+# The file that `in_memory.dataset_file` writes; its path would tell a caller nothing.
+_IN_MEMORY = re.compile(rf"\b{object_store.IN_MEMORY}[/\\][0-9a-f]{{32}}[/\\]data\.jsonl$")
 
 
 class File(NamedTuple):
@@ -51,7 +55,17 @@ class Record(NamedTuple):
 
     @property
     def where(self) -> str:
-        return f"{self.file}:{self.line}"
+        return location(self.file, self.line)
+
+
+def location(file: str, line: int) -> str:
+    """Name a record's place: the file and its line; of rows in memory, `data` and their index.
+
+    >>> location("train.jsonl", 3)
+    'train.jsonl:3'
+    """
+    in_memory = file.endswith(".jsonl") and _IN_MEMORY.search(file)
+    return f"data[{line - 1}]" if in_memory else f"{file}:{line}"
 
 
 class EmptyError(DataError):

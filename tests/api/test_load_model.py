@@ -37,6 +37,8 @@ def test_answers_are_those_of_chat(
     assert model.generate("Can I?") == greedy[0]  # one prompt, one result
     assert model.generate(messages) == greedy[1]
     assert model.generate("Can I?", stop=["you"]).text == "Yes, "
+    assert model.generate("Can I?", stop="you").text == "Yes, "  # one string, not its letters
+    assert model.generate(iter(prompts)) == greedy
     assert model.generate([]) == []
     assert capsys.readouterr() == ("", "")
 
@@ -115,9 +117,14 @@ def test_refusals(parrot: Parrot, model: Any, tmp_path: Path) -> None:
         model.generate(["Hm?", 3])
     with pytest.raises(jt.DataError, match=r"prompts\[0\]: ends with an answer"):
         model.generate([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    for prompts, came in (({"role": "user", "content": "a"}, "dict"), (None, "NoneType")):
+        with pytest.raises(jt.DataError, match=f"prompts: expected a text, .* got {came}"):
+            model.generate(prompts)
     with pytest.raises(jt.ConfigError, match="temperature is -1"):
         model.generate("Hm?", temperature=-1)
     with pytest.raises(jt.DataError, match="rows"):
         model.loss([])
+    with pytest.raises(jt.DataError, match=r"^data\[0\]: no known format .*: question"):
+        model.loss([{"question": "Hm?"}])
     with pytest.raises(jt.JaxtuneError, match="nothing-there"):
         jt.load_model(tmp_path / "nothing-there")

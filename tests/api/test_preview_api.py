@@ -59,6 +59,19 @@ def test_a_limit_of_examples_and_columns_of_the_report(tokenizer: str) -> None:
     assert result.report["columns"]["input"]["1 + 1"]["examples"] == 1
 
 
+def test_mistakes_in_arguments(tokenizer: str) -> None:
+    config = jt.load_config(tokenizer_name=tokenizer)
+    with pytest.raises(jt.ConfigError, match="limit is -1; expected"):
+        jt.preview(config, ROWS, limit=-1)
+    with pytest.raises(jt.DataError, match=r"columns: no record that is trained has .* 'text'"):
+        jt.preview(config, ROWS, columns="text")  # one column, not its letters
+    with pytest.raises(jt.ConfigError, match=r"config: expected a mapping, .* got \[\{"):
+        jt.preview(ROWS)  # data where the config belongs
+    rows = [{"prompt": "a", "completion": "b"}] * 9
+    with pytest.raises(jt.DataError, match=r"^data\[9\]: format .* needs 'completion'"):
+        jt.preview(config, [*rows, {"prompt": "a"}])
+
+
 def test_without_data(tokenizer: str) -> None:
     with pytest.raises(jt.ConfigError, match="dataset is not set"):
         jt.preview(jt.load_config(tokenizer_name=tokenizer))

@@ -135,6 +135,13 @@ def test_a_callback_that_raises_ends_the_run_after_a_save(
     assert metrics(tmp_path) == plain
 
 
+@pytest.mark.parametrize("callbacks", [Recorder(), [Recorder], [lambda row: None]])
+def test_what_is_no_callback(model: Path, tmp_path: Path, callbacks: Any) -> None:
+    with pytest.raises(jt.ConfigError, match="callbacks: expected a list of objects whose classes"):
+        jt.train(config(model, tmp_path), data=ROWS, callbacks=callbacks)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_metric_of_ones_own_is_a_column(
     model: Path, tmp_path: Path, plain: list[dict[str, Any]]
 ) -> None:
@@ -157,6 +164,14 @@ def test_a_metric_of_ones_own_is_a_column(
             config(model, tmp_path / "other"), data=ROWS, eval_data=HELD_OUT,
             metrics={"broken": lambda *texts: 1 / 0},
         )  # fmt: skip
+    with pytest.raises(jt.CallbackError, match="metric words: TypeError: expected a number; got"):
+        jt.train(
+            config(model, tmp_path / "words"), data=ROWS, eval_data=HELD_OUT,
+            metrics={"words": lambda *texts: "good"},
+        )  # fmt: skip
+    for wrong in ([letters], {"letters": 3}):
+        with pytest.raises(jt.ConfigError, match="metrics: expected a dict of functions"):
+            jt.train(config(model, tmp_path), data=ROWS, metrics=wrong)  # type: ignore[arg-type]
     with pytest.raises(jt.ConfigError, match="metrics: eval_loss: eval rows have that"):
         jt.train(config(model, tmp_path), data=ROWS, metrics={"eval_loss": letters})
     with pytest.raises(jt.ConfigError, match="metrics: need held-out data"):
