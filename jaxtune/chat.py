@@ -29,36 +29,12 @@ if TYPE_CHECKING:
 
 def run(config: Config, options: ChatOptions | None = None) -> ChatResult:
     """Print answers or write them to `output`. Raises: ConfigError, DataError, ModelError."""
-    from jaxtune.api import chat
+    from jaxtune.api.chat import chat
 
     options = options or ChatOptions()
-    options.check()
-    settings = chat.ChatSettings(
-        options.temperature,
-        options.top_k,
-        options.top_p,
-        options.repetition_penalty,
-        options.sample_seed,
-        options.max_new_tokens,
-    )
-    if options.serve is not None:
-        limits = chat.ServeSettings(
-            options.serve_slots,
-            options.serve_queue,
-            options.serve_seconds,
-            options.serve_length,
-            seeded="sample_seed" in options.model_fields_set,
-        )
-        bound = chat.bind_socket(options.serve)  # before any model is loaded
-        return chat.serve(config, settings, limits, bound, base=options.base)
-    if options.prompt is not None:
-        prompts = [chat.text_prompt(options.prompt)]
-    elif options.prompts is not None:
-        prompts = list(chat.read_prompts(options.prompts))
-    else:
-        return chat.converse(config, settings, base=options.base, history=options.history)
-    result = chat.answer_prompts(config, prompts, settings, base=options.base)
-    _show(result, options)
+    result = chat(config, options)
+    if options.prompt is not None or options.prompts is not None:
+        _show(result, options)
     return result
 
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxtune.api.chat_options import ChatOptions
 from jaxtune.config import Config
 from jaxtune.inference.generate import Generation, generate, prompt_ids
 from jaxtune.inference.load import (
@@ -19,11 +20,9 @@ from jaxtune.inference.load import (
 )
 from jaxtune.inference.prompts import Prompt, read_prompts, text_prompt
 from jaxtune.parallel import memory
-from jaxtune.repl.models import ChatSettings, chat_models, sampling_of
+from jaxtune.repl.models import ChatSettings, chat_models
 from jaxtune.repl.repl import run_conversation
-from jaxtune.server.bound_socket import BoundSocket, bind_socket
-
-__all__ = ["BoundSocket", "ChatSettings", "Prompt", "bind_socket", "read_prompts", "text_prompt"]
+from jaxtune.server.bound_socket import bind_socket
 
 
 class ChatResult(NamedTuple):
@@ -32,32 +31,34 @@ class ChatResult(NamedTuple):
     answers: list[Mapping[str, Any]]
 
 
-class ServeSettings(NamedTuple):
-    """The limits of a server; without `seeded` each request that samples gets its own seed."""
-
-    slots: int
-    queue: int
-    seconds: float
-    length: int | None = None
-    seeded: bool = False
-
-
-def answer_prompts(
-    config: Config, prompts: Sequence[Prompt], settings: ChatSettings, *, base: str | None = None
-) -> ChatResult:
-    """Answer every prompt, in order; the answer of `base` stands under "base".
+def chat(config: Config, options: ChatOptions) -> ChatResult:
+    """Answer prompts, hold a conversation, or serve until a signal.
 
     Raises: ConfigError, DataError, ModelError.
     """
+    options.check()
+    if options.serve is not None:
+        return _serve(config, options, options.serve)
+    if options.prompt is not None:
+        return _answer(config, options, [text_prompt(options.prompt)])
+    if options.prompts is not None:
+        return _answer(config, options, list(read_prompts(options.prompts)))
+    with _loaded(config, options) as (models, codec):
+        run_conversation(chat_models(models, codec), _settings(options), history=options.history)
+    return ChatResult([])
+
+
+def _answer(config: Config, options: ChatOptions, prompts: Sequence[Prompt]) -> ChatResult:
+    """Answer every prompt, in order; the answer of the base stands under "base"."""
     # Merged adapters answer faster; a conversation can turn them off and on instead.
-    with _loaded(config, settings, base, merge=True) as (models, codec):
+    with _loaded(config, options, merge=True) as (models, codec):
         generations = {
             label: generate(
                 model,
                 codec,
                 [prompt_ids(model, codec, prompt.conversation) for prompt in prompts],
-                max_new_tokens=settings.max_new_tokens,
-                sampling=sampling_of(settings),
+                max_new_tokens=options.max_new_tokens,
+                sampling=_settings(options),
             )
             for label, model in models.items()
         }
@@ -69,45 +70,37 @@ def answer_prompts(
     return ChatResult(rows)
 
 
-def converse(
-    config: Config, settings: ChatSettings, *, base: str | None, history: str | None
-) -> ChatResult:
-    """Hold a conversation in the terminal. Raises: ConfigError, DataError, ModelError."""
-    with _loaded(config, settings, base) as (models, codec):
-        run_conversation(chat_models(models, codec), settings, history=history)
-    return ChatResult([])
-
-
-def serve(
-    config: Config,
-    settings: ChatSettings,
-    limits: ServeSettings,
-    bound: BoundSocket,
-    *,
-    base: str | None,
-) -> ChatResult:
-    """Serve over HTTP until a signal. Raises: ConfigError, DataError, ModelError."""
+def _serve(config: Config, options: ChatOptions, address: str) -> ChatResult:
+    bound = bind_socket(address)  # before any model is loaded
     # Here, as all of the server but its socket needs the optional starlette and uvicorn.
-    from jaxtune.server.start import Defaults, Limits, start
+    from jaxtune.server.run import Defaults, Limits, start
 
-    with bound.socket, _loaded(config, settings, base) as (models, codec):
-        defaults = Defaults(sampling_of(settings), settings.max_new_tokens, limits.seeded)
-        slots = Limits(slots=limits.slots, queue=limits.queue, seconds=limits.seconds)
-        start(models, codec, defaults, slots, bound, length=limits.length)
+    with bound.socket, _loaded(config, options) as (models, codec):
+        seeded = "sample_seed" in options.model_fields_set
+        defaults = Defaults(_settings(options), options.max_new_tokens, seeded)
+        limits = Limits(
+            slots=options.serve_slots, queue=options.serve_queue, seconds=options.serve_seconds
+        )
+        start(models, codec, defaults, limits, bound, length=options.serve_length)
     return ChatResult([])
+
+
+def _settings(options: ChatOptions) -> ChatSettings:
+    fields = options.model_dump(include={*ChatSettings.__dataclass_fields__})
+    return ChatSettings(**fields, seed=options.sample_seed)
 
 
 @contextlib.contextmanager
 def _loaded(
-    config: Config, settings: ChatSettings, base: str | None, *, merge: bool = False
+    config: Config, options: ChatOptions, *, merge: bool = False
 ) -> Iterator[tuple[dict[str, Model], TextCodec]]:
     """Load the models by label; a want of memory within is explained."""
     smaller = (
-        f"Set dtype bfloat16, a smaller --max_new_tokens (now {settings.max_new_tokens}), or "
+        f"Set dtype bfloat16, a smaller --max_new_tokens (now {options.max_new_tokens}), or "
         f"more devices along mesh.fsdp (now {config.mesh.fsdp}; -1 is all there are)."
     )
     with memory.explained(smaller):
-        config = resolved(config)
+        config, base = resolved(config), options.base
         codec, mesh = open_codec(config), open_mesh(config)
         assert config.model_name_or_path is not None
         names = {"tuned" if base else "model": config.model_name_or_path}

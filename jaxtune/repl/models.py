@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -13,15 +14,16 @@ from jaxtune.inference.load import Model, TextCodec
 from jaxtune.inference.sampling import Sampling
 
 
-class ChatSettings(NamedTuple):
-    """The fields of `Sampling`, and the longest answer in tokens."""
+@dataclass(frozen=True)
+class ChatSettings(Sampling):
+    """A way to draw an answer, and its longest length in tokens. Raises: ConfigError."""
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
     max_new_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1.")
 
 
 StreamAnswer = Callable[[Sequence[Message], ChatSettings], Generator[str, None, Generation]]
@@ -36,15 +38,6 @@ class ChatModel(NamedTuple):
     label: str
     answer: StreamAnswer
     without_adapter: StreamAnswer | None = None
-
-
-def sampling_of(settings: ChatSettings) -> Sampling:
-    """Check the settings and return their `Sampling`. Raises: ConfigError."""
-    if settings.max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {settings.max_new_tokens}; expected at least 1.")
-    fields = settings._asdict()
-    del fields["max_new_tokens"]
-    return Sampling(**fields)
 
 
 def chat_models(models: Mapping[str, Model], codec: TextCodec) -> list[ChatModel]:
@@ -62,5 +55,5 @@ def chat_models(models: Mapping[str, Model], codec: TextCodec) -> list[ChatModel
 def _answer(
     model: Model, codec: TextCodec, messages: Sequence[Message], settings: ChatSettings
 ) -> Generator[str, None, Generation]:
-    sampling, most = sampling_of(settings), settings.max_new_tokens
-    return (yield from stream(model, codec, messages, max_new_tokens=most, sampling=sampling))
+    most = settings.max_new_tokens
+    return (yield from stream(model, codec, messages, max_new_tokens=most, sampling=settings))

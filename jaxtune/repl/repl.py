@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from jaxtune.config import ConfigError, JaxtuneError
 from jaxtune.repl import history as conversation
 from jaxtune.repl.history import Talk
 from jaxtune.repl.input import COMMANDS, Command, Entry, Unknown, entry, help_text
-from jaxtune.repl.models import ChatModel, ChatSettings, sampling_of
+from jaxtune.repl.models import ChatModel, ChatSettings
 from jaxtune.terminal.text import printable
 
 _HISTORY = 1000  # lines of a history file
@@ -143,7 +144,7 @@ def _ask(session: Session, question: str, ctrl_c: _CtrlC) -> Session:
             continue
         if text or not ctrl_c.pressed:
             answers[model.label] = text
-    settings = session.settings._replace(seed=session.settings.seed + 1)
+    settings = replace(session.settings, seed=session.settings.seed + 1)
     talk = conversation.answered(session.talk, question, answers)
     return session._replace(talk=talk, settings=settings)
 
@@ -269,11 +270,11 @@ def _set(settings: ChatSettings, command: Command) -> ChatSettings:
     if argument:
         kind = type(getattr(settings, name))
         try:
-            settings = settings._replace(**{name: kind(argument)})
+            value = kind(argument)
         except ValueError:
             expected = "a whole number" if kind is int else "a number"
             raise ConfigError(f"/{name}: expected {expected}; got '{argument}'.") from None
-        sampling_of(settings)  # or it raises
+        settings = replace(settings, **{name: value})
     value = getattr(settings, name)
     note(f"{name}: {value}{' (greedy)' if name == 'temperature' and value == 0 else ''}")
     return settings

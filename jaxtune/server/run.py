@@ -1,4 +1,4 @@
-"""A socket, a server on it, and signals: from `--serve ADDRESS` to the last answer.
+"""Loaded models, a socket, a server on it, and signals: from `--serve ADDRESS` to the last answer.
 
 The models run in the calling thread, which hears the signals; uvicorn has a thread of its own.
 """
@@ -9,16 +9,65 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from jaxtune.cli import note
+from jaxtune.inference.generate import TextGenerator
+from jaxtune.inference.kv_capacity import longest_text
+from jaxtune.inference.load import Model, TextCodec
+from jaxtune.server.app import Defaults, ServedModel, application
+from jaxtune.server.auth import AccessPolicy
 from jaxtune.server.bound_socket import KEY, BoundSocket
 from jaxtune.server.connections import connection_class
-from jaxtune.server.scheduler import Scheduler
+from jaxtune.server.prompts import chat_ids, text_ids
+from jaxtune.server.scheduler import Limits, Scheduler
+
+__all__ = ["Defaults", "Limits", "serve", "start"]
+
+
+def start(
+    models: Mapping[str, Model],
+    codec: TextCodec,
+    defaults: Defaults,
+    limits: Limits,
+    bound: BoundSocket,
+    *,
+    length: int | None = None,
+) -> None:
+    """Serve until a signal. A model alone with an unmerged adapter is served beside its base.
+
+    `length` is the most tokens of prompt and answer; None is what memory allows.
+    Raises: ConfigError if no model has so many positions."""
+    names = list(models)
+    title = "/".join(Path(models[names[-1]].name).parts[-2:])
+    if len(models) == 1 and models[names[0]].lora is not None:
+        models = {"base": models[names[0]].without_adapters(), "adapter": models[names[0]]}
+    longest = longest_text(list(models.values()), limits.slots, length)
+    served = [
+        ServedModel(
+            name,
+            min(longest, model.spec.max_positions),
+            partial(chat_ids, model, codec),
+            partial(text_ids, model, codec),
+            codec.template,
+        )
+        for name, model in models.items()
+    ]
+    generators = {
+        name: TextGenerator(model, codec, slots=limits.slots, max_length=longest)
+        for name, model in models.items()
+    }
+    scheduler = Scheduler(generators, limits)
+    policy = AccessPolicy(bound.address.loopback, bound.key)
+    serve(
+        application(served, scheduler, defaults, policy, title), scheduler, bound, ", ".join(models)
+    )
 
 
 def serve(app: ASGIApp, scheduler: Scheduler, bound: BoundSocket, models: str) -> None:

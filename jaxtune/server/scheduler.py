@@ -6,12 +6,14 @@ decides what is decoded next, first come, first served. Knows no HTTP and no tex
 
 from __future__ import annotations
 
+import contextlib
 import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from jaxtune.cli import note
@@ -84,18 +86,15 @@ class PendingRequest:
     done: bool = False
 
 
-class _Close(NamedTuple):
-    pass
-
-
 class Scheduler:
     """The requests of all models, and the thread that runs the models."""
 
     def __init__(self, generators: Mapping[str, Generator], limits: Limits) -> None:
         self.limits = limits
         self._generators = dict(generators)
-        # A signal handler puts into it, too: this queue alone may be entered twice by one thread.
-        self._inbox: queue.SimpleQueue[tuple[str, PendingRequest] | _Close] = queue.SimpleQueue()
+        # Calls for the thread that computes. A signal handler puts into it, too: this queue alone
+        # may be entered twice by one thread.
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._pending: dict[str, dict[int, PendingRequest]] = {name: {} for name in generators}
         self._lock = threading.Lock()
         self._here = dict.fromkeys(generators, 0)  # by model, those in the inbox included
@@ -123,20 +122,20 @@ class Scheduler:
                 self._here[request.model] -= 1
                 raise self._busy()
         pending = PendingRequest(request, deliver, time.monotonic() + self.limits.seconds)
-        self._inbox.put(("submit", pending))
+        self._inbox.put(partial(self._queue, pending))
         return pending
 
     def cancel(self, pending: PendingRequest) -> None:
         """End a request whose client has gone, before the next token. Harmless when done."""
         if not pending.done:
-            self._inbox.put(("cancel", pending))
+            self._inbox.put(partial(self._drop, pending))
 
     def close(self) -> None:
         """Let `run` return when all is answered, after `grace` seconds at the latest.
 
         A second call ends it at once. May be called by a signal handler.
         """
-        self._inbox.put(_Close())
+        self._inbox.put(self._close)
 
     def counts(self) -> tuple[int, int]:
         """Count the requests that wait and those that have a slot."""
@@ -182,22 +181,14 @@ class Scheduler:
         return any(self._pending.values())
 
     def _receive(self, *, block: bool) -> None:
-        while True:
-            try:
-                message = self._inbox.get(block=block)
-            except queue.Empty:
-                return
-            block = False
-            if isinstance(message, _Close):
-                again = self._closing
-                self._closing = True
-                self._close_by = time.monotonic() + (0 if again else self.limits.grace)
-                continue
-            kind, pending = message
-            if kind == "submit":
-                self._queue(pending)
-            else:
-                self._drop(pending)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._inbox.get(block=block)()
+                block = False
+
+    def _close(self) -> None:
+        grace = 0 if self._closing else self.limits.grace
+        self._closing, self._close_by = True, time.monotonic() + grace
 
     def _queue(self, pending: PendingRequest) -> None:
         request = pending.request
