@@ -10,7 +10,7 @@ from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, DataError, ModelError
 from jaxtune.reporting.data import data_report, examples, open_settings
 from jaxtune.reporting.files import EVALUATION, EXAMPLES, RunFiles, read_evaluation, read_run
-from jaxtune.reporting.html.example import ExampleView
+from jaxtune.reporting.html.data_page import ExampleView
 from jaxtune.reporting.loss_png import save_loss
 from jaxtune.reporting.write import NAME, write_card, write_page
 from jaxtune.storage import object_store

@@ -36,7 +36,7 @@ from jaxtune.data.open import (
     stop_ids,
 )
 from jaxtune.data.progress import fingerprint, largest_id
-from jaxtune.data.report.data_report import near_overlap, overlap, refuse
+from jaxtune.data.report.data_report import refuse
 from jaxtune.data.report.data_report import report as data_report
 from jaxtune.data.templating.template import Template
 from jaxtune.data.tokenizer import Tokenizer
@@ -51,6 +51,7 @@ from jaxtune.model.lora import Lora
 from jaxtune.parallel import heartbeat, memory, processes
 from jaxtune.parallel.chips import set_compiler_flags
 from jaxtune.parallel.mesh import make_mesh, platform_of, sizes_of
+from jaxtune.reporting.data import held_out_report
 from jaxtune.reporting.model_card import model_card
 from jaxtune.reporting.starts import record_start
 from jaxtune.reporting.write import after_training
@@ -289,14 +290,10 @@ def _announce(run: Run) -> dict[str, Any]:
     if cli.shows_notes():
         show_report(report, short=True)
     if data.held_out is not None:
-        common = overlap(data.train, data.held_out)
-        alike = near_overlap(data.train, data.held_out)
-        held_out = len(data.held_out)
-        report["evaluation"] = {
-            "examples": held_out, "also_trained": common, "nearly_trained": alike
-        }  # fmt: skip
+        report["evaluation"] = counts = held_out_report(data.train, data.held_out)
+        common, alike = counts["also_trained"], counts["nearly_trained"]
         note(
-            f"evaluation: {held_out} examples"
+            f"evaluation: {counts['examples']} examples"
             + (f"; {common} of them are in the training data" if common else "")
             + (f"; {alike} records say nearly the same as a trained one" if alike else "")
         )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxtune.cli import shows_notes
 from jaxtune.config import Config, ConfigError
-from jaxtune.data.dataset import Batches
+from jaxtune.data.dataset import Batches, Dataset
 from jaxtune.data.open import open_sides, open_template, open_tokenizer, preprocess_config
 from jaxtune.data.preprocess import PreprocessConfig, PreprocessedRow, dataset_names, preprocess
 from jaxtune.data.report.data_report import (
@@ -20,7 +20,7 @@ from jaxtune.data.report.data_report import (
     report,
 )
 from jaxtune.data.tokenize import token_texts
-from jaxtune.reporting.html.example import ExampleView, TokenText
+from jaxtune.reporting.html.data_page import ExampleView, TokenText
 from jaxtune.terminal.progress import TokenizeProgress
 
 _MOST_TOKENS = 2000  # of an example that a page shows: each costs it some 80 bytes
@@ -83,18 +83,27 @@ def data_report(
     )
     batches = Batches(dataset, batch_size=batch_size, seed=config.seed, packing=config.packing)
     steps = batches.total_steps(config.num_train_epochs, config.max_steps)
-    summary = report(dataset, batches, total_steps=steps)
-    summary["histograms"] = histograms(dataset)
-    summary["mixture"] = with_targets(config, summary["mixture"])
+    summary = with_drawings(report(dataset, batches, total_steps=steps), config, dataset)
     if columns:
         summary["columns"] = {c: distribution(dataset, config.datasets, c) for c in columns}
     if held_out is not None:
-        summary["evaluation"] = {
-            "examples": len(held_out),
-            "also_trained": overlap(dataset, held_out),
-            "nearly_trained": near_overlap(dataset, held_out),
-        }
+        summary["evaluation"] = held_out_report(dataset, held_out)
     return summary
+
+
+def held_out_report(train: Dataset, held_out: Dataset) -> dict[str, int]:
+    """Count what is held out for evaluation, and how much of it is trained all the same."""
+    return {
+        "examples": len(held_out),
+        "also_trained": overlap(train, held_out),
+        "nearly_trained": near_overlap(train, held_out),
+    }
+
+
+def with_drawings(summary: Mapping[str, Any], config: Config, train: Dataset) -> dict[str, Any]:
+    """Add to a data report what a page draws: histograms, and the targets of the mixture."""
+    mixture = with_targets(config, summary["mixture"])
+    return {**summary, "histograms": histograms(train), "mixture": mixture}
 
 
 def with_targets(config: Config, mixture: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,13 +13,12 @@ from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError
 from jaxtune.data.dataset import Dataset
 from jaxtune.data.preprocess import PreprocessConfig
-from jaxtune.data.report.data_report import histograms
-from jaxtune.reporting.data import examples, with_targets
+from jaxtune.reporting.data import examples, with_drawings
 from jaxtune.reporting.files import EXAMPLES, RunFiles, read_run
-from jaxtune.reporting.html.data_page import data_page
-from jaxtune.reporting.html.example import ExampleView
+from jaxtune.reporting.html.data_page import ExampleView, data_page
 from jaxtune.reporting.html.run_page import RunPage, run_page
 from jaxtune.reporting.model_card import with_evaluation
+from jaxtune.storage.atomic_write import write_whole
 
 NAME = "report.html"
 
@@ -40,30 +38,16 @@ def write_page(
     Raises: `ConfigError`.
     """
     now = datetime.datetime.now(datetime.UTC).isoformat(sep=" ", timespec="minutes")
-    page = run_page(
-        RunPage(
-            name=run.folder.resolve().name,
-            train=run.train,
-            evals=run.evals,
-            starts=run.starts,
-            samples=run.samples,
-            evaluations=evaluations,
-            data=data,
-            examples=examples,
-            config=run.config,
-            commands=_commands(run, base),
-            notes=run.notes,
-            written=f"Written by jaxtune {__version__}, {now.removesuffix('+00:00')} UTC.",
-        )
-    )
-    _replace(file, page)
+    written = f"Written by jaxtune {__version__}, {now.removesuffix('+00:00')} UTC."
+    page = RunPage(run, data, list(examples), evaluations, _commands(run, base), written)
+    _write(file, run_page(page))
 
 
 def write_data_page(
     file: Path, title: str, examples: Iterable[ExampleView], report: Mapping[str, Any]
 ) -> None:
     """Write the page of a data set. Raises `ConfigError`."""
-    _replace(file, data_page(title, examples, report))
+    _write(file, data_page(title, examples, report))
 
 
 def write_card(file: Path, evaluation: Mapping[str, Any]) -> None:
@@ -75,17 +59,13 @@ def write_card(file: Path, evaluation: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"card: {file}: cannot be read: {why}. Give a run whose model was exported."
         ) from None
-    _replace(file, with_evaluation(card, evaluation))
+    _write(file, with_evaluation(card, evaluation))
 
 
-def _replace(file: Path, text: str) -> None:
-    """Write in one step, so that nobody reads half of it. Raises `ConfigError`."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+def _write(file: Path, text: str) -> None:
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, file)
+        write_whole(file, text)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise ConfigError(f"{file}: cannot be written: {error.strerror}.") from None
 
 
@@ -101,11 +81,7 @@ def after_training(
     A trained model is worth more than its picture: whatever goes wrong here is only a note.
     """
     try:
-        data = {
-            **report,
-            "histograms": histograms(train),
-            "mixture": with_targets(config, report["mixture"]),
-        }
+        data = with_drawings(report, config, train)
         base = config.model_name_or_path
         shown = examples(config, settings, EXAMPLES)
         write_page(run_dir / NAME, read_run(run_dir), data=data, examples=shown, base=base)

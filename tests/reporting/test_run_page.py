@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from jaxtune.reporting.html.data_page import ExampleView, TokenText
 from jaxtune.reporting.html.data_page import data_page as page
-from jaxtune.reporting.html.example import ExampleView, TokenText
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -1,21 +1,21 @@
 """The page of a run: curves, data, examples, answers, and how to repeat it.
 
-A single file that opens from disk: style and script are inside, nothing is loaded. Takes plain
-values.
+A single file that opens from disk: style and script are inside, nothing is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from jaxtune.reporting.files import RunFiles
 from jaxtune.reporting.html.answers import answer_cards, samples
 from jaxtune.reporting.html.curves import curves, evaluations, policy, script, written
+from jaxtune.reporting.html.data_page import ExampleView
 from jaxtune.reporting.html.data_tables import data_view
 from jaxtune.reporting.html.evaluation import evaluation_tables
-from jaxtune.reporting.html.example import ExampleView
 from jaxtune.reporting.html.markup import Table, part, render, resource
 
 Row = Mapping[str, Any]
@@ -28,54 +28,50 @@ class RunPage(NamedTuple):
     (name, what `evaluate --json` printed).
     """
 
-    name: str
-    train: Sequence[Row]
-    evals: Sequence[Row]
-    starts: Sequence[Row]
-    samples: Sequence[Row]
-    evaluations: Sequence[tuple[str, Row]]
+    run: RunFiles
     data: Row | str
-    examples: Iterable[ExampleView]
-    config: str | None
+    examples: Sequence[ExampleView]
+    evaluations: Sequence[tuple[str, Row]]
     commands: Sequence[tuple[str, str]]  # (what it does, the command)
-    notes: Sequence[str]
     written: str  # when, and by what
 
 
-def run_page(run: RunPage) -> str:
+def run_page(page: RunPage) -> str:
     """Write the whole document."""
     code = script()
     return render(
         "run.html.jinja",
-        title=run.name,
+        title=page.run.folder.resolve().name,
         policy=policy(code),
         script=Markup(code),
         run_style=Markup(resource("report.css")),
-        facts=_facts(run),
-        notes=run.notes,
+        facts=_facts(page.run),
+        notes=page.run.notes,
         sections=[
-            (title, title.lower().replace(" ", "-"), body) for title, body in _sections(run) if body
+            (title, title.lower().replace(" ", "-"), body)
+            for title, body in _sections(page)
+            if body
         ],
-        written=run.written,
+        written=page.written,
     )
 
 
-def _sections(run: RunPage) -> list[tuple[str, Markup]]:
-    examples = list(run.examples)
-    scores = [evaluation_tables(*evaluation) for evaluation in run.evaluations]
-    answers = [answer_cards(*evaluation) for evaluation in run.evaluations]
-    report = run.data if isinstance(run.data, str) else data_view(run.data)
+def _sections(page: RunPage) -> list[tuple[str, Markup]]:
+    run, examples = page.run, page.examples
+    scores = [evaluation_tables(*evaluation) for evaluation in page.evaluations]
+    answers = [answer_cards(*evaluation) for evaluation in page.evaluations]
+    report = page.data if isinstance(page.data, str) else data_view(page.data)
     return [
         ("Curves", curves(run.train, run.evals)),
         ("Evaluation", part("evaluated", scores, evaluations(run.evals), answers)),
         ("Samples", samples(run.samples)),
         ("Data", part("data_section", report)),
         ("Examples", part("examples", examples) if examples else Markup("")),
-        ("How to repeat", _repeat(run)),
+        ("How to repeat", _repeat(run, page.commands)),
     ]
 
 
-def _facts(run: RunPage) -> list[tuple[str, str, str]]:
+def _facts(run: RunFiles) -> list[tuple[str, str, str]]:
     """Sum up how far the run came, and with what result, as (name, value, more)."""
     facts: list[tuple[str, str, str]] = []
     total = run.starts[-1].get("total_steps") if run.starts else None
@@ -114,7 +110,7 @@ def _loss(row: Row) -> float:
     return float("inf") if value is None or value != value else float(value)
 
 
-def _repeat(run: RunPage) -> Markup:
+def _repeat(run: RunFiles, commands: Sequence[tuple[str, str]]) -> Markup:
     starts = [
         (
             row["step"],
@@ -131,4 +127,4 @@ def _repeat(run: RunPage) -> Markup:
         Table("Where it ran", ("from step", "time", "devices", "hosts", "system"), starts),
         Table(caption, ("", ""), versions),
     ]
-    return part("repeat", run.commands, tables, run.config)
+    return part("repeat", commands, tables, run.config)
