@@ -39,8 +39,7 @@ def run(config: Config, options: ChatOptions | None = None) -> ChatResult:
 
 
 def main(argv: list[str] | None = None) -> int:
-    description = (__doc__ or "").split("\n\n")[0]
-    return cli.execute("chat", description, ChatOptions, run, argv)
+    return cli.execute("chat", __doc__, ChatOptions, run, argv)
 
 
 def _show(result: ChatResult, options: ChatOptions) -> None:

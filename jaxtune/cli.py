@@ -117,17 +117,23 @@ def emit(message: str) -> None:
 
 def execute(
     command: str,
-    description: str,
+    description: str | None,
     options: type[O],
     run: Callable[[Config, O], Any],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parses, runs, and turns what went wrong into an exit code and one message on stderr."""
+    """Parses, runs, and turns what went wrong into an exit code and one message on stderr.
+
+    `description` is a module's docstring, of which `--help` shows the first paragraph.
+    """
     code, message, together = 0, "", False
     before, ThisProcess.is_command = ThisProcess.is_command, True
     try:
         config, chosen = parse(
-            sys.argv[1:] if argv is None else argv, command, description, options
+            sys.argv[1:] if argv is None else argv,
+            command,
+            (description or "").split("\n\n")[0],
+            options,
         )
         run(config, chosen)
     except Diverged as error:

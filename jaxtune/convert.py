@@ -41,14 +41,13 @@ def run(config: Config, options: ConvertOptions | None = None) -> ConvertResult:
             "convert: nothing says what to convert, and where to. Give "
             "ConvertOptions(run_or_checkpoint=..., out_dir=...)."
         )
-    from jaxtune.api.convert import ConvertRequest, convert
+    from jaxtune.api.convert import convert
 
-    return convert(config, ConvertRequest(**options.model_dump()))
+    return convert(config, **dict(options))
 
 
 def main(argv: list[str] | None = None) -> int:
-    description = (__doc__ or "").split("\n\n")[0]
-    return cli.execute("convert", description, ConvertOptions, run, argv)
+    return cli.execute("convert", __doc__, ConvertOptions, run, argv)
 
 
 if __name__ == "__main__":

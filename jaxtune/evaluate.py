@@ -38,8 +38,7 @@ def _run_and_print(config: Config, options: EvaluateOptions) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    description = (__doc__ or "").split("\n\n")[0]
-    return cli.execute("evaluate", description, EvaluateOptions, _run_and_print, argv)
+    return cli.execute("evaluate", __doc__, EvaluateOptions, _run_and_print, argv)
 
 
 sys.modules[__name__].__class__ = cli.CommandModule

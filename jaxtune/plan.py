@@ -63,8 +63,7 @@ def run(config: Config, options: PlanOptions | None = None) -> PlanResult:
 
 
 def main(argv: list[str] | None = None) -> int:
-    description = (__doc__ or "").split("\n\n")[0]
-    return cli.execute("plan", description, PlanOptions, run, argv)
+    return cli.execute("plan", __doc__, PlanOptions, run, argv)
 
 
 sys.modules[__name__].__class__ = cli.CommandModule

@@ -54,9 +54,8 @@ def run(
 
 
 def main(argv: list[str] | None = None) -> int:
-    description = (__doc__ or "").split("\n\n")[0]
     show = functools.partial(run, show=print)
-    return cli.execute("preview", description, PreviewOptions, show, argv)
+    return cli.execute("preview", __doc__, PreviewOptions, show, argv)
 
 
 sys.modules[__name__].__class__ = cli.CommandModule

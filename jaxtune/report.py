@@ -57,8 +57,7 @@ def run(config: Config, options: ReportOptions | None = None) -> ReportResult:
 
 
 def main(argv: list[str] | None = None) -> int:
-    description = (__doc__ or "").split("\n\n")[0]
-    return cli.execute("report", description, ReportOptions, run, argv)
+    return cli.execute("report", __doc__, ReportOptions, run, argv)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,7 @@ def run(config: Config, options: TrainOptions | None = None) -> TrainResult:
 
 
 def main(argv: list[str] | None = None) -> int:
-    description = (__doc__ or "").split("\n\n")[0]
-    return cli.execute("train", description, TrainOptions, run, argv)
+    return cli.execute("train", __doc__, TrainOptions, run, argv)
 
 
 sys.modules[__name__].__class__ = cli.CommandModule

@@ -29,15 +29,6 @@ from jaxtune.training.run_dir import checkpoint_of, fetched, run_config
 from jaxtune.training.subject import open_base
 
 
-class ConvertRequest(NamedTuple):
-    """A conversion; the fields are the flags of the command."""
-
-    run_or_checkpoint: str
-    out_dir: str
-    step: int | None = None
-    merge_lora: bool = True
-
-
 class ConvertResult(NamedTuple):
     """A folder that was written: a model's, or an adapter's with `merge_lora` false.
 
@@ -48,16 +39,37 @@ class ConvertResult(NamedTuple):
     step: int | None
 
 
-def convert(config: Config, request: ConvertRequest) -> ConvertResult:
-    """Writes the folder; on failure an earlier export in `out_dir` stays as it was.
+def convert(
+    config: Config,
+    *,
+    run_or_checkpoint: str,
+    out_dir: str,
+    step: int | None = None,
+    merge_lora: bool = True,
+) -> ConvertResult:
+    """Write the folder; on failure an earlier export in `out_dir` stays as it was.
 
-    Raises `ConfigError` and `ModelError`.
+    Raises: ConfigError, ModelError.
     """
-    local = fetched(request.run_or_checkpoint, request.step)
-    source, step = checkpoint_of(Path(local), request.step)
+    name = fetched(run_or_checkpoint, step)
+    source, step = checkpoint_of(Path(name), step)
     _check_one(source)
-    with _output_folder(request.out_dir) as out:
-        return _convert(config, request._replace(run_or_checkpoint=local), source, step, out)
+    with _output_folder(out_dir) as out:
+        if (source / "checkpoints").is_dir():
+            exported, step = _export_run(source, step, out, config, merge_lora)
+        elif step is not None:
+            raise ConfigError(f"{source}: --step {step}, but there are no checkpoints in it.")
+        elif is_adapter(name):
+            exported = _export_adapter(name, out, config, merge_lora)
+        else:
+            exported = _export_folder(name, out, config)
+        kind = "adapter" if isinstance(exported, WrittenAdapter) else "model"
+        of_step = "" if step is None else f"step {step}, "
+        note(
+            f"{kind}: {exported.folder} ({of_step}{exported.tensors} tensors, "
+            f"{exported.size / 1e6:.1f} MB, read back and equal to the parameters)"
+        )
+        return ConvertResult(exported.folder, step)
 
 
 def _check_one(source: Path) -> None:
@@ -81,26 +93,6 @@ def _output_folder(out_dir: str) -> Iterator[Path]:
     yield folder
     put_export(folder, out_dir)
     note(f"put: {out_dir}, compared with {folder}")
-
-
-def _convert(
-    config: Config, request: ConvertRequest, source: Path, step: int | None, out: Path
-) -> ConvertResult:
-    if (source / "checkpoints").is_dir():
-        exported, step = _export_run(source, step, out, config, request.merge_lora)
-    elif step is None and is_adapter(request.run_or_checkpoint):
-        exported = _export_adapter(request.run_or_checkpoint, out, config, request.merge_lora)
-    elif step is not None:
-        raise ConfigError(f"{source}: --step {step}, but there are no checkpoints in it.")
-    else:
-        exported = _export_folder(request.run_or_checkpoint, out, config)
-    kind = "adapter" if isinstance(exported, WrittenAdapter) else "model"
-    of_step = "" if step is None else f"step {step}, "
-    note(
-        f"{kind}: {exported.folder} ({of_step}{exported.tensors} tensors, "
-        f"{exported.size / 1e6:.1f} MB, read back and equal to the parameters)"
-    )
-    return ConvertResult(exported.folder, step)
 
 
 def _export_run(
