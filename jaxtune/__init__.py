@@ -73,4 +73,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC, *_COMMANDS})
+    return sorted([*_PUBLIC, *_COMMANDS])

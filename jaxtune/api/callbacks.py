@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from jaxtune.api.results import TrainResult
-from jaxtune.config import Config, ConfigError, JaxtuneError
+from jaxtune.config import Config, ConfigError, JaxtuneError, nearest
 from jaxtune.parallel import processes
 from jaxtune.training.evaluation import Totals
 
@@ -61,6 +61,9 @@ class Callback:
         """Called after the export."""
 
 
+_METHODS = [name for name in vars(Callback) if name.startswith("on_")]
+
+
 class Callbacks:
     """The callbacks of a run, called in order on the first host.
 
@@ -77,6 +80,13 @@ class Callbacks:
                 "callbacks: expected a list of objects whose classes derive from jt.Callback; "
                 f"got {callbacks!r:.200}."
             )
+        for each in callbacks:
+            for name in dir(each):
+                if name.startswith("on_") and name not in _METHODS:
+                    raise ConfigError(
+                        f"callbacks: {type(each).__name__}.{name} is no method of jt.Callback."
+                        f"{nearest(name, _METHODS)} There are: {', '.join(_METHODS)}."
+                    )
         metrics = {} if metrics is None else metrics
         if not isinstance(metrics, Mapping) or not all(map(callable, metrics.values())):
             raise ConfigError(
@@ -85,8 +95,10 @@ class Callbacks:
             )
         self._callbacks = tuple(callbacks)
         self.metrics = dict(metrics)
-        if taken := _COLUMNS & self.metrics.keys():
-            raise ConfigError(f"metrics: {', '.join(sorted(taken))}: eval rows have that already.")
+        if doubled := _COLUMNS & self.metrics.keys():
+            raise ConfigError(
+                f"metrics: {', '.join(sorted(doubled))}: eval rows have that already."
+            )
         self.stop_reason = ""
         self.error: CallbackError | None = None
 

@@ -186,11 +186,11 @@ def replay(config: Config, step: int) -> Replayed:
 
 
 def _with_data(config: ConfigSource, data: Any, eval_data: Any) -> Config:
-    """Put data given as values into the config, as files."""
-    given = {"datasets": data, "eval_datasets": eval_data}
+    """Put data that came as values into the config, as files."""
+    sides = (("datasets", data, "data"), ("eval_datasets", eval_data, "eval_data"))
     entries = {
         field: [{"path": dataset_file(value, name=name)}]
-        for (field, value), name in zip(given.items(), ("data", "eval_data"), strict=True)
+        for field, value, name in sides
         if value is not None
     }
     return load_config(config, **entries)

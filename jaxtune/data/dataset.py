@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from jaxtune.config import ConfigError, DataError
 from jaxtune.data import cache, mixing, packing, preprocess
 from jaxtune.data.preprocess import Entry, PreprocessConfig, Progress
+from jaxtune.data.readers import location
 from jaxtune.data.schema import Batch, Example, WeightedTokens
 from jaxtune.data.tokenize import shift
 from jaxtune.data.workers import default_processes
@@ -51,7 +52,7 @@ class Source:
 
     def where(self, first: Mapping[str, Any]) -> str:
         """Name FILE:LINE of a row that was dropped."""
-        return f"{self.files[first['file']]}:{first['line']}"
+        return location(self.files[first["file"]], first["line"])
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxtune.config import nearest
+from jaxtune.config import ConfigError, nearest
 
 _BLOCK = '"""'
 _FIRST, _MORE = "> ", "| "
@@ -45,19 +45,14 @@ class Command(NamedTuple):
     argument: str
 
 
-class Unknown(NamedTuple):
-    """A command that does not exist, with a line about it."""
-
-    message: str
-
-
-Entry = Text | Command | Unknown
+Entry = Text | Command
 
 
 def entry(read: Callable[[str], str]) -> Entry:
     """Read the next entry. `read(prompt)` gives a line and raises EOFError at the end.
 
     An end of input within an entry ends the entry; what was typed is not lost.
+    Raises: ConfigError for a command that does not exist.
     """
     line = read(_FIRST)
     if line.lstrip().startswith(_BLOCK):
@@ -86,13 +81,13 @@ def _block(first: str, read: Callable[[str], str]) -> str:
     return "\n".join(lines).strip("\n")
 
 
-def _command(line: str) -> Command | Unknown:
+def _command(line: str) -> Command:
     name, _, argument = line.partition(" ")
     if name in COMMANDS:
         return Command(name, argument.strip())
     known = [f"/{each}" for each in COMMANDS]
     more = nearest(f"/{name}", known) or " /help lists them."
-    return Unknown(f"no command '/{name}'.{more} A message that begins with / is typed //.")
+    raise ConfigError(f"no command '/{name}'.{more} A message that begins with / is typed //.")
 
 
 def help_text(*, adapter: bool) -> str:

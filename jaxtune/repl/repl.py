@@ -18,7 +18,7 @@ from jaxtune.cli import note
 from jaxtune.config import ConfigError, JaxtuneError
 from jaxtune.repl import history as conversation
 from jaxtune.repl.history import Talk
-from jaxtune.repl.input import COMMANDS, Command, Entry, Unknown, entry, help_text
+from jaxtune.repl.input import COMMANDS, Command, Entry, entry, help_text
 from jaxtune.repl.models import ChatModel, ChatSettings
 from jaxtune.terminal.text import printable
 
@@ -65,13 +65,9 @@ def run_conversation(
 
 def _handle(session: Session, typed: Entry, ctrl_c: _CtrlC) -> Session:
     """Act on what was typed, and return the new state."""
-    if isinstance(typed, Unknown):
-        note(printable(typed.message))
-    elif isinstance(typed, Command):
+    if isinstance(typed, Command):
         return _retry(session, ctrl_c) if typed.name == "retry" else _execute(session, typed)
-    elif typed.text.strip():
-        return _ask(session, typed.text, ctrl_c)
-    return session
+    return _ask(session, typed.text, ctrl_c) if typed.text.strip() else session
 
 
 # -- Ctrl-C --------------------------------------------------------------------------------------
@@ -105,10 +101,13 @@ class _CtrlC:
             if self.pressed:
                 note("Ctrl-C once more leaves")
             typed = entry(_read)
+        except ConfigError:  # of a whole line, which was entered all the same
             self.pressed = False
-            return typed
+            raise
         finally:
             self._typing = False
+        self.pressed = False
+        return typed
 
 
 @contextlib.contextmanager

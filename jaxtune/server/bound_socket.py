@@ -69,7 +69,7 @@ def parse_address(text: str) -> Address:
 
 
 def bind(wanted: Address) -> tuple[socket.socket, Address]:
-    """BoundSocket before any model is loaded. Raises `ConfigError` when it cannot be had."""
+    """Bind an address; port 0 becomes one that is free. Raises: ConfigError."""
     try:
         info = socket.getaddrinfo(wanted.host, wanted.port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(info[0], info[1], info[2])

@@ -33,7 +33,7 @@ class TokenizeProgress:
             transient=True,
         )
         self._after, self._every = after_seconds, every_seconds
-        self._path, self._began, self._said = "", time.monotonic(), 0.0
+        self._path, self._began, self._shown = "", time.monotonic(), 0.0
 
     def __enter__(self) -> TokenizeProgress:
         return self
@@ -45,7 +45,7 @@ class TokenizeProgress:
     def __call__(self, path: str, records: int) -> None:
         now = time.monotonic()
         if path != self._path:
-            self._path, self._began, self._said = path, now, now
+            self._path, self._began, self._shown = path, now, now
         seconds = now - self._began
         if seconds < self._after:
             return
@@ -55,8 +55,8 @@ class TokenizeProgress:
             self._bar.start()
             task = self._bar.task_ids[0] if self._bar.task_ids else self._bar.add_task("", done="")
             self._bar.update(task, total=None, description=name, done=done)
-        elif now - self._said >= self._every:
-            self._said = now
+        elif now - self._shown >= self._every:
+            self._shown = now
             self._console.print(f"tokenising {name}: {done}", markup=False, soft_wrap=True)
 
 
@@ -80,7 +80,7 @@ class SearchProgress:
             transient=True,
         )
         self._task = self._bar.add_task("", total=minutes, clock="")
-        self._minutes, self._began, self._said = minutes, time.monotonic(), 0
+        self._minutes, self._began, self._shown = minutes, time.monotonic(), 0
 
     def __enter__(self) -> SearchProgress:
         self._bar.start()
@@ -94,8 +94,8 @@ class SearchProgress:
         state = f"{done} of {total} settings" + (f"; fastest {best}" if best else "")
         clock = f"{spent:.0f} of {self._minutes:g} min"
         self._bar.update(self._task, completed=spent, clock=clock, description=state)
-        if done > self._said and not self._console.is_terminal:
-            self._said = done
+        if done > self._shown and not self._console.is_terminal:
+            self._shown = done
             self._console.print(f"search: {clock}, {state}", markup=False, soft_wrap=True)
 
 

@@ -70,6 +70,8 @@ def test_mistakes_in_arguments(tokenizer: str) -> None:
     rows = [{"prompt": "a", "completion": "b"}] * 9
     with pytest.raises(jt.DataError, match=r"^data\[9\]: format .* needs 'completion'"):
         jt.preview(config, [*rows, {"prompt": "a"}])
+    with pytest.raises(jt.DataError, match=r"^data\[0\]: nothing to train: all 2 rows are dropped"):
+        jt.preview(config, [{"prompt": "a", "completion": ""}] * 2)
 
 
 def test_without_data(tokenizer: str) -> None:

@@ -142,6 +142,14 @@ def test_what_is_no_callback(model: Path, tmp_path: Path, callbacks: Any) -> Non
     assert not any(tmp_path.iterdir())
 
 
+def test_a_method_that_nothing_calls(model: Path, tmp_path: Path) -> None:
+    class Misspelt(jt.Callback):
+        def on_evaluate(self, row: dict[str, Any]) -> None: ...
+
+    with pytest.raises(jt.ConfigError, match=r"Misspelt\.on_evaluate is no method .* 'on_evaluati"):
+        jt.train(config(model, tmp_path), data=ROWS, callbacks=[Misspelt()])
+
+
 def test_a_metric_of_ones_own_is_a_column(
     model: Path, tmp_path: Path, plain: list[dict[str, Any]]
 ) -> None:
