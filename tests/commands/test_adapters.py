@@ -23,7 +23,8 @@ from jaxtune.hf.load import load_params, open_model
 from jaxtune.inference import generate
 from jaxtune.inference import load as inference
 from jaxtune.model import decoder
-from jaxtune.server import scheduler, start
+from jaxtune.server import run as server_run
+from jaxtune.server import scheduler
 from jaxtune.terminal.text import printable
 from jaxtune.tree import named
 
@@ -320,6 +321,6 @@ def test_a_conversation_turns_the_adapter_off_and_on(
         scheduler.close()
         thread.join()
 
-    monkeypatch.setattr(start, "serve", serve)
+    monkeypatch.setattr(server_run, "serve", serve)
     assert chat.main([*adapter, "--serve", ":0"]) == 0
     assert served == {"base": base, "adapter": merged}
