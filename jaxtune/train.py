@@ -37,10 +37,10 @@ def run(config: Config, options: TrainOptions | None = None) -> TrainResult:
 
     if options is None or options.replay_step is None:
         return train(config)
-    replayed = replay(config, options.replay_step)
-    if replayed.summary:
-        print(replayed.summary)
-    return TrainResult(replayed.output_dir, None, options.replay_step, {})
+    run_dir, summary = replay(config, options.replay_step)
+    if summary:
+        print(summary)
+    return TrainResult(run_dir, None, options.replay_step, {})
 
 
 def main(argv: list[str] | None = None) -> int:

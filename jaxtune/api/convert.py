@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jaxtune.cli import note
 from jaxtune.config import Config, ConfigError, dump, shard_bytes
-from jaxtune.data.open import open_template, open_tokenizer, stop_ids
+from jaxtune.data.open import stop_ids
 from jaxtune.data.templating.template import Template
 from jaxtune.data.tokenizer import Tokenizer, load_tokenizer
 from jaxtune.hf.export import Exported, WeightFormat, check_target, export_model
@@ -18,6 +18,7 @@ from jaxtune.hf.load import HfModel, load_params, open_model
 from jaxtune.hf.peft.merge import merged
 from jaxtune.hf.peft.read import on_model, open_adapter
 from jaxtune.hf.peft.write import WrittenAdapter, write_adapter
+from jaxtune.inference.load import open_codec
 from jaxtune.parallel.mesh import make_mesh
 from jaxtune.reporting.model_card import model_card
 from jaxtune.storage import object_store
@@ -99,11 +100,9 @@ def _export_run(
     run_dir: Path, step: int | None, out: Path, flags: Config, merge: bool
 ) -> tuple[Exported | WrittenAdapter, int]:
     config = run_config(run_dir, flags)
-    name = config.model_name_or_path
-    if name is None:
+    if config.model_name_or_path is None:
         raise ConfigError(f"{run_dir / 'config.yaml'}: has no model_name_or_path.")
-    tokenizer = open_tokenizer(config, config.tokenizer_name or name, note=note)
-    template = open_template(config, tokenizer, note=note)
+    tokenizer, template = open_codec(config)
     model = open_base(config, tokenizer)
     if merge:
         check_target(out, model)

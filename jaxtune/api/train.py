@@ -28,23 +28,15 @@ from jaxtune.config import (
 )
 from jaxtune.data.dataset import Batches, Dataset
 from jaxtune.data.in_memory import dataset_file
-from jaxtune.data.open import (
-    open_sides,
-    open_template,
-    open_tokenizer,
-    preprocess_config,
-    stop_ids,
-)
+from jaxtune.data.open import open_sides, preprocess_config, stop_ids
 from jaxtune.data.progress import fingerprint, largest_id
 from jaxtune.data.report.data_report import refuse
 from jaxtune.data.report.data_report import report as data_report
-from jaxtune.data.templating.template import Template
-from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.hf.export import WeightFormat, check_target, export_model
 from jaxtune.hf.folders import refuse_adapter
 from jaxtune.hf.peft.merge import merged
 from jaxtune.hf.peft.write import check_adapter_target, write_adapter
-from jaxtune.inference.load import Model, TextCodec
+from jaxtune.inference.load import Model, TextCodec, open_codec
 from jaxtune.inference.load import stop_ids as inference_stop_ids
 from jaxtune.inference.sample_prompts import SamplePrompts
 from jaxtune.model.lora import Lora
@@ -77,8 +69,7 @@ from jaxtune.tree import merge, named
 class RunData(NamedTuple):
     """The data of a run, all numpy, and what tokenized it."""
 
-    tokenizer: Tokenizer
-    template: Template
+    codec: TextCodec
     train: Dataset
     held_out: Dataset | None
 
@@ -114,13 +105,6 @@ class Trained(NamedTuple):
     step: int
     best: int | None
     last_rows: Mapping[str, Mapping[str, Any]]  # by kind
-
-
-class Replayed(NamedTuple):
-    """A step gone through again; `summary` is empty on other hosts than the first."""
-
-    output_dir: Path
-    summary: str
 
 
 def train(
@@ -166,9 +150,10 @@ def train(
     return result
 
 
-def replay(config: Config, step: int) -> Replayed:
+def replay(config: Config, step: int) -> tuple[Path, str]:
     """Go to a step once more, from the checkpoint before it, and write what it was beside the run.
 
+    Returns the run directory, and a summary, empty on other hosts than the first.
     Raises: ConfigError, DataError, ModelError.
     """
     with _workplace(config, reading=True) as workplace:
@@ -179,7 +164,7 @@ def replay(config: Config, step: int) -> Replayed:
             start = resume.first_step(
                 run.config, checkpoints, run.batches, run.subject, run.total_steps, before=step
             )
-            return Replayed(run.run_dir, _replay(run, program, checkpoints, start, step))
+            return run.run_dir, _replay(run, program, checkpoints, start, step)
 
 
 # -- open ------------------------------------------------------------------------------------------
@@ -252,7 +237,7 @@ def _open_run(
     config = config.model_copy(update={"hosts": HostsConfig()})
     data = _open_data(config)
     sides = [side for side in (data.train, data.held_out) if side is not None]
-    subject = open_subject(config, data.tokenizer, largest_id=max(map(largest_id, sides)))
+    subject = open_subject(config, data.codec.tokenizer, largest_id=max(map(largest_id, sides)))
     if config.export:
         check_target(workplace.run_dir / "hf", subject.model)
         if subject.adapters is not None:
@@ -273,14 +258,11 @@ def _open_run(
 
 
 def _open_data(config: Config) -> RunData:
-    name = config.tokenizer_name or config.model_name_or_path
-    assert name is not None
-    tokenizer = open_tokenizer(config, name, note=note)
-    template = open_template(config, tokenizer, note=note)
+    codec = open_codec(config)
     with TokenizeProgress(quiet=not cli.shows_notes()) as progress:
-        train, held_out = open_sides(config, tokenizer, template, progress=progress)
+        train, held_out = open_sides(config, *codec, progress=progress)
     refuse(train)
-    return RunData(tokenizer, template, train, held_out)
+    return RunData(codec, train, held_out)
 
 
 def _announce(run: Run) -> dict[str, Any]:
@@ -414,8 +396,7 @@ def _loop(
 
 
 def _hooks(run: Run, calls: Callbacks, start: int, due: bool) -> Hooks:
-    codec = TextCodec(run.data.tokenizer, run.data.template)
-    subject, prompts = run.subject, run.config.sample_prompts
+    codec, subject, prompts = run.data.codec, run.subject, run.config.sample_prompts
     model = Model(  # as inference takes it, still without weights
         subject.name,
         subject.spec,
@@ -479,22 +460,23 @@ def _export(
     if lora is not None:
         adapter_dir = _export_adapter(run, lora, trained.variables["lora"])
         params = merged(run.subject.model, lora, trained.variables["lora"])
-    config, data, best = run.config, run.data, trained.best
+    config, best = run.config, trained.best
+    tokenizer, template = run.data.codec
     step = trained.step if best is None else best
     exported = export_model(
         run.run_dir / "hf",
         model=run.subject.model,
         params=params,
         weights=WeightFormat(config.save_dtype, shard_bytes(config.max_shard_size)),
-        tokenizer=data.tokenizer,
-        template=data.template,
-        stop_ids=stop_ids(config, data.tokenizer, data.template),
+        tokenizer=tokenizer,
+        template=template,
+        stop_ids=stop_ids(config, tokenizer, template),
         card=model_card(
             base=run.subject.name,
             random_start=config.init == "random",
             metrics=last_rows(run.run_dir / "metrics.jsonl", step, best=best),
             data=report,
-            template=data.template.name,
+            template=template.name,
             config=dump(config),
         ),
     )
@@ -511,8 +493,7 @@ def _export_adapter(run: Run, lora: Lora, adapters: Any) -> Path:
         model=run.subject.model,
         lora=lora,
         adapters=adapters,
-        tokenizer=run.data.tokenizer,
-        template=run.data.template,
+        **run.data.codec._asdict(),
     )
     note(
         f"adapter: {written.folder} ({written.tensors} tensors, {written.size / 1e6:.1f} MB, in "
@@ -523,5 +504,5 @@ def _export_adapter(run: Run, lora: Lora, adapters: Any) -> Path:
 
 def _write_report(run: Run, report: Mapping[str, Any]) -> None:
     config, data = run.config, run.data
-    settings = preprocess_config(config, data.tokenizer, data.template)
+    settings = preprocess_config(config, *data.codec)
     after_training(run.run_dir, config, settings, data.train, report)
