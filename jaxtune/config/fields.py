@@ -49,10 +49,10 @@ def shard_bytes(size: str) -> int:
     >>> [shard_bytes(size) for size in ("5GB", "1.5 MiB", "300")]
     [5000000000, 1572864, 300]
     """
-    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*(?:([KMGT])(I?)B|B)?\s*", size, re.IGNORECASE)
-    if found is None:
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*(?:([KMGT])(I?)B|B)?\s*", size, re.IGNORECASE)
+    if match is None:
         raise ValueError("expected a number of bytes, with a unit such as 5GB, 500MB or 2GiB")
-    number, unit, binary = found.groups()
+    number, unit, binary = match.groups()
     scale = (1024 if binary else 1000) ** " KMGT".index((unit or " ").upper())
     count = int(float(number) * scale)
     if count < 1:
@@ -476,18 +476,18 @@ class ConfigFields(_Strict):
 
     @pydantic.field_validator("datasets", "eval_datasets", mode="before")
     @classmethod
-    def _entries(cls, given: Any) -> Any:
+    def _entries(cls, value: Any) -> Any:
         """Accepts an entry alone, and a path for an entry."""
-        entries = [given] if isinstance(given, str | Mapping | DatasetConfig) else given
+        entries = [value] if isinstance(value, str | Mapping | DatasetConfig) else value
         if not isinstance(entries, list | tuple):
             return entries
         return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
 
     @pydantic.field_validator("report_to", "sample_prompts", mode="before")
     @classmethod
-    def _words(cls, given: Any, info: pydantic.ValidationInfo) -> Any:
+    def _words(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         """Accepts a word alone; `report_to: none` is Hugging Face's word for nowhere."""
-        words = [given] if isinstance(given, str) else given
+        words = [value] if isinstance(value, str) else value
         nowhere = info.field_name == "report_to" and words in (["none"], ("none",))
         return () if nowhere or words is None else words
 
@@ -565,24 +565,25 @@ class ConfigFields(_Strict):
             )
 
     def _schedule_agrees(self) -> None:
-        kind, given = self.lr_scheduler_type, self.lr_scheduler_kwargs
-        names = [name for name, value in given.model_dump().items() if value is not None]
+        kind, options = self.lr_scheduler_type, self.lr_scheduler_kwargs
+        names = [name for name, value in options.model_dump().items() if value is not None]
         for name in names:
             if name not in defaults.SCHEDULES[kind]:
                 known = ", ".join(defaults.SCHEDULES[kind]) or "none"
                 raise ValueError(
                     f"lr_scheduler_kwargs.{name} is no option of {kind}; it has: {known}"
                 )
-        if kind == "cosine_with_min_lr" and (given.min_lr is None) == (given.min_lr_rate is None):
+        ends = [value for value in (options.min_lr, options.min_lr_rate) if value is not None]
+        if kind == "cosine_with_min_lr" and len(ends) != 1:
             raise ValueError(
                 "cosine_with_min_lr needs one of lr_scheduler_kwargs.min_lr and min_lr_rate"
             )
-        if kind == "warmup_stable_decay" and given.num_decay_steps is None:
+        if kind == "warmup_stable_decay" and options.num_decay_steps is None:
             raise ValueError(
                 "warmup_stable_decay needs lr_scheduler_kwargs.num_decay_steps, a number of steps "
                 "or a share below 1"
             )
-        lowest = given.min_lr if kind == "cosine_with_min_lr" else given.lr_end
+        lowest = options.min_lr if kind == "cosine_with_min_lr" else options.lr_end
         if lowest is not None and lowest > self.learning_rate:
             raise ValueError(
                 f"lr_scheduler_kwargs: ends at {lowest:g}, above learning_rate "
@@ -595,6 +596,6 @@ def method_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     lora = values.get("lora")
     rank = lora.get("r", 0) if isinstance(lora, Mapping) else getattr(lora, "r", 0)
     adapted = str(rank) not in ("0", "None") or values.get("adapter_name_or_path") is not None
-    found = defaults.defaults(str(values.get("optim", "adamw")), lora=adapted)
+    preset = defaults.defaults(str(values.get("optim", "adamw")), lora=adapted)
     fields = ConfigFields.model_fields
-    return {n: v for n, v in found.items() if n not in values and v != fields[n].default}
+    return {n: v for n, v in preset.items() if n not in values and v != fields[n].default}

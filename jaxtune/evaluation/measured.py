@@ -71,7 +71,7 @@ def measure(
         plain = _by_document(windows, general)
     pairs: list[AnswerPair] = []
     if questions:
-        note(f"{model.name}: answering {len(questions)} questions")
+        note(f"{model.name}: generating answers to {len(questions)} questions")
         pairs = _answer_pairs(model, inputs, max_new_tokens, sampling)
     return Measured(
         losses=_scores(sums),

@@ -140,8 +140,8 @@ def _changes(estimate: StepEstimate) -> Iterator[tuple[str, str, Config, str]]:
             f"--optim_offload true{small}", "moments cross to the host and back in every step",
             **smallest, optim_offload=True,
         )  # fmt: skip
-    for ways in (2, 4, 8):
-        flags, mesh = _mesh(estimate, "tensor", ways)
+    for devices in (2, 4, 8):
+        flags, mesh = _mesh(estimate, "tensor", devices)
         yield change(
             f"{flags}{small}", "activations are exchanged in every layer", **smallest, **mesh
         )
@@ -162,9 +162,9 @@ def _peers(estimate: StepEstimate) -> list[int]:
     return [n for n in _PEERS if experts and experts % n == 0 and sizes["fsdp"] % n == 0]
 
 
-def _mesh(estimate: StepEstimate, axis: str, ways: int) -> tuple[str, dict[str, int]]:
+def _mesh(estimate: StepEstimate, axis: str, devices: int) -> tuple[str, dict[str, int]]:
     """Returns (flags, fields) that give `axis` some devices of `fsdp`, which takes the rest."""
-    fields = {f"mesh.{axis}": ways}
+    fields = {f"mesh.{axis}": devices}
     for name, size in estimate.config.mesh.model_dump().items():
         if name == "fsdp" and size != -1:
             fields["mesh.fsdp"] = -1
@@ -184,8 +184,8 @@ def faster(estimate: StepEstimate) -> str | None:
     before = evaluate_config(estimate.config, estimate.run, estimate.hardware, compiles=False).time
     assert before is not None
     best, fastest = GAIN * before.step, ""
-    for ways in peers:
-        flags, mesh = _mesh(estimate, "expert", ways)
+    for devices in peers:
+        flags, mesh = _mesh(estimate, "expert", devices)
         other = _estimated(estimate, changed(estimate.config, **mesh), estimate.hardware.slice.name)
         if other.fits and other.time is not None and other.time.step < best:
             best, fastest = other.time.step, flags

@@ -1,6 +1,6 @@
 """The real step handed to the TPU compiler, and what the compiled program says of itself.
 
-The answer is kept on disk under a hash of the lowered program, its devices, the compiler and its
+The answer is stored on disk under a hash of the lowered program, its devices, the compiler and its
 flags: whatever changes the step changes the key.
 """
 
@@ -91,7 +91,7 @@ def compile_step(
     folder: Path | None,
     note: Callable[[str], None],
 ) -> CompiledStep:
-    """Compiles the train step for batches of `[rows length]`, or reads what was found earlier.
+    """Compiles the train step for batches of `[rows length]`, or reads an earlier answer.
 
     `folder` keeps the answers; None keeps none. Raises what the compiler raises, but for a program
     that is too large, which is an answer.
@@ -107,15 +107,15 @@ def compile_step(
         try:
             made = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            found = too_large(str(error))
-            if found is None:
+            compiled = too_large(str(error))
+            if compiled is None:
                 raise
         else:
-            found = _figures(made, program.mesh)
-        found = found._replace(seconds=time.monotonic() - began)
+            compiled = _figures(made, program.mesh)
+        compiled = compiled._replace(seconds=time.monotonic() - began)
     if folder is not None:
-        _store(folder / name, found)
-    return found
+        _store(folder / name, compiled)
+    return compiled
 
 
 def too_large(message: str) -> CompiledStep | None:
@@ -129,8 +129,8 @@ def too_large(message: str) -> CompiledStep | None:
         r"Used ([\d.]+)([KMGT]?)i?B? of ([\d.]+)([KMGT]?)i?B? hbm",
     )
     for form in forms:
-        if "RESOURCE_EXHAUSTED" in message and (found := re.search(form, message)):
-            needed, unit, limit, other = found.groups()
+        if "RESOURCE_EXHAUSTED" in message and (match := re.search(form, message)):
+            needed, unit, limit, other = match.groups()
             return CompiledStep(
                 round(float(needed) * _UNITS[unit]), limit=round(float(limit) * _UNITS[other])
             )
@@ -170,10 +170,10 @@ def _needed(memory: Any) -> int:
     return int(sum(parts)) + int(memory.generated_code_size_in_bytes)
 
 
-def _by_axis(found: Mapping[str, float]) -> dict[str, float]:
+def _by_axis(by_dimension: Mapping[str, float]) -> dict[str, float]:
     """Sums bytes by the config's axes: the mesh lays an axis over several dimensions."""
     axes: dict[str, float] = {}
-    for along, sent in found.items():
+    for along, sent in by_dimension.items():
         name = "+".join(dict.fromkeys(part.partition("_")[0] for part in along.split("+")))
         axes[name] = axes.get(name, 0.0) + sent
     return axes
@@ -184,11 +184,11 @@ def _by_axis(found: Mapping[str, float]) -> dict[str, float]:
 
 def versions() -> dict[str, str]:
     """Returns the versions of what compiles."""
-    found = {}
+    installed = {}
     for name in ("jax", "jaxlib", "libtpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def key(program: str, topology: str, mesh: Mesh) -> str:
@@ -213,12 +213,12 @@ def _stored(file: Path) -> CompiledStep | None:
         return None
 
 
-def _store(file: Path, found: CompiledStep) -> None:
+def _store(file: Path, compiled: CompiledStep) -> None:
     """Writes a file whole or not at all; a cache that cannot be written is no reason to stop."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as work:
-            json.dump(found._asdict(), work)
+            json.dump(compiled._asdict(), work)
         os.replace(work.name, file)
     except OSError:
         return

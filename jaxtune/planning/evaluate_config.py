@@ -1,4 +1,4 @@
-"""A config on some hardware: arithmetic always, the compiler where wanted."""
+"""A config on some hardware: arithmetic always, the compiler if it is to be compiled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxtune.planning import compile as compiling
 from jaxtune.planning import memory_model, time_model
 from jaxtune.planning.hardware import Hardware
 from jaxtune.planning.memory_model import Work
-from jaxtune.training import build as assemble
+from jaxtune.training import build
 from jaxtune.training.program import Program, compute_dtype
 from jaxtune.training.subject import subject_of
 from jaxtune.training.trainable import backward
@@ -99,7 +99,7 @@ def evaluate_config(
     if hardware.compiles if compiles is None else compiles:
         read = compiling.compile_step(
             program,
-            rows=assemble.rows_per_step(config, program.mesh),
+            rows=build.rows_per_step(config, program.mesh),
             length=run.length,
             topology=f"{slice.slices}x{slice.topology}",
             folder=folder,
@@ -117,20 +117,20 @@ def _built(
 ) -> tuple[Program, Work, dict[str, int]]:
     trained = subject_of(config, run.model, note=lambda message: None)
     mesh = make_mesh(config.mesh.model_dump(), hardware.devices)
-    assemble.rows_per_step(config, mesh)  # what `train` refuses is refused here too
+    build.rows_per_step(config, mesh)  # what `train` refuses is refused here too
     steps = run.steps or _STEPS
     # A stand-in for a device has no memories that state could be placed in.
     placed = config if hardware.compiles else config.model_copy(update={"optim_offload": False})
-    program = assemble.build(placed, trained, mesh, steps)
+    program = build.build(placed, trained, mesh, steps)
     dtype = compute_dtype(config.dtype, platform_of(mesh))
-    kind, _ = assemble.attention_of(config, trained.spec, mesh, run.length)
+    kind, _ = build.attention_of(config, trained.spec, mesh, run.length)
     held = memory_model.held(program, offload=config.optim_offload)
     work = Work(
         spec=trained.spec,
         sizes=sizes_of(mesh),
         rows=config.per_device_train_batch_size,
         length=run.length,
-        microbatches=assemble.microbatches(config, mesh),
+        microbatches=build.microbatches(config, mesh),
         remat=config.gradient_checkpointing,
         item=jnp.dtype(dtype).itemsize,
         stored=jnp.dtype(dtype if trained.lora is not None else config.param_dtype).itemsize,

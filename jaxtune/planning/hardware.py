@@ -68,11 +68,13 @@ def _topology(slice: Slice) -> Sequence[Any]:
     if slice.chip.mode:
         more["chip_config_name"] = slice.chip.mode
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=slice.topology, **more)
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=slice.topology, **more
+        )
     except Exception as error:  # what the compiler raises has no type of its own
-        said = " ".join(str(error).split())[:200]
-        raise ConfigError(f"topology: the compiler knows no {slice.topology}: {said}") from None
-    return list(found.devices)
+        message = " ".join(str(error).split())[:200]
+        raise ConfigError(f"topology: the compiler knows no {slice.topology}: {message}") from None
+    return list(described.devices)
 
 
 def _stand_ins(slice: Slice) -> Sequence[StandIn]:

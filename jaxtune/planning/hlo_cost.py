@@ -66,8 +66,8 @@ class Instruction(NamedTuple):
     rest: str
 
     def attribute(self, name: str) -> str | None:
-        found = re.search(rf"\b{name}=%?([^\s,]+)", self.rest)
-        return found[1] if found else None
+        value = re.search(rf"\b{name}=%?([^\s,]+)", self.rest)
+        return value[1] if value else None
 
 
 class Computation(NamedTuple):
@@ -90,16 +90,16 @@ class Module(NamedTuple):
 def parse(text: str) -> Module:
     """Optimised HLO as `compiled.as_text()` gives it."""
     computations: dict[str, Computation] = {}
-    found: dict[str, Instruction] = {}
+    instructions: dict[str, Instruction] = {}
     entry, name, root = "", "", None
     for line in _lines(text):
         if opening := re.match(r"(ENTRY )?%?([^\s(]+) \(.*\{$", line):
-            name, found, root = opening[2], {}, None
+            name, instructions, root = opening[2], {}, None
             entry = name if opening[1] else entry
         elif line.startswith("}") and root is not None:
-            computations[name] = Computation(name, found, root)
+            computations[name] = Computation(name, instructions, root)
         elif instruction := _instruction(line):
-            found[instruction.name] = instruction
+            instructions[instruction.name] = instruction
             if line.lstrip().startswith("ROOT") or root is None:
                 root = instruction
     return Module(computations, computations[entry])
@@ -207,9 +207,9 @@ class _Walk:
                 '"tpu_custom_call"'
             ):
                 self._kernel(at, each, times)
-            if not fused and (found := re.search(r'"estimated_cycles":"(\d+)"', each.rest)):
-                known = int(found[1]) < _NO_ESTIMATE
-                self.cost.cycles += times * int(found[1]) if known else 0
+            if not fused and (estimate := re.search(r'"estimated_cycles":"(\d+)"', each.rest)):
+                known = int(estimate[1]) < _NO_ESTIMATE
+                self.cost.cycles += times * int(estimate[1]) if known else 0
             if each.op == "while":
                 turns = turns_of(self.module, at, each)
                 self.cost.loops_unread += turns is None
@@ -286,18 +286,18 @@ class _Walk:
 def group_of(rest: str, devices: int) -> tuple[int, ...]:
     """The first group of devices that a collective runs in, numbered as the mesh counts them;
     of a permutation all that pass on to each other from device 0."""
-    if found := re.search(r"source_target_pairs=\{(\{.*?\})\}", rest):
-        pairs = re.findall(r"\{(\d+),(\d+)\}", found[1])
+    if match := re.search(r"source_target_pairs=\{(\{.*?\})\}", rest):
+        pairs = re.findall(r"\{(\d+),(\d+)\}", match[1])
         return _cycle({int(source): int(target) for source, target in pairs})
-    if found := re.search(r"replica_groups=\{\{([0-9,]+)\}", rest):
-        return tuple(int(n) for n in found[1].split(","))
-    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        sizes = [int(n) for n in found[3].split(",")]
-        order = [int(n) for n in (found[4] or "").split(",") if n] or list(range(len(sizes)))
+    if match := re.search(r"replica_groups=\{\{([0-9,]+)\}", rest):
+        return tuple(int(n) for n in match[1].split(","))
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        sizes = [int(n) for n in match[3].split(",")]
+        order = [int(n) for n in (match[4] or "").split(",") if n] or list(range(len(sizes)))
         ids = _count(sizes, order)
-        return tuple(ids[: int(found[2])])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
-        return _group_on_mesh(found[1], found[2])
+        return tuple(ids[: int(match[2])])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        return _group_on_mesh(match[1], match[2])
     return tuple(range(devices))
 
 
@@ -339,12 +339,12 @@ def axes_along(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]
     >>> axes_along((0, 4), {"data": 2, "fsdp": 4})
     ('data',)
     """
-    sizes, found = list(mesh.values()), []
+    sizes, names = list(mesh.values()), []
     for i, name in enumerate(mesh):
         inner = math.prod(sizes[i + 1 :])
         if len({device // inner % sizes[i] for device in group}) > 1:
-            found.append(name)
-    return tuple(found)
+            names.append(name)
+    return tuple(names)
 
 
 def _sent(kind: str, operands: float, group: int) -> float:
@@ -406,8 +406,8 @@ def _flops(at: Computation, each: Instruction) -> float:
     left, right = (at.instructions[name].shapes[0].sizes for name in each.operands[:2])
     out = each.shapes[0].sizes
     if each.op == "dot":
-        found = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", each.rest)
-        summed = [left[int(n)] for n in (found[1] if found else "").split(",") if n]
+        contracted = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", each.rest)
+        summed = [left[int(n)] for n in (contracted[1] if contracted else "").split(",") if n]
         return 2.0 * math.prod(out) * math.prod(summed)
     labels = re.search(r"dim_labels=(\S+?)_(\S+?)->([^\s,]+)", each.rest)
     if labels is None:

@@ -138,16 +138,16 @@ def memory(work: Work, held: Mapping[str, int], limit: int | None = None) -> dic
     computed with lie beside themselves, narrow, from the first layer to the last. Near the `limit`
     the compiler holds less: it aims at `AIM` of it, as far as there is something to be saved.
     """
-    kept = activations(work)
+    saved = activations(work)
     logits, head = loss(work)
     layer = max((one_turn(work, stack) for stack in work.reached), default=0.0)
     accumulated = work.trained if work.microbatches > 1 else 0
-    gradients = accumulated + arriving(work)
+    gradients = accumulated + microbatch_gradients(work)
     program = BODY_BYTES * sum(len(stack.pattern) for stack in work.spec.stacks)
     everywhere = narrowed(work, held) + program
-    sizes: list[float] = [gradients, kept, 0, layer + everywhere]
+    sizes: list[float] = [gradients, saved, 0, layer + everywhere]
     if logits + head + accumulated > layer + gradients:
-        sizes = [accumulated, kept, logits, head + everywhere]
+        sizes = [accumulated, saved, logits, head + everywhere]
     sizes = [held["parameters"], held["optimiser"], *sizes]
     counted = dict(zip(KINDS, sizes, strict=True))
     if limit is not None and not counted["logits"]:
@@ -178,7 +178,7 @@ def narrowed(work: Work, held: Mapping[str, int]) -> float:
     return held["parameters"] * cast / every * work.item / work.stored
 
 
-def arriving(work: Work) -> float:
+def microbatch_gradients(work: Work) -> float:
     """Gradients of one microbatch in the backward pass of the layers: in the computation's dtype,
     but for the head's (adapters': all of them), which are f32."""
     if work.lora:
@@ -200,7 +200,7 @@ def trained_shares(work: Work) -> tuple[float, float]:
 
 def activations(work: Work) -> float:
     """Counts bytes that the forward pass keeps for the backward pass, of all layers reached."""
-    return sum(work.tokens * kept(work, layer) for layer in layers_of(work.reached))
+    return sum(work.tokens * saved_bytes(work, layer) for layer in layers_of(work.reached))
 
 
 def layers_of(stacks: Sequence[Stack]) -> list[LayerSpec]:
@@ -214,7 +214,7 @@ def offloaded(work: Work) -> float:
     return len(layers_of(work.reached)) * work.tokens * work.item * work.spec.width
 
 
-def kept(work: Work, layer: LayerSpec) -> float:
+def saved_bytes(work: Work, layer: LayerSpec) -> float:
     """Bytes per token that a layer leaves behind, by the name of the policy; as JAX says of it
     (`jax.vjp`) for causal attention in a kernel."""
     D, cut, item = work.spec.width, work.sizes["tensor"], work.item
@@ -224,14 +224,14 @@ def kept(work: Work, layer: LayerSpec) -> float:
     named = layer.mlp_width if layer.moe is None else layer.moe.shared_width
     wide = named * (2 if layer.gated else 1) / cut
     # A norm behind the MLP needs what the MLP gave.
-    given = 2 * D if layer.norms == "pre" else 3 * D
+    into_mlp = 2 * D if layer.norms == "pre" else 3 * D
     everything = item * (2 * D + 3 * q + kv) + sums + _in_norms(work, layer) + _in_mlp(work, layer)
     return {
         "full": item * D,
         "offload": 0.0,
         "attention": item * (D + q) + sums,
-        "projections": item * (given + 2 * q + kv + wide) + sums,
-        "dots": item * (given + q + kv + wide),
+        "projections": item * (into_mlp + 2 * q + kv + wide) + sums,
+        "dots": item * (into_mlp + q + kv + wide),
         "none": everything,
     }[work.remat]
 
@@ -326,8 +326,8 @@ def _mlp_at_once(work: Work, layer: LayerSpec) -> float:
     again = work.remat in ("full", "offload", "attention")
     cut = work.sizes["tensor"]
     if layer.moe is None:
-        ways = 2 if layer.gated else 1
-        return (2 if again else 1) * ways * layer.mlp_width / cut
+        products = 2 if layer.gated else 1
+        return (2 if again else 1) * products * layer.mlp_width / cut
     at_once = layer.moe.per_token * (4 * layer.mlp_width / cut + 4 * work.spec.width)
     copies, rows = a_round(work, layer.moe)
     return at_once if work.sizes["expert"] == 1 else at_once * (rows / copies)
@@ -424,15 +424,15 @@ def flops(work: Work) -> Products:
         each, again = (4.0 if passes else 2.0), (2.0 if passes and recomputes(work) else 0.0)
         for layer, dense, every in zip(stack.pattern, back.dense[i], back.experts[i], strict=True):
             experts = expert_parameters(spec, layer)
-            found = (each + again) * (layer_parameters(spec, layer) - experts) + 2.0 * dense
-            mixed = (each + again) * experts + 2.0 * of_one_token(layer, every)
+            dense_flops = (each + again) * (layer_parameters(spec, layer) - experts) + 2.0 * dense
+            expert_flops = (each + again) * experts + 2.0 * of_one_token(layer, every)
             # What a layer's last product gives is not needed again, but by a norm behind it.
             if layer.norms == "pre":
                 shared = layer.mlp_width if layer.moe is None else layer.moe.shared_width
-                found -= again * spec.width * shared
-                mixed -= again * experts / 3
-            of_layers += stack.repeats * found
-            of_experts += stack.repeats * mixed
+                dense_flops -= again * spec.width * shared
+                expert_flops -= again * experts / 3
+            of_layers += stack.repeats * dense_flops
+            of_experts += stack.repeats * expert_flops
     # A head that is streamed makes its logits again in the backward pass whatever the policy.
     of_head = 2.0 * (1 + back.through_head + back.head) + 2.0 * (not loss_plan(work).whole_kernel)
     return Products(
@@ -467,12 +467,12 @@ class Sent(NamedTuple):
     travelled: float = 0.0  # tokens over `expert`, to a mixture's experts and back
 
 
-def sent(work: Work) -> Sent:
+def sent_bytes(work: Work) -> Sent:
     """Weights are gathered forward and backward, a head that is whole once, gradients scattered
     once: for each microbatch. Experts are so along `fsdp` and `context` alone; over `expert` tokens
     are gathered, and again where that is recomputed, and so is the gradient of what became of them;
     that and the gradient of tokens are added up and scattered. Over `tensor` a layer adds up what
-    attention and MLP give, and the gradients of what they were given, and attention's again where
+    attention and MLP give, and the gradients of their inputs, and attention's again where
     it is recomputed."""
     spec, sizes, again = work.spec, work.sizes, work.microbatches
     head, reached = spec.vocab * spec.width, layers_of(work.reached)
@@ -515,12 +515,12 @@ def sent(work: Work) -> Sent:
 
 def wire(work: Work) -> dict[str, float]:
     """The same bytes by mesh axis."""
-    found = sent(work)
+    sent = sent_bytes(work)
     along = {
-        "fsdp": found.gathered + found.head + found.scattered,
-        "data": found.everywhere,
-        "expert": found.travelled,
-        "tensor": found.exchanged,
-        "context": found.rows,
+        "fsdp": sent.gathered + sent.head + sent.scattered,
+        "data": sent.everywhere,
+        "expert": sent.travelled,
+        "tensor": sent.exchanged,
+        "context": sent.rows,
     }
     return {axis: size for axis, size in along.items() if size}

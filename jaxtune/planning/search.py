@@ -30,7 +30,7 @@ from jaxtune.planning.advice import changed
 from jaxtune.planning.evaluate_config import PlannedRun, StepEstimate, evaluate_config
 from jaxtune.planning.hardware import Hardware
 from jaxtune.planning.memory_model import Work
-from jaxtune.training import build as assemble
+from jaxtune.training import build
 
 SLACK = 1.03  # arithmetic this far above the limit is not worth compiling
 NEAR = 1.04  # nor what is this far above it once answers to its like have corrected it
@@ -58,25 +58,26 @@ class Candidate(NamedTuple):
 def candidates(config: Config, run: PlannedRun, hardware: Hardware) -> list[Candidate]:
     """Everything that may fit, by arithmetic, fastest first."""
     whole = _rows_of_step(config, hardware)
-    found: list[Candidate] = []
+    fitting: list[Candidate] = []
     for mesh in meshes(hardware, heads=_kv_heads(run), experts=run.model.spec.experts):
         try:
             alone = {"per_device_train_batch_size": 1, "global_batch_size": whole}
             base = evaluate_config(changed(config, **mesh, **alone), run, hardware, compiles=False)
         except ConfigError:  # rows that do not divide, or a mesh this version does not train
             continue
-        found += [
+        fitting += [
             candidate
             for candidate in _of_mesh(base, mesh, whole)
             if hardware.limit is None or candidate.needed <= SLACK * hardware.limit
         ]
-    return sorted(found, key=lambda candidate: (candidate.seconds, candidate.needed))
+    return sorted(fitting, key=lambda candidate: (candidate.seconds, candidate.needed))
 
 
 def meshes(hardware: Hardware, *, heads: int, experts: int = 0) -> Iterator[dict[str, int]]:
-    """All ways to lay the devices over data, fsdp, tensor and context, and over expert where the
-    model has experts; heads divide over tensor, experts over expert, slices are joined along
-    data."""
+    """Yields every mesh of data, fsdp, tensor and context, and of expert where there are experts.
+
+    Heads divide over tensor, experts over expert; slices are joined along data.
+    """
     count = len(hardware.devices)
     for data in _divisors(count):
         for tensor in _divisors(count // data):
@@ -135,7 +136,7 @@ def remat_names() -> tuple[str, ...]:
 
 
 def _rows_of_step(config: Config, hardware: Hardware) -> int:
-    return assemble.rows_per_step(config, make_mesh(config.mesh.model_dump(), hardware.devices))
+    return build.rows_per_step(config, make_mesh(config.mesh.model_dump(), hardware.devices))
 
 
 def _kv_heads(run: PlannedRun) -> int:
@@ -193,9 +194,9 @@ def compile_all(
                 running[process], started = candidate, started + 1
             for process in [each for each in running if each.poll() is not None]:
                 candidate = running.pop(process)
-                plan, said = _answer(process)
+                plan, problem = _answer(process)
                 if plan is None:
-                    failed = f"search: {candidate.settings}: {said}"
+                    failed = f"search: {candidate.settings}: {problem}"
                     note(failed)
                     continue
                 answers.add(candidate, plan)
@@ -290,12 +291,12 @@ def _start(
 
 
 def _answer(process: subprocess.Popen[str]) -> tuple[dict[str, Any] | None, str]:
-    """The object of `plan --json`, or None and the last line of what was said instead."""
+    """The object of `plan --json`, or None and the last line of its log."""
     args = typing.cast(list[str], process.args)
     file = Path(args[args.index("--config") + 1])
     if process.returncode:
-        said = file.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
-        return None, next(reversed(said.strip().splitlines()), f"exit {process.returncode}")
+        log = file.with_suffix(".log").read_text(encoding="utf-8", errors="replace")
+        return None, next(reversed(log.strip().splitlines()), f"exit {process.returncode}")
     return json.loads(file.with_suffix(".json").read_text(encoding="utf-8")), ""
 
 

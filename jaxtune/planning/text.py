@@ -31,7 +31,7 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         "",
         verdict(plan),
         *_memory(plan),
-        *_ways(plan),
+        *_remedies(plan),
         *_work(plan),
         *_time(plan),
         *(f"  - {printable(text)}" for text in plan["notes"]),
@@ -62,13 +62,13 @@ def _memory(plan: Mapping[str, Any]) -> list[str]:
     return [*lines, f"    {'host memory':14}{plan['host_bytes'] / _GIB:9.2f} GiB a host", ""]
 
 
-def _ways(plan: Mapping[str, Any]) -> list[str]:
+def _remedies(plan: Mapping[str, Any]) -> list[str]:
     if plan["fits"]:
         return []
     lines = [
-        f"    {way['change']}   ({way['hbm_bytes'] / _GIB:.2f} GiB, {way['verified']}; "
-        f"{way['costs']})"
-        for way in plan["ways"]
+        f"    {remedy['change']}   ({remedy['hbm_bytes'] / _GIB:.2f} GiB, {remedy['verified']}; "
+        f"{remedy['costs']})"
+        for remedy in plan["ways"]
     ]
     return ["  what would fit, cheapest first:", *(lines or ["    nothing that was tried"]), ""]
 
@@ -125,10 +125,10 @@ def rate(plan: Mapping[str, Any]) -> str:
     return f"{speed:,.0f} tokens/s in {size:.2f} GiB"
 
 
-def frontier_text(found: Sequence[Mapping[str, Any]]) -> str:
+def frontier_text(plans: Sequence[Mapping[str, Any]]) -> str:
     """Memory against speed: a line for each plan, fastest first."""
     lines = ["      GiB  tokens/s  settings"]
-    for plan in found:
+    for plan in plans:
         size, speed = plan["hbm_bytes"] / _GIB, plan["tokens_per_second_per_chip"]
         how = "" if plan["method"] == "compiled" else "   (arithmetic)"
         lines.append(f"{size:9.2f}{speed:10,.0f}  {plan['settings']}{how}")

@@ -19,7 +19,7 @@ from jaxtune.planning.memory_model import Work
 
 KERNEL_SHARE = 0.5  # of the peak that kernels reach: attention, and experts' grouped products
 ADAPTER_SHARE = 0.3  # of the memory's rate that the products of adapters reach
-KEPT_SHARE = 0.5  # and what is written for the backward pass and read there
+SAVED_SHARE = 0.5  # and what is written for the backward pass and read there
 EXCHANGE_PASSES = 14  # over activations, for each sum over `tensor`: nothing is fused across it
 STATE_PASSES = 3.5  # as long as state takes to be read and written once: norms, update, casts
 MIXTURE_PASSES = 62  # over a token's copy for each of its experts: sorted, and summed in f32
@@ -79,25 +79,25 @@ def of_estimate(work: Work, held: Mapping[str, int], slice: Slice, per_chip: int
     chip, speed = slice.chip, SPEEDS.get(slice.kind, UNKNOWN)
     peak, rate = chip.flops / per_chip, chip.hbm_rate / per_chip
     state = 2 * (held["parameters"] + held["optimiser"]) / rate
-    link, found = chip.link_rate / per_chip, memory_model.sent(work)
-    kept = 2 * memory_model.activations(work) * work.microbatches
+    link, sent = chip.link_rate / per_chip, memory_model.sent_bytes(work)
+    saved = 2 * memory_model.activations(work) * work.microbatches
     away = 2 * (memory_model.offloaded(work) * work.microbatches + held["host"])
-    summed = EXCHANGE_PASSES * found.exchanged / 2  # a sum is sent twice
+    summed = EXCHANGE_PASSES * sent.exchanged / 2  # a sum is sent twice
     compute = (
         products(work, speed) / peak
         + vectors(work, speed) * per_chip
-        + (kept / KEPT_SHARE + summed + adapters(work) / ADAPTER_SHARE + routing(work)) / rate
+        + (saved / SAVED_SHARE + summed + adapters(work) / ADAPTER_SHARE + routing(work)) / rate
         + STATE_PASSES * state
     )
     attention = memory_model.attention_flops(work) / (KERNEL_SHARE * peak)
     # Gradients, and what a layer exchanges over `expert`, `tensor` or `context`, are waited for
     # everywhere.
-    waited = found.exchanged + found.travelled + found.rows
-    waited += found.scattered + found.everywhere + found.head
+    waited = sent.exchanged + sent.travelled + sent.rows
+    waited += sent.scattered + sent.everywhere + sent.head
     # What is hidden lies in memory meanwhile: where that is nearly full, nothing is.
     full = sum(memory_model.memory(work, held).values()) > NEARLY_FULL * chip.hbm / per_chip
-    waited = waited if speed.hides and not full else sum(found)
-    network = sum(found) / link
+    waited = waited if speed.hides and not full else sum(sent)
+    network = sum(sent) / link
     exposed = max(waited / link, network - compute - attention)
     far = other_slices(memory_model.wire(work), slice, per_chip)
     host = away / (HOST_RATE / per_chip)
@@ -107,9 +107,9 @@ def of_estimate(work: Work, held: Mapping[str, int], slice: Slice, per_chip: int
 
 def products(work: Work, speed: Speed) -> float:
     """FLOPs of matrix products as if all ran at the peak."""
-    found, at_once = memory_model.flops(work), memory_model.loss_plan(work).whole_kernel
+    flops, at_once = memory_model.flops(work), memory_model.loss_plan(work).whole_kernel
     head = speed.whole_head if at_once else speed.products
-    return found.layers / speed.products + found.experts / KERNEL_SHARE + found.head / head
+    return flops.layers / speed.products + flops.experts / KERNEL_SHARE + flops.head / head
 
 
 def vectors(work: Work, speed: Speed) -> float:
@@ -121,12 +121,12 @@ def vectors(work: Work, speed: Speed) -> float:
         for layer in stack.pattern:
             lanes = -(-layer.head_dim // LANES) * LANES / work.sizes["tensor"]
             heads = layer.heads + layer.kv_heads * work.sizes["context"]
-            found = speed.heads * heads * lanes * (1 if reached else FORWARD_SHARE)
+            nanoseconds = speed.heads * heads * lanes * (1 if reached else FORWARD_SHARE)
             if reached:
-                found += (
+                nanoseconds += (
                     speed.partials * memory_model.partial_sums(work, layer) * layer.heads * lanes
                 )
-            each += stack.repeats * found
+            each += stack.repeats * nanoseconds
     tokens = work.tokens_per_step / work.devices
     return 1e-9 * tokens * each
 

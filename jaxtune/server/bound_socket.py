@@ -68,23 +68,23 @@ def parse_address(text: str) -> Address:
     return Address(bare or _LOOPBACK, int(port))
 
 
-def bind(wanted: Address) -> tuple[socket.socket, Address]:
+def bind(address: Address) -> tuple[socket.socket, Address]:
     """Bind an address; port 0 becomes one that is free. Raises: ConfigError."""
     try:
-        info = socket.getaddrinfo(wanted.host, wanted.port, type=socket.SOCK_STREAM)[0]
+        info = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(info[0], info[1], info[2])
     except OSError as error:
-        raise ConfigError(f"serve: {wanted.host}: {error.strerror or error}.") from None
+        raise ConfigError(f"serve: {address.host}: {error.strerror or error}.") from None
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(info[4])
     except OSError as error:
         bound.close()
         raise ConfigError(
-            f"serve: {wanted.host}:{wanted.port} cannot be had: {error.strerror}. "
+            f"serve: {address.host}:{address.port} cannot be had: {error.strerror}. "
             "Give another port, or 0 for any that is free."
         ) from None
-    return bound, wanted._replace(port=bound.getsockname()[1])
+    return bound, address._replace(port=bound.getsockname()[1])
 
 
 def api_key() -> str | None:

@@ -100,7 +100,7 @@ def test_a_layer_keeps_what_jax_keeps(name: str, remat: str) -> None:
     )
     sizes = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1}
     work = Work(spec, sizes, 1, T, 1, remat, 2, 2, 0, False, "splash")
-    counted = T * memory_model.kept(work, LAYERS[name])
+    counted = T * memory_model.saved_bytes(work, LAYERS[name])
     # Not counted: what is one number for each token, or each of its experts; and of an activation
     # jax 0.10 keeps one array of F more than jax 0.12.
     assert counted == pytest.approx(found, rel=0.03 if name != "plain" else 0.06)

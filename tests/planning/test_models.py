@@ -128,7 +128,10 @@ def test_a_part_is_planned_as_a_part(model: Path) -> None:
         tokens * (2 * 4 * LAYER + 4 * LAYER + 4 * head) + attention * (3 + 3)
     )
     assert last.counted["activations"] * 4 == whole.counted["activations"]
-    assert memory_model.arriving(last.work) == last.work.trained * LAYER / (LAYER + 2 * 128) * 2 / 4
+    assert (
+        memory_model.microbatch_gradients(last.work)
+        == last.work.trained * LAYER / (LAYER + 2 * 128) * 2 / 4
+    )
     sent = memory_model.wire(last.work)
     assert sent["fsdp"] == pytest.approx(7 / 8 * 2 * (4 * LAYER + LAYER + head + LAYER))
     head_alone = planned(model, trainable="^head")

@@ -41,7 +41,7 @@ def answer_scores(answered: Sequence[AnswerPair]) -> dict[str, Score]:
     pairs = [s.compared for s in answered]
     references, answers = [a for a, _ in pairs], [b for _, b in pairs]
     tokens = [s.tokens for s in answered]
-    lengths, wanted = [s.made for s in answered], [len(s.reference_tokens) for s in answered]
+    lengths, expected = [s.made for s in answered], [len(s.reference_tokens) for s in answered]
     return {
         "exact_match": rate([s.exact for s in answered]),
         "contains": rate([_plain(a) in _plain(b) for a, b in pairs]),
@@ -50,7 +50,7 @@ def answer_scores(answered: Sequence[AnswerPair]) -> dict[str, Score]:
         "bleu": bleu(references, answers),
         "stop_rate": rate([s.stopped for s in answered]),
         "answer_tokens": mean(lengths),
-        "length_ratio": ratio(lengths, wanted),
+        "length_ratio": ratio(lengths, expected),
         "refusal_rate": rate([refuses(answer) for answer in answers]),
         "distinct_1": distinct(tokens, 1),
         "distinct_2": distinct(tokens, 2),

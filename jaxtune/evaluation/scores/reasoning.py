@@ -16,8 +16,8 @@ def spoken(text: str, reference: str = "") -> str:
     ''
     """
     _, end, rest = text.rpartition(_END)
-    before, wanted, _ = reference.partition(_END)
-    begun_by_prompt = not end and bool(wanted) and _BEGIN not in before
+    before, reference_end, _ = reference.partition(_END)
+    begun_by_prompt = not end and bool(reference_end) and _BEGIN not in before
     if begun_by_prompt or rest.lstrip().startswith(_BEGIN):
         return ""
     return rest.lstrip() if end else text
