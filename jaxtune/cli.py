@@ -100,18 +100,18 @@ class ThisProcess:
 
 
 def shows_notes() -> bool:
-    """Tells whether somebody at a terminal reads what this process says."""
+    """Tell whether somebody at a terminal reads what this process says."""
     return ThisProcess.is_command and not ThisProcess.quiet
 
 
 def note(message: str) -> None:
-    """Prints a line for the person at the terminal, on stderr: stdout is for results."""
+    """Print a line for the person at the terminal, on stderr: stdout is for results."""
     if shows_notes():
         emit(message)
 
 
 def emit(message: str) -> None:
-    """Prints a message from every process, not the first alone."""
+    """Print a message from every process, not the first alone."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -122,7 +122,7 @@ def execute(
     run: Callable[[Config, O], Any],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parses, runs, and turns what went wrong into an exit code and one message on stderr.
+    """Parse, run, and turn what went wrong into an exit code and one message on stderr.
 
     `description` is a module's docstring, of which `--help` shows the first paragraph.
     """
@@ -165,14 +165,14 @@ def execute(
 
 
 def _harmless(text: str) -> str:
-    """Spells out what would steer the terminal: a message may quote a stranger's file."""
+    """Spell out what would steer the terminal: a message may quote a stranger's file."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def parse(
     argv: Sequence[str], command: str, description: str, options: type[O]
 ) -> tuple[Config, O]:
-    """Parses `--config FILE`, every config field, and the command's own flags.
+    """Parse `--config FILE`, every config field, and the command's own flags.
 
     `--name value`, `--name=value`, `-` and `_` alike; a flag alone means true; lists take several
     values or one YAML value (`--datasets '[{path: a.jsonl, limit: 10}]'`; see `_strings`). `none`
@@ -214,7 +214,7 @@ def _object(url: str) -> object_store.Item:
 
 
 def _split(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str], dict[str, str]]:
-    """Splits argv: (flags with their values, words before the first flag, field -> name typed)."""
+    """Split argv: (flags with their values, words before the first flag, field -> name typed)."""
     words: list[str] = []
     loose: list[str] = []
     typed: dict[str, str] = {}
@@ -239,7 +239,7 @@ def _split(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str], 
 def _read_with_tyro(
     words: list[str], usage: str, description: str, flags: Mapping[str, FieldInfo]
 ) -> dict[str, list[str]]:
-    """Maps the flags that are set to the words after them."""
+    """Map the flags that are set to the words after them."""
     import tyro  # here, so that a mistyped flag is answered without it
 
     fields: list[tuple[str, Any, Any]] = [("config", _flag("config", "FILE", "YAML config"), None)]
@@ -295,7 +295,7 @@ def _choices_and_default(field: FieldInfo) -> str:
 
 
 def _value(name: str, values: list[str], field: FieldInfo | None, *, own: bool) -> Any:
-    """Makes one value of the words after a flag, still text where pydantic gives it its type.
+    """Make one value of the words after a flag, still text where pydantic gives it its type.
 
     No word is true; a structured field is YAML. `own` flags are the command's.
     """
@@ -325,7 +325,7 @@ def _holds_strings(annotation: str) -> bool:
 
 
 def _strings(name: str, values: list[str]) -> list[Any]:
-    """Reads several words, or one YAML list.
+    """Read several words, or one YAML list.
 
     Tokens and prompts begin with brackets, too: a word is a list only where it has a comma or
     quotes and is one.

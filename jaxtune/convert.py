@@ -35,7 +35,7 @@ class ConvertOptions(cli.Options):
 
 
 def run(config: Config, options: ConvertOptions | None = None) -> ConvertResult:
-    """Raises `ConfigError` and `ModelError`; an earlier export in `out_dir` stays on failure."""
+    """Raise `ConfigError` and `ModelError`; an earlier export in `out_dir` stays on failure."""
     if options is None:
         raise ConfigError(
             "convert: nothing says what to convert, and where to. Give "

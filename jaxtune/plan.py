@@ -1,4 +1,4 @@
-"""Plans what a run costs before it is paid for: the real train step, compiled for other hardware.
+"""Plan what a run costs before it is paid for: the real train step, compiled for other hardware.
 
     python -m jaxtune.plan --config C --topology v5e-16 [--dataset FILE] [--search]
 
@@ -48,7 +48,7 @@ class PlanOptions(cli.Options):
 
 
 def run(config: Config, options: PlanOptions | None = None) -> PlanResult:
-    """Prints to stdout. Raises `ConfigError`, `DataError` and `ModelError`."""
+    """Print to stdout. Raises `ConfigError`, `DataError` and `ModelError`."""
     options = options or PlanOptions()
     set_environment()  # before JAX is imported, whose devices it decides
     from jaxtune.api.plan import PlanRequest, run_plan

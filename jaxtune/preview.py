@@ -1,4 +1,4 @@
-"""Shows exactly what would be trained: examples with trained tokens marked, then the data report.
+"""Show exactly what would be trained: examples with trained tokens marked, then the data report.
 
     python -m jaxtune.preview --dataset FILE --tokenizer_name FOLDER
 

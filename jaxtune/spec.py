@@ -79,7 +79,7 @@ class RopeSpec:
         _check(0 < self.fraction <= 1, f"rope fraction is {self.fraction}; expected 0 < x <= 1")
 
     def rotated(self, head_dim: int) -> int:
-        """Counts the features of a head that are rotated."""
+        """Count the features of a head that are rotated."""
         return int(head_dim * self.fraction)
 
 
@@ -339,7 +339,7 @@ class Backward(NamedTuple):
 
 
 def whole_backward(spec: ModelSpec) -> Backward:
-    """Describes the backward pass where everything is trained."""
+    """Describe the backward pass where everything is trained."""
 
     def each(size: Callable[[LayerSpec], int]) -> tuple[tuple[int, ...], ...]:
         return tuple(tuple(size(layer) for layer in stack.pattern) for stack in spec.stacks)
@@ -384,7 +384,7 @@ def attention_flops_per_token(layer: LayerSpec, seq_len: int) -> float:
 
 
 def of_one_token(layer: LayerSpec, experts: float) -> float:
-    """Scales a number of all experts of a layer to those that one token meets."""
+    """Scale a number of all experts of a layer to those that one token meets."""
     return experts * layer.moe.per_token / layer.moe.experts if layer.moe is not None else 0.0
 
 

@@ -16,7 +16,7 @@ Tree = Any  # nested dicts with string keys; leaves are arrays, shapes or anythi
 
 
 def named(tree: Tree, prefix: str = "") -> dict[str, Any]:
-    """Flattens nested dicts to {"a/b/c": leaf}, in the order of sorted names.
+    """Flatten nested dicts to {"a/b/c": leaf}, in the order of sorted names.
 
     >>> named({"b": {"c": 2}, "a": 1})
     {'a': 1, 'b/c': 2}
@@ -30,7 +30,7 @@ def named(tree: Tree, prefix: str = "") -> dict[str, Any]:
 
 
 def unnamed(leaves: Mapping[str, Any]) -> Tree:
-    """Nests names again: the inverse of `named`."""
+    """Nest names again: the inverse of `named`."""
     tree: dict[str, Any] = {}
     for name, leaf in leaves.items():
         *groups, last = name.split("/")
@@ -42,7 +42,7 @@ def unnamed(leaves: Mapping[str, Any]) -> Tree:
 
 
 def map_named(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """Maps `f(name, leaf, *leaves_of_rest)` over the leaves of `tree`."""
+    """Map `f(name, leaf, *leaves_of_rest)` over the leaves of `tree`."""
     others = [named(other) for other in rest]
     return unnamed(
         {name: f(name, leaf, *(o[name] for o in others)) for name, leaf in named(tree).items()}
@@ -50,7 +50,7 @@ def map_named(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
 
 
 def split(tree: Tree, chosen: Callable[[str], bool]) -> tuple[Tree, Tree]:
-    """Splits a tree in two: leaves whose name is `chosen`, and the others. `merge` undoes it.
+    """Split a tree in two: leaves whose name is `chosen`, and the others. `merge` undoes it.
 
     >>> split({"a": 1, "b": {"c": 2, "d": 3}}, lambda name: name == "b/c")
     ({'b': {'c': 2}}, {'a': 1, 'b': {'d': 3}})
@@ -63,7 +63,7 @@ def split(tree: Tree, chosen: Callable[[str], bool]) -> tuple[Tree, Tree]:
 
 
 def merge(one: Tree, other: Tree) -> Tree:
-    """Merges two trees; ValueError where both have a leaf of the same name."""
+    """Merge two trees; ValueError where both have a leaf of the same name."""
     a, b = named(one), named(other)
     if twice := sorted(a.keys() & b.keys()):
         raise ValueError(f"in both trees: {', '.join(twice[:4])}")

@@ -26,6 +26,11 @@ WRONG_STARTS = {
     "how", "one", "so", "that", "there", "these", "they", "this", "those", "what", "when",
     "where", "whether", "which", "who", "whom", "whose", "why",
 }  # fmt: skip
+THIRD_PERSON = {
+    "adds", "calls", "finds", "gives", "joins", "keeps", "makes", "opens", "prints", "puts",
+    "raises", "reads", "refuses", "removes", "returns", "says", "sets", "shows", "splits", "takes",
+    "tells", "waits", "writes", "yields",
+}  # fmt: skip
 PENDING: dict[str, dict[str, int]] = {
     # The server needs optional libraries, so `chat --serve` alone imports it.
     "hidden imports": {"api": 1},
@@ -121,14 +126,15 @@ def doubled_classes(files: tuple[Module, ...]) -> Iterator[Violation]:
 
 
 def docstrings(files: tuple[Module, ...]) -> Iterator[Violation]:
-    """First sentences that are too long, or begin with a word that names no thing and no action."""
+    """First sentences that are too long or do not begin as a function's or a class's does."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     for module in files:
         for node in [module.tree, *(n for n in ast.walk(module.tree) if isinstance(n, kinds))]:
             first = first_sentence(ast.get_docstring(node) or "")
             words = first.split()
             start = words[0].strip("`'\"(),:;").lower() if words else ""
-            if start in WRONG_STARTS or len(words) > MOST_WORDS:
+            wrong = WRONG_STARTS if isinstance(node, ast.ClassDef) else WRONG_STARTS | THIRD_PERSON
+            if start in wrong or len(words) > MOST_WORDS:
                 line = getattr(node, "lineno", 1)
                 yield Violation(module.package, f"{module.name}:{line}", first[:100])
 
@@ -198,7 +204,7 @@ def test_the_rules_themselves_catch(rule: str, path: str, source: str) -> None:
 
 def test_what_is_allowed() -> None:
     command = module_of(Path("train.py"), "def run():\n    from jaxtune.api.train import train")
-    method = "class A:\n    def f(self, a, b, c, d, e, f, g, h):\n        '''Makes A.'''"
+    method = "class A:\n    def f(self, a, b, c, d, e, f, g, h):\n        '''Make A.'''"
     files = (command, module_of(Path("ops/a.py"), method))
     assert not [found for rule in RULES.values() for found in rule(files)]
 

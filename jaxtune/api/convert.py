@@ -74,7 +74,7 @@ def convert(
 
 
 def _check_one(source: Path) -> None:
-    """Refuses RUN/checkpoints, which is no one of them."""
+    """Refuse RUN/checkpoints, which is no one of them."""
     if source.name != "checkpoints" or not (source.parent / "config.yaml").is_file():
         return
     steps = sorted(int(each.name) for each in source.iterdir() if each.name.isdigit())

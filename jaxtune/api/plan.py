@@ -49,7 +49,7 @@ class PlanRequest(NamedTuple):
 
     @property
     def folder(self) -> Path | None:
-        """Returns the folder of the compiler's cached answers, None for no cache."""
+        """Return the folder of the compiler's cached answers, None for no cache."""
         return default_folder() / "plan" if self.cache else None
 
 
@@ -61,7 +61,7 @@ class PlanResult(NamedTuple):
     config: Config
 
     def text(self) -> str:
-        """Returns the plan as a page for the terminal."""
+        """Return the plan as a page for the terminal."""
         page = plan_text(self.plan)
         if "frontier" in self.plan:
             page = f"{frontier_text(self.plan['frontier'])}\n\n{page}"
@@ -79,7 +79,7 @@ def plan(
     price_per_chip_hour: float | None = None,
     cache: bool = True,
 ) -> PlanResult:
-    """Plans the run of `config` on `topology`, such as "v5e-16", "h100-8" or "cpu".
+    """Plan the run of `config` on `topology`, such as "v5e-16", "h100-8" or "cpu".
 
     `compile` asks the TPU compiler, which takes minutes; GPUs and the CPU are planned by
     arithmetic. `search` walks mesh, batch and gradient_checkpointing for the fastest that fits.
@@ -96,7 +96,7 @@ def plan(
 
 
 def run_plan(config: Config, request: PlanRequest) -> PlanResult:
-    """Makes the plan; a search writes its choice to `search_output`."""
+    """Make the plan; a search writes its choice to `search_output`."""
     if not config.model_name_or_path:
         raise ConfigError(
             "model_name_or_path is not set. Give --model_name_or_path DIR, whose config.json is "
@@ -122,7 +122,7 @@ def run_plan(config: Config, request: PlanRequest) -> PlanResult:
 def _planned_run(
     config: Config, model: HfModel, hardware: Hardware
 ) -> tuple[PlannedRun, list[str]]:
-    """Returns the model with the data's rows and steps, where data is given, and notes on them."""
+    """Return the model with the data's rows and steps, where data is given, and notes on them."""
     if not config.datasets:
         steps = config.max_steps if config.max_steps > 0 else None
         hint = "" if steps else " Give --dataset for the time of the whole run."
@@ -148,7 +148,7 @@ def _planned_run(
 
 
 def _described(estimate: StepEstimate, request: PlanRequest) -> dict[str, Any]:
-    """Makes the object of `--json`."""
+    """Make the object of `--json`."""
     described = figures(estimate)
     run, price = described["run"], request.price_per_chip_hour
     if run is not None and price is not None:
@@ -186,7 +186,7 @@ def _described(estimate: StepEstimate, request: PlanRequest) -> dict[str, Any]:
 
 
 def _notes(estimate: StepEstimate) -> list[str]:
-    """Lists what the figures rest on."""
+    """List what the figures rest on."""
     hardware, read = estimate.hardware, estimate.read
     notes = []
     if read is None:
@@ -223,7 +223,7 @@ def _notes(estimate: StepEstimate) -> list[str]:
 def _search(
     config: Config, run: PlannedRun, hardware: Hardware, request: PlanRequest
 ) -> tuple[Config, dict[str, Any]]:
-    """Finds the fastest settings that fit, and their plan."""
+    """Find the fastest settings that fit, and their plan."""
     if not hardware.slice.chip.flops:
         raise ConfigError(f"search: the speed of {hardware.slice.name} is not known; name a chip.")
     ranked = candidates(config, run, hardware)
@@ -260,7 +260,7 @@ def _tried(
     hardware: Hardware,
     minutes: float,
 ) -> Iterator[tuple[Candidate, dict[str, Any]]]:
-    """Yields candidates and their plans, compiled as far as time allows, or all by arithmetic."""
+    """Yield candidates and their plans, compiled as far as time allows, or all by arithmetic."""
     if not hardware.compiles:
         yield from ((candidate, estimate_candidate(candidate, hardware)) for candidate in ranked)
         return

@@ -39,7 +39,7 @@ ONLY_OF = {"momentum": ("sgd", "muon"), "muon_adjust_lr": ("muon",)}
 
 
 def defaults(method: str, *, lora: bool) -> dict[str, Any]:
-    """Returns the default of each field that depends on the method."""
+    """Return the default of each field that depends on the method."""
     chosen = METHODS.get(method, METHODS["adamw"])
     return {"learning_rate": chosen.lora if lora else chosen.full, **chosen.defaults}
 
@@ -60,7 +60,7 @@ SAME = {
 
 
 def advice(name: str) -> str | None:
-    """Explains why an optimiser known elsewhere is not here; None if unknown."""
+    """Explain why an optimiser known elsewhere is not here; None if unknown."""
     few_bits = "moments of 8 or 4 bits are not built. Nearest: "
     if name.endswith(("_8bit", "_4bit")) or name == "adamw_bnb_8bit":
         if "lion" in name:

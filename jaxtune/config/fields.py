@@ -35,7 +35,7 @@ class _Strict(pydantic.BaseModel):
 
 
 def label(value: Any) -> str:
-    """Names a value of a column as data and configuration do: text, else JSON.
+    """Name a value of a column as data and configuration do: text, else JSON.
 
     >>> [label("a"), label(7), label(True), label(None)]
     ['a', '7', 'true', 'null']
@@ -477,7 +477,7 @@ class ConfigFields(_Strict):
     @pydantic.field_validator("datasets", "eval_datasets", mode="before")
     @classmethod
     def _entries(cls, value: Any) -> Any:
-        """Accepts an entry alone, and a path for an entry."""
+        """Accept an entry alone, and a path for an entry."""
         entries = [value] if isinstance(value, str | Mapping | DatasetConfig) else value
         if not isinstance(entries, list | tuple):
             return entries
@@ -486,7 +486,7 @@ class ConfigFields(_Strict):
     @pydantic.field_validator("report_to", "sample_prompts", mode="before")
     @classmethod
     def _words(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
-        """Accepts a word alone; `report_to: none` is Hugging Face's word for nowhere."""
+        """Accept a word alone; `report_to: none` is Hugging Face's word for nowhere."""
         words = [value] if isinstance(value, str) else value
         nowhere = info.field_name == "report_to" and words in (["none"], ("none",))
         return () if nowhere or words is None else words

@@ -49,7 +49,7 @@ def load(
     *,
     note: Callable[[str], None] = lambda message: None,
 ) -> Config:
-    """Reads the config of a YAML file, or of a mapping in its place, with overrides on top.
+    """Read the config of a YAML file, or of a mapping in its place, with overrides on top.
 
     `overrides` maps names to values; dots reach into groups (`{"lora.r": 16}`), nested mappings
     work too. `note` receives one line for each alias used. Raises `ConfigError`.
@@ -80,7 +80,7 @@ def load(
 
 
 def load_config(source: ConfigSource | None = None, **overrides: Any) -> Config:
-    """Makes a config of a YAML file, a mapping or another config, with keyword arguments on top.
+    """Make a config of a YAML file, a mapping or another config, with keyword arguments on top.
 
     A group is a mapping (`lora={"r": 16}`). Raises `ConfigError`.
 
@@ -95,12 +95,12 @@ def load_config(source: ConfigSource | None = None, **overrides: Any) -> Config:
 
 
 def dump(config: Config) -> str:
-    """Writes YAML that `load` reads back to an equal config."""
+    """Write YAML that `load` reads back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json", exclude={"dataset"}), sort_keys=False)
 
 
 def field_names(model: type[pydantic.BaseModel]) -> dict[str, pydantic.fields.FieldInfo]:
-    """Maps dotted names to fields, groups (nested models) opened; lists of models stay a field."""
+    """Map dotted names to fields, groups (nested models) opened; lists of models stay a field."""
     names: dict[str, pydantic.fields.FieldInfo] = {}
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
@@ -112,7 +112,7 @@ def field_names(model: type[pydantic.BaseModel]) -> dict[str, pydantic.fields.Fi
 
 
 def nearest(name: str, known: Mapping[str, Any] | tuple[str, ...] | list[str]) -> str:
-    """Returns ` Did you mean 'x'?`, or nothing when no known name is near."""
+    """Return ` Did you mean 'x'?`, or nothing when no known name is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
 
@@ -211,7 +211,7 @@ GROUPS = ("lora", "mesh", "hosts", "lr_scheduler_kwargs")
 
 
 def _flat(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Opens the groups of the model (not free dicts such as `columns`) into dotted names."""
+    """Open the groups of the model (not free dicts such as `columns`) into dotted names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if name not in GROUPS:
@@ -253,7 +253,7 @@ def _merge(
 
 
 def _refuse_records(name: str, value: Any, where: str) -> None:
-    """Refuses rows of data where a path belongs."""
+    """Refuse rows of data where a path belongs."""
     known = DatasetConfig.model_fields
     if name not in ("dataset", "datasets", "eval_datasets") or not isinstance(value, list | tuple):
         return

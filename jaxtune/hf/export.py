@@ -114,7 +114,7 @@ def export_model(
 
 
 def check_target(out: Path, model: HfModel) -> None:
-    """Refuses, before any work, to replace what is not an export or what is being read."""
+    """Refuse, before any work, to replace what is not an export or what is being read."""
     if model.tensors and out.resolve() == model.folder.resolve():
         raise ConfigError(
             f"{out}: is the model being read; an export there would destroy it. "
@@ -146,7 +146,7 @@ def _in_file_order(model: HfModel) -> dict[str, Placed]:
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """Sorts `layers.10` after `layers.9`."""
+    """Sort `layers.10` after `layers.9`."""
     return [(word.isdigit(), int(word) if word.isdigit() else 0, word) for word in name.split(".")]
 
 
@@ -311,7 +311,7 @@ def _write_tensors(
 
 
 def _together(runs: Iterable[WrittenRun]) -> Iterator[list[WrittenRun]]:
-    """Runs by about `_BEHIND` bytes."""
+    """Run by about `_BEHIND` bytes."""
     batch: list[WrittenRun] = []
     size = 0
     for run in runs:
@@ -347,7 +347,7 @@ def _verify(written: Sequence[WrittenRun]) -> None:
 
 
 def _verify_headers(folder: Path, plans: Sequence[ShardPlan]) -> None:
-    """Opens the folder as anyone will."""
+    """Open the folder as anyone will."""
     planned = {name: place for plan in plans for name, place in plan.tensors.items()}
     found = {name: (t.dtype, t.shape, t.start) for name, t in open_tensors(folder).items()}
     if found != planned:

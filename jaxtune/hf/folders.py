@@ -46,7 +46,7 @@ def _is_adapter_there(url: str) -> bool:
 
 
 def refuse_adapter(name: str) -> None:
-    """Raises `ConfigError` for an adapter where a model is to be trained: it goes elsewhere."""
+    """Raise `ConfigError` for an adapter where a model is to be trained: it goes elsewhere."""
     if not is_adapter(name):
         return
     there = object_store.is_url(name)
@@ -61,7 +61,7 @@ def refuse_adapter(name: str) -> None:
 
 
 def check_replaceable(out: Path, *, marker: str, kind: str, export: str) -> None:
-    """Refuses, before any work, to replace what is not an earlier `kind`, known by its `marker`, or
+    """Refuse, before any work, to replace what is not an earlier `kind`, known by its `marker`, or
     holds anything besides."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file; {export} is a folder. Choose another place.")

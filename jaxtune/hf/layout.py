@@ -91,7 +91,7 @@ class Row:
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Matches parameter names, with groups `i` and `j` where the target has them."""
+        """Match parameter names, with groups `i` and `j` where the target has them."""
         return re.compile(re.sub(r"\{(\w+)\}", r"(?P<\1>\\d+)", self.target))
 
 
@@ -175,7 +175,7 @@ class Placed:
         return max(1, BLOCK // max(1, math.prod(kept)))
 
     def blocks(self, index: Index | None = None, step: int | None = None) -> Iterator[Index]:
-        """Cuts `index` of the parameter into parts of one tensor each, whole rows of it.
+        """Cut `index` of the parameter into parts of one tensor each, whole rows of it.
 
         A block has `step` indices of the tensor's first axis, so that it lies together in the file
         where its other axes are whole.
@@ -219,7 +219,7 @@ class Placed:
         return self._in_tensor(own)[0][0]
 
     def fill(self, rows: np.ndarray, values: np.ndarray, index: Index) -> None:
-        """Writes `values`, block `index` of the parameter, into the `rows(index)` of its tensor.
+        """Write `values`, block `index` of the parameter, into the `rows(index)` of its tensor.
 
         Of a tensor in parts, only this one is touched.
         """
@@ -291,7 +291,7 @@ def place(
     shapes: Mapping[str, tuple[int, ...]],
     layers: Mapping[tuple[int, int], tuple[int, ...]],
 ) -> dict[str, Placed]:
-    """Finds each parameter's row; a parameter with none, or with two, is a ValueError.
+    """Find each parameter's row; a parameter with none, or with two, is a ValueError.
 
     So is a tensor that two parameters claim, or one in parts of which one has no parameter.
     `layers[i, j]` numbers the layers in the file that stack i holds at place j of its pattern.

@@ -102,7 +102,7 @@ def open_model(
     weights: bool = True,
     note: Callable[[str], None] | None = None,
 ) -> HfModel:
-    """Reads what a model is. `weights=False` needs only `config.json` (also given as the file).
+    """Read what a model is. `weights=False` needs only `config.json` (also given as the file).
 
     `path_or_id` is a folder in HF format, a run directory (its `hf/` is meant), or a hub id. `note`
     is told of a config that asks for code of its own, which is never run, and of tensors that are

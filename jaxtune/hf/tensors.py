@@ -218,7 +218,7 @@ class ShardPlan(NamedTuple):
 def plan_shards(
     tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], max_shard_bytes: int
 ) -> list[ShardPlan]:
-    """Splits tensors, in their order, into files of at most `max_shard_bytes` of values.
+    """Split tensors, in their order, into files of at most `max_shard_bytes` of values.
 
     A tensor larger than the limit gets a file of its own. Names are those of transformers.
     """
@@ -353,7 +353,7 @@ class ShardWriter:
 
 
 def flush(file: Path) -> None:
-    """Returns when the disk has all of `file`."""
+    """Return when the disk has all of `file`."""
     handle = os.open(file, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -413,7 +413,7 @@ def _open_direct(file: Path) -> int | None:
 
 
 def _read_at(handle: int, view: memoryview, start: int) -> int:
-    """Fills `view` as far as the file goes; how far that was."""
+    """Fill `view` as far as the file goes; how far that was."""
     read = 0
     while read < len(view):
         count = os.preadv(handle, [view[read:]], start + read)

@@ -218,7 +218,7 @@ def quantised_weight(
 def _adapter_leaf(
     module: nn.Module, sizes: Mapping[str, int], config: ModuleConfig
 ) -> adapters.Declare:
-    """Declares leaves of `module` in the collection of adapters; R and N are on every device."""
+    """Declare leaves of `module` in the collection of adapters; R and N are on every device."""
     lora = config.lora
     assert lora is not None
     sizes = {**sizes, "R": lora.r, "N": len(lora.tokens)}

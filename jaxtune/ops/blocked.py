@@ -181,7 +181,7 @@ def _slopes(
     sums: tuple[jax.Array, jax.Array],
     i: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Adds what block i of queries gives to the gradients of keys and values `[m G s K]`, f32;
+    """Add what block i of queries gives to the gradients of keys and values `[m G s K]`, f32;
     the gradient of its queries `[G q K]`."""
     q_GqK, d_out_GqK = row.q[i], d_out_nGqK[i]
     log_G1q, inner_G1q = logs_nGq[i][:, None, :], inner_nGq[i][:, None, :]

@@ -105,7 +105,7 @@ class Slice(NamedTuple):
 
     @property
     def platform(self) -> str:
-        """Names the platform as JAX does: tpu, gpu or cpu."""
+        """Name the platform as JAX does: tpu, gpu or cpu."""
         return "cpu" if self.kind == "cpu" else "tpu" if self.kind in _TPUS else "gpu"
 
     @property
@@ -125,12 +125,12 @@ class Slice(NamedTuple):
 
     @property
     def topology(self) -> str:
-        """Returns the compiler's name for a slice: `v5e:4x4`."""
+        """Return the compiler's name for a slice: `v5e:4x4`."""
         return f"{self.kind}:{'x'.join(map(str, self.shape))}"
 
 
 def parse_slice(name: str) -> Slice:
-    """Parses a slice's name. Raises `ConfigError` with what there is.
+    """Parse a slice's name. Raises `ConfigError` with what there is.
 
     >>> parse_slice("v5p-16").topology
     'v5p:2x2x2'
@@ -192,7 +192,7 @@ def _machine(name: str, kind: str, count: int, machines: int) -> Slice:
 
 
 def larger(slice: Slice) -> Slice | None:
-    """Returns a slice of the next size, or None at the largest."""
+    """Return a slice of the next size, or None at the largest."""
     chip = slice.chip
     if slice.platform == "gpu":
         count = 2 * slice.chips
@@ -205,7 +205,7 @@ def larger(slice: Slice) -> Slice | None:
 
 
 def set_compiler_flags() -> None:
-    """Adds `TPU_FLAGS` to LIBTPU_INIT_ARGS, but for those that it sets already.
+    """Add `TPU_FLAGS` to LIBTPU_INIT_ARGS, but for those that it sets already.
 
     JAX reads it when it first looks for devices: call this before. Harmless without a TPU.
     """
@@ -216,7 +216,7 @@ def set_compiler_flags() -> None:
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Returns dense bf16 FLOPs a second of a JAX device of that kind, or None."""
+    """Return dense bf16 FLOPs a second of a JAX device of that kind, or None."""
     for chip in CHIPS.values():
         if device_kind in chip.kinds:
             return chip.flops / chip.devices

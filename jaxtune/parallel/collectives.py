@@ -42,7 +42,7 @@ EVERYWHERE = PartitionSpec()
 
 
 def shard_map_step(f: Callable[..., Any], mesh: Mesh, given: Sequence[Any], made: Any) -> Any:
-    """Maps `f` over the devices, each with its own rows, tokens and slices of weights.
+    """Map `f` over the devices, each with its own rows, tokens and slices of weights.
 
     `given` are the specs of its arguments, `made` those of its result: `slices`, `tokens`, or
     `EVERYWHERE`. Inside, `all_gathered` makes weights whole; a gradient is of the SUM of what all
@@ -56,14 +56,14 @@ def shard_map_step(f: Callable[..., Any], mesh: Mesh, given: Sequence[Any], made
 
 
 def slices(axes: Any, tree: Any, mesh: Mesh) -> Any:
-    """Returns the specs, for `shard_map_step`, of weights with these logical axes."""
+    """Return the specs, for `shard_map_step`, of weights with these logical axes."""
     return map_named(
         lambda _, leaf, names: partition_spec(names, leaf.shape, mesh, only=MANUAL), tree, axes
     )
 
 
 def tokens(shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """Returns the spec, for `shard_map_step`, of arrays `[B T]`.
+    """Return the spec, for `shard_map_step`, of arrays `[B T]`.
 
     Raises `ValueError` where they do not divide.
     """
@@ -77,13 +77,13 @@ def tokens(shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
 
 
 def cut(axis: str | None, size: int) -> tuple[str, ...]:
-    """Lists the mesh axes over which each device has its own slice of a dimension of `size`."""
+    """List the mesh axes over which each device has its own slice of a dimension of `size`."""
     mesh = in_context()
     return () if mesh is None else cut_over(axis, size, mesh, manual(mesh))
 
 
 def _beside(f: Callable[[jax.Array], jax.Array], x: jax.Array, axes: Axes) -> jax.Array:
-    """Calls `f(x)`, a collective along each device's own axes, on slices along the automatic ones.
+    """Call `f(x)`, a collective along each device's own axes, on slices along the automatic ones.
 
     Left to itself the compiler makes those whole first.
     """
@@ -104,7 +104,7 @@ class _Cut(NamedTuple):
     over: tuple[str, ...]
 
     def whole(self, x: jax.Array) -> jax.Array:
-        """Joins all slices."""
+        """Join all slices."""
         if not self.over:
             return x
         # Over three dimensions of a torus at once the TPU compiler makes an all-reduce of it.
@@ -118,7 +118,7 @@ class _Cut(NamedTuple):
         return _beside(join, x, self.axes)
 
     def summed(self, x: jax.Array) -> jax.Array:
-        """Adds up `x` over the devices, of which each gets its slice: the inverse of `whole`."""
+        """Add up `x` over the devices, of which each gets its slice: the inverse of `whole`."""
 
         def scatter(x: jax.Array) -> jax.Array:
             for name in self.over:
@@ -129,7 +129,7 @@ class _Cut(NamedTuple):
 
 
 def _cut(axes: Axes, shape: Sequence[int]) -> _Cut:
-    """Finds the sharded dimension of an array of `shape` in all.
+    """Find the sharded dimension of an array of `shape` in all.
 
     Experts side by side stay where they are: of what is left no weight has two such dimensions.
     """
@@ -140,13 +140,13 @@ def _cut(axes: Axes, shape: Sequence[int]) -> _Cut:
 
 
 def row_devices() -> int:
-    """Counts the devices that share a row's tokens; 1 outside of `shard_map_step`."""
+    """Count the devices that share a row's tokens; 1 outside of `shard_map_step`."""
     mesh = in_context()
     return 1 if mesh is None or "context" not in manual(mesh) else mesh.shape["context"]
 
 
 def zigzag_positions(length: int, devices: int) -> np.ndarray:
-    """Lists the tokens of a row that each device has, int32 `[devices length/devices]`.
+    """List the tokens of a row that each device has, int32 `[devices length/devices]`.
 
     Under a causal mask a token costs as much as stands before it, so a device has a stretch from
     the front and the one as far from the back: all cost the same. Plain stretches, where the row
@@ -162,13 +162,13 @@ def zigzag_positions(length: int, devices: int) -> np.ndarray:
 
 
 def row_positions(length: int) -> jax.Array:
-    """Returns the positions `[T]` of this device's tokens in rows of `length`."""
+    """Return the positions `[T]` of this device's tokens in rows of `length`."""
     here = jax.lax.axis_index("context") if row_devices() > 1 else 0
     return jnp.asarray(zigzag_positions(length, row_devices()))[here]
 
 
 def zigzag_split(batch: B) -> B:
-    """Splits rows by `zigzag_positions`, which `put_batch` placed in stretches, `[B T ...]`."""
+    """Split rows by `zigzag_positions`, which `put_batch` placed in stretches, `[B T ...]`."""
     if row_devices() == 1:
         return batch
 
@@ -185,7 +185,7 @@ def _of_row(dims: int, axes: Axes = ()) -> _Cut:
 
 
 def whole_rows(x: jax.Array, axes: Axes = ()) -> jax.Array:
-    """Joins `[B T ...]` of this device's tokens (`zigzag_split`) to whole rows, in order.
+    """Join `[B T ...]` of this device's tokens (`zigzag_split`) to whole rows, in order.
 
     `axes` name the dimensions of x, where others than its tokens may be cut.
     """
@@ -233,7 +233,7 @@ def all_gathered(
     dtype: Any,
     gradient_sink: jax.Array | None = None,
 ) -> jax.Array:
-    """Gathers a stored weight of `shape`, of which `w` may be a slice, whole and in `dtype`.
+    """Gather a stored weight of `shape`, of which `w` may be a slice, whole and in `dtype`.
 
     Of experts side by side it is those of this device. The cast comes first so that the gather
     moves bytes of the computation's dtype. The gradient goes back the same way: reduce-scattered in
@@ -264,11 +264,11 @@ class Blocks:
     dtype: Any
 
     def gather(self, block: jax.Array) -> jax.Array:
-        """Makes entries of the table whole, of which a device may have its slice."""
+        """Make entries of the table whole, of which a device may have its slice."""
         return all_gathered(block, self.axes, self._shape(block), self.dtype)
 
     def scatter(self, gradient: jax.Array) -> jax.Array:
-        """Adds up the gradient of whole entries over devices and returns this device's slice."""
+        """Add up the gradient of whole entries over devices and return this device's slice."""
         slices = _cut(self.axes, self._shape(gradient))
         return slices.summed(gradient.astype(self.dtype)) if slices.over else gradient
 
@@ -278,7 +278,7 @@ class Blocks:
 
 
 def sharded_lookup(table: jax.Array, ids: jax.Array, width: int, dtype: Any) -> jax.Array:
-    """Looks up `ids` `[B T]` in a table `[V width]` that may be sharded; `[B T width]`.
+    """Look up `ids` `[B T]` in a table `[V width]` that may be sharded; `[B T width]`.
 
     A table cut along its width stays cut: every device looks up its columns for the tokens of its
     neighbours too, and they exchange them. That moves the tokens' bytes instead of the table's, and
@@ -305,7 +305,7 @@ def sharded_lookup(table: jax.Array, ids: jax.Array, width: int, dtype: Any) -> 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _rows(table: jax.Array, ids: jax.Array, dtype: Any) -> jax.Array:
-    """Returns `table[ids]`, `[n B T width]` in `dtype`."""
+    """Return `table[ids]`, `[n B T width]` in `dtype`."""
     return jnp.take(table, ids, axis=0, mode="clip").astype(dtype)
 
 
@@ -333,7 +333,7 @@ _rows.defvjp(_rows_forward, _rows_backward)
 
 
 def summed(grads: Any, axes: Any, shapes: Any) -> Any:
-    """Adds up the gradients of slices over the devices that hold the same slice."""
+    """Add up the gradients of slices over the devices that hold the same slice."""
     mesh = in_context()
     if mesh is None:
         return grads
@@ -357,7 +357,7 @@ def total(tree: Any) -> Any:
 
 
 def _words(key: jax.Array, rows: int, length: int) -> jax.Array:
-    """Draws two random words, uint32, for each token: `[B T 2]`."""
+    """Draw two random words, uint32, for each token: `[B T 2]`."""
     numbers, tokens = jnp.arange(rows), row_positions(length * row_devices())
     mesh = in_context()
     if mesh is not None and manual(mesh):

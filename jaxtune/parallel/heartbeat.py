@@ -45,7 +45,7 @@ class Beat(NamedTuple):
 
 
 def join(hosts: HostsConfig) -> None:
-    """Joins the other processes and sets `cli.ThisProcess`: the beginning of every command."""
+    """Join the other processes and set `cli.ThisProcess`: the beginning of every command."""
     processes.start(hosts, before=_handle_aborts)
     if processes.count() == 1 or ThisProcess.name:
         return
@@ -89,7 +89,7 @@ class Heartbeat:
 
     @contextlib.contextmanager
     def unlimited(self, doing: str) -> Iterator[None]:
-        """Stops the clock while something takes as long as it needs, such as an export."""
+        """Stop the clock while something takes as long as it needs, such as an export."""
         self._now, self._since = (self._now[0], doing), None
         yield
         self._since = time.monotonic()
@@ -123,7 +123,7 @@ class Heartbeat:
                 _exit(int(code), f"host {host} has ended, so this one does too. It said: {reason}")
 
     def silent(self, *, beats: int = _SILENT_BEATS) -> list[int]:
-        """Lists the other hosts without a beat for so long while others had some.
+        """List the other hosts without a beat for so long while others had some.
 
         Of several only the first to fall silent: those after them may have ended for it.
         """
@@ -135,7 +135,7 @@ class Heartbeat:
         return sorted(host for host, at in quiet.items() if at <= first)
 
     def _blame(self, error: BaseException | None) -> None:
-        """Names the host that is gone when a collective fails; returns if all are well.
+        """Name the host that is gone when a collective fails; return if all are well.
 
         A collective fails at once, before JAX knows of the loss; a few beats show which host it is.
         """
@@ -159,7 +159,7 @@ class Heartbeat:
         )
 
     def _show_stacks(self) -> str:
-        """Writes every thread's stack to stderr and, where possible, into a file; returns where."""
+        """Write every thread's stack to stderr and, where possible, into a file; return where."""
         faulthandler.dump_traceback(sys.__stderr__ or 2)
         if self._folder is not None:
             path = self._folder / f"stacks-host-{processes.index()}.txt"
@@ -195,7 +195,7 @@ class _State:
 
 
 def _leave(code: int, message: str) -> None:
-    """Ends this host without waiting for the others, and tells them why."""
+    """End this host without waiting for the others, and tell them why."""
     store: Any = processes.store()
     with contextlib.suppress(Exception):
         _publish_end(store, code, message)
@@ -209,7 +209,7 @@ def _leave(code: int, message: str) -> None:
 
 
 def _exit(code: int, message: str, *, stacks: bool = False) -> None:
-    """Ends the process from a thread; the main one may hang in a call that never returns.
+    """End the process from a thread; the main one may hang in a call that never returns.
 
     With `stacks` the other hosts show theirs too.
     """
@@ -225,7 +225,7 @@ def _exit(code: int, message: str, *, stacks: bool = False) -> None:
 
 
 def _publish_end(store: Any, code: int, message: str, *, stacks: bool = False) -> None:
-    """Writes for the other hosts what `Heartbeat._exchange` reads."""
+    """Write for the other hosts what `Heartbeat._exchange` reads."""
     text = f"{code}\n{_STACKS if stacks else ''}\n{message}"
     store.key_value_set(f"{_ENDED}{processes.index()}", text)
 
@@ -237,7 +237,7 @@ def _flush() -> None:
 
 
 def _handle_aborts() -> None:
-    """Replaces JAX's abort() when a host is lost: names the host and exits as documented.
+    """Replace JAX's abort() when a host is lost: name the host and exit as documented.
 
     A handler of Python's would never run, since abort() does not return to the interpreter; one of
     C's runs in the thread that aborts, which waits for the interpreter's lock like any other.
@@ -266,7 +266,7 @@ def _lost(silent: list[int], step: int) -> str:
 
 
 def _of_runtime(error: BaseException | None) -> bool:
-    """Tests if an error, or its cause, came from XLA.
+    """Test if an error, or its cause, came from XLA.
 
     It comes as XLA's own, or as a `ValueError` that begins with a status: so a collective fails
     when it is called for the first time.
@@ -283,7 +283,7 @@ def _of_runtime(error: BaseException | None) -> bool:
 
 
 def _keep_stdout() -> None:
-    """Sends to stderr what the collectives of CPUs write to stdout, which is for results.
+    """Send to stderr what the collectives of CPUs write to stdout, which is for results.
 
     The number of the file is exchanged; what Python prints goes where it did.
     """
@@ -299,7 +299,7 @@ class StopSignal(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Raises `StopSignal` at the first SIGTERM or SIGINT, outside of `stop_notices`.
+    """Raise `StopSignal` at the first SIGTERM or SIGINT, outside of `stop_notices`.
 
     Of several hosts an interrupted one tells the others, and SIGTERM is JAX's.
     """
@@ -334,7 +334,7 @@ _looks = itertools.count(1)  # of this process, as of every other: `stop_notices
 
 @contextlib.contextmanager
 def stop_notices(note: Callable[[str], None]) -> Iterator[Notice]:
-    """Yields `notice()`: the signal for which all hosts are to save now, or None.
+    """Yield `notice()`: the signal for which all hosts are to save now, or None.
 
     SIGTERM (or a TPU's notice of maintenance, which JAX receives) and SIGINT; on many hosts the
     one that hears of it tells the others. JAX agrees on a look that none of them is beyond: one

@@ -16,12 +16,12 @@ _SAID = ("RESOURCE_EXHAUSTED", "Out of memory allocating")
 
 
 def machine_bytes() -> int:
-    """Returns all that this machine has."""
+    """Return all that this machine has."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def available_bytes() -> int | None:
-    """Returns what a new process could use of it; None where the system does not say."""
+    """Return what a new process could use of it; None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
@@ -31,7 +31,7 @@ def available_bytes() -> int | None:
 
 @contextlib.contextmanager
 def explained(advice: str) -> Iterator[None]:
-    """Makes a `ConfigError` of XLA's error: how much it wanted, in its own words, and `advice`."""
+    """Make a `ConfigError` of XLA's error: how much it wanted, in its own words, and `advice`."""
     try:
         yield
     except Exception as error:
@@ -41,7 +41,7 @@ def explained(advice: str) -> Iterator[None]:
 
 
 def is_exhausted(error: BaseException | None) -> bool:
-    """Tests if an error, or its cause, is that a device's memory is full."""
+    """Test if an error, or its cause, is that a device's memory is full."""
     while error is not None:
         if _exhausted(error) is not None:
             return True
@@ -50,7 +50,7 @@ def is_exhausted(error: BaseException | None) -> bool:
 
 
 def _exhausted(error: BaseException) -> str | None:
-    """Returns the first line of XLA's message on a full memory; None for other messages.
+    """Return the first line of XLA's message on a full memory; None for other messages.
 
     Messages between hosts, or a kernel's scratch memory, which no setting makes smaller.
     """

@@ -102,13 +102,13 @@ def _grid(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
 
 
 def _place(device: Any) -> tuple[int, ...]:
-    """Returns slice, coordinates and core of the chip; alike for all without a grid."""
+    """Return slice, coordinates and core of the chip; alike for all without a grid."""
     core = getattr(device, "core_on_chip", 0)
     return getattr(device, "slice_index", 0), *getattr(device, "coords", ()), core
 
 
 def _torus(line: Iterable[Any]) -> tuple[int, ...]:
-    """Finds how a line of devices lies on the network, major first; (n,) where unknown."""
+    """Find how a line of devices lies on the network, major first; (n,) where unknown."""
     places = [_place(device) for device in line]
     count, sizes = len(places), list[int]()
     while len(places) > 1:
@@ -125,23 +125,23 @@ def _torus(line: Iterable[Any]) -> tuple[int, ...]:
 
 
 def platform_of(mesh: Mesh) -> str:
-    """Names the platform of a program's devices, which need not be of this machine."""
+    """Name the platform of a program's devices, which need not be of this machine."""
     return str(mesh.devices.flat[0].platform)
 
 
 def sizes_of(mesh: Mesh) -> dict[str, int]:
-    """Returns the sizes of the axes as a config names them."""
+    """Return the sizes of the axes as a config names them."""
     fsdp = math.prod(mesh.shape[axis] for axis in FSDP)
     return {axis: fsdp if axis == "fsdp" else mesh.shape[axis] for axis in SIZES}
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Counts the devices over which the rows of a batch are sharded."""
+    """Count the devices over which the rows of a batch are sharded."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def check_experts(experts: int, mesh: Mesh) -> None:
-    """Raises `ConfigError` where the axis `expert` is used by a model whose mixtures have other
+    """Raise `ConfigError` where the axis `expert` is used by a model whose mixtures have other
     `experts` than it divides, or none: 0."""
     ways = mesh.shape["expert"]
     if ways > 1 and experts == 0:
@@ -160,7 +160,7 @@ def check_experts(experts: int, mesh: Mesh) -> None:
 def partition_spec(
     axes: Axes, shape: Sequence[int], mesh: Any, *, only: Sequence[str] = AXES
 ) -> PartitionSpec:
-    """Maps logical axes of an array to its spec; a dimension that does not divide is replicated.
+    """Map logical axes of an array to its spec; a dimension that does not divide is replicated.
 
     `only` are the mesh axes that count.
     """
@@ -173,7 +173,7 @@ def partition_spec(
 
 
 def cuts(axes: Axes, shape: Sequence[int], mesh: Any, only: Sequence[str]) -> list[tuple[str, ...]]:
-    """Lists the mesh axes that cut each dimension of an array; none of them cuts two."""
+    """List the mesh axes that cut each dimension of an array; none of them cuts two."""
     found: list[tuple[str, ...]] = []
     for axis, size in zip(axes, shape, strict=True):
         free = set(only).difference(*found)
@@ -184,7 +184,7 @@ def cuts(axes: Axes, shape: Sequence[int], mesh: Any, only: Sequence[str]) -> li
 def _on_tiles(
     axes: Axes, shape: Sequence[int], found: list[tuple[str, ...]], mesh: Any
 ) -> list[tuple[str, ...]]:
-    """Cuts "mlp" in place of "embed" where slices of "embed" end inside of a `TILE`.
+    """Cut "mlp" in place of "embed" where slices of "embed" end inside of a `TILE`.
 
     Those of "mlp" must not: what is gathered would be copied into place once more. Not beside
     `tensor`, which cuts "mlp" itself.
@@ -224,7 +224,7 @@ def in_context() -> Any | None:
 
 
 def manual(mesh: Any) -> tuple[str, ...]:
-    """Lists the axes that are each device's own here: none outside of a training step."""
+    """List the axes that are each device's own here: none outside of a training step."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in kinds if kind == AxisType.Manual)
 
@@ -234,7 +234,7 @@ def automatic(mesh: Any) -> tuple[str, ...]:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation by logical names; the identity without a mesh (`jax.set_mesh`)."""
+    """Pin an activation by logical names; the identity without a mesh (`jax.set_mesh`)."""
     mesh = in_context()
     if mesh is None:
         return x
@@ -244,13 +244,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def spread(axis: str, size: int) -> tuple[str, ...]:
-    """Lists the mesh axes that cut a dimension of `size` and this logical axis, for `local`."""
+    """List the mesh axes that cut a dimension of `size` and this logical axis, for `local`."""
     mesh = in_context()
     return () if mesh is None else cut_over(axis, size, mesh, automatic(mesh))
 
 
 def parts(axis: str, size: int) -> int:
-    """Counts the pieces into which `spread` cuts such a dimension."""
+    """Count the pieces into which `spread` cuts such a dimension."""
     mesh = in_context()
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in spread(axis, size))
 
@@ -263,7 +263,7 @@ def local(
     *,
     kernel: bool = False,
 ) -> jax.Array:
-    """Calls `f(*args)` on every device for its own slices; with no mesh, plainly.
+    """Call `f(*args)` on every device for its own slices; with no mesh, plainly.
 
     `axes` name the dimensions of each argument, `out` those of the result, which has the shape of
     the first argument. For what the compiler cannot cut by itself, as sorting each device's own
@@ -290,7 +290,7 @@ def local(
 
 
 def put_batch(rows: Callable[[int, int], B], *, batch_size: int, length: int, mesh: Mesh) -> B:
-    """Copies a batch from host to device: `rows(lo, hi)` gives rows [lo, hi) of the global batch.
+    """Copy a batch from host to device: `rows(lo, hi)` gives rows [lo, hi) of the global batch.
 
     Every host asks only for the rows its devices hold. Arrays are [batch_size length], rows over
     `data`, `fsdp` and `expert`, tokens over `context`.

@@ -41,7 +41,7 @@ LATE = (
 
 
 def start(hosts: HostSettings, before: Callable[[], None] = lambda: None) -> None:
-    """Joins the other processes of the run, if there are several, after a call of `before`.
+    """Join the other processes of the run, if there are several, after a call of `before`.
 
     Call it before JAX looks for devices; a second call does nothing. Raises `ConfigError`
     when the others cannot be found; JAX may abort() instead, for which `LATE` is the reason.
@@ -75,7 +75,7 @@ def start(hosts: HostSettings, before: Callable[[], None] = lambda: None) -> Non
 
 
 def _settings(hosts: HostSettings) -> dict[str, Any]:
-    """Reads what flags or JAX's variables set. Raises `ConfigError` for a part of it."""
+    """Read what flags or JAX's variables set. Raises `ConfigError` for a part of it."""
     environment: Mapping[str, str] = os.environ
     address = hosts.coordinator_address or environment.get("JAX_COORDINATOR_ADDRESS")
     count, own = hosts.num_processes, hosts.process_id
@@ -96,7 +96,7 @@ def _settings(hosts: HostSettings) -> dict[str, Any]:
 
 
 def detected(environment: Mapping[str, str] | None = None, devices: Path = Path("/dev")) -> bool:
-    """Tests if JAX will find a cluster of several processes here, without the network.
+    """Test if JAX will find a cluster of several processes here, without the network.
 
     SLURM and Open MPI say how many they are, SLURM where srun has started them: an allocation alone
     has one process, whatever it may hold. A TPU machine is asked only where it has TPUs that
@@ -119,7 +119,7 @@ def detected(environment: Mapping[str, str] | None = None, devices: Path = Path(
 
 
 def _is_google(devices: Path) -> bool:
-    """Tests if this is a TPU VM, and no other machine with devices under /dev/vfio."""
+    """Test if this is a TPU VM, and no other machine with devices under /dev/vfio."""
     try:
         import libtpu  # noqa: F401
     except ImportError:
@@ -135,7 +135,7 @@ def _is_google(devices: Path) -> bool:
 
 
 def _joined() -> Any | None:
-    """Returns JAX's state of the cluster, None for a process that is alone; finds no devices."""
+    """Return JAX's state of the cluster, None for a process that is alone; finds no devices."""
     if "jax" not in sys.modules:
         return None
     # Not public, and the only way to the key-value store; Orbax takes it from here too.
@@ -156,7 +156,7 @@ def count() -> int:
 
 
 def store() -> Any | None:
-    """Returns the key-value store on host 0 that all hosts reach, None for a process alone."""
+    """Return the key-value store on host 0 that all hosts reach, None for a process alone."""
     state = _joined()
     return None if state is None else state.client
 
@@ -166,7 +166,7 @@ def is_first() -> bool:
 
 
 def gather_texts(text: str) -> list[str]:
-    """Gathers each host's text, by host; all must call. Long texts are cut."""
+    """Gather each host's text, by host; all must call. Long texts are cut."""
     if count() == 1:
         return [text]
     import numpy as np
@@ -179,7 +179,7 @@ def gather_texts(text: str) -> list[str]:
 
 
 def publish(name: str, text: str = "") -> None:
-    """Publishes `text` to the others under a `name` that this host uses once.
+    """Publishe `text` to the others under a `name` that this host uses once.
 
     Any thread may call: no device takes part.
     """
@@ -188,7 +188,7 @@ def publish(name: str, text: str = "") -> None:
 
 
 def receive(name: str, host: int) -> str:
-    """Waits for what `host` publishes under `name`, as long as that host lives.
+    """Wait for what `host` publishes under `name`, as long as that host lives.
 
     One that ends with an error ends this one too, by `heartbeat`.
     """
@@ -208,7 +208,7 @@ def _key(name: str, host: int) -> str:
 
 
 def wait(name: str) -> None:
-    """Waits until all hosts are here."""
+    """Wait until all hosts are here."""
     if count() > 1:
         from jax.experimental import multihost_utils
 
@@ -216,14 +216,14 @@ def wait(name: str) -> None:
 
 
 def on_first(act: Callable[[], None], name: str) -> None:
-    """Calls `act()` on host 0, while the others wait."""
+    """Call `act()` on host 0, while the others wait."""
     if is_first():
         act()
     wait(name)
 
 
 def check_shared(folder: Path) -> None:
-    """Raises `ConfigError` on every host unless all of them see what host 0 writes in `folder`."""
+    """Raise `ConfigError` on every host unless all of them see what host 0 writes in `folder`."""
     if count() == 1:
         return
     path = folder / ".seen-by-all-hosts"

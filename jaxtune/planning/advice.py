@@ -31,7 +31,7 @@ def remedies(
     most: int = 3,
     compile: Callable[[Config], StepEstimate] | None = None,
 ) -> list[Remedy]:
-    """Lists changes after which `estimate` fits, cheapest first.
+    """List changes after which `estimate` fits, cheapest first.
 
     With `compile` the first is one that the compiler agrees with; the others are arithmetic, scaled
     by how far the arithmetic was from the compiler in `estimate`.
@@ -60,7 +60,7 @@ def remedies(
 
 
 def scaled(estimate: StepEstimate, other: StepEstimate) -> int:
-    """Scales the inexact part of what `other` needs by arithmetic.
+    """Scale the inexact part of what `other` needs by arithmetic.
 
     The factor is the compiler's answer to `estimate` over the arithmetic of it.
     """
@@ -74,7 +74,7 @@ def scaled(estimate: StepEstimate, other: StepEstimate) -> int:
 
 
 def reason(estimate: StepEstimate) -> str:
-    """Says in a line what takes the memory."""
+    """Say in a line what takes the memory."""
     kinds = {name: size for name, size in estimate.counted.items() if size}
     first, second, *_ = sorted(kinds, key=lambda name: -kinds[name])
     limit = estimate.limit or 0
@@ -98,7 +98,7 @@ def _estimated(estimate: StepEstimate, config: Config, topology: str) -> StepEst
 
 
 def _changes(estimate: StepEstimate) -> Iterator[tuple[str, str, Config, str]]:
-    """Yields (flags, cost, config, topology), cheapest first.
+    """Yield (flags, cost, config, topology), cheapest first.
 
     Each change stands alone, but for those whose flags it names.
     """
@@ -155,7 +155,7 @@ def _changes(estimate: StepEstimate) -> Iterator[tuple[str, str, Config, str]]:
 
 
 def _peers(estimate: StepEstimate) -> list[int]:
-    """Lists sizes of `mesh.expert` to propose; none where it is used or no experts are shared."""
+    """List sizes of `mesh.expert` to propose; none where it is used or no experts are shared."""
     experts, sizes = estimate.run.model.spec.experts, estimate.work.sizes
     if sizes["expert"] > 1:
         return []
@@ -163,7 +163,7 @@ def _peers(estimate: StepEstimate) -> list[int]:
 
 
 def _mesh(estimate: StepEstimate, axis: str, devices: int) -> tuple[str, dict[str, int]]:
-    """Returns (flags, fields) that give `axis` some devices of `fsdp`, which takes the rest."""
+    """Return (flags, fields) that give `axis` some devices of `fsdp`, which takes the rest."""
     fields = {f"mesh.{axis}": devices}
     for name, size in estimate.config.mesh.model_dump().items():
         if name == "fsdp" and size != -1:
@@ -174,7 +174,7 @@ def _mesh(estimate: StepEstimate, axis: str, devices: int) -> tuple[str, dict[st
 
 
 def faster(estimate: StepEstimate) -> str | None:
-    """Proposes experts on devices of their own where a mixture's step is then shorter; else None.
+    """Propose experts on devices of their own where a mixture's step is then shorter; else None.
 
     By arithmetic: gathering the experts takes its time.
     """
@@ -198,6 +198,6 @@ def faster(estimate: StepEstimate) -> str | None:
 
 
 def changed(config: Config, **fields: object) -> Config:
-    """Returns `config` with other fields, by dotted names, validated as from a file."""
+    """Return `config` with other fields, by dotted names, validated as from a file."""
     values = config.model_dump(mode="json", exclude={"dataset"}, exclude_unset=True)
     return load(overrides={**values, **fields})

@@ -63,7 +63,7 @@ class CompiledStep(NamedTuple):
 
 
 def arguments(program: Program, *, rows: int, length: int) -> tuple[Any, Any, Any]:
-    """Makes (state, frozen, batch) as shapes with shardings, for which the step is lowered."""
+    """Make (state, frozen, batch) as shapes with shardings, for which the step is lowered."""
 
     def placed(leaf: Any, where: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
@@ -91,7 +91,7 @@ def compile_step(
     folder: Path | None,
     note: Callable[[str], None],
 ) -> CompiledStep:
-    """Compiles the train step for batches of `[rows length]`, or reads an earlier answer.
+    """Compile the train step for batches of `[rows length]`, or reads an earlier answer.
 
     `folder` keeps the answers; None keeps none. Raises what the compiler raises, but for a program
     that is too large, which is an answer.
@@ -119,7 +119,7 @@ def compile_step(
 
 
 def too_large(message: str) -> CompiledStep | None:
-    """Reads the compiler's message on a program beyond the device's memory; None for others.
+    """Read the compiler's message on a program beyond the device's memory; None for others.
 
     >>> too_large("RESOURCE_EXHAUSTED: ... temporaries (16.75G) exceeds available HBM (15.75G).")
     CompiledStep(needed=17985175552, limit=16911433728, ...)
@@ -156,7 +156,7 @@ def _figures(made: Any, mesh: Mesh) -> CompiledStep:
 
 
 def _needed(memory: Any) -> int:
-    """Returns the bytes of a device's memory that the program needs, its code included.
+    """Return the bytes of a device's memory that the program needs, its code included.
 
     A compiler that says what it allocates is believed: with libtpu 0.0.50 the parts of a program
     that fits add up to more than the chip has (17.5 GiB of 15.75, where 14.1 are allocated).
@@ -171,7 +171,7 @@ def _needed(memory: Any) -> int:
 
 
 def _by_axis(by_dimension: Mapping[str, float]) -> dict[str, float]:
-    """Sums bytes by the config's axes: the mesh lays an axis over several dimensions."""
+    """Sum bytes by the config's axes: the mesh lays an axis over several dimensions."""
     axes: dict[str, float] = {}
     for along, sent in by_dimension.items():
         name = "+".join(dict.fromkeys(part.partition("_")[0] for part in along.split("+")))
@@ -183,7 +183,7 @@ def _by_axis(by_dimension: Mapping[str, float]) -> dict[str, float]:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of what compiles."""
+    """Return the versions of what compiles."""
     installed = {}
     for name in ("jax", "jaxlib", "libtpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -192,7 +192,7 @@ def versions() -> dict[str, str]:
 
 
 def key(program: str, topology: str, mesh: Mesh) -> str:
-    """Hashes all that an answer depends on: program, devices, compiler and flags."""
+    """Hash all that an answer depends on: program, devices, compiler and flags."""
     parts = {
         "program": hashlib.sha256(program.encode()).hexdigest(),
         "topology": topology,
@@ -214,7 +214,7 @@ def _stored(file: Path) -> CompiledStep | None:
 
 
 def _store(file: Path, compiled: CompiledStep) -> None:
-    """Writes a file whole or not at all; a cache that cannot be written is no reason to stop."""
+    """Write a file whole or not at all; a cache that cannot be written is no reason to stop."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as work:

@@ -19,7 +19,7 @@ _VARIABLES = {
 
 
 def set_environment() -> None:
-    """Sets the compiler's variables; before JAX is imported, also that it uses the CPU alone.
+    """Set the compiler's variables; before JAX is imported, also that it uses the CPU alone.
 
     Where JAX has been imported already (a notebook) it keeps its devices.
     """

@@ -86,7 +86,7 @@ def evaluate_config(
     note: Callable[[str], None] = lambda message: None,
     compiles: bool | None = None,
 ) -> StepEstimate:
-    """Estimates a step of `config` on `hardware`.
+    """Estimate a step of `config` on `hardware`.
 
     `compiles` overrules what the hardware can; `folder` caches the compiler's answers. Raises
     `ConfigError` for a mesh or a batch that does not match the devices.
@@ -148,7 +148,7 @@ def _built(
 
 
 def by_kind(estimate: StepEstimate) -> dict[str, int]:
-    """Splits the bytes of a device by kind.
+    """Split the bytes of a device by kind.
 
     Parameters and optimiser are exact. Of a compiled step the program's own size is, and what
     remains of its buffers is shared out: gradients, activations and logits as counted by rule as
@@ -170,7 +170,7 @@ def by_kind(estimate: StepEstimate) -> dict[str, int]:
 
 
 def figures(estimate: StepEstimate) -> dict[str, Any]:
-    """Makes the object of `plan --json`; bytes, FLOPs and rates are of one chip."""
+    """Make the object of `plan --json`; bytes, FLOPs and rates are of one chip."""
     per_chip, read, work = estimate.hardware.per_chip, estimate.read, estimate.work
     compiled = read if read is not None and read.fits else None
     kinds = {name: size * per_chip for name, size in by_kind(estimate).items()}
@@ -216,7 +216,7 @@ def figures(estimate: StepEstimate) -> dict[str, Any]:
 
 
 def _host_bytes(estimate: StepEstimate) -> int:
-    """Bounds the bytes of a host: the process, a copy for a checkpoint, what is offloaded.
+    """Bound the bytes of a host: the process, a copy for a checkpoint, what is offloaded.
 
     The copy is of its devices' trained state.
     """
@@ -228,7 +228,7 @@ def _host_bytes(estimate: StepEstimate) -> int:
 
 
 def _run(estimate: StepEstimate) -> dict[str, Any] | None:
-    """Makes the figures of the whole run; None where its length is not known."""
+    """Make the figures of the whole run; None where its length is not known."""
     run, time = estimate.run, estimate.time
     if run.steps is None or time is None:
         return None

@@ -233,7 +233,7 @@ class _Walk:
                     )
 
     def _called(self, each: Instruction) -> list[str]:
-        """Finds the computations that an instruction runs; of a conditional the longer branch."""
+        """Find the computations that an instruction runs; of a conditional the longer branch."""
         known = self.module.computations
         branches = re.findall(r"(?:true|false)_computation=%([^\s,]+)", each.rest)
         for listed in re.findall(r"branch_computations=\{([^}]*)\}", each.rest):
@@ -357,7 +357,7 @@ def _sent(kind: str, operands: float, group: int) -> float:
 
 
 def turns_of(module: Module, at: Computation, loop: Instruction) -> int | None:
-    """Counts the turns of `for (i = start; i < end; i += step)`; None for another loop.
+    """Count the turns of `for (i = start; i < end; i += step)`; None for another loop.
 
     Where only the run knows, the program states it: a loop in a scope named `turns_4`.
     """

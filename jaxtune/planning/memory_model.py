@@ -87,7 +87,7 @@ class Work(NamedTuple):
 
     @property
     def row_shards(self) -> int:
-        """Counts the devices over which the rows of a batch are sharded."""
+        """Count the devices over which the rows of a batch are sharded."""
         return self.sizes["data"] * self.sizes["fsdp"] * self.sizes["expert"]
 
     @property
@@ -97,7 +97,7 @@ class Work(NamedTuple):
 
 
 def held(program: Program, *, offload: bool = False) -> dict[str, int]:
-    """Returns bytes on a device of `parameters` and `optimiser`, by shapes and shardings.
+    """Return bytes on a device of `parameters` and `optimiser`, by shapes and shardings.
 
     Also those of the optimiser in its `host`'s memory and of the `trained` parameters alone as f32.
     With `offload` the optimiser is on the host, but for the arrays on their way: by rule four of
@@ -188,7 +188,7 @@ def microbatch_gradients(work: Work) -> float:
 
 
 def trained_shares(work: Work) -> tuple[float, float]:
-    """Returns the shares of the trained parameters: matrices of layers, and the head."""
+    """Return the shares of the trained parameters: matrices of layers, and the head."""
     back, spec = work.backward, work.spec
     matrices = sum(
         stack.repeats * (sum(dense) + sum(experts))
@@ -199,7 +199,7 @@ def trained_shares(work: Work) -> tuple[float, float]:
 
 
 def activations(work: Work) -> float:
-    """Counts bytes that the forward pass keeps for the backward pass, of all layers reached."""
+    """Count bytes that the forward pass keeps for the backward pass, of all layers reached."""
     return sum(work.tokens * saved_bytes(work, layer) for layer in layers_of(work.reached))
 
 
@@ -237,7 +237,7 @@ def saved_bytes(work: Work, layer: LayerSpec) -> float:
 
 
 def _in_norms(work: Work, layer: LayerSpec) -> float:
-    """Counts what norms keep, twice in f32 and twice in the compute dtype."""
+    """Count what norms keep, twice in f32 and twice in the compute dtype."""
     cut = work.sizes["tensor"]
     widths: float = (4 if layer.norms == "both" else 2) * work.spec.width
     if layer.qk_norm is not None:
@@ -293,7 +293,7 @@ def one_layer(work: Work, layer: LayerSpec) -> float:
 
 
 def _in_rounds(work: Work, layer: LayerSpec) -> float:
-    """Counts bytes where tokens travel to their experts.
+    """Count bytes where tokens travel to their experts.
 
     Tokens of all devices along `expert`, the gradients of what became of them, their sum in f32,
     and the experts' own.
@@ -306,7 +306,7 @@ def _in_rounds(work: Work, layer: LayerSpec) -> float:
 
 
 def spared(work: Work, layer: LayerSpec) -> float:
-    """Counts what the compiler does without where memory is short.
+    """Count what the compiler does without where memory is short.
 
     Gate or up beside their gradients, two of the widths that pass through, and weights that are
     under way before they are needed; and it leaves nothing of adapters for later.
@@ -382,7 +382,7 @@ def loss(work: Work) -> tuple[float, float]:
 
 
 def loss_plan(work: Work) -> LossPlan:
-    """Plans how the loss is cut into blocks."""
+    """Plan how the loss is cut into blocks."""
     tensor = work.sizes["tensor"]
     return plan_loss(
         math.ceil(work.tokens),
@@ -451,7 +451,7 @@ def attention_flops(work: Work) -> float:
 
 
 def recomputes(work: Work) -> bool:
-    """Tests if a layer's products with weights are recomputed in the backward pass."""
+    """Test if a layer's products with weights are recomputed in the backward pass."""
     return work.remat not in ("none", "dots", "projections")
 
 

@@ -74,7 +74,7 @@ def candidates(config: Config, run: PlannedRun, hardware: Hardware) -> list[Cand
 
 
 def meshes(hardware: Hardware, *, heads: int, experts: int = 0) -> Iterator[dict[str, int]]:
-    """Yields every mesh of data, fsdp, tensor and context, and of expert where there are experts.
+    """Yield every mesh of data, fsdp, tensor and context, and of expert where there are experts.
 
     Heads divide over tensor, experts over expert; slices are joined along data.
     """
@@ -233,7 +233,7 @@ class Answers:
         return candidate.seconds * _ratio(candidate, pairs)
 
     def hopeful(self, candidate: Candidate) -> bool:
-        """Tests if it may fit and may be faster than the fastest known."""
+        """Test if it may fit and may be faster than the fastest known."""
         alike = [each for each in self.known if each[0].family == candidate.family]
         if any(not plan["fits"] and candidate.rows >= other.rows for other, plan in alike):
             return False
@@ -264,7 +264,7 @@ def _ratio(candidate: Candidate, known: Sequence[tuple[float, Candidate]]) -> fl
 
 
 def workers() -> int:
-    """Counts the compilers that this machine can run beside each other."""
+    """Count the compilers that this machine can run beside each other."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     free = memory.available_bytes()
     return 1 if free is None else max(1, min(cores or 1, free // PROCESS_BYTES))
@@ -320,7 +320,7 @@ def estimate_candidate(candidate: Candidate, hardware: Hardware) -> dict[str, An
 
 
 def frontier(plans: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Keeps the plans that fit and that no other beats in memory and speed, fastest first."""
+    """Keep the plans that fit and that no other beats in memory and speed, fastest first."""
     fitting = [plan for plan in plans if plan["fits"] and plan["tokens_per_second_per_chip"]]
     fastest = sorted(
         fitting, key=lambda plan: (-plan["tokens_per_second_per_chip"], plan["hbm_bytes"])

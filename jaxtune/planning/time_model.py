@@ -171,7 +171,7 @@ def adapters(work: Work) -> float:
 
 
 def other_slices(axes: Mapping[str, float], slice: Slice, per_chip: int) -> float:
-    """Returns the seconds of traffic between slices, along `data`; nothing hides it."""
+    """Return the seconds of traffic between slices, along `data`; nothing hides it."""
     if slice.slices == 1:
         return 0.0
     across = sum(sent for along, sent in axes.items() if "data" in along.split("+"))

@@ -40,7 +40,7 @@ class AccessPolicy(NamedTuple):
 
 
 def check(policy: AccessPolicy, path: str, headers: Headers) -> None:
-    """Raises `Refused`."""
+    """Raise `Refused`."""
     hosts = headers.getlist("host")
     name = _name(hosts[0]) if len(hosts) == 1 else None
     if name is None:

@@ -47,7 +47,7 @@ def limit(place: Path) -> float:
 
 
 def use(folder: Path) -> None:
-    """Marks `folder` as used now, by this process until it ends."""
+    """Mark `folder` as used now, by this process until it ends."""
     mark = _mark(folder)
     mark.parent.mkdir(parents=True, exist_ok=True)
     while folder not in _held:
@@ -62,7 +62,7 @@ def use(folder: Path) -> None:
 
 
 def evict(needed: int, places: Iterable[Path]) -> None:
-    """Removes folders of `places` until `needed` more bytes are within the limit, or all that is
+    """Remove folders of `places` until `needed` more bytes are within the limit, or all that is
     left is in use. Raises `ConfigError` for a limit that is no number."""
     there = [place for place in places if place.is_dir()]
     if not there:
@@ -103,7 +103,7 @@ def _size(folder: Path) -> int:
 
 
 def _removed(folder: Path) -> bool:
-    """Removes `folder` if no process uses it; never leaves half of it under its name."""
+    """Remove `folder` if no process uses it; never leaves half of it under its name."""
     mark = _mark(folder)
     file = os.open(mark, os.O_CREAT | os.O_RDWR, 0o644)
     try:

@@ -21,12 +21,12 @@ ANSWER_SECONDS = 5.0  # the hub's first answer; a route that drops packets would
 
 
 def is_id(name: str) -> bool:
-    """Tests if `name` has the form of a hub id: NAME or OWNER/NAME."""
+    """Test if `name` has the form of a hub id: NAME or OWNER/NAME."""
     return re.fullmatch(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", name) is not None
 
 
 def download(name: str, *, revision: str | None, patterns: Sequence[str]) -> Path:
-    """Downloads the files that match `patterns` of hub model `name`, or of the folder at that URL.
+    """Download the files that match `patterns` of hub model `name`, or of the folder at that URL.
 
     None from subfolders.
 
@@ -85,7 +85,7 @@ def download(name: str, *, revision: str | None, patterns: Sequence[str]) -> Pat
 
 
 def silent() -> bool:
-    """Tests if the hub was asked for anything and did not answer in `ANSWER_SECONDS`.
+    """Test if the hub was asked for anything and did not answer in `ANSWER_SECONDS`.
 
     False when HF_HUB_OFFLINE is set: then it is not asked, and huggingface_hub uses its cache.
     """

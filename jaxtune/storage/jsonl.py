@@ -24,12 +24,12 @@ def number(value: Any) -> float | str:
 
 
 def as_json(row: Mapping[str, Any]) -> str:
-    """Makes a line of JSON, without its end."""
+    """Make a line of JSON, without its end."""
     return json.dumps(_each(row, lambda v: number(v) if isinstance(v, float) else v))
 
 
 def from_json(row: Mapping[str, Any]) -> Row:
-    """Makes numbers again where `as_json` wrote text."""
+    """Make numbers again where `as_json` wrote text."""
     return _each(row, lambda v: _WORDS.get(v, v) if isinstance(v, str) else v)
 
 
@@ -41,7 +41,7 @@ def _each(row: Mapping[str, Any], change: Any) -> Row:
 
 
 def keep_rows_up_to(path: Path, step: int, *, due: bool = False) -> None:
-    """Drops the rows of later steps from a .jsonl file, and half a line that a killed run left;
+    """Drop the rows of later steps from a .jsonl file, and half a line that a killed run left;
     while the evaluation of `step` is `due`, also what an earlier try at it wrote."""
     if not path.exists():
         return
@@ -66,7 +66,7 @@ def last_rows(path: Path, step: int, *, best: int | None = None) -> dict[str, Ro
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yields each line that is a row, as text and as a mapping."""
+    """Yield each line that is a row, as text and as a mapping."""
     for line in path.read_bytes().split(b"\n"):  # at line feeds alone: U+2028 is text of a sample
         try:
             row = json.loads(line)

@@ -26,7 +26,7 @@ _held: set[int] = set()  # files that are locked
 
 @contextlib.contextmanager
 def held(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
-    """Holds the lock of `folder`, which exists.
+    """Hold the lock of `folder`, which exists.
 
     Another holder has a moment to end, as it needs when it was killed; then raises `ConfigError`.
     """
@@ -65,7 +65,7 @@ def _lock(file: int, folder: Path, note: Callable[[str], None]) -> None:
 
 
 def _locked(file: int) -> bool:
-    """Takes the lock; False if another process holds it, as far as the file system can say."""
+    """Take the lock; False if another process holds it, as far as the file system can say."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -79,7 +79,7 @@ def _locked(file: int) -> bool:
 
 
 def _holder(file: int) -> tuple[str, str]:
-    """Reads which process holds it, and on which machine."""
+    """Read which process holds it, and on which machine."""
     try:
         process, _, machine = os.pread(file, 300, 0).decode(errors="replace").partition(" ")
     except OSError:

@@ -58,7 +58,7 @@ class Item(NamedTuple):
 
 
 def is_url(name: str) -> bool:
-    """Tests if `name` is a URL, of a known store or not, and no path or hub id."""
+    """Test if `name` is a URL, of a known store or not, and no path or hub id."""
     return _URL.match(name) is not None
 
 
@@ -67,7 +67,7 @@ def join(url: str, *names: str | int) -> str:
 
 
 def name_of(url: str) -> str:
-    """Returns the name of an object or folder within its own.
+    """Return the name of an object or folder within its own.
 
     >>> name_of("gs://bucket/run/hf/")
     'hf'
@@ -76,7 +76,7 @@ def name_of(url: str) -> str:
 
 
 def default_folder() -> Path:
-    """Returns the folder of what can be fetched again: JAXTUNE_CACHE, else ~/.cache/jaxtune."""
+    """Return the folder of what can be fetched again: JAXTUNE_CACHE, else ~/.cache/jaxtune."""
     return Path(os.environ.get("JAXTUNE_CACHE") or Path.home() / ".cache" / "jaxtune")
 
 
@@ -84,7 +84,7 @@ def default_folder() -> Path:
 
 
 def find(url: str) -> Item | None:
-    """Finds the object at `url`; None where nothing is."""
+    """Find the object at `url`; None where nothing is."""
     system, path = _opened(url)
 
     def ask() -> Item | None:
@@ -98,7 +98,7 @@ def find(url: str) -> Item | None:
 
 
 def listed(url: str) -> list[Item]:
-    """Lists every object below the folder `url`, however deep, by name."""
+    """List every object below the folder `url`, however deep, by name."""
     system, path = _opened(url)
 
     def ask() -> dict[str, Any]:
@@ -115,7 +115,7 @@ def listed(url: str) -> list[Item]:
 
 
 def matching(pattern: str) -> list[Item]:
-    """Lists the objects that a glob names, by name; `**` reaches into folders."""
+    """List the objects that a glob names, by name; `**` reaches into folders."""
     system, path = _opened(pattern)
     found = _tried(pattern, "listed", lambda: dict(system.glob(path, detail=True)))
     items = [found[name] for name in sorted(found) if found[name]["type"] == "file"]
@@ -151,7 +151,7 @@ def _ends_in_return(file: Path) -> bool:
 
 
 def fetch(item: Item, file: Path) -> None:
-    """Fetches into `file`, whole. Raises `StoreError` where the bytes are not those stated."""
+    """Fetch into `file`, whole. Raises `StoreError` where the bytes are not those stated."""
     system, path = _opened(item.url)
     file.parent.mkdir(parents=True, exist_ok=True)
 
@@ -175,7 +175,7 @@ def fetch(item: Item, file: Path) -> None:
 
 
 def remove(urls: Iterable[str]) -> None:
-    """Removes objects; one that is not there is removed already."""
+    """Remove objects; one that is not there is removed already."""
 
     def drop(url: str) -> None:
         system, path = _opened(url)
@@ -192,18 +192,18 @@ def remove(urls: Iterable[str]) -> None:
 
 
 def fetch_all(items: Iterable[Item], below: str, folder: Path) -> None:
-    """Fetches `items` below the URL `below` into the same folders of `folder`."""
+    """Fetch `items` below the URL `below` into the same folders of `folder`."""
     pairs = [(item, folder / inside(item.url, below)) for item in items]
     _all(lambda pair: fetch(*pair), pairs)
 
 
 def put_all(folder: Path, names: Iterable[str], below: str) -> None:
-    """Puts the files `names` of `folder` below the URL `below`."""
+    """Put the files `names` of `folder` below the URL `below`."""
     _all(lambda name: put(folder / name, join(below, name)), names)
 
 
 def inside(url: str, below: str) -> str:
-    """Returns the path of `url` below `below`. Raises `StoreError` for one that leads elsewhere."""
+    """Return the path of `url` below `below`. Raises `StoreError` for one that leads elsewhere."""
     path = url.removeprefix(below.rstrip("/")).lstrip("/")
     parts = path.split("/")
     if not path or "\0" in path or any(part in ("", ".", "..") for part in parts):
@@ -212,7 +212,7 @@ def inside(url: str, below: str) -> str:
 
 
 def unequal(folder: Path, names: Sequence[str], below: str, *, contents: bool) -> str:
-    """Describes what in the store differs from `folder`; empty where all is equal.
+    """Describe what in the store differs from `folder`; empty where all is equal.
 
     Sizes always; with `contents` also the bytes: by MD5 where the store states it, else read back.
     """
@@ -259,14 +259,14 @@ def cached(items: Sequence[Item]) -> Path:
 
 
 def free_space(needed: int) -> None:
-    """Evicts what was used longest ago until so many more bytes fit; see `cache_eviction`."""
+    """Evict what was used longest ago until so many more bytes fit; see `cache_eviction`."""
     if needed:
         places = [default_folder() / name for name in ("stores", "read", IN_MEMORY)]
         cache_eviction.evict(needed, places)
 
 
 def download(url: str, patterns: Sequence[str]) -> Path:
-    """Fetches what lies directly at `url` and matches `patterns`: a model or a tokenizer.
+    """Fetch what lies directly at `url` and matches `patterns`: a model or a tokenizer.
 
     Of a run directory, its `hf/`. Raises `StoreError` where nothing does.
     """
@@ -360,7 +360,7 @@ def _hex(base64_text: str) -> str:
 
 
 def _tried(url: str, done: str, act: Callable[[], T]) -> T:
-    """Calls `act()`, again after a pause where it may help. Raises `StoreError`."""
+    """Call `act()`, again after a pause where it may help. Raises `StoreError`."""
     for pause in (*_PAUSES, None):
         try:
             return act()
@@ -396,7 +396,7 @@ def _explained(url: str, done: str, error: Exception) -> StoreError:
 
 
 def _all(act: Callable[[Any], T], things: Iterable[Any]) -> list[T]:
-    """Calls `act` of each, several at once; the first error is raised once all have ended."""
+    """Call `act` of each, several at once; the first error is raised once all have ended."""
     pool = concurrent.futures.ThreadPoolExecutor(_THREADS)
     try:
         return [each.result() for each in [pool.submit(act, thing) for thing in things]]

@@ -48,7 +48,7 @@ def open_inside(file: Path, folder: Path) -> int:
 
 
 def read_bytes(file: Path, folder: Path, *, limit: int = MAX_TABLE) -> bytes:
-    """Reads a file of `folder`; `ModelError` when it has more than `limit` bytes."""
+    """Read a file of `folder`; `ModelError` when it has more than `limit` bytes."""
     with open(open_inside(file, folder), "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > limit:
@@ -78,7 +78,7 @@ def read_object(file: Path, folder: Path, *, limit: int = MAX_TEXT) -> dict[str,
 
 
 def parse_json(text: bytes) -> Any:
-    """Parses JSON in which no key stands twice; every mistake is a `ValueError`.
+    """Parse JSON in which no key stands twice; every mistake is a `ValueError`.
 
     >>> parse_json(b'{"a": 1, "a": 2}')
     Traceback (most recent call last):
@@ -108,7 +108,7 @@ def shown(name: Any, width: int = 80) -> str:
 
 
 def plain(name: str) -> str:
-    """Shows a harmless text without quotes, as a tensor's name nearly always is."""
+    """Show a harmless text without quotes, as a tensor's name nearly always is."""
     return name if name.isprintable() and 0 < len(name) <= 120 else shown(name)
 
 
@@ -118,13 +118,13 @@ def some(names: Sequence[str], most: int = 3) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Returns an error's text in a line."""
+    """Return an error's text in a line."""
     text = (getattr(error, "strerror", None) or str(error)).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
 def _roots(folder: Path) -> list[Path]:
-    """Lists the folders in which a file of `folder` may really lie.
+    """List the folders in which a file of `folder` may really lie.
 
     A hub cache keeps its files beside its snapshots:
 
@@ -140,7 +140,7 @@ def _roots(folder: Path) -> list[Path]:
 
 
 def is_quick(pattern: str) -> bool:
-    """Tests if a search for a regular expression in a short text ends soon, whatever the text.
+    """Test if a search for a regular expression in a short text ends soon, whatever the text.
 
     A group that is repeated may take time that doubles with every letter, and each repeat of a
     letter multiplies it by their number: no such groups, and few repeats.

@@ -23,7 +23,7 @@ from jaxtune.training.subject import Subject
 
 
 def keep_compiled(folder: str | None) -> None:
-    """Keeps compiled programs in `folder` for the next run; "auto" = where JAX was told to, else in
+    """Keep compiled programs in `folder` for the next run; "auto" = where JAX was told to, else in
     the user's cache; None = nowhere. Programs that compile within a second are not kept.
     """
     if folder == "auto":

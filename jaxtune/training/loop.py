@@ -258,7 +258,7 @@ class Loop:
         return f"{history.since_best} evaluations without an eval_loss {below}"
 
     def _read(self) -> None:
-        """Takes the pending step's metrics off the device; non-finite ones end the run."""
+        """Take the pending step's metrics off the device; non-finite ones end the run."""
         if self._pending is None:
             return
         step, on_device = self._pending

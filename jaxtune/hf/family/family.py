@@ -90,7 +90,7 @@ class Family:
     rope: RopeKeys = field(default_factory=RopeKeys)
 
     def to_spec(self, config: Config, *, where: str = "config.json") -> ModelSpec:
-        """Raises `ModelError`, naming `where`, for what is missing, malformed or unsupported."""
+        """Raise `ModelError`, naming `where`, for what is missing, malformed or unsupported."""
         config = {**_DEFAULTS, **self.defaults, **config}
         try:
             fields: dict[str, Any] = {
@@ -138,7 +138,7 @@ def layer(config: Config, rope: RopeSpec | None, **fields: Any) -> LayerSpec:
 
 
 def stacked(layers: Sequence[LayerSpec]) -> tuple[Stack, ...]:
-    """Groups layers into repeated patterns so that the fewest distinct layers are compiled.
+    """Group layers into repeated patterns so that the fewest distinct layers are compiled.
 
     a a a b b -> (a) x 3, (b) x 2        a a b a a b a -> (a a b) x 2, (a) x 1
     """

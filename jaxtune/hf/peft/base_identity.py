@@ -55,7 +55,7 @@ def base_meta(model: HfModel) -> dict[str, Any]:
 
 
 def check_base(meta: Mapping[str, Any], model: HfModel, *, where: str) -> None:
-    """Refuses adapters that were trained beside other weights. Raises `ConfigError`."""
+    """Refuse adapters that were trained beside other weights. Raises `ConfigError`."""
     before = meta.get("base") or {}
     if before.get("digests") != digests(model):
         raise ConfigError(

@@ -54,7 +54,7 @@ class WrittenAdapter(NamedTuple):
 
 
 def check_adapter_target(out: Path) -> None:
-    """Refuses, before any work, to replace what is no adapter."""
+    """Refuse, before any work, to replace what is no adapter."""
     check_replaceable(out, marker=CONFIG, kind="adapter", export="an adapter")
 
 
@@ -68,7 +68,7 @@ def write_adapter(
     template: Template | None,
     revision: str | None = None,
 ) -> WrittenAdapter:
-    """Writes the adapters of `model` as `out`, in place of an earlier adapter there.
+    """Write the adapters of `model` as `out`, in place of an earlier adapter there.
 
     With a tokenizer its files lie there too: tokens may have been added to it, and
     `AutoPeftModelForCausalLM` grows the base for them by that. Raises `ConfigError`.

@@ -195,7 +195,7 @@ class Checkpoints:
     def save(
         self, state: TrainState, meta: Mapping[str, Any], *, step: int, best: int | None = None
     ) -> None:
-        """Returns once the arrays are copied off the devices; writing and hashing go on behind.
+        """Return once the arrays are copied off the devices; writing and hashing go on behind.
 
         The step `best` stays too, however old. Raises `ConfigError` when the disk cannot hold it,
         or could not hold the one before.
@@ -378,7 +378,7 @@ class Checkpoints:
     # -- the folder, by host 0 -------------------------------------------------------------------
 
     def _tidy(self) -> None:
-        """Makes the folder, and removes what killed runs left: parts of steps, steps half removed,
+        """Make the folder, and remove what killed runs left: parts of steps, steps half removed,
         and those that were never finished."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
@@ -448,7 +448,7 @@ def _counting(folder: Path) -> list[int]:
 
 
 def _read(folder: Path, **parts: Any) -> Any:
-    """Raises `ConfigError`: Orbax says in many ways that it cannot read what was written."""
+    """Raise `ConfigError`: Orbax says in many ways that it cannot read what was written."""
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(folder, args=ocp.args.Composite(**parts))

@@ -75,7 +75,7 @@ class Mirror:
     # -- the beginning -----------------------------------------------------------------------------
 
     def claim(self) -> None:
-        """Proves that the URL can be read and written, and brings here what the run has there.
+        """Prove that the URL can be read and written, and bring here what the run has there.
         Every host calls; which steps count is what host 0 finds.
         """
         if processes.is_first():
@@ -135,7 +135,7 @@ class Mirror:
         return identity
 
     def _tidy(self) -> None:
-        """Removes what killed runs left of steps that never counted."""
+        """Remove what killed runs left of steps that never counted."""
         place = join(self.url, FOLDER)
         known = {str(step) for step in self.steps}
         left = (
@@ -176,7 +176,7 @@ class Mirror:
             fetch_step(self.url, step, folder)
 
     def failed(self, what: str, error: StoreError) -> None:
-        """Says that something is not in the store, and that the run goes on; once until it is."""
+        """Say that something is not in the store, and that the run goes on; once until it is."""
         if self._silent:
             self._note(
                 f"{self.url}: {what} is not there: {error} The run goes on; it is in "
@@ -234,7 +234,7 @@ class Mirror:
         self._note(f"{self.url}: has all of the run, compared with {self._folder}")
 
     def close(self) -> None:
-        """Puts what there is, however the run has ended."""
+        """Put what there is, however the run has ended."""
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -252,7 +252,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _empty(folder: Path, *, but: Collection[str] = ()) -> None:
-    """Makes `folder`, and removes what is in it besides `but` and the lock, which is held."""
+    """Make `folder`, and remove what is in it besides `but` and the lock, which is held."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
         if path.name in (lock.NAME, *but):

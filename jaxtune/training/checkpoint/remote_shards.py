@@ -185,7 +185,7 @@ def _held(leaf: Any, shape_file: Path) -> Iterator[str]:
 
 
 def drop(folder: Path, steps: set[int]) -> None:
-    """Leaves of the steps in `folder` those of `steps`, and nothing that is unfinished."""
+    """Leave of the steps in `folder` those of `steps`, and nothing that is unfinished."""
     for path in folder.iterdir():
         unfinished = path.name.startswith(".") or ".orbax-checkpoint-tmp" in path.name
         if unfinished or (path.name.isdigit() and int(path.name) not in steps):

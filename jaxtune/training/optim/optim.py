@@ -197,7 +197,7 @@ def norm_of(squares: list[jax.Array]) -> jax.Array:
 
 
 def clip(tree: Any, norm: jax.Array, max_norm: float) -> Any:
-    """Scales to `max_norm` when `norm` is larger, as torch's clip_grad_norm_; 0 = off."""
+    """Scale to `max_norm` when `norm` is larger, as torch's clip_grad_norm_; 0 = off."""
     if max_norm == 0:
         return tree
     scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))
