@@ -404,6 +404,11 @@ class ConfigFields(_Strict):
         description="entries of the vocabulary whose logits exist at a time; fewer = less memory; "
         "default: all for a small head, else 256 MiB of logits a device; never changes results",
     )
+    loss_type: Literal["nll", "dft"] = Field(
+        "nll",
+        description="of a token: nll = -log p, dft = -p log p with p as a constant (dynamic "
+        "fine-tuning): unlikely tokens move the model less; evaluations are nll always",
+    )
     z_loss: NonNegativeFloat = Field(
         0.0,
         description="times the squared log of the softmax's normaliser, added to what is minimised "

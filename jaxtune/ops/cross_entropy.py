@@ -35,7 +35,7 @@ from jaxtune.ops.head import (
     token_letters,
     vocab_block,
 )
-from jaxtune.ops.loss_plan import LossPlan, plan_loss
+from jaxtune.ops.loss_plan import LossPlan, LossType, plan_loss
 from jaxtune.ops.product import einsum_f32
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -45,13 +45,14 @@ class Sums(NamedTuple):
     """Float32 scalars over tokens: sum(w * loss), sum(w), sum(w * [the best guess is right]).
 
     `penalty` is what is minimised beside `loss`, on the same scale: z-loss, and what an objective
-    adds.
+    adds. `nll` is sum(w * -log p), which `loss` is too but with another `loss_type`; no gradient.
     """
 
     loss: jax.Array
     weight: jax.Array
     correct: jax.Array
     penalty: jax.Array | float = 0.0
+    nll: jax.Array | float = 0.0
 
 
 class TokenLosses(NamedTuple):
@@ -71,6 +72,7 @@ def cross_entropy_reference(
     weights: jax.Array,
     *,
     z_loss: float = 0.0,
+    loss_type: LossType = "nll",
 ) -> Sums:
     """Sum the loss from all logits at once, `[B T V]`: the definition; differentiate it with JAX.
 
@@ -79,11 +81,14 @@ def cross_entropy_reference(
     logits_BTV = logits(hidden, head)
     normaliser_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     at_target_BT = jnp.take_along_axis(logits_BTV, targets[..., None], axis=-1)[..., 0]
+    nll_BT = normaliser_BT - at_target_BT
+    scale_BT = lax.stop_gradient(jnp.exp(-nll_BT)) if loss_type == "dft" else 1.0
     return Sums(
-        loss=jnp.sum(weights * (normaliser_BT - at_target_BT)),
+        loss=jnp.sum(weights * scale_BT * nll_BT),
         weight=jnp.sum(weights),
         correct=jnp.sum(weights * (jnp.argmax(logits_BTV, axis=-1) == targets)),
         penalty=z_loss * jnp.sum(weights * normaliser_BT**2),
+        nll=lax.stop_gradient(jnp.sum(weights * nll_BT)),
     )
 
 
@@ -94,6 +99,7 @@ def linear_cross_entropy(
     weights: jax.Array,
     *,
     z_loss: float = 0.0,
+    loss_type: LossType = "nll",
     block: int | None = None,
     compact: bool = True,
 ) -> Sums:
@@ -103,6 +109,10 @@ def linear_cross_entropy(
     V. Matrix products run in the dtype of `hidden` with float32 sums, all else in float32; the
     gradient of the kernel is summed over tokens in float32, whatever the kernel is stored in.
     `weights` are data: they get no gradient. A best guess shared by several ids is the lowest.
+
+    `loss_type` "nll" is -log p of the target, "dft" that times p, which counts as a constant
+    (dynamic fine-tuning, arXiv:2508.05629): what the model finds unlikely moves it less. `weight`
+    is the same for both.
 
     `z_loss` times the squared log-sum-exp of a token's logits is its share of `penalty`. `block` is
     entries of the vocabulary at a time (their logits are alive, and computed again in the backward
@@ -116,7 +126,7 @@ def linear_cross_entropy(
             f"linear_cross_entropy: {head.vocab} entries cannot be divided into {head.shards} "
             "equal shards; use shards=1."
         )
-    plan = _plan(hidden, head, z_loss, block, compact)
+    plan = _plan(hidden, head, z_loss, block, compact)._replace(loss_type=loss_type)
     return _loss_sums(plan, hidden, head, targets, weights.astype(jnp.float32))
 
 
@@ -176,6 +186,7 @@ class _Residuals(NamedTuple):
 
     head: Head
     tokens: _Tokens
+    scale: jax.Array  # weight of a token's -log p in the loss
     normaliser: jax.Array  # log-sum-exp of the logits, 0 at weight 0
     order: jax.Array | None  # the place of each token among the chunks, if they were moved
 
@@ -232,15 +243,14 @@ def _whole_kernel(
         sums, d_block = carry
         values = block_logits(chunk.hidden, block, head)
         softmax = _fold(_no_softmax(chunk.targets, head), values, block, chunk.targets)
-        chunk_sums, normaliser = _finish(plan, softmax, chunk)
-        weights = chunk.weights
-        d_logits = _d_logits(values, block, head, chunk.targets, weights, weights, normaliser)
+        chunk_sums, scale, normaliser = _finish(plan, softmax, chunk)
+        d_logits = _d_logits(values, block, head, chunk.targets, scale, scale, normaliser)
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden, d_block = _add_products(chunk.hidden, rows, d_logits, d_hidden, d_block)
         return d_hidden, (jax.tree.map(jnp.add, sums, chunk_sums), d_block)
 
     zero = jnp.zeros((), jnp.float32)
-    carry = Sums(zero, zero, zero, zero), _zero_block(block, hidden)
+    carry = Sums(zero, zero, zero, zero, zero), _zero_block(block, hidden)
     first = _first_weighted_chunk(plan, tokens.weights)
     zeros = _zero_hidden(plan, head, tokens)
     d_hidden, (sums, d_block) = _over_chunks(plan, first, visit, tokens, zeros, carry)
@@ -256,8 +266,8 @@ def _blocked(
     plan: LossPlan, hidden: jax.Array, head: Head, targets: jax.Array, weights: jax.Array
 ) -> tuple[Sums, _Residuals]:
     softmax, tokens, order = _softmax_over_blocks(plan, hidden, head, targets, weights)
-    sums, normaliser = _finish(plan, softmax, tokens)
-    return sums, _Residuals(head, tokens, normaliser, order)
+    sums, scale, normaliser = _finish(plan, softmax, tokens)
+    return sums, _Residuals(head, tokens, scale, normaliser, order)
 
 
 def _softmax_over_blocks(
@@ -287,7 +297,7 @@ def _blocked_backward(
     head, tokens = saved.head, saved.tokens
     dtype, first = tokens.hidden.dtype, _first_weighted_chunk(plan, tokens.weights)
     # A token's loss by its logits: softmax_scale * softmax - target_scale * [is the target].
-    target_scale = tokens.weights * d_sums.loss
+    target_scale = saved.scale * d_sums.loss
     z_scale = tokens.weights * (d_sums.penalty * 2 * plan.z_loss) * saved.normaliser
     softmax_scale = target_scale + z_scale
 
@@ -464,17 +474,21 @@ def _at_target(logits: jax.Array, block: VocabBlock, targets: jax.Array) -> jax.
     return lax.platform_dependent(logits, targets, cpu=indexed, default=summed)
 
 
-def _finish(plan: LossPlan, softmax: _OnlineSoftmax, tokens: _Tokens) -> tuple[Sums, jax.Array]:
-    """Join the shards: the sums, and each token's log-sum-exp."""
+def _finish(
+    plan: LossPlan, softmax: _OnlineSoftmax, tokens: _Tokens
+) -> tuple[Sums, jax.Array, jax.Array]:
+    """Join the shards: the sums; each token's weight of -log p in the loss, and log-sum-exp."""
     losses, normaliser = _token_losses(softmax, tokens)
     weights = tokens.weights
+    scale = weights * jnp.exp(-losses.loss) if plan.loss_type == "dft" else weights
     sums = Sums(
-        loss=jnp.sum(weights * losses.loss),
+        loss=jnp.sum(scale * losses.loss),
         weight=jnp.sum(weights),
         correct=jnp.sum(weights * losses.correct),
         penalty=plan.z_loss * jnp.sum(weights * normaliser**2),
+        nll=jnp.sum(weights * losses.loss),
     )
-    return sums, normaliser
+    return sums, scale, normaliser
 
 
 def _token_losses(softmax: _OnlineSoftmax, tokens: _Tokens) -> tuple[TokenLosses, jax.Array]:

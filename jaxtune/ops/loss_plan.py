@@ -3,7 +3,9 @@
 `ops/cross_entropy.py` follows the plan; the planner reads its memory and work from it.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
+
+LossType = Literal["nll", "dft"]
 
 SMALL_LOGITS = 2**23  # elements, of all tokens: below this one block of all is the fastest
 BLOCK_LOGITS = 2**26  # elements of one block of the vocabulary, of all tokens: 256 MiB
@@ -24,6 +26,7 @@ class LossPlan(NamedTuple):
     blocks: int
     z_loss: float
     whole_kernel: bool  # one block of all, whose gradients are made with its logits
+    loss_type: LossType = "nll"
 
 
 def plan_loss(

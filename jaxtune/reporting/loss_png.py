@@ -25,8 +25,8 @@ def save_loss(
     figure = Figure(figsize=(8, 4.5), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    lines = (
-        ("training", "#1668b8", "", [(row["step"], row["loss"]) for row in train]),
+    lines = (  # of one kind: an evaluation's loss is nll, whatever was minimised
+        ("training", "#1668b8", "", [(row["step"], row.get("nll", row["loss"])) for row in train]),
         ("evaluation", "#c2500a", "o", [(row["step"], row["eval_loss"]) for row in evals]),
     )
     for label, color, marker, points in lines:

@@ -149,8 +149,9 @@ def line(row: Mapping[str, Any], total: int) -> str:
             f"over {row['eval_tokens_trained']:,} tokens"
         )
     rate = row["tokens_per_second"]
+    nll = f"  nll {row['nll']:.4f}" if "nll" in row else ""
     return (
-        f"{head}  loss {row['loss']:.4f}  token accuracy {row['token_accuracy']:.1%}  "
+        f"{head}  loss {row['loss']:.4f}{nll}  token accuracy {row['token_accuracy']:.1%}  "
         f"grad norm {row['grad_norm']:.3g}  lr {row['learning_rate']:.3g}"
         + (f"  {rate:,.0f} tok/s" if rate else "")
         + (f"  mfu {row['mfu']:.1%}" if row["mfu"] else "")

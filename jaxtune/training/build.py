@@ -122,6 +122,7 @@ def build(config: Config, subject: Subject, mesh: Mesh, total_steps: int) -> Pro
             attention=config.attention,
             loss_block=config.loss_block,
             z_loss=config.z_loss,
+            loss_type=config.loss_type,
             optim_offload=config.optim_offload,
             lora=subject.lora,
             is_trained=None if subject.subset is None else subject.subset.is_trained,

@@ -283,17 +283,12 @@ class Loop:
         if done % self.config.logging_steps and done != self.plan.total_steps:
             return
         reading = self._meter.read()
-        added = "penalty" if self.config.z_loss else "router_loss"
         self._record(
             {
                 "kind": "train",
                 "step": done,
                 "epoch": round(epoch_at(self.plan.batches, done), 4),
-                "loss": loss,
-                "token_accuracy": float(metrics.token_accuracy),
-                **({added: float(metrics.penalty)} if metrics.penalty else {}),
-                "grad_norm": float(metrics.grad_norm),
-                "learning_rate": float(metrics.learning_rate),
+                **self._scalars(metrics),
                 "tokens_total": self._seen.tokens,
                 "tokens_trained": self._seen.trained,
                 "examples_seen": self._seen.examples,
@@ -304,6 +299,18 @@ class Loop:
                 "memory_peak_bytes": memory_peak_bytes(),
             }
         )
+
+    def _scalars(self, metrics: StepMetrics) -> dict[str, float]:
+        """Name the step's own numbers, `nll` where the loss is another."""
+        added = "penalty" if self.config.z_loss else "router_loss"
+        return {
+            "loss": float(metrics.loss),
+            **({"nll": float(metrics.nll)} if self.config.loss_type != "nll" else {}),
+            "token_accuracy": float(metrics.token_accuracy),
+            **({added: float(metrics.penalty)} if metrics.penalty else {}),
+            "grad_norm": float(metrics.grad_norm),
+            "learning_rate": float(metrics.learning_rate),
+        }
 
     def _not_finite(self, done: int, metrics: StepMetrics) -> None:
         """The step changed nothing. Writes down what is known of it; ends the run, or skips it."""

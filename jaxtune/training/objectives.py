@@ -16,6 +16,7 @@ from jaxtune.model import decoder
 from jaxtune.model.decoder import ForwardConfig, TokenRows
 from jaxtune.ops import neftune
 from jaxtune.ops.cross_entropy import Sums, TokenLosses, linear_cross_entropy, token_losses
+from jaxtune.ops.loss_plan import LossType
 from jaxtune.ops.moe import balance
 from jaxtune.parallel import collectives
 from jaxtune.spec import ModelSpec
@@ -47,12 +48,14 @@ def next_token(
     noise_alpha: float | None = None,
     loss_block: int | None = None,
     z_loss: float = 0.0,
+    loss_type: LossType = "nll",
 ) -> Objective:
     """Weighted next-token cross-entropy: loss = sum(w * -log p(target)), weight = sum(w).
 
     `targets` at weight 0 may be any id in range; nothing is inferred from token values.
     `noise_alpha` is NEFTune's; its noise, like all that is random, is absent without a key.
-    `loss_block` and `z_loss` are `linear_cross_entropy`'s; what z-loss costs is in the penalty.
+    `loss_block`, `z_loss` and `loss_type` are `linear_cross_entropy`'s; what z-loss costs is in the
+    penalty.
 
     Where the model asks for it (`MoeSpec.aux_coef`), penalty = coef * balance * sum(w): a step
     minimises the mean loss plus coef * balance, as transformers does. The balance of routers
@@ -77,6 +80,7 @@ def next_token(
             batch.targets,
             batch.weights,
             z_loss=z_loss,
+            loss_type=loss_type,
             block=loss_block,
         )
         if coef and output.load is not None:
@@ -120,7 +124,7 @@ def router_coef(spec: ModelSpec) -> float:
 
 def zero_sums() -> Sums:
     zero = jnp.zeros((), jnp.float32)
-    return Sums(zero, zero, zero, zero)
+    return Sums(zero, zero, zero, zero, zero)
 
 
 def add(a: Sums, b: Sums) -> Sums:

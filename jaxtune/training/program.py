@@ -19,6 +19,7 @@ from jaxtune.model import decoder
 from jaxtune.model.decoder import ForwardConfig
 from jaxtune.model.lora import COLLECTION, Lora
 from jaxtune.ops.cross_entropy import TokenLosses
+from jaxtune.ops.loss_plan import LossType
 from jaxtune.parallel.collectives import EVERYWHERE, shard_map_step, slices, tokens
 from jaxtune.parallel.mesh import platform_of, put, replicated, shardings
 from jaxtune.spec import ModelSpec
@@ -69,8 +70,9 @@ class StepConfig(NamedTuple):
 
     `dtype` is of the computation, `param_dtype` of what is stored. `is_trained` decides by the
     names of variables, `params/embed/table`; None trains everything, or with `lora` its adapters.
-    `seed` and `noise_alpha` (NEFTune) are of what is random; `loss_block` and `z_loss` of the loss,
-    `z_loss` in training alone; `attention` names an implementation, None or "auto" chooses.
+    `seed` and `noise_alpha` (NEFTune) are of what is random; `loss_block`, `z_loss` and `loss_type`
+    of the loss, the last two in training alone; `attention` names an implementation, None or "auto"
+    chooses.
     `optim_offload` keeps moments in the host's memory between steps.
     """
 
@@ -87,6 +89,7 @@ class StepConfig(NamedTuple):
     lora: Lora | None = None
     loss_block: int | None = None
     z_loss: float = 0.0
+    loss_type: LossType = "nll"
     attention: str | None = None
     optim_offload: bool = False
 
@@ -108,10 +111,7 @@ def build(spec: ModelSpec, mesh: Mesh, config: StepConfig) -> Program:
     state_placed = state_shardings(abstract, trained_placed, mesh, offload=config.optim_offload)
     beside = state_shardings(abstract, trained_placed, mesh).opt_state  # the parameters, on devices
     everywhere = replicated(mesh)
-    forward = ForwardConfig(config.dtype, config.remat, config.attention, platform_of(mesh), lora)
-    losses = functools.partial(next_token, spec, loss_block=config.loss_block)
-    objective = losses(forward, noise_alpha=config.noise_alpha, z_loss=config.z_loss)
-    evaluated = losses(forward._replace(remat="none"))
+    objective, evaluated = _objectives(spec, mesh, config)
 
     def gradient_of(trained: Any, frozen: Any, batch: Any, step: Any) -> Any:
         here = functools.partial(
@@ -150,6 +150,21 @@ def build(spec: ModelSpec, mesh: Mesh, config: StepConfig) -> Program:
             functools.partial(init_opt_state, optimiser), out_shardings=state_placed.opt_state
         ),
     )
+
+
+def _objectives(spec: ModelSpec, mesh: Mesh, config: StepConfig) -> tuple[Objective, Objective]:
+    """Make what is minimised, and what an evaluation sums up: the cross-entropy alone."""
+    forward = ForwardConfig(
+        config.dtype, config.remat, config.attention, platform_of(mesh), config.lora
+    )
+    losses = functools.partial(next_token, spec, loss_block=config.loss_block)
+    minimised = losses(
+        forward,
+        noise_alpha=config.noise_alpha,
+        z_loss=config.z_loss,
+        loss_type=config.loss_type,
+    )
+    return minimised, losses(forward._replace(remat="none"))
 
 
 def is_adapter(name: str) -> bool:

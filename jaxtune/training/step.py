@@ -29,8 +29,9 @@ from jaxtune.tree import merge
 
 
 class StepMetrics(NamedTuple):
-    """Scalars of one step, f32: `loss` = sum(w*ce)/sum(w); `finite` is 1.0 unless loss or gradient
-    norm is not finite; `weight` is sum(w). `penalty` is what else was minimised: the routers'.
+    """Scalars of one step, f32: `loss` is what was minimised, `nll` = sum(w*ce)/sum(w), the same
+    unless with another loss_type; `finite` is 1.0 unless loss or gradient norm is not finite;
+    `weight` is sum(w). `penalty` is what else was minimised: the routers'.
     `leaf_norms` are the gradient norms of the trained leaves `[leaves]`, in the order of
     `tree.named`: they say where a gradient went wrong.
     """
@@ -42,6 +43,7 @@ class StepMetrics(NamedTuple):
     learning_rate: jax.Array
     finite: jax.Array
     penalty: jax.Array
+    nll: jax.Array
     leaf_norms: jax.Array
 
 
@@ -157,6 +159,7 @@ def train_step(
         learning_rate=rate,
         finite=finite.astype(jnp.float32),
         penalty=sums.penalty * per_weight,
+        nll=sums.nll * per_weight,
         leaf_norms=jnp.sqrt(jnp.stack(squares)),
     )
 

@@ -77,19 +77,26 @@ def _program(name: str) -> tuple[HfModel, functools.partial[Any]]:
 def ours(name: str, layout: tuple[tuple[int, ...], ...]) -> Ours:
     model, run = _program(name)
     (loss, logits), grads = run(rows(layout))
-    by_text, leaves = {}, named(grads)
+    by_text = {}
     for row, texts in enumerate(layout):
         at = 0
         for text in texts:
             by_text[text] = np.asarray(logits[row, at : at + len(TEXTS[text])])
             at += len(TEXTS[text])
-    gradients = {}
+    texts = tuple(by_text[i] for i in range(len(TEXTS)))
+    return Ours(texts, float(loss), as_in_checkpoint(model, grads))
+
+
+def as_in_checkpoint(model: HfModel, params: Any) -> dict[str, np.ndarray]:
+    """Parameters, or their gradients, under the names and in the shapes of the model's files."""
+    leaves = named(params)
+    tensors: dict[str, np.ndarray] = {}
     for parameter, placed in model.placed.items():
         values = np.asarray(leaves[parameter])
         for piece in placed.pieces():
             at = tuple(piece.place.get(axis, slice(None)) for axis in placed.row.axes)
-            gradients[piece.name] = placed.write(values[at], gradients.get(piece.name))
-    return Ours(tuple(by_text[i] for i in range(len(TEXTS))), float(loss), gradients)
+            tensors[piece.name] = placed.write(values[at], tensors.get(piece.name))
+    return tensors
 
 
 # Cases whose first two prompts are read at once: one more program to compile.

@@ -41,7 +41,16 @@ def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def linear_cross_entropy(  # type: ignore[no-untyped-def]
-    hidden, kernel, targets, weights, *, block=None, z_loss=0.0, compact=True, **head
+    hidden,
+    kernel,
+    targets,
+    weights,
+    *,
+    block=None,
+    z_loss=0.0,
+    loss_type="nll",
+    compact=True,
+    **head,
 ) -> Sums:
     @jax.jit  # one program in place of one for each operation
     def run(hidden, kernel, targets, weights):  # type: ignore[no-untyped-def]
@@ -52,15 +61,19 @@ def linear_cross_entropy(  # type: ignore[no-untyped-def]
             weights,
             block=block,
             z_loss=z_loss,
+            loss_type=loss_type,
             compact=compact,
         )
 
     return run(hidden, kernel, targets, weights)
 
 
-def reference(hidden, kernel, targets, weights, *, z_loss=0.0, **head) -> Sums:  # type: ignore[no-untyped-def]
+def reference(  # type: ignore[no-untyped-def]
+    hidden, kernel, targets, weights, *, z_loss=0.0, loss_type="nll", **head
+) -> Sums:
     arrays = Head(kernel.astype(jnp.float32), **head), targets, weights
-    return cross_entropy_reference(hidden.astype(jnp.float32), *arrays, z_loss=z_loss)
+    hidden = hidden.astype(jnp.float32)
+    return cross_entropy_reference(hidden, *arrays, z_loss=z_loss, loss_type=loss_type)
 
 
 def mean_loss(hidden, head, targets, weights, **options):  # type: ignore[no-untyped-def]
@@ -84,6 +97,29 @@ def test_two_tokens_by_hand() -> None:
     assert float(sums.loss) == pytest.approx(math.log(4) + 2 * math.log(4 / 3), rel=1e-6)
     assert float(sums.weight) == 3.0
     assert float(sums.correct) == 2.0  # only the second, which weighs 2
+
+
+@pytest.mark.parametrize("block", [None, 1])
+def test_two_tokens_of_dynamic_fine_tuning_by_hand(block: int | None) -> None:
+    """-p log p, and the slope of -log p times p: p itself is a constant."""
+    hidden = jnp.array([[[1.0], [1.0]]])
+    head = jnp.array([[0.0, math.log(3)]])
+    targets, weights = jnp.array([[0, 1]]), jnp.array([[1.0, 2.0]])
+
+    def loss(hidden, head):  # type: ignore[no-untyped-def]
+        options = {"block": block, "loss_type": "dft"}
+        sums = linear_cross_entropy(hidden, head, targets, weights, **options)
+        return sums.loss, sums
+
+    gradients, sums = jax.grad(loss, (0, 1), has_aux=True)(hidden, head)
+    assert float(sums.loss) == pytest.approx(
+        math.log(4) / 4 + 2 * 3 / 4 * math.log(4 / 3), rel=1e-6
+    )
+    assert float(sums.nll) == pytest.approx(math.log(4) + 2 * math.log(4 / 3), rel=1e-6)
+    assert float(sums.weight) == 3.0  # of both kinds of loss
+    d_logits = np.array([[0.25 * (0.25 - 1), 0.25 * 0.75], [1.5 * 0.25, 1.5 * (0.75 - 1)]])
+    np.testing.assert_allclose(gradients[0][0, :, 0], d_logits @ np.asarray(head[0]), rtol=1e-6)
+    np.testing.assert_allclose(gradients[1][0], d_logits.sum(0), rtol=1e-6)
 
 
 @pytest.mark.torch
@@ -177,17 +213,26 @@ def test_halves_add_up_to_the_whole() -> None:
 
 @pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize(
-    ("block", "shards", "z_loss"),
-    [(None, 1, 0.0), (None, 1, 0.1), (5, 1, 0.1), (None, 2, 0.0), (4, 2, 0.1), (7, 3, 0.0)],
+    ("block", "shards", "z_loss", "loss_type"),
+    [
+        (None, 1, 0.0, "nll"),
+        (None, 1, 0.1, "nll"),
+        (5, 1, 0.1, "nll"),
+        (None, 2, 0.0, "nll"),
+        (4, 2, 0.1, "nll"),
+        (7, 3, 0.0, "nll"),
+        (None, 1, 0.0, "dft"),
+        (4, 2, 0.1, "dft"),
+    ],
 )
 def test_equals_the_definition(
-    block: int | None, shards: int, z_loss: float, by_token: bool, chunked: bool
+    block: int | None, shards: int, z_loss: float, loss_type: str, by_token: bool, chunked: bool
 ) -> None:
     """Scale, softcap and z-loss, a vocabulary in ranges, a table: values, hits, gradients."""
     hidden, kernel, targets, weights = batch()
     kernel = kernel[:, : V - V % shards]
     targets = jnp.minimum(targets, kernel.shape[1] - 1)
-    numbers = {"z_loss": z_loss, "scale": 0.7, "softcap": 1.5}
+    numbers = {"z_loss": z_loss, "loss_type": loss_type, "scale": 0.7, "softcap": 1.5}
 
     @functools.partial(jax.jit, static_argnums=0)
     @functools.partial(jax.value_and_grad, argnums=(1, 2), has_aux=True)
@@ -207,6 +252,7 @@ def test_equals_the_definition(
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
     assert sums.correct == defined.correct
     assert float(sums.loss) == pytest.approx(float(defined.loss), rel=1e-6)
+    assert float(sums.nll) == pytest.approx(float(defined.nll), rel=1e-6)
     # Sums over 19 entries and 14 tokens in another order, of gradients up to 12.
     for mine, slope in zip(gradients, slopes, strict=True):
         np.testing.assert_allclose(mine, slope, atol=1e-5)
@@ -270,12 +316,16 @@ def test_logits_of_the_whole_vocabulary_never_exist(largest_array: Callable[...,
     assert largest(block=vocab) == rows * length * vocab
 
 
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
 @pytest.mark.parametrize(("block", "products"), [(None, 3), (5, 4)])
-def test_a_whole_kernel_is_multiplied_three_times(block: int | None, products: int) -> None:
+def test_a_whole_kernel_is_multiplied_three_times(
+    block: int | None, products: int, loss_type: str
+) -> None:
     hidden, kernel, targets, weights = batch()
 
     def loss(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
-        return linear_cross_entropy(hidden, kernel, targets, weights, block=block).loss
+        options = {"block": block, "loss_type": loss_type}
+        return linear_cross_entropy(hidden, kernel, targets, weights, **options).loss
 
     text = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, kernel))
     assert text.count("dot_general[") == products

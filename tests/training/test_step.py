@@ -12,6 +12,7 @@ import pytest
 
 from jaxtune.model import decoder
 from jaxtune.ops.cross_entropy import Sums
+from jaxtune.ops.loss_plan import LossType
 from jaxtune.parallel.mesh import make_mesh, put_batch
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack
 from jaxtune.training import program, schedules
@@ -96,6 +97,7 @@ def run(
     remat: str = "full",
     is_trained: Callable[[str], bool] = lambda name: True,
     optim_offload: bool = False,
+    loss_type: LossType = "nll",
 ) -> tuple[TrainState, TrainState, StepMetrics]:
     """(state before, as numpy; state after; metrics of the last step)."""
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, **(sizes or {})}
@@ -116,6 +118,7 @@ def run(
             remat=remat,
             is_trained=is_trained,
             optim_offload=optim_offload,
+            loss_type=loss_type,
         ),
     )
     params = params_on(mesh, built)
@@ -151,17 +154,22 @@ def reference() -> tuple[TrainState, TrainState, StepMetrics]:
     return run(one_per_row(), max_grad_norm=0.0)
 
 
+def token_nll(state: TrainState, batch: Batch) -> np.ndarray:
+    """[B T], from all logits at once."""
+    logits = decoder.logits(
+        SPEC, state.trained, batch.inputs,
+        segment_ids=batch.segment_ids, positions=batch.positions, dtype=jnp.float32,
+    )  # fmt: skip
+    log_p = jax.nn.log_softmax(logits)
+    return -np.take_along_axis(np.asarray(log_p), batch.targets[..., None], -1)[..., 0]
+
+
 def test_the_loss_is_the_weighted_mean_over_everything(
     reference: tuple[TrainState, TrainState, StepMetrics],
 ) -> None:
     before, _, metrics = reference
     batch = one_per_row()
-    logits = decoder.logits(
-        SPEC, before.trained, batch.inputs,
-        segment_ids=batch.segment_ids, positions=batch.positions, dtype=jnp.float32,
-    )  # fmt: skip
-    log_p = jax.nn.log_softmax(logits)
-    ce = -np.take_along_axis(np.asarray(log_p), batch.targets[..., None], -1)[..., 0]
+    ce = token_nll(before, batch)
     w = batch.weights.astype(np.float64)
     assert float(metrics.loss) == pytest.approx((w * ce).sum() / w.sum(), rel=1e-5)
     assert float(metrics.weight) == pytest.approx(w.sum())
@@ -232,18 +240,36 @@ def test_moments_in_the_memory_of_the_host_change_nothing(
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(after.trained)} == {"device"}
 
 
-def test_packed_equals_unpacked(reference: tuple[TrainState, TrainState, StepMetrics]) -> None:
-    """Three or more examples in a row, with a padded end, against one in a row."""
+def packed() -> Batch:
+    """Three or more examples in a row, with a padded end."""
     packs: list[list[tuple[np.ndarray, ...]]] = [[]]
     for example in examples():
         if sum(len(e[0]) for e in packs[-1]) + len(example[0]) > 3 * LENGTH:
             packs.append([])
         packs[-1].append(example)
     assert max(map(len, packs)) >= 3
-    _, after, metrics = run(rows_of(packs, 3 * LENGTH), max_grad_norm=0.0)
+    return rows_of(packs + [[]] * (-len(packs) % 8), 3 * LENGTH)
+
+
+def test_packed_equals_unpacked(reference: tuple[TrainState, TrainState, StepMetrics]) -> None:
+    _, after, metrics = run(packed(), max_grad_norm=0.0)
     assert float(metrics.loss) == pytest.approx(float(reference[2].loss), abs=1e-5)
     assert float(metrics.grad_norm) == pytest.approx(float(reference[2].grad_norm), rel=1e-5)
     assert_same(reference[1], after)
+
+
+def test_dynamic_fine_tuning_is_the_same_packed_in_microbatches_and_on_eight_devices() -> None:
+    batch = one_per_row()
+    options: Any = {"max_grad_norm": 0.0, "loss_type": "dft"}
+    before, after, metrics = run(batch, **options)
+    nll = token_nll(before, batch)
+    w = batch.weights.astype(np.float64)
+    assert float(metrics.loss) == pytest.approx((w * np.exp(-nll) * nll).sum() / w.sum(), rel=1e-5)
+    assert float(metrics.nll) == pytest.approx((w * nll).sum() / w.sum(), rel=1e-5)
+    split = run(packed(), sizes={"fsdp": 4, "tensor": 2}, microbatches=2, **options)
+    for name in ("loss", "nll", "grad_norm"):
+        assert float(getattr(split[2], name)) == pytest.approx(float(getattr(metrics, name)), 1e-5)
+    assert_same(after, split[1])
 
 
 @pytest.mark.parametrize("remat", ["none", "attention", "projections", "offload"])

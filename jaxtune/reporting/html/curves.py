@@ -24,7 +24,10 @@ _TABLE_ROWS = 200  # of the table under the charts; the charts have every row
 
 # title -> (unit, {key of a train row: its name}, {key of an eval row: its name})
 _CHARTS: Mapping[str, tuple[str, Mapping[str, str], Mapping[str, str]]] = {
-    "Loss": ("nats a trained token", {"loss": "training"}, {"eval_loss": "evaluation"}),
+    "Loss": (
+        "nats a trained token", {"loss": "training", "nll": "training, nll"},
+        {"eval_loss": "evaluation"},
+    ),
     "Token accuracy": (
         "share of trained tokens", {"token_accuracy": "training"},
         {"eval_token_accuracy": "evaluation"},
