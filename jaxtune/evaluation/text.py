@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxtune.evaluation.questions import Question
 from jaxtune.evaluation.tables import LEGEND, Sheet, judge_lines, sheets
-from jaxtune.terminal.text import printable
+from jaxtune.terminal.text import aligned, printable
 
 _LONGEST_LINE = 160
 _SHOWN = 5  # questions, spread over all
@@ -41,8 +41,8 @@ def scores_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
 
     >>> row = {"exact_match": 0.965, "intervals": {"exact_match": [0.9, 1.0]}}
     >>> print(scores_text({"model": row}))
-                         model  95% interval
-      exact match        96.5%  90.0 to 100.0%
+                       model  95% interval
+      exact match      96.5%  90.0 to 100.0%
     """
     *_, last = columns.values()
     parts = [_aligned(sheet) for sheet in sheets(columns)]
@@ -54,24 +54,9 @@ def scores_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _aligned(sheet: Sheet) -> str:
-    """Align columns two blanks apart: the first to the left, numbers to the right."""
-    header = (sheet.caption, *sheet.header[1:])
-    rows = [
-        [_on_one_line(cell) for cell in (*row, *[""] * (len(header) - len(row)))]
-        for row in (header, *sheet.rows)
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    widths[0] = max(15, widths[0])
-    for number, name in enumerate(header[1 : 1 + sheet.numbers], 1):
-        widths[number] = max(7 if name else 0, widths[number])
-    return "\n".join(
-        "  "
-        + "  ".join(
-            cell.rjust(width) if 0 < number <= sheet.numbers else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    rows = [(sheet.caption, *sheet.header[1:]), *sheet.rows]
+    cells = [[_on_one_line(cell) for cell in row] for row in rows]
+    return aligned(cells, numbers=range(1, 1 + sheet.numbers))
 
 
 def answers_text(question: str, expected: str, answers: Mapping[str, tuple[str, bool]]) -> str:

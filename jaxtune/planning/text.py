@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtune.terminal.text import printable
+from jaxtune.terminal.text import aligned, printable
 
 _GIB = 2**30
 _TERMS = {
@@ -56,10 +56,10 @@ def verdict(plan: Mapping[str, Any]) -> str:
 
 
 def _memory(plan: Mapping[str, Any]) -> list[str]:
-    lines = [
-        f"    {name:14}{size / _GIB:9.2f} GiB" for name, size in plan["hbm_by_kind"].items() if size
-    ]
-    return [*lines, f"    {'host memory':14}{plan['host_bytes'] / _GIB:9.2f} GiB a host", ""]
+    sizes = [(name, size, "GiB") for name, size in plan["hbm_by_kind"].items() if size]
+    rows = [*sizes, ("host memory", plan["host_bytes"], "GiB a host")]
+    cells = [(name, f"{size / _GIB:.2f}", unit) for name, size, unit in rows]
+    return [aligned(cells, numbers=range(1, 2)), ""]
 
 
 def _remedies(plan: Mapping[str, Any]) -> list[str]:
@@ -127,12 +127,15 @@ def rate(plan: Mapping[str, Any]) -> str:
 
 def frontier_text(plans: Sequence[Mapping[str, Any]]) -> str:
     """Memory against speed: a line for each plan, fastest first."""
-    lines = ["      GiB  tokens/s  settings"]
-    for plan in plans:
-        size, speed = plan["hbm_bytes"] / _GIB, plan["tokens_per_second_per_chip"]
-        how = "" if plan["method"] == "compiled" else "   (arithmetic)"
-        lines.append(f"{size:9.2f}{speed:10,.0f}  {plan['settings']}{how}")
-    return "\n".join(lines)
+    rows = [
+        (
+            f"{plan['hbm_bytes'] / _GIB:.2f}",
+            f"{plan['tokens_per_second_per_chip']:,.0f}",
+            plan["settings"] + ("" if plan["method"] == "compiled" else "   (arithmetic)"),
+        )
+        for plan in plans
+    ]
+    return aligned([("GiB", "tokens/s", "settings"), *rows], numbers=range(2))
 
 
 def header(plan: Mapping[str, Any]) -> list[str]:

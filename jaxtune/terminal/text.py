@@ -5,9 +5,14 @@ Takes plain values only. Text of a data set is hostile: control characters are s
 
 from __future__ import annotations
 
+import io
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
+
+from rich.console import Console, JustifyMethod
+from rich.table import Table
+from rich.text import Text
 
 _GREEN, _DIM, _PLAIN = "\033[32m", "\033[2m", "\033[0m"
 # C0 controls but newline and tab, DEL, and C1: as their pictures, so no escape sequence gets out.
@@ -48,6 +53,24 @@ def printable(text: str) -> str:
     return text.translate(_VISIBLE)
 
 
+def aligned(rows: Sequence[Sequence[str]], *, numbers: range) -> str:
+    """Write a table, columns two blanks apart, those of `numbers` to the right.
+
+    The first row is the longest. Nothing is wrapped; letters of double width count as two.
+    """
+    table = Table.grid(padding=(0, 2))
+    for column in range(len(rows[0])):
+        side: JustifyMethod = "right" if column in numbers else "left"
+        least = 15 if column == 0 and side == "left" else None  # tables in a row look alike
+        table.add_column(justify=side, min_width=least, no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console(file=io.StringIO(), width=2**16, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(f"  {line.rstrip()}" for line in capture.get().splitlines())
+
+
 def show_report(
     report: Mapping[str, Any], *, short: bool = False, file: IO[str] | None = None
 ) -> None:
@@ -68,15 +91,19 @@ def report_text(report: Mapping[str, Any], *, short: bool = False) -> str:
             f"  {report['records']:,} records -> {report['examples']:,} examples, "
             f"{report['tokens_total']:,} tokens, {report['tokens_trained']:,} trained "
             f"({report['trained_share']:.1%})",
-            *_table(
-                ("tokens", "p50", "p90", "p99", "max"),
-                [("per example", report["lengths"]), ("trained", report["trained_lengths"])],
-            ),
+            _lengths(report),
             *_parts(report),
             *_batches(report),
             *_remarks(report, shown_rows=1 if short else 3),
         ]
     )
+
+
+def _lengths(report: Mapping[str, Any]) -> str:
+    quantiles = ("p50", "p90", "p99", "max")
+    of_each = {"per example": report["lengths"], "trained": report["trained_lengths"]}
+    rows = [(name, *(f"{sizes.get(q, 0):,}" for q in quantiles)) for name, sizes in of_each.items()]
+    return aligned([("tokens", *quantiles), *rows], numbers=range(1, 5))
 
 
 def _parts(report: Mapping[str, Any]) -> Iterator[str]:
@@ -127,10 +154,3 @@ def _remarks(report: Mapping[str, Any], *, shown_rows: int) -> Iterator[str]:
         yield f"  dropped {dropped['count']:,}: {printable(reason)}"
         for row in dropped["first"][:shown_rows]:
             yield f"    {printable(': '.join(filter(None, (row['where'], row['detail']))))}"
-
-
-def _table(header: tuple[str, ...], rows: Iterable[tuple[str, Mapping[str, int]]]) -> list[str]:
-    corner, *columns = header
-    lines = [(corner, *columns)]
-    lines += [(name, *(f"{values.get(c, 0):,}" for c in columns)) for name, values in rows]
-    return [f"  {name:12}" + "".join(cell.rjust(9) for cell in cells) for name, *cells in lines]

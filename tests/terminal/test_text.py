@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtune.terminal.text import marked, printable, report_text
+from jaxtune.terminal.text import aligned, marked, printable, report_text
 
 RUNS = [("Q: ", 0.0), ("Yes.</s>", 1.0), ("\n", 0.0), ("No.", 0.5)]
 
@@ -50,11 +50,21 @@ REPORT: dict[str, Any] = {
 }  # fmt: skip
 
 
+def test_a_table_is_plain_text_of_any_width() -> None:
+    rows = [("", "n", "note"), ("\u65e5\u672c\u8a9e", "1,000"), ("[b]a", "1", "x" * 300)]
+    assert aligned(rows, numbers=range(1, 2)).splitlines() == [
+        "  " + " " * 15 + "      n  note",
+        "  \u65e5\u672c\u8a9e" + " " * 9 + "  1,000",  # letters of two columns each
+        "  [b]a" + " " * 11 + "      1  " + "x" * 300,
+    ]
+    assert aligned([("1", "2"), ("30", "x")], numbers=range(1)) == "   1  2\n  30  x"
+
+
 def test_the_report_says_what_is_remarkable() -> None:
     lines = report_text(REPORT).splitlines()
     for line in (
         "  10 records -> 9 examples, 2,000 tokens, 500 trained (25.0%)",
-        "  per example       200      300      301    1,302",
+        "  per example      200  300  301  1,302",
         "  desk, shipping: 50.0% of the examples, 80.0% of an epoch (8 drawn of 3)",
         "    a\u241b: 9 examples (100.0%)",
         "  7 rows of 2,048 tokens, 98.7% full: 4 steps an epoch with 2 rows a step, 12 in all",
