@@ -28,39 +28,44 @@ if TYPE_CHECKING:
 
 
 def run(config: Config, options: ChatOptions | None = None) -> ChatResult:
-    """Print answers or write them to `output`. Raises: ConfigError, DataError, ModelError."""
+    """Answer, and write the answers to `output`; only a conversation prints.
+
+    Raises: ConfigError, DataError, ModelError.
+    """
     from jaxtune.api.chat import chat
 
     options = options or ChatOptions()
     result = chat(config, options)
-    if options.prompt is not None or options.prompts is not None:
-        _show(result, options)
+    if options.prompts is not None and options.output is not None:
+        _write(options.output, _lines(result))
+        cli.note(f"answers: {options.output} ({len(result.answers)})")
     return result
 
 
-def main(argv: list[str] | None = None) -> int:
-    return cli.execute("chat", __doc__, ChatOptions, run, argv)
-
-
-def _show(result: ChatResult, options: ChatOptions) -> None:
-    rows = result.answers
+def _run_and_print(config: Config, options: ChatOptions) -> None:
+    result = run(config, options)
     if options.prompt is not None:
-        (row,) = rows
+        (row,) = result.answers
         if "base" in row:
             print(f"base: {printable(row['base']['response'])}\ntuned: ", end="")
         print(printable(row["response"]))
-        return
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if options.output is None:
-        print(text, end="")
-        return
+    elif options.prompts is not None and options.output is None:
+        print(_lines(result), end="")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.execute("chat", __doc__, ChatOptions, _run_and_print, argv)
+
+
+def _lines(result: ChatResult) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.answers)
+
+
+def _write(output: str, text: str) -> None:
     try:
-        Path(options.output).write_text(text, encoding="utf-8")
+        Path(output).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(
-            f"output {options.output}: cannot be written: {error.strerror}."
-        ) from None
-    cli.note(f"answers: {options.output} ({len(rows)})")
+        raise ConfigError(f"output {output}: cannot be written: {error.strerror}.") from None
 
 
 if __name__ == "__main__":

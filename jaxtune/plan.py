@@ -48,22 +48,22 @@ class PlanOptions(cli.Options):
 
 
 def run(config: Config, options: PlanOptions | None = None) -> PlanResult:
-    """Print to stdout. Raises `ConfigError`, `DataError` and `ModelError`."""
-    options = options or PlanOptions()
+    """Plan and print nothing. Raises `ConfigError`, `DataError` and `ModelError`."""
     set_environment()  # before JAX is imported, whose devices it decides
     from jaxtune.api.plan import PlanRequest, run_plan
 
-    request = PlanRequest(**options.model_dump(exclude={"as_json"}))
-    result = run_plan(config, request)
-    if options.as_json:
-        print(json.dumps(result.plan, ensure_ascii=False, allow_nan=False))
-    else:
-        print(result.text())
-    return result
+    options = options or PlanOptions()
+    return run_plan(config, PlanRequest(**options.model_dump(exclude={"as_json"})))
+
+
+def _run_and_print(config: Config, options: PlanOptions) -> None:
+    result = run(config, options)
+    as_json = json.dumps(result.plan, ensure_ascii=False, allow_nan=False)
+    print(as_json if options.as_json else result.text())
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.execute("plan", __doc__, PlanOptions, run, argv)
+    return cli.execute("plan", __doc__, PlanOptions, _run_and_print, argv)
 
 
 sys.modules[__name__].__class__ = cli.CommandModule

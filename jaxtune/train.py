@@ -28,7 +28,7 @@ class TrainOptions(cli.Options):
 
 
 def run(config: Config, options: TrainOptions | None = None) -> TrainResult:
-    """Train, checkpoint and export; with `replay_step` go to one step again and print it.
+    """Train, checkpoint and export; with `replay_step` go to one step again. Print nothing.
 
     Raises: ConfigError, DataError, ModelError, Diverged; `cli.Stopped` after saving on SIGTERM or
     SIGINT.
@@ -37,14 +37,16 @@ def run(config: Config, options: TrainOptions | None = None) -> TrainResult:
 
     if options is None or options.replay_step is None:
         return train(config)
-    run_dir, summary = replay(config, options.replay_step)
-    if summary:
+    return replay(config, options.replay_step)
+
+
+def _run_and_print(config: Config, options: TrainOptions) -> None:
+    if summary := run(config, options).replay_summary:
         print(summary)
-    return TrainResult(run_dir, None, options.replay_step, {})
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.execute("train", __doc__, TrainOptions, run, argv)
+    return cli.execute("train", __doc__, TrainOptions, _run_and_print, argv)
 
 
 sys.modules[__name__].__class__ = cli.CommandModule

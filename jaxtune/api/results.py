@@ -11,7 +11,8 @@ class TrainResult(NamedTuple):
     """A finished run: `model_dir` is the exported folder (None with `export: false`), `step` the
     last step, `adapter_dir` the adapter's folder if there is one.
 
-    `metrics` are the last train and eval rows of metrics.jsonl, by kind.
+    `metrics` are the last train and eval rows of metrics.jsonl, by kind. `replay_summary` is a text
+    on the first host after `train --replay_step`, which trains nothing.
     """
 
     output_dir: Path
@@ -19,3 +20,4 @@ class TrainResult(NamedTuple):
     step: int
     metrics: Mapping[str, Mapping[str, Any]]
     adapter_dir: Path | None = None
+    replay_summary: str = ""

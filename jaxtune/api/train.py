@@ -150,10 +150,9 @@ def train(
     return result
 
 
-def replay(config: Config, step: int) -> tuple[Path, str]:
+def replay(config: Config, step: int) -> TrainResult:
     """Go to a step once more, from the checkpoint before it, and write what it was beside the run.
 
-    Returns the run directory, and a summary, empty on other hosts than the first.
     Raises: ConfigError, DataError, ModelError.
     """
     with _workplace(config, reading=True) as workplace:
@@ -164,7 +163,8 @@ def replay(config: Config, step: int) -> tuple[Path, str]:
             start = resume.first_step(
                 run.config, checkpoints, run.batches, run.subject, run.total_steps, before=step
             )
-            return run.run_dir, _replay(run, program, checkpoints, start, step)
+            summary = _replay(run, program, checkpoints, start, step)
+            return TrainResult(run.run_dir, None, step, {}, replay_summary=summary)
 
 
 # -- open ------------------------------------------------------------------------------------------
