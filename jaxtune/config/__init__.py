@@ -14,6 +14,7 @@ from jaxtune.config.load import (
     nearest,
     parse_model,
 )
+from jaxtune.config.template_kwargs import kwargs_mistake
 
 __all__ = [
     "ALIASES",
@@ -30,6 +31,7 @@ __all__ = [
     "ProportionsConfig",
     "dump",
     "field_names",
+    "kwargs_mistake",
     "label",
     "load",
     "load_config",

@@ -16,6 +16,7 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from jaxtune.config import defaults
+from jaxtune.config.template_kwargs import kwargs_mistake
 
 _MOST_STEPS = 2**31  # steps are counted in int32
 
@@ -290,6 +291,11 @@ class ConfigFields(_Strict):
         datetime.date(2024, 7, 26),
         description="what templates that write the date of today are told; keeps tokens the same",
     )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {},
+        description="arguments of the chat template, as apply_chat_template takes them, e.g. "
+        "{enable_thinking: false}; a row's column of that name wins",
+    )
     add_tokens: bool | tuple[str, ...] = Field(
         False,
         description="special tokens for the tokenizer: true = those the template needs, or a list; "
@@ -495,6 +501,13 @@ class ConfigFields(_Strict):
         words = [value] if isinstance(value, str) else value
         nowhere = info.field_name == "report_to" and words in (["none"], ("none",))
         return () if nowhere or words is None else words
+
+    @pydantic.field_validator("chat_template_kwargs")
+    @classmethod
+    def _of_templates(cls, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if mistake := kwargs_mistake(kwargs):
+            raise ValueError(mistake)
+        return kwargs
 
     @pydantic.field_validator("max_shard_size", mode="before")
     @classmethod

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxtune.config import ConfigError, DataError, nearest
+from jaxtune.config import ConfigError, DataError, kwargs_mistake, nearest
 from jaxtune.data.schema import Conversation, Document, Dropped, Message
 
 Noun = Conversation | Document
@@ -135,7 +135,8 @@ def _alpaca(fields: Fields) -> Conversation:
             raise _Unusable("history is not a list of pairs", f"got {_short(pair)}")
         earlier += [Message("user", pair[0]), Message("assistant", pair[1])]
     turn = (Message("user", instruction, own_input), Message("assistant", answer))
-    return Conversation((*_system(fields), *earlier, *turn))
+    messages = (*_system(fields), *earlier, *turn)
+    return Conversation(messages, template_kwargs=_template_kwargs(fields))
 
 
 def _prompt_completion(fields: Fields) -> Conversation:
@@ -153,15 +154,34 @@ def _prompt_completion(fields: Fields) -> Conversation:
     if not any(message.content.strip() for message in before):
         raise _Unusable("empty prompt")
     context = (*_system(fields), *before)
-    return Conversation((*context, *after), _tools(fields), len(context))
+    return _conversation(fields, (*context, *after), len(context))
 
 
 def _chat(column: str) -> Callable[[Fields], Conversation]:
     def read(fields: Fields) -> Conversation:
-        messages = (*_system(fields), *_messages(fields[column], column))
-        return Conversation(messages, _tools(fields))
+        return _conversation(fields, (*_system(fields), *_messages(fields[column], column)))
 
     return read
+
+
+def _conversation(fields: Fields, messages: tuple[Message, ...], context: int = 0) -> Conversation:
+    return Conversation(messages, _tools(fields), context, _template_kwargs(fields))
+
+
+def _template_kwargs(fields: Fields) -> dict[str, Any]:
+    """Read the column `chat_template_kwargs`: an object, or its JSON text.
+
+    A null in it is an argument that is not set: tables fill what other rows have with nulls.
+    """
+    kwargs = _parsed(fields.get(_KWARGS), "{")
+    if not kwargs:
+        return {}
+    if not isinstance(kwargs, dict):
+        raise _Unusable("chat_template_kwargs is not an object", f"got {_short(kwargs)}")
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    if mistake := kwargs_mistake(kwargs):
+        raise _Unusable("chat_template_kwargs cannot be used", mistake)
+    return kwargs
 
 
 def _document(fields: Fields) -> Document:
@@ -178,7 +198,7 @@ def _system(fields: Fields) -> tuple[Message, ...]:
 
 def _tools(fields: Fields) -> tuple[Any, ...] | None:
     """Read the column `tools`: a list, or its JSON text, of what the model may call."""
-    tools = _listed(fields.get("tools"))
+    tools = _parsed(fields.get("tools"), "[")
     if tools in (None, "", [], {}):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -192,11 +212,11 @@ def _declared(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": tool} if bare else tool
 
 
-def _listed(value: Any) -> Any:
-    """Parse a list that a table or an exporter has written as JSON text; return anything else as it
-    is.
+def _parsed(value: Any, opening: str) -> Any:
+    """Parse a list ("[") or object ("{") that a table or an exporter has written as JSON text;
+    return anything else as it is.
     """
-    if isinstance(value, str) and value.lstrip().startswith("["):
+    if isinstance(value, str) and value.lstrip().startswith(opening):
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
@@ -205,7 +225,7 @@ def _listed(value: Any) -> Any:
 
 
 def _messages(value: Any, column: str) -> tuple[Message, ...]:
-    value = _listed(value)
+    value = _parsed(value, "[")
     if not isinstance(value, list) or not value:
         raise _Unusable(f"{column} is not a list of messages", f"got {_short(value)}")
     return tuple(_message(item) for item in value)
@@ -293,10 +313,13 @@ _WEIGHT = ("weight", "loss_weight", "loss", "train", "masked")
 # no message of a chat has.
 _READ = frozenset((*_ROLE, *_CONTENT, *_WEIGHT, "input"))
 
+_KWARGS = "chat_template_kwargs"
+_OPTIONAL = ("system", "tools", _KWARGS)
+
 FORMATS: dict[str, Format] = {
-    "messages": Format(("messages",), ("system", "tools"), _chat("messages")),
-    "sharegpt": Format(("conversations",), ("system", "tools"), _chat("conversations")),
-    "alpaca": Format(("instruction", "output"), ("input", "system", "history"), _alpaca),
-    "prompt_completion": Format(("prompt", "completion"), ("system", "tools"), _prompt_completion),
+    "messages": Format(("messages",), _OPTIONAL, _chat("messages")),
+    "sharegpt": Format(("conversations",), _OPTIONAL, _chat("conversations")),
+    "alpaca": Format(("instruction", "output"), ("input", "system", "history", _KWARGS), _alpaca),
+    "prompt_completion": Format(("prompt", "completion"), _OPTIONAL, _prompt_completion),
     "text": Format(("text",), (), _document),
 }

@@ -6,8 +6,8 @@ Knows the fields of a config that decide data; knows no command and no model.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from jaxtune.data.dataset import Dataset, open_dataset, split
 from jaxtune.data.preprocess import Entry, PreprocessConfig, Progress, Truncation
@@ -34,6 +34,8 @@ class DataConfig(Protocol):
     def system_prompt(self) -> str | None: ...
     @property
     def stop(self) -> str | None: ...
+    @property
+    def chat_template_kwargs(self) -> Mapping[str, Any]: ...
     @property
     def add_tokens(self) -> bool | tuple[str, ...]: ...
     @property
@@ -74,6 +76,7 @@ def open_template(config: DataConfig, tokenizer: Tokenizer, *, note: Note) -> Te
         stop=config.stop,
         no_input=config.template_no_input,
         date=config.template_date,
+        kwargs=config.chat_template_kwargs,
     )
     if template.ours and template.name == "custom" and (once := preamble(config.template)):
         note(f"template: {once!r} is said once; later questions of a conversation go without it")

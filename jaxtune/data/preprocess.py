@@ -259,7 +259,7 @@ def _all_texts(noun: Conversation | Document) -> Iterator[str]:
     yield from _texts(noun)
     if isinstance(noun, Conversation):
         yield from literal_special_tokens.strings(
-            [[message.extra for message in noun.messages], noun.tools]
+            [[message.extra for message in noun.messages], noun.tools, noun.template_kwargs]
         )
 
 

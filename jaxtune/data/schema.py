@@ -37,11 +37,13 @@ class Conversation(NamedTuple):
     """A list of turns. `tools` are declarations for the template's variable; None = it is not set.
 
     The first `context` messages are a prompt: answers among them are trained only where all is.
+    `template_kwargs` are arguments of the chat template, above those of the run.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Any, ...] | None = None
     context: int = 0
+    template_kwargs: Mapping[str, Any] = {}
 
 
 class Document(NamedTuple):

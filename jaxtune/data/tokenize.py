@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,9 +66,10 @@ def tokenize_prompt(
     messages: Sequence[Message],
     *,
     tools: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Tokenise what inference feeds for `messages`: a prefix of every row trained on them."""
-    row = render_prompt(template, messages, tools=tools)
+    row = render_prompt(template, messages, tools=tools, kwargs=kwargs)
     pieces, _ = _pieces([row], tokenizer)
     found = pieces[0]
     if found is None:

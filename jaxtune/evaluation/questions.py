@@ -44,14 +44,22 @@ class Question(NamedTuple):
     def prompt(self) -> str:
         """Render the text that the model reads."""
         turns = self.conversation
-        spans = render_prompt(self.codec.template, turns.messages, tools=turns.tools)
+        spans = render_prompt(
+            self.codec.template, turns.messages, tools=turns.tools, kwargs=turns.template_kwargs
+        )
         return "".join(span.text for span in spans)
 
     @property
     def prompt_ids(self) -> list[int]:
         """Tokenize the prompt."""
         turns, codec = self.conversation, self.codec
-        return tokenize_prompt(codec.template, codec.tokenizer, turns.messages, tools=turns.tools)
+        return tokenize_prompt(
+            codec.template,
+            codec.tokenizer,
+            turns.messages,
+            tools=turns.tools,
+            kwargs=turns.template_kwargs,
+        )
 
     @property
     def transcript(self) -> str:

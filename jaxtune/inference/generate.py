@@ -48,8 +48,13 @@ class TextEvent(NamedTuple):
 
 def prompt_ids(model: Model, codec: TextCodec, conversation: Conversation) -> list[int]:
     """Tokenize a conversation as training does: the first tokens of the row it would make."""
-    messages, tools = conversation.messages, conversation.tools
-    ids = tokenize_prompt(codec.template, codec.tokenizer, messages, tools=tools)
+    ids = tokenize_prompt(
+        codec.template,
+        codec.tokenizer,
+        conversation.messages,
+        tools=conversation.tools,
+        kwargs=conversation.template_kwargs,
+    )
     check_ids(max(ids, default=0), model.name, model.spec, codec.tokenizer)
     return ids
 

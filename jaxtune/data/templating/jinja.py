@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -71,6 +72,17 @@ def take_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
     return plain, marks
 
 
+@functools.lru_cache(maxsize=32)
+def arguments(source: str) -> frozenset[str]:
+    """Name the variables that a template reads and does not always set itself."""
+    environment = jinja2.Environment(extensions=[_GenerationTag, jinja2.ext.loopcontrols])
+    try:
+        names = jinja2.meta.find_undeclared_variables(environment.parse(source))
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateFailed(f"line {error.lineno}: {error.message}") from None
+    return frozenset(names - set(environment.globals))
+
+
 def _raise_exception(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
 
@@ -111,18 +123,20 @@ def render(
     tools: Sequence[Any] | None = None,
     add_generation_prompt: bool,
     date: datetime.date,
-    named: Mapping[str, str],
+    named: Mapping[str, Any],
     marked: bool = False,
     trusted: bool = False,
 ) -> str:
-    """Render a conversation; `named` are bos_token, eos_token, ... Raises `TemplateFailed`."""
+    """Render a conversation; `named` are bos_token, eos_token, ... and the template's arguments.
+
+    Raises `TemplateFailed`.
+    """
     try:
         return _compile(source, date, marked, trusted).render(
             messages=[dict(message) for message in messages],
             tools=None if tools is None else list(tools),
-            documents=None,
             add_generation_prompt=add_generation_prompt,
-            **named,
+            **{"documents": None, **named},
         )
     except jinja2.TemplateSyntaxError as error:
         raise TemplateFailed(f"line {error.lineno}: {error.message}") from None

@@ -67,8 +67,9 @@ def render(
     weights = _weights(noun, train_on)
     if isinstance(weights, Dropped):
         return (weights,)
-    conversation = _masked(template, noun)
     try:
+        template = template.for_conversation(noun.template_kwargs)
+        conversation = _masked(template, noun)
         full = _text(template, conversation)
         # A tool's name may stand in a message too: that the template shows tools is seen without.
         if conversation.tools and full == template.text(conversation.messages):
@@ -95,15 +96,20 @@ def render(
 
 
 def render_prompt(
-    template: Template, messages: Sequence[Message], *, tools: tuple[Any, ...] | None = None
+    template: Template,
+    messages: Sequence[Message],
+    *,
+    tools: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Row:
     """Render what inference feeds for `messages`, the generation prompt included; all weights 0.
 
     Its spans are cut exactly where those of a trained row are. Raises `ConfigError` when the
     template refuses the messages.
     """
-    conversation = _masked(template, Conversation(tuple(messages), tools))
     try:
+        template = template.for_conversation(kwargs or {})
+        conversation = _masked(template, Conversation(tuple(messages), tools))
         masked = _prompt_spans(template, conversation, 0.0)
     except jinja.TemplateFailed as error:
         raise ConfigError(f"template '{template.name}': {error.reason}: {error}") from None

@@ -23,6 +23,7 @@ from jaxtune.data.schema import Message
 from jaxtune.data.templating import builtin_templates, format_string, jinja
 from jaxtune.data.templating.builtin_templates import BUILTIN, TemplateStrings
 from jaxtune.data.templating.format_string import Placeholders
+from jaxtune.data.templating.literal_special_tokens import strings as strings_in
 from jaxtune.data.templating.rendered_checks import squeeze
 from jaxtune.data.tokenizer import Tokenizer
 
@@ -33,6 +34,12 @@ DATE = datetime.date(2024, 7, 26)
 
 # A turn that is rendered to see what a template makes of one.
 QUESTION, ANSWER = Message("user", "jaxtuneasks"), Message("assistant", "jaxtunesays")
+
+
+class SpecialTokenInKwargs(jinja.TemplateFailed):
+    """A refusal of arguments whose text has a special token: it could not stay text."""
+
+    reason = "chat_template_kwargs holds a special token"
 
 
 class TemplateRequest(NamedTuple):
@@ -60,6 +67,18 @@ class Template:
     special_pattern: re.Pattern[str]  # the special tokens that steer where the template writes one
     request: TemplateRequest
     date: datetime.date = DATE
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # chat_template_kwargs
+
+    def for_conversation(self, kwargs: Mapping[str, Any]) -> Template:
+        """Return the template as a conversation with arguments of its own has it.
+
+        Raises `jinja.TemplateFailed` where they would write a special token.
+        """
+        if not kwargs:
+            return self
+        if found := self.special_pattern.search("\0".join(strings_in(kwargs))):
+            raise SpecialTokenInKwargs(f"{found[0]!r}; it would steer the model. Take it out")
+        return dataclasses.replace(self, kwargs={**self.kwargs, **kwargs})
 
     @property
     def chat_template(self) -> str:
@@ -79,6 +98,7 @@ class Template:
     def fingerprint(self) -> str:
         parts = [self.jinja, self.stop, self.system_prompt, self.opening, self.closing]
         parts += [str(self.ours), str(self.date), str(sorted(self.named.items()))]
+        parts += [json.dumps(self.kwargs)] if self.kwargs else []
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @functools.cached_property
@@ -115,7 +135,7 @@ class Template:
             tools=tools,
             add_generation_prompt=prompt,
             date=self.date,
-            named=self.named,
+            named={**self.named, **self.kwargs},
             marked=marked,
             trusted=self.ours,
         )
@@ -129,10 +149,12 @@ def resolve(
     stop: str | None = None,
     no_input: str | None = None,
     date: datetime.date = DATE,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> Template:
     """Resolve `auto`, `chat`, a name, a string with placeholders, a .jinja file or jinja itself.
 
-    `no_input` is what a string with {input} becomes where a record has none. Raises `ConfigError`
+    `no_input` is what a string with {input} becomes where a record has none; `kwargs` are the
+    arguments that a chat template reads. Raises `ConfigError`
     when the template is unknown, the tokenizer lacks a token it needs, or an answer would not end
     with exactly one token of the tokenizer.
     """
@@ -169,6 +191,7 @@ def resolve(
         special_pattern=tokenizer.special_pattern,
         request=request,
         date=date,
+        kwargs=kwargs or {},
     )
     return _probed(resolved, tokenizer, stop) if foreign else resolved
 
@@ -229,6 +252,7 @@ def variant(
         stop=request.stop,
         no_input=request.no_input if template is None else None,
         date=base.date,
+        kwargs=base.kwargs,
     )
 
 

@@ -1,0 +1,36 @@
+"""A chat template's arguments (`chat_template_kwargs`), as config, rows and requests name them.
+
+They reach the template as `apply_chat_template(**chat_template_kwargs)` hands them on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+# Set from the conversation, the tokenizer or the call itself; `documents` may be given.
+RESERVED = frozenset(
+    {
+        *("messages", "tools", "add_generation_prompt", "continue_final_message", "conversation"),
+        *("chat_template", "tokenize", "padding", "truncation", "max_length", "return_tensors"),
+        *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+        *("sanitize_control_tokens", "raise_exception", "strftime_now"),
+        *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token"),
+        "mask_token",
+    }
+)
+
+
+def kwargs_mistake(kwargs: Mapping[Any, Any]) -> str | None:
+    """Describe why `kwargs` cannot be handed to a chat template; None if they can."""
+    for name, value in kwargs.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            return f"{name!r} is no name of a variable"
+        if name in RESERVED:
+            return f"{name} is set by jaxtune itself; leave it out"
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            return f"{name} is {str(value)[:40]} ({type(value).__name__}), which JSON cannot hold"
+    return None
