@@ -265,11 +265,12 @@ def _cut_shard(data: jax.Array, index: Index) -> np.ndarray:
 
 def _cut(values: jax.Array, index: Index) -> jax.Array:
     """`values[index]` on the devices; compiled once for a shape, wherever the part begins."""
-    return _slice(
+    part: jax.Array = _slice(
         values,
         np.array([cut.start for cut in index], np.int32),
         sizes=tuple(cut.stop - cut.start for cut in index),
     )
+    return part
 
 
 @functools.partial(jax.jit, static_argnames="sizes")

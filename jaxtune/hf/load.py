@@ -218,7 +218,7 @@ def load_params(
     read = read or functools.partial(read_part, model, dtype=dtype)
     where = named(shardings) if shardings is not None else {}
 
-    def load(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def load(name: str, leaf: jax.ShapeDtypeStruct) -> Any:
         values = functools.partial(read, name)
         if name not in where:
             return then(name, jax.device_put(values(_whole(leaf.shape))))

@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from jaxtune.config import ModelError
 from jaxtune.hf import tensors as plain
 from jaxtune.hf.layout import Index
-from jaxtune.hf.tensors import Tensor, fetch_bytes
+from jaxtune.hf.tensors import DTYPES, Tensor, fetch_bytes
 
 METHOD = "mxfp4"  # quantization_config.quant_method
 _BLOCK, _BYTES = 32, 16
@@ -42,7 +41,7 @@ class Packed(NamedTuple):
 
     @property
     def dtype(self) -> np.dtype:
-        return np.dtype(ml_dtypes.bfloat16)
+        return DTYPES[self.code]
 
     @property
     def shape(self) -> tuple[int, ...]:

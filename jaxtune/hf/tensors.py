@@ -430,7 +430,7 @@ def checksum(values: np.ndarray) -> np.ndarray:
     place; several changes to one page cancel out with a chance of 2 ** -64.
     """
     whole = values.size - values.size % PAGE
-    sums = values[:whole].view(np.uint64).reshape(-1, PAGE // 8).sum(axis=1)
+    sums: np.ndarray = values[:whole].view(np.uint64).reshape(-1, PAGE // 8).sum(axis=1)
     if whole == values.size:
         return sums
     rest = np.zeros(PAGE, np.uint8)

@@ -323,7 +323,8 @@ def in_slots(cache: Cache, kept: Cache, rows: jax.Array, lengths: jax.Array) -> 
         slots_LBGSK = slots_LBGSK.at[:, rows, :, : kept_LRGTK.shape[3]].set(kept_LRGTK, mode="drop")
         return mesh.constrain(slots_LBGSK, *CACHE_AXES)
 
-    return jax.tree.map(write, cache, kept)
+    filled: Cache = jax.tree.map(write, cache, kept)
+    return filled
 
 
 def longer(cache: Cache, spec: ModelSpec, length: int) -> Cache:
@@ -428,18 +429,20 @@ class Pattern(nn.Module):
     @nn.compact
     def __call__(
         self, x_BTD: jax.Array, cache: dict[str, KVCache] | None, context: AttentionContext
-    ) -> tuple[jax.Array, dict[str, KVCache | None]]:
+    ) -> tuple[jax.Array, dict[str, KVCache]]:
         block, policy = Block, REMAT[self.remat]
         if policy is not None:
             # Two passes in two loops cannot share work; a loop of one is no loop, and needs the
             # barrier that keeps the compiler from undoing the recomputation.
             block = nn.remat(Block, policy=policy, prevent_cse=not self.scanned)
-        kept = {}
+        caches: dict[str, KVCache] = {}
         for j, layer in enumerate(self.layers):
             name = f"layer_{j}"
             part = block(self.spec, layer, self.config, self.attention, self.keep, name=name)
-            x_BTD, kept[name] = part(x_BTD, None if cache is None else cache[name], context)
-        return x_BTD, kept
+            x_BTD, layer_cache = part(x_BTD, None if cache is None else cache[name], context)
+            if layer_cache is not None:
+                caches[name] = layer_cache
+        return x_BTD, caches
 
 
 class Block(nn.Module):

@@ -108,7 +108,7 @@ def weight(
     stored = _stored(module, name, lambda key: PartitionedParam(initialiser(key, shape, new), axes))
     if compute is None:
         return collectives.all_gathered(stored, axes, shape, stored.dtype)
-    sink = None
+    sink: jax.Array | None = None
     if module.has_variable(GRADIENT_SINK, name):
         sink = module.get_variable(GRADIENT_SINK, name)
     return collectives.all_gathered(stored, axes, shape, compute, sink)
@@ -227,10 +227,10 @@ def _adapter_leaf(
         shape = tuple(sizes[letter] for letter in letters)
         axes = tuple(WEIGHT_AXES.get(letter) for letter in letters)
 
-        def declared() -> PartitionedParam:
+        def declared() -> Any:  # `variable` gives what is in the box
             return PartitionedParam(make(module.make_rng("params"), shape), axes)
 
-        stored = module.variable(adapters.COLLECTION, name, declared).value
+        stored: jax.Array = module.variable(adapters.COLLECTION, name, declared).value
         if name == "rows":  # beside a table that stays cut as they are
             return stored
         dtype = stored.dtype if name == "magnitude" else config.compute

@@ -157,9 +157,10 @@ def merged_kernel(
     """Merge the adapter `leaves` into one layer's kernel of axes `letters`, f32, on the host."""
     added = "".join(letter for letter in letters if letter not in shared)
     delta = np.einsum(f"{shared}R,R{added}->{letters}", leaves["a"], leaves["b"], optimize=True)
-    whole = kernel.astype(np.float32) + np.float32(lora.scale) * delta
+    whole: np.ndarray = kernel.astype(np.float32) + np.float32(lora.scale) * delta
     if "magnitude" not in leaves:
         return whole
     axes = tuple(letters.index(letter) for letter in shared)
     length = np.sqrt(np.sum(np.square(whole), axis=axes, keepdims=True))
-    return whole * (np.expand_dims(leaves["magnitude"], axes) / length)
+    scaled: np.ndarray = whole * (np.expand_dims(leaves["magnitude"], axes) / length)
+    return scaled

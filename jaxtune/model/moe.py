@@ -59,7 +59,9 @@ class Mixture(nn.Module):
         plain = self.config._replace(lora=None)
         scores = {**WEIGHT_AXES, "E": "scores"}  # on every device: any expert may be chosen
         router = Bank("DE", sizes, plain, spec.router_bias, jnp.float32, scores, name="router")
-        logits_BTE = _scores(x_BTD, *router())
+        kernel_DE, bias_E = router()
+        assert isinstance(kernel_DE, jax.Array)
+        logits_BTE = _scores(x_BTD, kernel_DE, bias_E)
         chosen = moe.route(logits_BTE, per_token=spec.per_token, softmax_over=spec.softmax_over)
         self.sow(LOADS, "load", moe.load(logits_BTE, chosen, segment_ids_BT != 0))
         (gate, gate_bias), (up, up_bias) = bank("gate", "EDF"), bank("up", "EDF")
@@ -174,9 +176,7 @@ def _exchanged(
 ) -> jax.Array:
     """Apply experts of which the devices along `over` have each their own of all `count`."""
 
-    def all_of(x: jax.Array) -> jax.Array:
-        return jax.lax.all_gather(x, over)
-
+    all_of = functools.partial(jax.lax.all_gather, axis_name=over)
     order = moe.ordered(chosen.experts, count)
     y_PND = expert_parallel.apply_local_experts(
         all_of(x_ND),
@@ -187,7 +187,8 @@ def _exchanged(
         activation=activation,
         clamp=clamp,
     )
-    return jax.lax.psum_scatter(y_PND, over)
+    y_ND: jax.Array = jax.lax.psum_scatter(y_PND, over)
+    return y_ND
 
 
 def total_load(loads: Mapping[str, Any]) -> moe.Load:

@@ -106,7 +106,7 @@ def dequantise(stored: Stored, *, kind: str, inputs: int, dtype: DTypeLike) -> j
     codes, scales = stored["codes"], stored["scales"]
     flat_shape = (math.prod(codes.shape[:inputs]), *codes.shape[inputs:])
     if kind == "int8":
-        flat = codes.reshape(flat_shape).astype(jnp.float32) * scales[None]
+        flat: jax.Array = codes.reshape(flat_shape).astype(jnp.float32) * scales[None]
         return flat.astype(dtype).reshape(codes.shape)
     if "outer_scales" in stored:
         outer = jnp.repeat(stored["outer_scales"], SCALES_BLOCK)[: scales.size]

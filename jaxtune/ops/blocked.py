@@ -101,7 +101,8 @@ def _forward(
 
     def of_row(row: _Row) -> tuple[jax.Array, jax.Array]:
         blocks = functools.partial(_mix, row, static, sinks_Gq)
-        return jax.lax.map(blocks, jnp.arange(row.q.shape[0]))
+        out_nGqK, logs_nGq = jax.lax.map(blocks, jnp.arange(row.q.shape[0]))
+        return out_nGqK, logs_nGq
 
     # One row after the other: its blocks stay in cache, and its range is its own.
     out_BnGqK, logs_BnGq = jax.lax.map(of_row, _rows(q, k, v, mask, static))

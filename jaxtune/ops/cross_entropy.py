@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,8 @@ from jaxtune.ops.loss_plan import LossPlan, LossType, plan_loss
 from jaxtune.ops.product import einsum_f32
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
+S = TypeVar("S")  # the state of a loop
+C = TypeVar("C")
 
 
 class Sums(NamedTuple):
@@ -384,11 +386,11 @@ def _first_weighted_chunk(plan: LossPlan, weights: jax.Array) -> jax.Array | Non
 def _over_chunks(
     plan: LossPlan,
     first: jax.Array | None,
-    visit: Callable[[Any, Any, Any], tuple[Any, Any]],
+    visit: Callable[[Any, S, C], tuple[S, C]],
     tokens: Any,
-    per_chunk: Any,
-    carry: Any,
-) -> tuple[Any, Any]:
+    per_chunk: S,
+    carry: C,
+) -> tuple[S, C]:
     """(per_chunk, carry) after `visit(tokens, per_chunk, carry)` of every chunk from `first` on.
 
     A loop whose start is known only while it runs: a branch inside it would copy what is added up
@@ -397,25 +399,24 @@ def _over_chunks(
     if first is None:
         return visit(tokens, per_chunk, carry)
 
-    def body(state: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
+    def body(state: tuple[jax.Array, S, C]) -> tuple[jax.Array, S, C]:
         chunk, per_chunk, carry = state
-
-        def pick(x: jax.Array) -> jax.Array:
-            return lax.dynamic_index_in_dim(x, chunk, keepdims=False)
-
-        def put(x: jax.Array, new: jax.Array) -> jax.Array:
-            return lax.dynamic_update_index_in_dim(x, new, chunk, 0)
-
+        pick = functools.partial(lax.dynamic_index_in_dim, index=chunk, keepdims=False)
+        put = functools.partial(lax.dynamic_update_index_in_dim, index=chunk, axis=0)
         new, carry = visit(jax.tree.map(pick, tokens), jax.tree.map(pick, per_chunk), carry)
         return chunk + 1, jax.tree.map(put, per_chunk, new), carry
 
     state = (first, per_chunk, carry)
-    return lax.while_loop(lambda state: state[0] < plan.chunks, body, state)[1:]
+    _, per_chunk, carry = lax.while_loop(lambda state: state[0] < plan.chunks, body, state)
+    return per_chunk, carry
 
 
-def _over_blocks(plan: LossPlan, visit: Callable[[Any, Any], Any], state: Any) -> Any:
+def _over_blocks(plan: LossPlan, visit: Callable[[Any, S], S], state: S) -> S:
     """`state` after `visit(number, state)` of every block."""
-    return visit(0, state) if plan.blocks == 1 else lax.fori_loop(0, plan.blocks, visit, state)
+    if plan.blocks == 1:
+        return visit(0, state)
+    last: S = lax.fori_loop(0, plan.blocks, visit, state)
+    return last
 
 
 # -- numbers of one chunk and one block -----------------------------------------------------------
@@ -471,7 +472,8 @@ def _at_target(logits: jax.Array, block: VocabBlock, targets: jax.Array) -> jax.
     if block.ids.shape[0] > 1:
         return summed(logits, targets)
     # A pass over the logits costs a CPU a tenth of their product; elsewhere it is in another pass.
-    return lax.platform_dependent(logits, targets, cpu=indexed, default=summed)
+    at_target: jax.Array = lax.platform_dependent(logits, targets, cpu=indexed, default=summed)
+    return at_target
 
 
 def _finish(

@@ -6,7 +6,7 @@ device has is known only at run time, so they are taken in rounds of a fixed num
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from jaxtune.ops.moe import (
     gate_and_up,
     gated_inner,
 )
+
+S = TypeVar("S")  # the state of a loop
 
 ROUND = 2**15  # copies that are worth a round: each one passes over all of the experts' gradients
 MOST = 4  # rounds on average
@@ -138,16 +140,15 @@ def _round(runs: _Runs, number: jax.Array, rows: int, E: int) -> _Round:
     return _Round(_take(runs.copies, from_C), real_C, run_C // P, sizes_E)
 
 
-def _rounds(
-    static: _Static, runs: _Runs, E: int, body: Callable[[_Round, Any], Any], start: Any
-) -> Any:
+def _rounds(static: _Static, runs: _Runs, E: int, body: Callable[[_Round, S], S], start: S) -> S:
     """`body(round, so far)` over as many rounds as there are copies for."""
 
-    def one(number: jax.Array, totals: Any) -> Any:
+    def one(number: jax.Array, totals: S) -> S:
         return body(_round(runs, number, static.rows, E), totals)
 
     with jax.named_scope(f"{TURNS}{static.turns}"):
-        return jax.lax.fori_loop(0, -(-runs.ends[-1] // static.rows), one, start)
+        last: S = jax.lax.fori_loop(0, -(-runs.ends[-1] // static.rows), one, start)
+        return last
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -207,7 +208,8 @@ def _backward(static: _Static, args: Any, d_y: jax.Array) -> Any:
                 lambda kernel: jax.lax.ragged_dot(x, kernel, at.sizes),
                 jax.ShapeDtypeStruct(totals.shape, x.dtype),
             )
-            return totals + product(d)[0].astype(f32)
+            (d_kernel,) = product(d)
+            return jnp.add(totals, d_kernel.astype(f32))
 
         def of_bias(totals: jax.Array | None, d: jax.Array) -> jax.Array | None:
             return None if totals is None else totals.at[at.expert].add(at.masked(d.astype(f32)))

@@ -124,7 +124,8 @@ def token_letters(hidden: jax.Array) -> str:
 
 def row_major(x: jax.Array) -> jax.Array:
     """`x`, on a CPU in the order of its axes: products along columns take twice as long there."""
-    return lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+    same: jax.Array = lax.platform_dependent(x, cpu=lax.optimization_barrier, default=lambda x: x)
+    return same
 
 
 def _scaled_and_capped(products: jax.Array, head: Head) -> jax.Array:

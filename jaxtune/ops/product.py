@@ -16,4 +16,5 @@ def einsum_f32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     if x.dtype == y.dtype == jnp.float32:
         return narrow(x, y)
     # XLA for CPU (jax 0.10 to 0.12) has no bfloat16 x bfloat16 = float32 for some layouts.
-    return jax.lax.platform_dependent(x, y, cpu=widened, default=narrow)
+    product: jax.Array = jax.lax.platform_dependent(x, y, cpu=widened, default=narrow)
+    return product

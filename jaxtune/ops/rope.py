@@ -30,12 +30,12 @@ def frequencies(rope: RopeSpec, head_dim: int, *, long: bool = False) -> np.ndar
         scaled = stretched
     elif rope.scaling == "llama3":
         turns = rope.original_max_positions * plain / (2 * math.pi)  # in the original context
-        kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        kept = np.clip(kept, 0.0, 1.0)  # 1 = short wave, untouched; 0 = long wave, stretched
-        scaled = kept * plain + (1 - kept) * stretched
+        ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        unstretched = np.clip(ramp, 0.0, 1.0)  # 1 = short wave; 0 = long wave, stretched
+        scaled = unstretched * plain + (1 - unstretched) * stretched
     elif rope.scaling == "yarn":
-        kept = _kept_by_yarn(rope, dims)
-        scaled = kept * plain + (1 - kept) * stretched
+        unstretched = _unstretched_by_yarn(rope, dims)
+        scaled = unstretched * plain + (1 - unstretched) * stretched
     elif rope.scaling == "longrope":
         scaled = plain / np.array(rope.long_factors if long else rope.short_factors)
     else:
@@ -43,7 +43,7 @@ def frequencies(rope: RopeSpec, head_dim: int, *, long: bool = False) -> np.ndar
     return scaled.astype(np.float32)
 
 
-def _kept_by_yarn(rope: RopeSpec, dims: int) -> np.ndarray:
+def _unstretched_by_yarn(rope: RopeSpec, dims: int) -> np.ndarray:
     """`[k]`: 1 for pairs that are left alone, 0 for those that are stretched, a ramp between."""
 
     def pair(turns: float) -> float:
@@ -57,7 +57,8 @@ def _kept_by_yarn(rope: RopeSpec, dims: int) -> np.ndarray:
     first, last = max(first, 0), min(last, dims - 1)
     # The published rule's own guard against a ramp without length.
     length = last - first if last != first else 0.001
-    return 1 - np.clip((np.arange(dims // 2) - first) / length, 0.0, 1.0)
+    unstretched: np.ndarray = 1 - np.clip((np.arange(dims // 2) - first) / length, 0.0, 1.0)
+    return unstretched
 
 
 def angles(

@@ -18,7 +18,9 @@ from jax.experimental import multihost_utils
 
 from jaxtune import __version__
 from jaxtune.config import ConfigError
-from jaxtune.hf.export import Template, Tokenizer, replacing, write, write_json, write_tokenizer
+from jaxtune.data.templating.template import Template
+from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.hf.export import replacing, write, write_json, write_tokenizer
 from jaxtune.hf.folders import check_replaceable
 from jaxtune.hf.load import HfModel
 from jaxtune.hf.peft.base_identity import digests
@@ -174,7 +176,7 @@ def _b(model: HfModel, leaves: Leaves, name: str, layer: int) -> np.ndarray:
 
 def _magnitude(model: HfModel, leaves: Leaves, name: str, layer: int) -> np.ndarray:
     placed = model.placed[f"{name}/kernel"]
-    values = leaves[f"{name}/magnitude"][layer]
+    values: np.ndarray = leaves[f"{name}/magnitude"][layer]
     added = [axis for axis in placed.row.axes if axis in placed.row.groups[0]]
     return values.transpose([added.index(axis) for axis in placed.row.groups[0]]).reshape(-1)
 
