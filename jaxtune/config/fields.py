@@ -86,7 +86,7 @@ class DatasetConfig(_Strict):
 
     path: str = Field(
         min_length=1,
-        description="file (.json .jsonl .csv .txt .parquet, also .gz), glob, folder or hub id",
+        description="file (.json .jsonl .csv .tsv .txt .parquet, also .gz), glob, folder or hub id",
     )
     name: str | None = Field(
         None,

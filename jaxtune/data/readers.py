@@ -12,6 +12,7 @@ import contextlib
 import csv
 import gzip
 import importlib
+import itertools
 import json
 import re
 import shutil
@@ -127,11 +128,17 @@ def _text(file: File) -> Found:
         yield start, {"text": held.rstrip("\r\n")}
 
 
+_DELIMITERS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
+
+
 def _csv(file: File) -> Found:
     """Yield rows in which every cell is text as it stands; the first line names the columns."""
     csv.field_size_limit(2**31 - 1)  # the default refuses a cell of 128 KiB
     with _open(file) as stream:
-        rows = csv.reader(_lines(file, stream), strict=True)
+        lines = _lines(file, stream)
+        leading = list(_until_filled(lines))
+        delimiter = _delimiter(leading[-1]) if leading else ","
+        rows = csv.reader(itertools.chain(leading, lines), strict=True, delimiter=delimiter)
         header: list[str] = []
         line = 1
         while True:
@@ -150,17 +157,42 @@ def _csv(file: File) -> Found:
                 if len(cells) != len(header):
                     raise DataError(
                         f"{file.name}:{line}: {len(cells)} cells, but the header names "
-                        f'{len(header)}. Put "..." around a cell that holds a comma.'
+                        f'{len(header)}. Put "..." around a cell that holds '
+                        f"{_DELIMITERS[delimiter]}."
                     )
                 yield line, dict(zip(header, cells, strict=True))
             line = rows.line_num + 1
+
+
+def _until_filled(lines: Iterator[str]) -> Iterator[str]:
+    """Yield lines up to the first that is not blank."""
+    for line in lines:
+        yield line
+        if line.strip("\r\n"):
+            return
+
+
+def _delimiter(header: str) -> str:
+    """Choose the delimiter by the header: a comma, unless only another one makes several columns.
+
+    >>> [_delimiter(line) for line in ("question;answer", "a;b,c", "text", '"a;b"')]
+    [';', ',', ',', ',']
+    """
+    try:
+        columns = {d: len(next(csv.reader([header], delimiter=d))) for d in _DELIMITERS}
+    except csv.Error:
+        return ","  # with which it will be read again, and refused
+    return "," if columns[","] > 1 else max(_DELIMITERS, key=columns.__getitem__)
 
 
 # -- JSON -----------------------------------------------------------------------------------------
 
 
 def _json(file: File) -> Found:
-    """Read a list of objects, or one per line; the first character decides, not the suffix."""
+    """Read a list of objects, or one per line; the first character decides, not the suffix.
+
+    An object whose one key holds the list, `{"data": [...]}`, is read as that list.
+    """
     with _open(file) as stream:
         first = b""
         while not first and (block := stream.read(_BLOCK)):
@@ -170,20 +202,34 @@ def _json(file: File) -> Found:
 
 
 def _json_lines(file: File, stream: IO[bytes]) -> Found:
-    for number, line in enumerate(_lines(file, stream), 1):
-        if not line.strip():
-            continue
+    lines = ((n, line) for n, line in enumerate(_lines(file, stream), 1) if line.strip())
+    first = list(itertools.islice(lines, 2))
+    problem = None
+    for place, (number, line) in enumerate(itertools.chain(first, lines)):
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise _broken(file, number, error, "Expected one object per line.") from None
+            problem = _broken(file, number, error, "Expected one object per line.")
+            value = None
+        if place == 0 and (problem or (len(first) == 1 and isinstance(value, dict))):
+            # Objects are longer than a line, or this is the only one: it may wrap the records.
+            stream.seek(0)
+            if _wraps(file, _Window(file, stream), number, one_line=problem is None):
+                stream.seek(0)
+                yield from _json_list(file, stream, wrapped=True)
+                return
+        if problem:
+            raise problem
         yield number, _object(file, number, value)
 
 
-def _json_list(file: File, stream: IO[bytes]) -> Found:
+def _json_list(file: File, stream: IO[bytes], *, wrapped: bool = False) -> Found:
+    """Read a list, or the only one in an object."""
     window = _Window(file, stream)
     line = 1
     try:
+        if wrapped:
+            window.key("{")
         window.skip("[")
         if window.peek() == "]":
             raise EmptyError(f"{file.name}: the list is empty. Expected JSON objects.")
@@ -195,12 +241,70 @@ def _json_list(file: File, stream: IO[bytes]) -> Found:
                 break
             window.skip(",")
         window.skip("]")
+        if wrapped:
+            window.skip("}")
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError):
             line, error.colno = window.place(error.pos)
         raise _broken(file, line, error, "Expected a list of objects.") from None
     if window.peek():
         raise DataError(f"{file.name}:{window.line()}: text after the end of the list. Remove it.")
+
+
+def _wraps(file: File, window: _Window, first_line: int, *, one_line: bool) -> bool:
+    """Tell whether the whole file is `{KEY: [records]}`. Raises `DataError` for several such keys.
+
+    On one line, an object with other keys too is a record as any; a conversation always is.
+    """
+    records: dict[str, int] = {}  # in the list of each key; 0 where it holds none
+    try:
+        while not records or window.peek() == ",":
+            key = window.key("," if records else "{")
+            records[key] = _records_in(file, window, first_line)
+        window.skip("}")
+    except (ValueError, RecursionError):
+        return False
+    lists = [key for key, count in records.items() if count]
+    if window.peek() or not lists or (one_line and len(lists) < len(records)):
+        return False
+    if len(records) > 1:
+        others = len(records) - len(lists)
+        raise DataError(
+            f"{file.name}: one object, whose keys hold lists of records: "
+            f"{', '.join(f'{key} ({records[key]:,})' for key in lists)}"
+            f"{f', beside {others} others' if others else ''}. Expected records, or one list of "
+            f"them. Save the list to train on by itself: jq '.{lists[0]}' {file.name} > "
+            f"{lists[0]}.json"
+        )
+    return True
+
+
+def _records_in(file: File, window: _Window, first_line: int) -> int:
+    """Count the objects of a list that are no messages; 0 for any other value."""
+    if window.peek() != "[":
+        window.value()
+        return 0
+    window.skip("[")
+    window.peek()
+    # Lines that are elements of a list are no records by themselves: a mistake is of the list.
+    apart = window.line() > first_line
+    count, records = 0, True
+    try:
+        while window.peek() != "]":
+            line, value = window.line(), window.value()
+            if apart and count and records:
+                _object(file, line, value)
+            records = records and isinstance(value, dict) and not {"role", "from"} & value.keys()
+            count += 1
+            if window.peek() != "]":
+                window.skip(",")
+        window.skip("]")
+    except json.JSONDecodeError as error:
+        if not apart:
+            raise
+        line, error.colno = window.place(error.pos)
+        raise _broken(file, line, error, "Expected a list of objects.") from None
+    return count if records else 0
 
 
 _BLOCK = 1 << 18  # bytes read at once
@@ -248,6 +352,17 @@ class _Window:
             either = "',' or ']'" if expected == "," else f"'{expected}'"
             raise json.JSONDecodeError(f"Expecting {either}", self._text, self._position)
         self._position += 1
+
+    def key(self, before: str) -> str:
+        """Parse `before`, a key of an object and its colon."""
+        self.skip(before)
+        self.peek()
+        key = self.value()
+        if not isinstance(key, str):
+            raise json.JSONDecodeError("Expecting a key", self._text, self._position)
+        self.skip(":")
+        self.peek()
+        return key
 
     def value(self) -> Any:
         """Parse the value that starts at `position`, read on until it is whole."""
@@ -353,6 +468,7 @@ READERS: dict[str, Callable[[File], Any]] = {
     ".json": _json,
     ".jsonl": _json,
     ".csv": _csv,
+    ".tsv": _csv,
     ".txt": _text,
     ".parquet": _parquet,
     ".arrow": _arrow,

@@ -142,6 +142,82 @@ def test_pretty_printed_object_is_no_line(tmp_path: Path) -> None:
         read(path)
 
 
+@pytest.mark.parametrize("block", [5, 1 << 18])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_under_one_key_is_that_list(
+    tmp_path: Path, indent: int | None, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jaxtune.data.readers._BLOCK", block)
+    path = write(tmp_path / "data.json", "\ufeff\n" + json.dumps({"data": ROWS}, indent=indent))
+    assert fields(path) == ROWS
+    assert lines(path) == ([4, 7, 10] if indent else [2, 2, 2])
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_conversation_is_a_record_and_no_list_of_them(tmp_path: Path, indent: int | None) -> None:
+    """Also alone in its file, where its one key holds a list of objects too."""
+    for row in (
+        {"messages": [{"role": "user", "content": "q"}]},
+        {"conversations": [{"from": "human", "value": "q"}]},
+    ):
+        path = write(tmp_path / "data.json", json.dumps(row, indent=indent))
+        if indent is None:
+            assert fields(path) == [row]
+            path = write(tmp_path / "data.json", f"{json.dumps(row)}\n{json.dumps(row)}\n")
+            assert fields(path) == [row, row]
+        else:
+            with pytest.raises(DataError, match=r"1: .*Expected one object per line"):
+                read(path)
+    wrapped = {"messages": [row, row]}
+    assert fields(write(tmp_path / "data.json", json.dumps(wrapped, indent=indent))) == [row, row]
+    records = [{"data": ROWS}, {"data": ROWS}]  # lines of one key each are no wrapper
+    path = write(tmp_path / "data.jsonl", "\n".join(map(json.dumps, records)))
+    assert fields(path) == records
+
+
+@pytest.mark.parametrize(
+    ("whole", "indent", "message"),
+    [
+        ({"train": ROWS, "test": ROWS[:1]}, None, "train (3), test (1). Expected"),
+        ({"train": ROWS, "test": ROWS[:1]}, 2, "train (3), test (1). Expected"),
+        ({"version": "1.0", "data": ROWS}, 2, "data (3), beside 1 others. Expected"),
+    ],
+)
+def test_several_keys_are_named_with_what_to_do(
+    tmp_path: Path, whole: dict[str, Any], indent: int | None, message: str
+) -> None:
+    path = write(tmp_path / "data.json", json.dumps(whole, indent=indent))
+    with pytest.raises(DataError) as caught:
+        read(path)
+    name = message.partition(" ")[0]
+    assert str(caught.value) == (
+        f"{path}: one object, whose keys hold lists of records: {message} records, or one list of "
+        f"them. Save the list to train on by itself: jq '.{name}' {path} > {name}.json"
+    )
+
+
+def test_an_object_with_other_keys_on_one_line_is_a_record(tmp_path: Path) -> None:
+    row = {"question": "q", "choices": [{"text": "a"}, {"text": "b"}]}
+    assert fields(write(tmp_path / "data.jsonl", json.dumps(row))) == [row]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"data": [\n{"text": "a"},\n{"text" 1}]}', "3: not valid JSON: Expecting ':' delimiter"),
+        ('{"data": [\n{"text": "a"}\n', "3: not valid JSON: Expecting ',' or ']'"),
+        ('{"data": [\n{"text": "a"},\n5]}', "3: expected a JSON object {...}; got a int"),
+        ('{"data": [\n{"text": "a"}]}\n5', "1: not valid JSON: Expecting value"),
+        ('{"text": "a"\n{"text": "b"}\n', "1: not valid JSON: Expecting ',' delimiter"),
+    ],
+)
+def test_broken_wrapper(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path / "data.json", text)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}:{message}")
+
+
 def test_a_mistake_far_down_has_its_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jaxtune.data.readers._BLOCK", 8)
     path = write(tmp_path / "data.json", '[{"text": "some words"}, {"text" 1}, {"text": "b"}]')
@@ -225,8 +301,36 @@ def test_cells_are_text(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        (
+            '\n"the; question";answer\n"a; b";"c, d"\n',
+            [{"the; question": "a; b", "answer": "c, d"}],
+        ),
+        ("question\tanswer\na, b\tc; d\n", [{"question": "a, b", "answer": "c; d"}]),
+        ("a;b,c\n1;2,3\n", [{"a;b": "1;2", "c": "3"}]),  # a comma first
+        ("text\na;b\n", [{"text": "a;b"}]),
+        ('text\n"a, b"\n', [{"text": "a, b"}]),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".tsv.gz"])
+def test_the_header_shows_the_delimiter(
+    tmp_path: Path, text: str, rows: list[dict[str, str]], suffix: str
+) -> None:
+    assert fields(write(tmp_path / f"data{suffix}", text)) == rows
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
+        (
+            "a;b\n1;2\n1;2;3\n",
+            '3: 3 cells, but the header names 2. Put "..." around a cell that holds a semicolon.',
+        ),
+        (
+            "a\tb\n1\t2\t3\n",
+            '2: 3 cells, but the header names 2. Put "..." around a cell that holds a tab.',
+        ),
         ("a,b\n1,2\n1,2,3\n", '3: 3 cells, but the header names 2. Put "..." around'),
         ("a,b\n1,2\n\n1\n", "4: 1 cells, but the header names 2"),
         ('a,b\n1,2\n1,"open\n3,4\n', "3: not valid CSV: unexpected end of data"),
