@@ -308,6 +308,13 @@ class ConfigFields(_Strict):
     train_on: Literal["assistant", "last", "all"] = Field(
         "assistant", description="every answer, the last answer, or every token"
     )
+    prompt_loss_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="of a prompt's token in the loss, where one of a trained answer weighs 1; "
+        "evaluations are of answers alone",
+    )
     max_length: int = Field(2048, ge=2, description="tokens in a row of the batch")
     truncation: Literal["drop", "truncate", "error"] = Field(
         "drop", description="rows longer than max_length; drop counts and shows them"
@@ -536,6 +543,11 @@ class ConfigFields(_Strict):
         if any(entry.weight != 1 or entry.proportions for entry in self.eval_datasets):
             raise ValueError(
                 "eval_datasets have no weight and no proportions: each example counts once"
+            )
+        if self.prompt_loss_weight and self.train_on == "all":
+            raise ValueError(
+                "prompt_loss_weight is of train_on assistant or last; with all, prompts weigh 1. "
+                "Unset one"
             )
         self._watching_agrees()
         self._part_agrees()

@@ -149,6 +149,12 @@ class Dataset:
         wanted = np.array([source.name == name for source in self.sources])
         return replace(self, chosen=self.chosen[wanted[self.source_of]])
 
+    def of_records(self, other: Dataset) -> Dataset:
+        """Keep the examples of the records that `other`, opened from the same files, has."""
+        kept = {*zip(other.source_of.tolist(), other.gather("rows").tolist(), strict=True)}
+        own = zip(self.source_of.tolist(), self.gather("rows").tolist(), strict=True)
+        return replace(self, chosen=self.chosen[[record in kept for record in own]])
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash tokens, weights, order, tokenizer and template."""
@@ -201,6 +207,8 @@ def open_dataset(
             notes.append(f"{entry.path}: read as format '{stored.summary['format']}'")
         notes += [note] if note else []
     identity = [config.tokenizer.fingerprint, templates, config.train_on, config.max_length]
+    if config.prompt_loss_weight:
+        identity.append(config.prompt_loss_weight)
     dataset = Dataset(
         sources=tuple(opened),
         chosen=np.arange(sum(len(source.stored.arrays["rows"]) for source in opened)),

@@ -47,6 +47,8 @@ class DataConfig(Protocol):
     @property
     def train_on(self) -> TrainOn: ...
     @property
+    def prompt_loss_weight(self) -> float: ...
+    @property
     def max_length(self) -> int: ...
     @property
     def truncation(self) -> Truncation: ...
@@ -97,7 +99,12 @@ def preprocess_config(
 ) -> PreprocessConfig:
     """Take from the run's config what preprocessing needs."""
     return PreprocessConfig(
-        tokenizer, template, config.train_on, config.max_length, config.truncation
+        tokenizer,
+        template,
+        config.train_on,
+        config.max_length,
+        config.truncation,
+        config.prompt_loss_weight,
     )
 
 
@@ -109,23 +116,33 @@ def open_entries(
     *,
     progress: Progress,
 ) -> Dataset:
-    """Open `entries` as the run's config says. Raises what `open_dataset` raises."""
-    return open_dataset(
-        entries,
-        preprocess_config(config, tokenizer, template),
-        processes=config.dataset_num_proc,
-        progress=progress,
-    )
+    """Open `entries` for an evaluation, which is of answers alone whatever a prompt weighs.
+
+    Raises what `open_dataset` raises.
+    """
+    settings = preprocess_config(config, tokenizer, template)._replace(prompt_loss_weight=0.0)
+    return open_dataset(entries, settings, processes=config.dataset_num_proc, progress=progress)
 
 
 def open_sides(
     config: DataConfig, tokenizer: Tokenizer, template: Template, *, progress: Progress
 ) -> tuple[Dataset, Dataset | None]:
     """Open (train, held out): `eval_datasets`, or `eval_split` of the rest."""
-    train = open_entries(config, config.datasets, tokenizer, template, progress=progress)
+    train = open_dataset(
+        config.datasets,
+        preprocess_config(config, tokenizer, template),
+        processes=config.dataset_num_proc,
+        progress=progress,
+    )
     if config.eval_datasets:
         held_out = open_entries(
             config, config.eval_datasets, tokenizer, template, progress=progress
         )
         return train, held_out
-    return split(train, config.eval_split, seed=config.seed) if config.eval_split else (train, None)
+    if not config.eval_split:
+        return train, None
+    train, held_out = split(train, config.eval_split, seed=config.seed)
+    if config.prompt_loss_weight:
+        answers = open_entries(config, config.datasets, tokenizer, template, progress=progress)
+        held_out = answers.of_records(held_out)
+    return train, held_out

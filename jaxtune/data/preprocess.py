@@ -93,6 +93,7 @@ class PreprocessConfig(NamedTuple):
     train_on: TrainOn = "assistant"
     max_length: int = 2048
     truncation: Truncation = "drop"
+    prompt_loss_weight: float = 0.0
 
 
 def entry_config(entry: Entry, config: PreprocessConfig) -> PreprocessConfig:
@@ -202,7 +203,12 @@ def _preprocess_chunk(
         base = base._replace(
             literal_special=_holds_special(noun, config.tokenizer), own_text=_own_text(noun)
         )
-        rows = render(config.template, noun, train_on=config.train_on)
+        rows = render(
+            config.template,
+            noun,
+            train_on=config.train_on,
+            prompt_weight=config.prompt_loss_weight,
+        )
         rendered += [(base, spans) for spans in rows]
     whole = [spans for _, spans in rendered if not isinstance(spans, Dropped)]
     encoded = iter(tokenize_rows(whole, config.tokenizer))
@@ -304,6 +310,7 @@ def cache_key(entry: Entry, config: PreprocessConfig) -> str:
         "tokenizer": config.tokenizer.fingerprint,
         "template": config.template.fingerprint,
         "train_on": config.train_on,
+        "prompt_loss_weight": config.prompt_loss_weight,
         "max_length": config.max_length,
         "truncation": config.truncation,
         "code": code_version(),

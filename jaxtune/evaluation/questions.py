@@ -5,16 +5,16 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jaxtune.cli import note, shows_notes
 from jaxtune.config import Config, ConfigError, DataError, DatasetConfig
-from jaxtune.data.dataset import Dataset, split
+from jaxtune.data.dataset import Dataset
 from jaxtune.data.formats import to_noun
-from jaxtune.data.open import open_entries
+from jaxtune.data.open import open_entries, open_sides
 from jaxtune.data.preprocess import format_of, read
 from jaxtune.data.report.columns import column_names, column_values
 from jaxtune.data.schema import Conversation
@@ -95,9 +95,11 @@ def entries_of(config: Config, dataset: str | None) -> Sequence[DatasetConfig]:
 def open_data(config: Config, entries: Sequence[DatasetConfig], codec: TextCodec) -> Dataset:
     """Open the examples; of the config's own datasets those that eval_split holds out."""
     with TokenizeProgress(quiet=not shows_notes()) as progress:
-        dataset = open_entries(config, entries, codec.tokenizer, codec.template, progress=progress)
-    if entries is config.datasets and config.eval_split:
-        _, dataset = split(dataset, config.eval_split, seed=config.seed)
+        if entries is config.datasets and config.eval_split:
+            _, held_out = open_sides(config, *codec, progress=progress)
+        else:
+            held_out = open_entries(config, entries, *codec, progress=progress)
+    dataset = cast(Dataset, held_out)
     for source in dataset.sources:
         for reason, dropped in source.stored.summary["dropped"].items():
             note(f"{source.path}: {dropped['count']} rows left out: {reason}")

@@ -254,6 +254,7 @@ def test_cache_key_follows_everything_that_makes_tokens(
         key(byte_level, entry, template="alpaca_original"),
         key(byte_level, entry, stop="<|im_end|>"),
         key(byte_level, entry, train_on="last"),
+        key(byte_level, entry, prompt_loss_weight=0.5),
         key(byte_level, entry, max_length=7),
         key(byte_level, entry, truncation="truncate"),
         key(byte_level, DatasetConfig(path=entry.path, format="alpaca")),

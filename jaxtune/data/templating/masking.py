@@ -56,15 +56,22 @@ Row = tuple[Span, ...]
 
 
 def render(
-    template: Template, noun: Conversation | Document, *, train_on: TrainOn = "assistant"
+    template: Template,
+    noun: Conversation | Document,
+    *,
+    train_on: TrainOn = "assistant",
+    prompt_weight: float = 0.0,
 ) -> tuple[Row | Dropped, ...]:
     """Render the rows of one record: mostly one; one per answer if the template rewrites history.
 
-    Joined, the spans of a row are the text as `apply_chat_template` renders it.
+    Joined, the spans of a row are the text as `apply_chat_template` renders it. What is no answer
+    to train weighs `prompt_weight`, with `train_on` "all" 1, times the weight of its own message;
+    so does an answer that `train_on` does not choose.
     """
     if isinstance(noun, Document):
         return (_document(template, noun.text),)
-    weights = _weights(noun, train_on)
+    background = 1.0 if train_on == "all" else prompt_weight
+    weights = _weights(noun, train_on, background)
     if isinstance(weights, Dropped):
         return (weights,)
     try:
@@ -77,16 +84,16 @@ def render(
     except jinja.TemplateFailed as error:
         return (Dropped(error.reason, str(error)),)
     turns = {i: _turn(template, conversation, i, full) for i in weights}
-    background = 1.0 if train_on == "all" else 0.0
-    whole = _cut(full, turns, weights, background)
+    in_prompt = {i for i, w in weights.items() if not w and noun.messages[i].weight is None}
+    whole = _cut(full, turns, weights | dict.fromkeys(in_prompt, background), background)
     if whole is None:
         trained = [max(weights)] if train_on == "all" else [i for i in weights if weights[i] > 0]
-        if train_on == "all" and any(_own_weight(m) for m in noun.messages[: trained[0]]):
+        if background and any(_own_weight(m) for m in noun.messages[: trained[-1]]):
             return (_UNPLACED,)
         return tuple(
             _alone(template, conversation, i, turns[i], weights[i], background) for i in trained
         )
-    placed = _weighted(template, conversation, full, whole) if train_on == "all" else whole
+    placed = _weighted(template, conversation, full, whole, background) if background else whole
     if isinstance(placed, Dropped):
         return (placed,)
     return (
@@ -158,8 +165,10 @@ def _masked(template: Template, noun: Conversation) -> MaskedConversation:
     return conversation
 
 
-def _weights(noun: Conversation, train_on: TrainOn) -> dict[int, float] | Dropped:
-    """Give the weight of each assistant message, by its index."""
+def _weights(
+    noun: Conversation, train_on: TrainOn, background: float
+) -> dict[int, float] | Dropped:
+    """Give the weight of each assistant message, by its index; 0 of those that are not chosen."""
     messages = noun.messages
     answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
     if not answers:
@@ -176,7 +185,7 @@ def _weights(noun: Conversation, train_on: TrainOn) -> dict[int, float] | Droppe
             empty = not message.content.strip() and not message.extra.get("tool_calls")
             if weights[i] > 0 and empty:
                 return Dropped("empty answer", f"message {i + 1}")
-        elif message.weight and train_on != "all":
+        elif message.weight and not background:
             return Dropped("weight on a message that is no answer", f"message {i + 1}")
     if not any(weights.values()):
         return Dropped("no answer to train", "every answer has weight 0")
@@ -327,7 +336,8 @@ def _cut(
 
 _UNPLACED = Dropped(
     "a message has a weight of its own, but the template does not show where it stands",
-    "use train_on: assistant, or a template that leaves earlier turns as they were",
+    "use train_on: assistant without prompt_loss_weight, or a template that leaves earlier turns "
+    "as they were",
 )
 
 
@@ -336,9 +346,9 @@ def _own_weight(message: Message) -> bool:
 
 
 def _weighted(
-    template: Template, conversation: MaskedConversation, full: str, row: Row
+    template: Template, conversation: MaskedConversation, full: str, row: Row, background: float
 ) -> Row | Dropped:
-    """Give messages in `row` (all of `full`) that are no answers the weights they bring."""
+    """Scale messages in `row` (all of `full`) that are no answers by the weights they bring."""
     for i, message in enumerate(conversation.messages):
         weight = message.weight
         if message.role == "assistant" or weight is None or not _own_weight(message):
@@ -350,7 +360,7 @@ def _weighted(
             return _UNPLACED
         if not (full.startswith(behind) and behind.startswith(before)):
             return _UNPLACED
-        row = _between(row, len(before), len(behind), weight)
+        row = _between(row, len(before), len(behind), weight * background)
     return row
 
 
