@@ -20,7 +20,7 @@ from jaxtune.hf.peft.read import on_model, open_adapter
 from jaxtune.hf.peft.write import WrittenAdapter, write_adapter
 from jaxtune.inference.load import open_codec
 from jaxtune.parallel.mesh import make_mesh
-from jaxtune.reporting.model_card import model_card
+from jaxtune.reporting.model_card import model_card, trained_text
 from jaxtune.storage import object_store
 from jaxtune.storage.jsonl import last_rows
 from jaxtune.storage.safe_read import read_text
@@ -122,6 +122,7 @@ def _export_run(
             base=model.name,
             random_start=config.init == "random",
             template=template.name,
+            trained=trained_text(config),
             metrics=last_rows(run_dir / "metrics.jsonl", step),
             data={"step": step, "datasets": [entry.path for entry in config.datasets]},
             config=dump(config),

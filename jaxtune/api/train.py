@@ -44,7 +44,7 @@ from jaxtune.parallel import heartbeat, memory, processes
 from jaxtune.parallel.chips import set_compiler_flags
 from jaxtune.parallel.mesh import make_mesh, platform_of, sizes_of
 from jaxtune.reporting.data import held_out_report
-from jaxtune.reporting.model_card import model_card
+from jaxtune.reporting.model_card import model_card, trained_text
 from jaxtune.reporting.starts import record_start
 from jaxtune.reporting.write import after_training
 from jaxtune.spec import flops_per_token
@@ -477,6 +477,7 @@ def _export(
             metrics=last_rows(run.run_dir / "metrics.jsonl", step, best=best),
             data=report,
             template=template.name,
+            trained=trained_text(config),
             config=dump(config),
         ),
     )

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from jaxtune import __version__
+from jaxtune.config import Config
 from jaxtune.evaluation.tables import LEGEND, Sheet, judge_lines, sheets
 
 _BEGIN, _END = "<!-- evaluation -->", "<!-- end of evaluation -->"
@@ -21,14 +22,15 @@ def model_card(
     base: str,
     random_start: bool,
     template: str,
+    trained: str,
     metrics: Mapping[str, Mapping[str, Any]],
     data: Mapping[str, Any],
     config: str,
 ) -> str:
     """Write Markdown with the YAML header that the Hugging Face hub reads.
 
-    `metrics` holds the last "train" and "eval" rows; `data` is the data report; `config` the
-    resolved config as YAML, which repeats the run.
+    `trained` is of `trained_text`; `metrics` holds the last "train" and "eval" rows; `data` is the
+    data report; `config` the resolved config as YAML, which repeats the run.
     """
     header: dict[str, Any] = {
         "library_name": "transformers",
@@ -52,7 +54,7 @@ def model_card(
 
 Trained with [jaxtune](https://pypi.org/project/jaxtune/) {__version__} from {start} of
 {_code(base)}, with the prompt template {_code(template)} (saved as `chat_template.jinja`). The loss
-was taken on the answers only, their end of turn included.
+{trained}.
 
 ## Result
 
@@ -68,6 +70,20 @@ was taken on the answers only, their end of turn included.
 
 {_fenced("yaml", config.strip())}
 """
+
+
+def trained_text(config: Config) -> str:
+    """Say of which tokens the loss was, and of which kind, as the end of a sentence."""
+    answers = {
+        "all": "every token",
+        "last": "the last answer of each conversation, its end of turn included",
+        "assistant": "the answers only, their end of turn included",
+    }[config.train_on]
+    if config.prompt_loss_weight:
+        answers = answers.replace(" only", "")
+        answers += f", and on prompts with a weight of {config.prompt_loss_weight:g}"
+    kind = "" if config.loss_type == "nll" else f" ({config.loss_type})"
+    return f"was taken on {answers}{kind}"
 
 
 def with_evaluation(card: str, evaluation: Mapping[str, Any]) -> str:

@@ -3,17 +3,32 @@
 import json
 import re
 
+import pytest
 import yaml
 
-from jaxtune.reporting.model_card import model_card, with_evaluation
+from jaxtune.config import Config
+from jaxtune.reporting.model_card import model_card, trained_text, with_evaluation
 
 CARD = {
     "random_start": False,
     "template": "chatml",
+    "trained": "was taken on the answers only, their end of turn included",
     "metrics": {"train": {"step": 7, "loss": 0.5, "by_dataset": {}}, "eval": {"eval_loss": 0.25}},
     "data": {"examples": 3},
     "config": "seed: 0",
 }
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"train_on": "all"}, "was taken on every token"),
+        ({"prompt_loss_weight": 0.1, "loss_type": "dft"}, "was taken on the answers, their end of "
+         "turn included, and on prompts with a weight of 0.1 (dft)"),
+    ],
+)  # fmt: skip
+def test_what_the_loss_was_taken_on_is_what_the_config_says(fields, text):
+    assert trained_text(Config(**fields)) == text
 
 
 def _header(card: str) -> dict:
@@ -29,6 +44,7 @@ def test_base_data_metrics_and_config_are_there():
         "base_model": "acme/tiny",
     }
     assert "# tiny, instruction-tuned" in card
+    assert "The loss\nwas taken on the answers only, their end of turn included." in card
     assert "the weights of\n`acme/tiny`, with the prompt template `chatml`" in card
     assert "| loss | 0.5 |\n| eval_loss | 0.25 |" in card
     assert '```json\n{\n "examples": 3\n}\n```' in card
