@@ -350,8 +350,8 @@ def _verify(written: Sequence[WrittenRun]) -> None:
 def _verify_headers(folder: Path, plans: Sequence[ShardPlan]) -> None:
     """Open the folder as anyone will."""
     planned = {name: place for plan in plans for name, place in plan.tensors.items()}
-    found = {name: (t.dtype, t.shape, t.start) for name, t in open_tensors(folder).items()}
-    if found != planned:
+    read_back = {name: (t.dtype, t.shape, t.start) for name, t in open_tensors(folder).items()}
+    if read_back != planned:
         raise ConfigError(f"{folder}: its headers read back other than written. Check the disk.")
 
 

@@ -38,7 +38,7 @@ def is_adapter(name: str) -> bool:
     return (folder / ADAPTER).is_file() and not (folder / MODEL).exists()
 
 
-@functools.cache  # every door asks several times
+@functools.cache  # every command asks several times
 def _is_adapter_there(url: str) -> bool:
     marks = (object_store.join(url, mark) for mark in (ADAPTER, MODEL))
     adapter, model = (object_store.find(mark) is not None for mark in marks)

@@ -171,8 +171,8 @@ class Placed:
     def step(self, index: Index | None = None) -> int:
         """Of how many indices of the tensor's first axis a block has about `BLOCK` values."""
         ranges = self._ranges(index)
-        kept = [len(ranges[axis]) for axis in self._kept if axis != self._unfolded[0]]
-        return max(1, BLOCK // max(1, math.prod(kept)))
+        lengths = [len(ranges[axis]) for axis in self._kept if axis != self._unfolded[0]]
+        return max(1, BLOCK // max(1, math.prod(lengths)))
 
     def blocks(self, index: Index | None = None, step: int | None = None) -> Iterator[Index]:
         """Cut `index` of the parameter into parts of one tensor each, whole rows of it.

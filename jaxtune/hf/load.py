@@ -247,15 +247,15 @@ def _read_rows(model: HfModel, name: str, index: Index) -> np.ndarray:
     assert model.new is not None
     tensor = model.tensors[name]
     have = tensor.shape[0]
-    wanted = range(*index[0].indices(model.spec.vocab))
-    inside = slice(min(wanted.start, have), min(wanted.stop, have))
-    found = fetch(tensor, (inside, *index[1:]))
-    values = np.empty((len(wanted), *found.shape[1:]), found.dtype)
-    values[: len(found)] = found
+    rows = range(*index[0].indices(model.spec.vocab))
+    inside = slice(min(rows.start, have), min(rows.stop, have))
+    stored = fetch(tensor, (inside, *index[1:]))
+    values = np.empty((len(rows), *stored.shape[1:]), stored.dtype)
+    values[: len(stored)] = stored
     mean = model.mean_rows[name][index[1:]]
-    for row in {*range(max(wanted.start, have), wanted.stop), *model.new.ids}:
-        if row in wanted:
-            values[row - wanted.start] = mean
+    for row in {*range(max(rows.start, have), rows.stop), *model.new.ids}:
+        if row in rows:
+            values[row - rows.start] = mean
     return values
 
 
@@ -306,19 +306,19 @@ def _whole(shape: tuple[int, ...]) -> Index:
 
 def _account(model: HfModel) -> None:
     """Every parameter finds its tensors, every tensor its parameter, in the right shape."""
-    wanted = {
+    expected = {
         piece.name: placed.tensor_shape
         for placed in model.placed.values()
         for piece in placed.pieces()
     }
-    missing = [name for name in wanted if name not in model.tensors]
-    extra = [name for name in model.tensors if name not in wanted and not _ignored(model, name)]
+    missing = [name for name in expected if name not in model.tensors]
+    extra = [name for name in model.tensors if name not in expected and not _ignored(model, name)]
     wrong = [
         f"{name} is {list(model.tensors[name].shape)}, config.json says {list(shape)}"
-        for name, shape in wanted.items()
+        for name, shape in expected.items()
         if name in model.tensors and model.tensors[name].shape != shape
     ]
-    for name in wanted.keys() & model.tensors.keys():
+    for name in expected.keys() & model.tensors.keys():
         model.tensors[name].dtype  # noqa: B018  raises when it is none that can be read
     kind = model.config["model_type"]
     faults = [
@@ -326,11 +326,10 @@ def _account(model: HfModel) -> None:
         _fault(extra, f"without a row in family '{kind}'"),
         _fault(wrong, "of another shape"),
     ]
-    found = [fault for fault in faults if fault]
-    if found:
+    if any(faults):
         raise ModelError(
-            f"{model.folder}: {'; '.join(found)}. config.json and the weights do not belong "
-            "together, or the model is of another family than config.json says."
+            f"{model.folder}: {'; '.join(filter(None, faults))}. config.json and the weights do not "
+            "belong together, or the model is of another family than config.json says."
         )
 
 

@@ -57,11 +57,11 @@ def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Source]:
 
     Raises `ModelError` for a piece whose other one is absent or does not fit it.
     """
-    found: dict[str, Source] = {}
+    sources: dict[str, Source] = {}
     for name, tensor in tensors.items():
         stem, _, kind = name.rpartition("_")
         if kind not in ("blocks", "scales"):
-            found[name] = tensor
+            sources[name] = tensor
             continue
         other = f"{stem}_{'scales' if kind == 'blocks' else 'blocks'}"
         if other not in tensors:
@@ -69,8 +69,8 @@ def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Source]:
         if stem in tensors:
             raise ModelError(f"{tensor.file}: {name} and {stem} are the same weights twice.")
         if kind == "blocks":
-            found[stem] = _paired(stem, tensor, tensors[other])
-    return found
+            sources[stem] = _paired(stem, tensor, tensors[other])
+    return sources
 
 
 def _paired(name: str, blocks: Tensor, scales: Tensor) -> Packed:

@@ -80,9 +80,9 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
             "opened and is never read. Use a revision with safetensors, or convert the folder "
             "first."
         )
-    found = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in folder.iterdir())
     raise ModelError(
-        f"{folder}: no weights: expected {SINGLE} or {INDEX}; found {some(found, 12) or 'nothing'}."
+        f"{folder}: no weights: expected {SINGLE} or {INDEX}; found {some(names, 12) or 'nothing'}."
         " To start from random weights set init: random."
     )
 

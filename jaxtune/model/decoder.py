@@ -305,25 +305,25 @@ def empty_cache(spec: ModelSpec, *, rows: int, length: int, dtype: DTypeLike) ->
     }
 
 
-def in_slots(cache: Cache, kept: Cache, rows: jax.Array, lengths: jax.Array) -> Cache:
+def in_slots(cache: Cache, new: Cache, rows: jax.Array, lengths: jax.Array) -> Cache:
     """`cache` with what `forward` was to `keep` of texts of `lengths` `[R]` in its `rows` `[R]`.
 
     Rows that the cache does not have are left out. A text longer than a layer's slots leaves its
     end there.
     """
 
-    def write(slots_LBGSK: jax.Array, kept_LRGTK: jax.Array) -> jax.Array:
-        S, T = slots_LBGSK.shape[3], kept_LRGTK.shape[3]
+    def write(slots_LBGSK: jax.Array, new_LRGTK: jax.Array) -> jax.Array:
+        S, T = slots_LBGSK.shape[3], new_LRGTK.shape[3]
         if S < T:
             last_R1 = lengths[:, None] - 1
             # The latest position that has the slot; below 0 it is not in use yet.
             held_RS = last_R1 - (last_R1 - jnp.arange(S)[None, :]) % S
             at_1R1S1 = jnp.maximum(held_RS, 0)[None, :, None, :, None]
-            kept_LRGTK = jnp.take_along_axis(kept_LRGTK, at_1R1S1, axis=3)
-        slots_LBGSK = slots_LBGSK.at[:, rows, :, : kept_LRGTK.shape[3]].set(kept_LRGTK, mode="drop")
+            new_LRGTK = jnp.take_along_axis(new_LRGTK, at_1R1S1, axis=3)
+        slots_LBGSK = slots_LBGSK.at[:, rows, :, : new_LRGTK.shape[3]].set(new_LRGTK, mode="drop")
         return mesh.constrain(slots_LBGSK, *CACHE_AXES)
 
-    filled: Cache = jax.tree.map(write, cache, kept)
+    filled: Cache = jax.tree.map(write, cache, new)
     return filled
 
 
@@ -383,7 +383,7 @@ class Decoder(nn.Module):
             for kind in kinds_of_rope(spec)
         )
         context = AttentionContext(segment_ids_BT, positions_BT, rotations, *row)
-        kept: Cache = {}
+        caches: Cache = {}
         for i, stack in enumerate(spec.stacks):
             name = f"stack_{i}"
             scanned = nn.scan(
@@ -405,13 +405,13 @@ class Decoder(nn.Module):
                 scanned=stack.repeats > 1,
                 name=name,
             )
-            x_BTD, kept[name] = repeated(x_BTD, None if cache is None else cache[name], context)
+            x_BTD, caches[name] = repeated(x_BTD, None if cache is None else cache[name], context)
         x_BTD = _norm(spec, self.config, "final_norm")(x_BTD)
 
         kernel = table_VD
         if not spec.tie_head:
             kernel = Matrix("kernel", "DV", sizes, self.config, name="head")()
-        return x_BTD, kernel, kept if self.keep or cache is not None else None
+        return x_BTD, kernel, caches if self.keep or cache is not None else None
 
 
 class Pattern(nn.Module):

@@ -181,36 +181,36 @@ class Projection(nn.Module):
             return lambda: stored, lambda x: _product(self.equation, x, stored)
 
         inputs = sum(letter not in output for letter in letters)
-        kept = quantised_weight(self, lora, letters, letters[:inputs], self.sizes)
+        quantised = quantised_weight(self, lora, letters, letters[:inputs], self.sizes)
 
-        def dequantised(kept: quantise.Stored) -> jax.Array:
+        def dequantised(leaves: quantise.Stored) -> jax.Array:
             dtype = self.config.compute
-            return quantise.dequantise(kept, kind=lora.base, inputs=inputs, dtype=dtype)
+            return quantise.dequantise(leaves, kind=lora.base, inputs=inputs, dtype=dtype)
 
         # What the backward pass needs is made again from the codes, whatever `remat` keeps.
-        product = jax.checkpoint(lambda x, kept: _product(self.equation, x, dequantised(kept)))
-        return lambda: dequantised(kept), lambda x: product(x, kept)
+        product = jax.checkpoint(lambda x, leaves: _product(self.equation, x, dequantised(leaves)))
+        return lambda: dequantised(quantised), lambda x: product(x, quantised)
 
 
 def quantised_weight(
     module: nn.Module, lora: Lora, letters: str, shared: str, sizes: Mapping[str, int]
 ) -> quantise.Stored:
     """The leaves of `module`'s quantised kernel, gathered over `fsdp` while they are small."""
-    found = quantise.leaves(lora.base, letters, shared, sizes, double=lora.double_quant)
+    leaves = quantise.leaves(lora.base, letters, shared, sizes, double=lora.double_quant)
     axes = {
         name: tuple(WEIGHT_AXES.get(letter) for letter in leaf.letters)
-        for name, leaf in found.items()
+        for name, leaf in leaves.items()
     }
 
     def new(key: jax.Array) -> dict[str, PartitionedParam]:
         return {
             name: PartitionedParam(jnp.zeros(leaf.shape, leaf.dtype), axes[name])
-            for name, leaf in found.items()
+            for name, leaf in leaves.items()
         }
 
     stored = _stored(module, "kernel", new)
     return {
-        name: collectives.all_gathered(leaf, axes[name], found[name].shape, leaf.dtype)
+        name: collectives.all_gathered(leaf, axes[name], leaves[name].shape, leaf.dtype)
         for name, leaf in stored.items()
     }
 

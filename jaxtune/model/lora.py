@@ -99,8 +99,8 @@ def adapt(
     dropped = x
     if lora.dropout and module.has_rng("dropout"):
         below = min(round(lora.dropout * 2**32), 2**32 - 1)  # the draws that leave a number out
-        kept = collectives.bits(module.make_rng("dropout"), x.shape) >= jnp.uint32(below)
-        dropped = jnp.where(kept, x / (1 - lora.dropout), jnp.zeros((), x.dtype))
+        remains = collectives.bits(module.make_rng("dropout"), x.shape) >= jnp.uint32(below)
+        dropped = jnp.where(remains, x / (1 - lora.dropout), jnp.zeros((), x.dtype))
     low = jnp.einsum(f"{of_x},{shared}R->{rows}R", dropped, a)
     delta = jnp.einsum(f"{rows}R,R{added}->{output}", low, b) * lora.scale
     if not lora.dora:

@@ -146,9 +146,9 @@ class Bank(nn.Module):
             kernel = self._declared("kernel", self.letters, axes, spread)
         if not self.bias:
             return kernel, None
-        kept = self.letters[:-2] + self.letters[-1]
-        axes = tuple("norm" if letter == "D" else self.axes[letter] for letter in kept)
-        return kernel, self._declared("bias", kept, axes, nn.initializers.zeros)
+        letters = self.letters[:-2] + self.letters[-1]
+        axes = tuple("norm" if letter == "D" else self.axes[letter] for letter in letters)
+        return kernel, self._declared("bias", letters, axes, nn.initializers.zeros)
 
     def _declared(
         self, leaf: str, letters: str, axes: tuple[str, ...], initialiser: Callable[..., jax.Array]

@@ -90,15 +90,15 @@ def quantise(kernel: jax.Array, *, kind: str, inputs: int, double: bool) -> dict
     for low, high in itertools.pairwise(NF4):
         codes += unit > (low + high) / 2
     codes = codes.reshape(-1, *flat.shape[1:])[: len(flat)].astype(jnp.uint4)
-    found = {"codes": codes.reshape(kernel.shape), "scales": scales}
+    stored = {"codes": codes.reshape(kernel.shape), "scales": scales}
     if not double:
-        return found
+        return stored
     mean = jnp.mean(scales)
     around = _blocked(scales.reshape(-1) - mean, SCALES_BLOCK)
     outer = jnp.max(jnp.abs(around), axis=1) / 127
     small = jnp.round(around / jnp.where(outer == 0, 1.0, outer)[:, None]).astype(jnp.int8)
     small = small.reshape(-1)[: scales.size].reshape(scales.shape)
-    return {**found, "scales": small, "outer_scales": outer, "outer_mean": mean}
+    return {**stored, "scales": small, "outer_scales": outer, "outer_mean": mean}
 
 
 def dequantise(stored: Stored, *, kind: str, inputs: int, dtype: DTypeLike) -> jax.Array:

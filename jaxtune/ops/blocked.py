@@ -142,16 +142,16 @@ def _mix(
 
 
 def _backward(
-    static: _BlockStatic, kept: Any, d_out: jax.Array
+    static: _BlockStatic, residuals: Any, d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None, jax.Array | None]:
-    q, k, v, mask, sinks, out, logs_BnGq = kept
+    q, k, v, mask, sinks, out, logs_BnGq = residuals
     S, G = k.shape[1:3]
     inner_BTH = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     inner_BnGq = _split(inner_BTH[..., None], static.t, G)[..., 0]
     d_out_BnGqK = _split(d_out, static.t, G)
 
-    def of_row(given: tuple[_Row, jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-        row, logs_nGq, inner_nGq, d_out_nGqK = given
+    def of_row(row_values: tuple[_Row, jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        row, logs_nGq, inner_nGq, d_out_nGqK = row_values
         zeros_mGsK = jnp.zeros(row.k.shape, jnp.float32)
         sums = functools.partial(_slopes, row, static, logs_nGq, inner_nGq, d_out_nGqK)
         (d_k, d_v), d_q = jax.lax.scan(sums, (zeros_mGsK, zeros_mGsK), jnp.arange(row.q.shape[0]))

@@ -59,9 +59,9 @@ def plan_loss(
     return LossPlan(chunk, -(-tokens // chunk), part, -(-size // part), z_loss, whole_kernel)
 
 
-def _even_block(size: int, wanted: int) -> int:
-    """Width of `wanted` blocks or up to twice as many: whole tiles, with the least overlap."""
-    if wanted == 1:
+def _even_block(size: int, least: int) -> int:
+    """Width of `least` blocks or up to twice as many: whole tiles, with the least overlap."""
+    if least == 1:
         return size
 
     def width(blocks: int) -> int:
@@ -70,4 +70,4 @@ def _even_block(size: int, wanted: int) -> int:
     def overlap(blocks: int) -> int:
         return width(blocks) * -(-size // width(blocks)) - size
 
-    return width(min(range(wanted, 2 * wanted), key=overlap))
+    return width(min(range(least, 2 * least), key=overlap))

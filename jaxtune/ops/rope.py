@@ -127,8 +127,8 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = 
         first_BTHk * cos_BT1k - second_BTHk * sin_BT1k,
         second_BTHk * cos_BT1k + first_BTHk * sin_BT1k,
     )
-    kept = (x[..., 2 * k :],) if x.shape[-1] > 2 * k else ()
-    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), *kept], axis=-1)
+    unrotated = (x[..., 2 * k :],) if x.shape[-1] > 2 * k else ()
+    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), *unrotated], axis=-1)
 
 
 def grown(rope: RopeSpec, x: jax.Array, positions: jax.Array) -> jax.Array:

@@ -42,8 +42,8 @@ def blocks(length: int, queries: int, head_dim: int) -> BlockSizes:
     The fused kernel makes scores once less, for `length / keys` partial sums of dq. Beyond
     `PARTS` of them there are two kernels: at 32k and two heads 169 MiB instead of 576.
     """
-    wanted = 1024 if length > 4096 and head_dim <= 128 else 512
-    keys = math.gcd(length, wanted)
+    longest = 1024 if length > 4096 and head_dim <= 128 else 512
+    keys = math.gcd(length, longest)
     return BlockSizes(math.gcd(queries, keys), keys, min(keys, 512), length // keys <= PARTS)
 
 

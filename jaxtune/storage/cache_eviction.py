@@ -29,19 +29,19 @@ class _Cached(NamedTuple):
 
 
 def limit(place: Path) -> float:
-    """Bytes that all that is kept may take: JAXTUNE_CACHE_GB, else half of the disk of `place`.
+    """Bytes that all cached folders may take: JAXTUNE_CACHE_GB, else half of the disk of `place`.
     Raises `ConfigError`."""
-    given = os.environ.get(_VARIABLE)
-    if not given:
+    setting = os.environ.get(_VARIABLE)
+    if not setting:
         return shutil.disk_usage(place).total / 2
     try:
-        size = float(given)
+        size = float(setting)
     except ValueError:
         size = math.nan
     if not size >= 0:
         raise ConfigError(
-            f"{_VARIABLE} is '{given}'; expected gigabytes, such as 200, that what is fetched may "
-            "take."
+            f"{_VARIABLE} is '{setting}'; expected gigabytes, such as 200, that what is fetched "
+            "may take."
         )
     return size * 1e9
 
@@ -67,17 +67,17 @@ def evict(needed: int, places: Iterable[Path]) -> None:
     there = [place for place in places if place.is_dir()]
     if not there:
         return
-    kept = [found for place in there for found in _kept(place)]
-    over = sum(each.size for each in kept) + needed - limit(there[0])
-    for each in sorted(kept, key=lambda found: found.used):
+    cached = [folder for place in there for folder in _cached(place)]
+    over = sum(each.size for each in cached) + needed - limit(there[0])
+    for each in sorted(cached, key=lambda each: each.used):
         if over <= 0:
             return
         if _removed(each.folder):
             over -= each.size
 
 
-def _kept(place: Path) -> list[_Cached]:
-    found = []
+def _cached(place: Path) -> list[_Cached]:
+    cached = []
     for folder in place.iterdir():
         if folder.name.startswith(_GOING):  # of a process that was killed
             shutil.rmtree(folder, ignore_errors=True)
@@ -87,8 +87,8 @@ def _kept(place: Path) -> list[_Cached]:
                 used = (mark if mark.exists() else folder).stat().st_mtime
             except FileNotFoundError:  # another process removes it
                 continue
-            found.append(_Cached(folder, _size(folder), used))
-    return found
+            cached.append(_Cached(folder, _size(folder), used))
+    return cached
 
 
 def _size(folder: Path) -> int:

@@ -19,8 +19,8 @@ _WORDS = {word: float(word) for word in ("inf", "-inf", "nan")}
 
 def number(value: Any) -> float | str:
     """As JSON can hold it: what is not finite is text."""
-    found = float(value)
-    return found if math.isfinite(found) else str(found)
+    as_float = float(value)
+    return as_float if math.isfinite(as_float) else str(as_float)
 
 
 def as_json(row: Mapping[str, Any]) -> str:
@@ -50,19 +50,19 @@ def keep_rows_up_to(path: Path, step: int, *, due: bool = False) -> None:
         again = due and row["step"] == step and row.get("kind") != "train"
         return bool(row["step"] <= step and not again)
 
-    kept = [line + "\n" for line, row in _lines(path) if stays(row)]
-    write_whole(path, "".join(kept))
+    remaining = [line + "\n" for line, row in _lines(path) if stays(row)]
+    write_whole(path, "".join(remaining))
 
 
 def last_rows(path: Path, step: int, *, best: int | None = None) -> dict[str, Row]:
     """By kind the last row of metrics.jsonl up to `step`; with `best`, of evaluations only that
     step's. Empty where there is no file."""
-    found: dict[str, Row] = {}
+    last_of_kind: dict[str, Row] = {}
     for _, row in _lines(path) if path.exists() else ():
         of_other = best is not None and row.get("kind") == "eval" and row["step"] != best
         if row["step"] <= step and "kind" in row and not of_other:
-            found[row["kind"]] = from_json(row)
-    return found
+            last_of_kind[row["kind"]] = from_json(row)
+    return last_of_kind
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Row]]:

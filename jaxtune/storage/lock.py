@@ -47,7 +47,7 @@ def held(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
 
 
 def _lock(file: int, folder: Path, note: Callable[[str], None]) -> None:
-    began, said = time.monotonic(), False
+    began, noted = time.monotonic(), False
     while not _locked(file):
         holder, machine = _holder(file)
         here = machine in ("", platform.node())
@@ -58,9 +58,9 @@ def _lock(file: int, folder: Path, note: Callable[[str], None]) -> None:
                 "runs would remove each other's checkpoints. Wait for it or end it, or choose "
                 "another output_dir."
             )
-        if not said:
+        if not noted:
             note(f"output_dir {folder}: {holder} is writing there; waiting {limit:g} s for its end")
-            said = True
+            noted = True
         time.sleep(_LOOK_SECONDS)
 
 

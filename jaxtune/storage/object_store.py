@@ -89,10 +89,10 @@ def find(url: str) -> Item | None:
 
     def ask() -> Item | None:
         try:
-            found = system.info(path)
+            info = system.info(path)
         except FileNotFoundError:
             return None
-        return _item(url, found) if found["type"] == "file" else None
+        return _item(url, info) if info["type"] == "file" else None
 
     return _tried(url, "read", ask)
 
@@ -108,17 +108,17 @@ def listed(url: str) -> list[Item]:
             return {}
 
     below = f"{path.rstrip('/')}/"
-    found = _tried(url, "listed", ask)
+    entries = _tried(url, "listed", ask)
     # A name that ends with a slash is how some tools show a folder.
-    names = (name for name in sorted(found) if name.startswith(below) and name[-1] != "/")
-    return [_item(url, found[name]) for name in names if found[name]["type"] == "file"]
+    names = (name for name in sorted(entries) if name.startswith(below) and name[-1] != "/")
+    return [_item(url, entries[name]) for name in names if entries[name]["type"] == "file"]
 
 
 def matching(pattern: str) -> list[Item]:
     """List the objects that a glob names, by name; `**` reaches into folders."""
     system, path = _opened(pattern)
-    found = _tried(pattern, "listed", lambda: dict(system.glob(path, detail=True)))
-    items = [found[name] for name in sorted(found) if found[name]["type"] == "file"]
+    entries = _tried(pattern, "listed", lambda: dict(system.glob(path, detail=True)))
+    items = [entries[name] for name in sorted(entries) if entries[name]["type"] == "file"]
     return [_item(pattern, item) for item in items]
 
 
@@ -275,9 +275,9 @@ def download(url: str, patterns: Sequence[str]) -> Path:
         names = {name_of(item.url) for item in direct}
         if place == url and not names & _MODEL_FILES and find(join(url, "hf", "config.json")):
             continue
-        found = [i for i in direct if any(fnmatch.fnmatch(name_of(i.url), p) for p in patterns)]
-        if found:
-            return cached(found)
+        files = [i for i in direct if any(fnmatch.fnmatch(name_of(i.url), p) for p in patterns)]
+        if files:
+            return cached(files)
     raise StoreError(
         f"{url}: no model there: expected {', '.join(patterns)} in that folder of the store. "
         "Check the name and that you may read it."
@@ -297,8 +297,8 @@ def _plain_name(item: Item) -> str:
 def _opened(url: str) -> tuple[Any, str]:
     """(fsspec's file system, the path in it). Raises `ConfigError` for one that we do not know, or
     whose package is missing."""
-    found = _URL.match(url)
-    scheme = found.group(1) if found else ""
+    match = _URL.match(url)
+    scheme = match.group(1) if match else ""
     if scheme not in _SCHEMES:
         raise ConfigError(
             f"{url}: {scheme or 'no'}:// is none of the stores that can be read and written: "
@@ -341,18 +341,18 @@ def _system(scheme: str) -> Any:
         raise StoreError(f"{scheme}://: cannot be opened: {reason(error)}.") from error
 
 
-def _item(asked: str, found: dict[str, Any]) -> Item:
-    scheme = _URL.match(asked)
+def _item(url: str, info: dict[str, Any]) -> Item:
+    scheme = _URL.match(url)
     assert scheme is not None
-    name = str(found["name"]).lstrip("/")
-    etag = str(found.get("ETag") or "").strip('"')
-    if "md5Hash" in found:
-        md5: str | None = _hex(str(found["md5Hash"]))
+    name = str(info["name"]).lstrip("/")
+    etag = str(info.get("ETag") or "").strip('"')
+    if "md5Hash" in info:
+        md5: str | None = _hex(str(info["md5Hash"]))
     else:
         md5 = etag if re.fullmatch(r"[0-9a-f]{32}", etag) else None
-    made = found.get("created")  # in memory: a time, or its seconds
-    stamp = found.get("generation") or etag or getattr(made, "timestamp", lambda: made)()
-    return Item(f"{scheme.group(0)}{name}", int(found["size"]), str(stamp), md5)
+    made = info.get("created")  # in memory: a time, or its seconds
+    stamp = info.get("generation") or etag or getattr(made, "timestamp", lambda: made)()
+    return Item(f"{scheme.group(0)}{name}", int(info["size"]), str(stamp), md5)
 
 
 def _hex(base64_text: str) -> str:
@@ -383,16 +383,16 @@ def _local(error: Exception) -> bool:
 def _explained(url: str, done: str, error: Exception) -> StoreError:
     if isinstance(error, FileNotFoundError):
         return StoreError(f"{url}: cannot be {done}: no such object, or no such bucket.")
-    said = reason(error).rstrip(".")
+    why = reason(error).rstrip(".")
     if _local(error):
-        return StoreError(f"{url}: cannot be {done}: here, {said}. Free some space.")
-    if isinstance(error, PermissionError) or _REFUSED.search(said):
+        return StoreError(f"{url}: cannot be {done}: here, {why}. Free some space.")
+    if isinstance(error, PermissionError) or _REFUSED.search(why):
         return StoreError(
-            f"{url}: cannot be {done}: {said}. The store asks for credentials that may do that: "
+            f"{url}: cannot be {done}: {why}. The store asks for credentials that may do that: "
             "gcloud auth application-default login, the VM's service account, or AWS_ACCESS_KEY_ID "
             "and AWS_SECRET_ACCESS_KEY."
         )
-    return StoreError(f"{url}: cannot be {done}: {type(error).__name__}: {said}.", passes=True)
+    return StoreError(f"{url}: cannot be {done}: {type(error).__name__}: {why}.", passes=True)
 
 
 def _all(act: Callable[[Any], T], things: Iterable[Any]) -> list[T]:

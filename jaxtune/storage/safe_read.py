@@ -93,12 +93,12 @@ def parse_json(text: bytes) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    values = dict(pairs)
+    if len(values) != len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in found if keys.count(key) > 1)
+        twice = next(key for key in values if keys.count(key) > 1)
         raise ValueError(f"key {shown(twice)} stands there twice")
-    return found
+    return values
 
 
 def shown(name: Any, width: int = 80) -> str:

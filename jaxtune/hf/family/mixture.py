@@ -61,11 +61,11 @@ def _moe(config: Config, **fields: Any) -> MoeSpec:
     Version 5 writes `num_experts` as `num_local_experts`.
     """
     key = "num_local_experts" if "num_local_experts" in config else "num_experts"
-    asked = bool(config["output_router_logits"])  # transformers then adds the loss in training
     return MoeSpec(
         size(config, key),
         size(config, "num_experts_per_tok"),
-        aux_coef=number(config, "router_aux_loss_coef") if asked else 0.0,
+        # Where router logits are an output transformers adds the loss in training.
+        aux_coef=number(config, "router_aux_loss_coef") if config["output_router_logits"] else 0.0,
         **fields,
     )
 

@@ -68,8 +68,8 @@ class Wrapper:
         lm_head -> lm_head, language_model.lm_head
         """
         own = f"{name}."
-        found = [own, *(a + own.removeprefix(b) for a, b in self.prefixes if own.startswith(b))]
-        return tuple(each.removesuffix(".") for each in found)
+        spellings = [own, *(a + own.removeprefix(b) for a, b in self.prefixes if own.startswith(b))]
+        return tuple(each.removesuffix(".") for each in spellings)
 
 
 def _with_images(family: str) -> Wrapper:

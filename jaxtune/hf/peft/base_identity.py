@@ -40,13 +40,13 @@ def _digest_now(file: Path, folder: Path, identity: tuple[int, ...]) -> str:
     with open(open_inside(file, folder), "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         start = stream.read(8)
-        found = hashlib.sha256(str(size).encode() + start)
-        found.update(stream.read(int.from_bytes(start, "little")))
+        digest = hashlib.sha256(str(size).encode() + start)
+        digest.update(stream.read(int.from_bytes(start, "little")))
         begin = stream.tell()
         for place in np.linspace(begin, max(begin, size - _SAMPLE), _SAMPLES).astype(int):
             stream.seek(int(place))
-            found.update(stream.read(_SAMPLE))
-    return found.hexdigest()
+            digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()
 
 
 def base_meta(model: HfModel) -> dict[str, Any]:

@@ -54,8 +54,8 @@ class Adapter(NamedTuple):
     @property
     def tokens(self) -> tuple[int, ...]:
         """Ids whose rows of embedding and head the adapter brings."""
-        given = self.config.get("trainable_token_indices")
-        lists = list(given.values()) if isinstance(given, Mapping) else [given or []]
+        indices = self.config.get("trainable_token_indices")
+        lists = list(indices.values()) if isinstance(indices, Mapping) else [indices or []]
         if any(each != lists[0] for each in lists):
             raise ModelError(
                 f"{self.folder / CONFIG}: other tokens in each table; expected the same."
@@ -135,18 +135,20 @@ def _check_types(config: Mapping[str, Any], file: Path) -> None:
     if not isinstance(config.get("r", 8), int):
         raise wrong("r", "a whole number")
     for key in ("alpha_pattern", "rank_pattern"):
-        found = config.get(key) or {}
-        if not isinstance(found, dict) or not all(_is_number(value) for value in found.values()):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(
+            _is_number(value) for value in patterns.values()
+        ):
             raise wrong(key, "numbers by module")
-        for pattern in found:
+        for pattern in patterns:
             try:
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError):
                 raise wrong(key, "patterns of module names as keys") from None
             if not is_quick(pattern):
                 raise wrong(key, "patterns with at most four repeats and no repeated group")
-    given = config.get("trainable_token_indices") or []
-    for tokens in given.values() if isinstance(given, dict) else [given]:
+    indices = config.get("trainable_token_indices") or []
+    for tokens in indices.values() if isinstance(indices, dict) else [indices]:
         if not isinstance(tokens, list) or not all(
             type(token) is int and 0 <= token < _MOST_TOKENS for token in tokens
         ):
@@ -340,21 +342,21 @@ def _read_rows(
     model: HfModel, adapter: Adapter, take: Callable[..., np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Rows of the tables; those of a table that the adapter leaves alone are the base's."""
-    given = adapter.config["trainable_token_indices"]
+    indices = adapter.config["trainable_token_indices"]
     shape = (len(adapter.tokens), model.spec.width)
-    found = {}
+    rows_of_tables = {}
     for table in ("embed/table", *(() if model.spec.tie_head else ("head/kernel",))):
         module = table_module(model, table)
-        named_here = not isinstance(given, Mapping) and table == "embed/table"
-        if named_here or (isinstance(given, Mapping) and _is_named(model, module, given)):
+        by_module = isinstance(indices, Mapping)
+        if _is_named(model, module, indices) if by_module else table == "embed/table":
             rows = take(f"{module}{ROWS}", shape)
         else:
             placed = model.placed[table]
             axis = placed.row.axes.index("V")
             whole = read_part(model, table, tuple(slice(0, n) for n in placed.shape))
             rows = np.moveaxis(whole, axis, 0)[list(adapter.tokens)]
-        found[f"{table.split('/')[0]}/rows"] = rows
-    return found
+        rows_of_tables[f"{table.split('/')[0]}/rows"] = rows
+    return rows_of_tables
 
 
 def _is_named(model: HfModel, module: str, names: Mapping[str, Any]) -> bool:

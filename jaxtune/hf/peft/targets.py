@@ -26,25 +26,25 @@ def resolve_targets(model: HfModel, targets: str | Sequence[str]) -> frozenset[s
     chosen: set[str] = set()
     for word in words:
         matches = _matcher(word)
-        found = {
+        matched_layers = {
             name: [any(map(matches, spellings(model, m))) for m in modules]
             for name, modules in known.items()
         }
-        hit = {name for name, hits in found.items() if any(hits)}
-        if not hit:
+        matched = {name for name, hits in matched_layers.items() if any(hits)}
+        if not matched:
             names = sorted({m.rpartition(".")[2] for each in known.values() for m in each})
             raise ConfigError(
                 f"lora.targets: '{word}' matches none of {model.name}'s projections. There are: "
                 f"{', '.join(names)}; or {ALL}.{nearest(word, [*names, ALL])}"
             )
-        for name in sorted(hit):
-            if not all(found[name]):
+        for name in sorted(matched):
+            if not all(matched_layers[name]):
                 raise ConfigError(
-                    f"lora.targets: '{word}' matches {sum(found[name])} of the {len(known[name])} "
-                    f"layers that are repeated with {known[name][0]}. They are adapted together; "
+                    f"lora.targets: '{word}' matches {sum(matched_layers[name])} of the "
+                    f"{len(known[name])} layers that are repeated with {known[name][0]}. They are adapted together; "
                     "choose projections, not layers."
                 )
-        chosen |= hit
+        chosen |= matched
     return frozenset(chosen)
 
 

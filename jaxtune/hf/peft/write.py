@@ -48,7 +48,7 @@ from jaxtune.tree import named
 
 
 class WrittenAdapter(NamedTuple):
-    """`tensors` were read back and equal what was given."""
+    """A written adapter, whose `tensors` were read back and are those of the model."""
 
     folder: Path
     tensors: int
@@ -112,8 +112,8 @@ def on_host(adapters: Any) -> Leaves:
 def _verify(file: Path, tensors: Leaves) -> None:
     written = read_header(file)
     for name, values in tensors.items():
-        found = fetch(written[name], tuple(slice(0, n) for n in values.shape))
-        if found.tobytes() != np.ascontiguousarray(values).tobytes():
+        read_back = fetch(written[name], tuple(slice(0, n) for n in values.shape))
+        if read_back.tobytes() != np.ascontiguousarray(values).tobytes():
             raise ConfigError(f"{file}: {name} reads back other than written. Check the disk.")
 
 
@@ -209,13 +209,13 @@ def _target_modules(model: HfModel, lora: Lora) -> list[str]:
     """Short names where they mean the adapted modules and no others, else full ones: also where
     the base has another half, whose modules are not known here."""
     modules = modules_of(model)
-    wanted = {m for name in lora.targets or modules for m in modules[name]}
+    adapted_modules = {m for name in lora.targets or modules for m in modules[name]}
     if model.wrapper is not None:
-        return sorted(in_peft(model, module) for module in wanted)
+        return sorted(in_peft(model, module) for module in adapted_modules)
     every = {module_of(piece.name) for placed in model.placed.values() for piece in placed.pieces()}
-    short = {module.rpartition(".")[2] for module in wanted}
+    short = {module.rpartition(".")[2] for module in adapted_modules}
     meant = {module for module in every if module.rpartition(".")[2] in short}
-    return sorted(short if meant == wanted else wanted)
+    return sorted(short if meant == adapted_modules else adapted_modules)
 
 
 def _card(model: HfModel, lora: Lora, config: Mapping[str, Any]) -> str:
@@ -224,7 +224,7 @@ def _card(model: HfModel, lora: Lora, config: Mapping[str, Any]) -> str:
         header.append(f"base_model: {model.name}")
     kind = " + ".join(("rsLoRA" if lora.rslora else "LoRA", *(("DoRA",) if lora.dora else ())))
     targets = sorted({module.rpartition(".")[2] for module in config["target_modules"]})
-    files = "\n".join(f"| `{file}` | `{found}` |" for file, found in digests(model).items())
+    files = "\n".join(f"| `{file}` | `{digest}` |" for file, digest in digests(model).items())
     return "\n".join(
         [
             "---",
