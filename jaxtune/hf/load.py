@@ -328,8 +328,8 @@ def _account(model: HfModel) -> None:
     ]
     if any(faults):
         raise ModelError(
-            f"{model.folder}: {'; '.join(filter(None, faults))}. config.json and the weights do not "
-            "belong together, or the model is of another family than config.json says."
+            f"{model.folder}: {'; '.join(filter(None, faults))}. config.json and the weights do "
+            "not belong together, or the model is of another family than config.json says."
         )
 
 

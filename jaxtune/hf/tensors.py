@@ -4,6 +4,10 @@ A header is believed only as far as the file bears it out: sizes, offsets and sh
 before anything is mapped, and an index may name only files of its own folder. Nothing here knows
 what a tensor means.
 
+Not the reader of the safetensors library: it copies what it reads, and a read here is a view of the
+mapped file. Copied on into a parameter, 503 MB of the page cache in 24 tensors [4096 2560] took the
+library 2.5 times as long in whole tensors, 2.1 by rows and 1.8 by columns (0.8.0, two cores).
+
 Format (huggingface/safetensors): 8 bytes little-endian header length, a JSON header of
 {name: {dtype, shape, data_offsets}}, then the values, row-major, little-endian.
 """
