@@ -41,8 +41,8 @@ def resolve_targets(model: HfModel, targets: str | Sequence[str]) -> frozenset[s
             if not all(matched_layers[name]):
                 raise ConfigError(
                     f"lora.targets: '{word}' matches {sum(matched_layers[name])} of the "
-                    f"{len(known[name])} layers that are repeated with {known[name][0]}. They are adapted "
-                    "together; choose projections, not layers."
+                    f"{len(known[name])} layers that are repeated with {known[name][0]}. They are "
+                    "adapted together; choose projections, not layers."
                 )
         chosen |= matched
     return frozenset(chosen)
