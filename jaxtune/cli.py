@@ -19,7 +19,7 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import pydantic
 import yaml
@@ -32,6 +32,8 @@ from jaxtune.config import (
     ConfigError,
     Diverged,
     JaxtuneError,
+    entry_type,
+    field_name,
     field_names,
     load,
     nearest,
@@ -175,14 +177,15 @@ def parse(
     """Parse `--config FILE`, every config field, and the command's own flags.
 
     `--name value`, `--name=value`, `-` and `_` alike; a flag alone means true; lists take several
-    values or one YAML value (`--datasets '[{path: a.jsonl, limit: 10}]'`; see `_strings`). `none`
-    unsets a config field; in a command's own text it is a word. Raises `ConfigError` with the
-    nearest name for an unknown flag.
+    values or one YAML value (`--datasets '[{path: a.jsonl, limit: 10}]'`; see `_strings`); mappings
+    one YAML value, or entry by entry (`--columns.output answer`). `none` unsets a config field; in
+    a command's own text it is a word. Raises `ConfigError` with the nearest name for an unknown
+    flag.
     """
     own = {field.alias or name: field for name, field in options.model_fields.items()}
     positional = options.positional()
-    flags = {**{n: f for n, f in own.items() if n not in positional}, **field_names(Config)}
-    words, loose, typed = _split(argv, {*flags, *ALIASES})
+    flags = {**field_names(Config), **{n: f for n, f in own.items() if n not in positional}}
+    words, loose, typed, entries = _split(argv, {*flags, *ALIASES})
     if len(loose) > len(positional):
         extra = loose[len(positional)]
         raise ConfigError(f"flags: '{extra}' belongs to no flag. Every value needs its --name.")
@@ -192,12 +195,17 @@ def parse(
         name: _value(name, texts, flags.get(name), own=name in own)
         for name, texts in typed_values.items()
     }
+    values |= {name: _entry(name, texts) for name, texts in entries.items()}
 
     chosen: dict[str, Any] = dict(zip(positional, loose, strict=False))
     for name in positional:
         if name not in chosen and own[name].is_required():
             raise ConfigError(f"{name.upper()} is missing. Usage: {usage} [--flags]")
     chosen.update({name: values.pop(name) for name in own if name in values})
+    columns = typed_values.get("columns", [""])  # `preview` has some of its own, which are a list
+    if "columns" in chosen and columns[0].startswith("{"):
+        del chosen["columns"]
+        values = {"columns": _yaml("columns", columns[0]), **values}
     path = values.pop("config", None)
     if path is not None and object_store.is_url(path):
         path = str(object_store.cached([_object(path)]) / object_store.name_of(path))
@@ -213,27 +221,46 @@ def _object(url: str) -> object_store.Item:
     return item
 
 
-def _split(argv: Sequence[str], known: set[str]) -> tuple[list[str], list[str], dict[str, str]]:
-    """Split argv: (flags with their values, words before the first flag, field -> name typed)."""
-    words: list[str] = []
-    loose: list[str] = []
-    typed: dict[str, str] = {}
+class _Words(NamedTuple):
+    """The words of argv, by what they belong to."""
+
+    flags: list[str]  # flags with their values
+    loose: list[str]  # before the first flag
+    typed: dict[str, str]  # field -> the name that was typed
+    entries: dict[str, list[str]]  # of fields that are mappings: dotted name -> values
+
+
+def _split(argv: Sequence[str], known: set[str]) -> _Words:
+    split = _Words([], [], {}, {})
+    target = split.loose
     for word in argv:
         if word in ("-h", "--help"):
-            words.append("--help")
+            target = split.flags
+            target.append("--help")
         elif re.match(r"--[A-Za-z]", word):
             flag, equals, value = word.partition("=")
-            name = flag[2:].replace("-", "_")
-            if name not in known and name != "config":
+            name = field_name(flag[2:])
+            is_entry = entry_type(name) is not None
+            if name not in known and not is_entry and name != "config":
                 raise ConfigError(f"flags: unknown flag '{flag}'.{nearest(name, [*known])}")
             field = ALIASES[name].name if name in ALIASES else name
-            if field in typed:
-                raise ConfigError(f"flags: '--{typed[field]}' and '{flag}' both set {field}.")
-            typed[field] = name
-            words.extend(["--" + field, value] if equals else ["--" + field])
+            if field in split.typed:
+                raise ConfigError(f"flags: '--{split.typed[field]}' and '{flag}' both set {field}.")
+            split.typed[field] = name
+            target = split.entries.setdefault(field, []) if is_entry else split.flags
+            target.extend(([] if is_entry else ["--" + field]) + ([value] if equals else []))
         else:
-            (words if words else loose).append(word)
-    return words, loose, typed
+            target.append(word)
+    return split
+
+
+def _entry(name: str, values: list[str]) -> Any:
+    """Make the value of one entry of a mapping, such as `columns.output`."""
+    if not values:
+        raise ConfigError(f"flags: --{name} needs a value.")
+    if len(values) > 1:
+        raise ConfigError(f"flags: --{name} takes one value; got {' '.join(values)!r}. Quote it.")
+    return values[0] if entry_type(name) is str else _yaml(name, values[0])
 
 
 def _read_with_tyro(
@@ -281,6 +308,8 @@ def _kind(field: FieldInfo) -> str:
 
 
 def _lists(field: FieldInfo) -> str:
+    if typing.get_origin(field.annotation) is dict:
+        return "; also entry by entry, with a dot: --name.key value"
     if not _holds_strings(str(field.annotation)):
         return ""
     return "; several words, or one YAML list with a comma or quotes: '[a, b]', '[\"a\"]'"
@@ -311,13 +340,17 @@ def _value(name: str, values: list[str], field: FieldInfo | None, *, own: bool) 
     if len(values) > 1:
         raise ConfigError(f"flags: --{name} takes one value; got {' '.join(values)!r}. Quote it.")
     if "tuple[" in text or "dict[" in text:
-        try:
-            return yaml.safe_load(values[0])
-        except (yaml.YAMLError, *YAML_FAILS):
-            raise ConfigError(f"flags: --{name}: not valid YAML: {shown(values[0])}") from None
+        return _yaml(name, values[0])
     if own and "str" in text:
         return values[0]
     return None if values[0].lower() in ("none", "null") and "None" in text else values[0]
+
+
+def _yaml(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, *YAML_FAILS):
+        raise ConfigError(f"flags: --{name}: not valid YAML: {shown(text)}") from None
 
 
 def _holds_strings(annotation: str) -> bool:

@@ -272,6 +272,11 @@ class ConfigFields(_Strict):
     )
 
     dataset: str | None = Field(None, description="short for one entry of datasets")
+    columns: dict[str, str] = Field(
+        {},
+        description="short for columns of every dataset: standard name -> your column, e.g. "
+        "{output: answer}",
+    )
     datasets: tuple[DatasetConfig, ...] = Field((), description="what to train on; YAML list")
     eval_datasets: tuple[DatasetConfig, ...] = Field((), description="what to evaluate on")
     eval_split: float = Field(
@@ -500,6 +505,25 @@ class ConfigFields(_Strict):
         if not isinstance(entries, list | tuple):
             return entries
         return [{"path": entry} if isinstance(entry, str) else entry for entry in entries]
+
+    @pydantic.field_validator("datasets", "eval_datasets")
+    @classmethod
+    def _with_columns(
+        cls, entries: tuple[DatasetConfig, ...], info: pydantic.ValidationInfo
+    ) -> tuple[DatasetConfig, ...]:
+        """Give every entry the columns of the run; refuse those that it maps otherwise."""
+        columns = info.data.get("columns") or {}
+        for entry in entries:
+            for name, column in columns.items():
+                if entry.columns.get(name, column) != column:
+                    raise ValueError(
+                        f"columns maps {name} to {column!r}, and for {entry.path} to "
+                        f"{entry.columns[name]!r}; keep one"
+                    )
+        return tuple(
+            entry.model_copy(update={"columns": {**entry.columns, **columns}}) if columns else entry
+            for entry in entries
+        )
 
     @pydantic.field_validator("report_to", "sample_prompts", mode="before")
     @classmethod

@@ -7,6 +7,7 @@ nearest name, and returns a frozen `Config` (`fields`). A message never grows wi
 from __future__ import annotations
 
 import difflib
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -109,6 +110,30 @@ def field_names(model: type[pydantic.BaseModel]) -> dict[str, pydantic.fields.Fi
         else:
             names[name] = field
     return names
+
+
+def field_name(text: str) -> str:
+    """Write a typed name as fields are called, with `_`; the keys of a mapping stay as they are.
+
+    >>> [field_name(text) for text in ("lora-r", "mesh.fsdp", "columns.in-put")]
+    ['lora_r', 'mesh.fsdp', 'columns.in-put']
+    """
+    name, dot, key = text.partition(".")
+    name = name.replace("-", "_")
+    whole = f"{name}{dot}{key}"
+    return whole if entry_type(whole) else whole.replace("-", "_")
+
+
+def entry_type(name: str) -> Any:
+    """Return the type of one entry of a field that is a mapping; None if `name` is no such entry.
+
+    >>> [entry_type(name) for name in ("columns.output", "columns", "mesh.fsdp")]
+    [<class 'str'>, None, None]
+    """
+    field, _, key = name.partition(".")
+    annotation = Config.model_fields[field].annotation if field in Config.model_fields else None
+    is_entry = bool(key) and typing.get_origin(annotation) is dict
+    return typing.get_args(annotation)[1] if is_entry else None
 
 
 def nearest(name: str, known: Mapping[str, Any] | tuple[str, ...] | list[str]) -> str:
@@ -231,7 +256,7 @@ def _merge(
     known = field_names(Config)
     seen: dict[str, str] = {}
     for key, value in new.items():
-        name = str(key).replace("-", "_")
+        name = field_name(str(key))
         alias = ALIASES.get(name)
         if alias:
             value = alias.convert(value)
@@ -240,7 +265,7 @@ def _merge(
             if name == "warmup_ratio" and _number(value) >= 1:
                 raise ConfigError(f"{where}: warmup_ratio is below 1; got {_cut(str(value))}.")
             name = alias.name
-        if name not in known:
+        if name not in known and not entry_type(name):
             suggestion = nearest(name, [*known, *ALIASES])
             raise ConfigError(f"{where}: unknown key '{_cut(str(key))}'.{suggestion}")
         if name in seen:
@@ -283,8 +308,11 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
             nested.update({} if value is None else {"datasets": [{"path": value}]})
             continue
         group, dot, leaf = name.partition(".")
-        if dot:
-            nested.setdefault(group, {})[leaf] = value
-        else:
+        if not dot:
             nested[name] = value
+            continue
+        before = nested.get(group) or {}
+        if not isinstance(before, Mapping):
+            raise ConfigError(f"{group}: expected entries by name; got {_cut(repr(before))}.")
+        nested[group] = {**before, leaf: value}
     return nested

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.config import ConfigError, DataError, kwargs_mistake, nearest
+from jaxtune.data.column_guess import columns_hint
 from jaxtune.data.schema import Conversation, Document, Dropped, Message
 
 Noun = Conversation | Document
@@ -59,7 +60,8 @@ def resolve(name: str, columns: Mapping[str, str], first: Fields, where: str) ->
         if found is None:
             raise DataError(
                 f"{where}: no known format has these columns: {', '.join(first) or 'none'}. "
-                f"Known: {_known()}. Set datasets[].format, and datasets[].columns to map names."
+                f"Known: {_known()}. Set datasets[].format, or map names with columns."
+                f"{columns_hint(first)}"
             )
         name = found
     required = FORMATS[name].required
@@ -73,7 +75,7 @@ def resolve(name: str, columns: Mapping[str, str], first: Fields, where: str) ->
         if standard in required and column not in first:
             raise DataError(
                 f"{where}: columns maps {standard} to '{column}'; the record has: "
-                f"{', '.join(first) or 'nothing'}."
+                f"{', '.join(first) or 'nothing'}.{nearest(column, list(first))}"
             )
     return name
 
@@ -87,6 +89,7 @@ def to_noun(name: str, record: Fields, columns: Mapping[str, str], where: str) -
             raise DataError(
                 f"{where}: format '{name}' needs '{wanted}'; the record has: "
                 f"{', '.join(record) or 'nothing'}. Set datasets[].columns, or rename the field."
+                f"{columns_hint(fields, FORMATS[name].required)}"
             )
     try:
         return FORMATS[name].read(fields)

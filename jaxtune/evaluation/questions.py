@@ -85,7 +85,7 @@ class Column(NamedTuple):
 def entries_of(config: Config, dataset: str | None) -> Sequence[DatasetConfig]:
     """Choose `dataset`, else the config's eval_datasets or datasets. Raises `ConfigError`."""
     if dataset is not None:
-        return (DatasetConfig(path=dataset),)
+        return (DatasetConfig(path=dataset, columns=config.columns),)
     entries = config.eval_datasets or config.datasets
     if not entries:
         raise ConfigError("dataset is not set. Give --dataset FILE, or a --config that has data.")

@@ -179,7 +179,7 @@ def test_absent_field_names_line_and_record(folder: Path, capsys: Any) -> None:
     assert preview.main(arguments(folder, "--stats")) == 2
     assert (
         "data.jsonl:17: format 'alpaca' needs 'output'; the record has: instruction, input, "
-        "response. Set datasets[].columns, or rename the field."
+        "response. Set datasets[].columns, or rename the field. Try --columns.output response"
     ) in capsys.readouterr().err
 
 

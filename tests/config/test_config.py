@@ -367,6 +367,54 @@ def test_one_entry_of_a_list_may_stand_alone_as_a_flag() -> None:
     assert parse("DIR", "--datasets", "a.json", "b.json")[0].datasets[1].path == "b.json"
 
 
+def test_entries_of_a_mapping_are_flags(tmp_path: Path) -> None:
+    """In YAML, as one flag or entry by entry; of every dataset, keys as they are."""
+    file = tmp_path / "c.yaml"
+    file.write_text("columns: {instruction: ask}\ndatasets: [a, {path: b, columns: {input: x}}]\n")
+    config, _ = parse(
+        "DIR", "--config", str(file), "--columns.output=my-answer", "--eval_file", "e"
+    )
+    columns = {"instruction": "ask", "output": "my-answer"}
+    assert config.columns == columns
+    entries = (*config.datasets, *config.eval_datasets)
+    assert [e.columns for e in entries] == [columns, {"input": "x", **columns}, columns]
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump(config))
+    assert load(resolved) == config
+    file.write_text("columns: {instruction: ask}")
+    words = ("--columns", "{output: o}", "--columns.input", "i")
+    config, _ = parse("DIR", "--config", str(file), *words)
+    assert config.columns == {"output": "o", "input": "i"}
+    words = (
+        "--chat_template_kwargs.enable_thinking",
+        "false",
+        "--chat-template-kwargs.in-put",
+        "[1]",
+    )
+    with pytest.raises(ConfigError, match="'in-put' is no name of a variable"):
+        parse("DIR", *words)
+    assert parse("DIR", *words[:2])[0].chat_template_kwargs == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--columns.output"], "flags: --columns.output needs a value"),
+        (["--columns.output", "a", "b"], "--columns.output takes one value; got 'a b'. Quote it"),
+        (["--columns.output", "a", "--columns.output", "b"], "both set columns.output"),
+        (["--columns."], "unknown flag '--columns.'"),
+        (["--seed.output", "a"], "unknown flag '--seed.output'"),
+        (["--chat_template_kwargs.x", "{"], "--chat_template_kwargs.x: not valid YAML: '{'"),
+        (["--columns", "a", "--columns.x", "b"], "columns: expected entries by name; got 'a'"),
+        (["--datasets", "{path: a, columns: {output: x}}", "--columns.output", "y"],
+         "columns maps output to 'y', and for a to 'x'; keep one"),
+    ],
+)  # fmt: skip
+def test_entries_of_a_mapping_that_are_wrong(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse("DIR", *words)
+
+
 @pytest.mark.parametrize(
     ("words", "found"),
     [

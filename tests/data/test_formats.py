@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +204,59 @@ def test_absent_column_is_an_error_with_what_is_there() -> None:
         read("alpaca", {"instruction": "q", "input": "", "response": "a"})
     assert str(caught.value) == (
         "f.jsonl:17: format 'alpaca' needs 'output'; the record has: instruction, input, response."
-        " Set datasets[].columns, or rename the field."
+        " Set datasets[].columns, or rename the field. Try --columns.output response"
     )
+
+
+TURNS = [{"role": "user", "content": "q"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "line"),
+    [
+        ({"question": "q", "answer": "a"},
+         "--columns.instruction question --columns.output answer"),
+        ({"instruction": "q", "context": "c", "response": "a", "category": "k"},
+         "--columns.output response --columns.input context"),
+        ({"Instruction": "q", "Outputs": "a"},
+         "--columns.instruction Instruction --columns.output Outputs"),
+        ({"id": "7", "title": "a title", "my abstract": "a longer text"},
+         "--columns.instruction title --columns.output 'my abstract'"),
+        ({"id": 7, "dialog": TURNS}, "--columns.messages dialog"),
+        ({"dialog": json.dumps(TURNS)}, "--columns.messages dialog"),
+        ({"body": "a text", "id": 7}, "--columns.text body"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "--columns.completion chosen"),
+        ({"prompt": TURNS, "chosen": TURNS, "rejected": TURNS}, "--columns.completion chosen"),
+        ({"chosen": TURNS, "rejected": TURNS}, "--columns.messages chosen"),
+    ],
+)  # fmt: skip
+def test_unknown_columns_get_the_line_to_type(record: dict[str, Any], line: str) -> None:
+    """It works: with these columns the record has a format and can be read."""
+    with pytest.raises(DataError, match=rf"no known format has these columns: .* Try {line}$"):
+        resolve("auto", {}, record, "f:1")
+    words = shlex.split(line)
+    columns = {
+        flag.removeprefix("--columns."): column
+        for flag, column in zip(words[::2], words[1::2], strict=True)
+    }
+    name = resolve("auto", columns, record, "f:1")
+    assert isinstance(read(name, record, columns), Conversation | Document)
+
+
+def test_an_absent_column_gets_the_line_to_type() -> None:
+    for name, record, line in (
+        ("alpaca", {"instruction": "q", "reply": "a"}, "--columns.output reply"),
+        ("prompt_completion", {"question": "q", "answer": "a"},
+         "--columns.prompt question --columns.completion answer"),
+        ("sharegpt", {"dialog": TURNS}, "--columns.conversations dialog"),
+        ("text", {"title": "t", "content": "a text"}, "--columns.text content"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=rf"Try {line}$"):
+            read(name, record)
+    for record in ({"n": 1}, {}, {"instruction": "q"}, {"id": None, "chosen": [1]}):
+        with pytest.raises(DataError) as caught:
+            read("alpaca", record)
+        assert "Try" not in str(caught.value)
 
 
 def test_columns_are_checked_both_ways() -> None:
