@@ -143,7 +143,7 @@ def _alpaca(fields: Fields) -> Conversation:
 
 
 def _prompt_completion(fields: Fields) -> Conversation:
-    prompt, completion = fields["prompt"], fields["completion"]
+    prompt, completion = _sequence(fields["prompt"]), _sequence(fields["completion"])
     before = (
         _messages(prompt, "prompt")
         if isinstance(prompt, list)
@@ -201,7 +201,7 @@ def _system(fields: Fields) -> tuple[Message, ...]:
 
 def _tools(fields: Fields) -> tuple[Any, ...] | None:
     """Read the column `tools`: a list, or its JSON text, of what the model may call."""
-    tools = _parsed(fields.get("tools"), "[")
+    tools = _listed(fields.get("tools"))
     if tools in (None, "", [], {}):
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -227,8 +227,32 @@ def _parsed(value: Any, opening: str) -> Any:
     return value
 
 
+def _listed(value: Any) -> Any:
+    """Return a list that came as JSON text, or as an object of lists, as the list that is meant;
+    anything else as it is.
+    """
+    return _sequence(_parsed(value, "["))
+
+
+def _sequence(value: Any) -> Any:
+    """Turn an object of lists into a list of objects: datasets writes `Sequence({...})` so.
+
+    >>> _sequence({"role": ["user", "assistant"], "content": ["Why?", "So."]})
+    [{'role': 'user', 'content': 'Why?'}, {'role': 'assistant', 'content': 'So.'}]
+    """
+    if not isinstance(value, dict) or not value:
+        return value
+    columns = list(value.values())
+    if not all(isinstance(column, list) for column in columns):
+        return value
+    if len({len(column) for column in columns}) > 1:
+        lengths = ", ".join(f"{key} {len(column)}" for key, column in value.items())
+        raise _Unusable("an object of lists that are not equally long", lengths)
+    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
 def _messages(value: Any, column: str) -> tuple[Message, ...]:
-    value = _parsed(value, "[")
+    value = _listed(value)
     if not isinstance(value, list) or not value:
         raise _Unusable(f"{column} is not a list of messages", f"got {_short(value)}")
     return tuple(_message(item) for item in value)
@@ -246,6 +270,8 @@ def _message(item: Any) -> Message:
     if role.strip().lower() == "function_call":
         extra["tool_calls"] = [_call(call) for call in _calls_in(content)]
         return Message("assistant", "", weight=weight, extra=extra)
+    if "tool_calls" in extra:
+        extra["tool_calls"] = _sequence(extra["tool_calls"])
     if not extra.get("tool_calls", True):
         del extra["tool_calls"]
     calls = extra.get("tool_calls")

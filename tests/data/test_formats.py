@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtune.config import ConfigError, DataError
+from jaxtune.data import sources
 from jaxtune.data.formats import FORMATS, detect, resolve, to_noun
 from jaxtune.data.schema import Conversation, Document, Dropped, Message
 from jaxtune.data.templating.masking import render
@@ -113,6 +114,43 @@ def test_sharegpt_calls_and_bare_functions() -> None:
     )
 
 
+def test_lists_that_datasets_has_turned_into_an_object_of_lists(tmp_path: Path) -> None:
+    """`Sequence({...})` of the datasets library, in a file that it has written itself."""
+    datasets = pytest.importorskip("datasets")
+    names = ["f", "g"]
+    call = {"type": datasets.Value("string"), "function": {"name": datasets.Value("string")}}
+    message = {"role": datasets.Value("string"), "content": datasets.Value("string")}
+    features = datasets.Features(
+        {
+            "messages": datasets.Sequence({**message, "tool_calls": datasets.Sequence(call)}),
+            "tools": datasets.Sequence({"name": datasets.Value("string")}),
+        }
+    )
+    calls = {"type": ["function"] * 2, "function": [{"name": name} for name in names]}
+    messages = {
+        "role": [U, A, "tool", A],
+        "content": ["q", None, "42", "a"],
+        "tool_calls": [None, calls, {"type": [], "function": []}, None],
+    }
+    row = {"messages": messages, "tools": {"name": names}}
+    path = tmp_path / "data.parquet"
+    datasets.Dataset.from_list([row], features=features).to_parquet(path)
+    (record,) = sources.read(sources.find(str(path)))
+    assert isinstance(record.fields["messages"], dict)  # else this tests nothing
+    as_list = [{"role": U, "content": "q"},
+               {"role": A, "tool_calls": [{"type": "function", "function": {"name": name}}
+                                          for name in names]},
+               {"role": "tool", "content": "42"}, {"role": A, "content": "a"}]  # fmt: skip
+    tools = [{"name": name} for name in names]
+    expected = read("messages", {"messages": as_list, "tools": tools})
+    assert read("messages", record.fields) == expected
+    pair = {
+        "prompt": {"role": [U], "content": ["q"]},
+        "completion": {"role": [A], "content": ["a"]},
+    }
+    assert read("prompt_completion", pair).messages == (Message(U, "q"), Message(A, "a"))
+
+
 def test_every_row_of_real_tool_calls_becomes_a_conversation(shared_data: Path) -> None:
     records = json.loads((shared_data / "glaive_toolcall_en_demo.json").read_text())
     for record in records:
@@ -172,6 +210,9 @@ def turn(**fields: Any) -> dict[str, Any]:
         ("messages", turn(content=["a"]), "content holds a part that is not text"),
         ("messages", turn(content=[{"text": "a", "train": False}]), "a part of a message has"),
         ("messages", turn(tool_calls="f()"), "tool_calls is not a list of objects"),
+        ("messages", {"messages": {"role": [U, A], "content": ["q"]}},
+         "an object of lists that are not equally long"),
+        ("messages", {"messages": {"role": U, "content": "q"}}, "messages is not a list of"),
         ("messages", turn(role="function_call", content="f()"), "a function call is not JSON"),
         ("messages", turn(role="function_call", content="[]"), "a function call has no name"),
         ("messages", turn(weight="much"), "weight is not a number"),
