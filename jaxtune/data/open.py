@@ -91,7 +91,8 @@ def stop_ids(config: DataConfig, tokenizer: Tokenizer, template: Template) -> li
     """List the ends of turn that were trained: the run's, and those of datasets with a template."""
     own = [entry.template for entry in config.datasets if entry.template]
     others = [variant(template, tokenizer, template=name, system_prompt=None) for name in own]
-    return list(dict.fromkeys(found.stop_id for found in (template, *others)))
+    by_tools = [found.with_tools for found in (template, *others) if found.with_tools]
+    return list(dict.fromkeys(found.stop_id for found in (template, *others, *by_tools)))
 
 
 def preprocess_config(

@@ -35,11 +35,14 @@ _NAMED = (
     "cls_token",
     "mask_token",
 )
+CHAT_TEMPLATE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"  # the folder of named chat templates
 _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "*.jinja",
+    f"{MORE_TEMPLATES}/*.jinja",
     "*.model",
 )
 
@@ -57,7 +60,7 @@ class Tokenizer:
     folder: Path
     named: Mapping[str, str]
     special_tokens: Mapping[str, int]
-    chat_template: str | None
+    chat_templates: Mapping[str, str]  # by name; a lone one is "default"
     begins_with_bos: bool
     size: int  # largest id + 1
     fingerprint: str
@@ -168,7 +171,7 @@ def load_tokenizer(
     try:
         _add_tokens(backend, settings)
         _declare_special(backend, settings)
-        chat_template = _chat_template(folder, settings)
+        chat_templates = _chat_templates(folder, settings)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{folder / 'tokenizer_config.json'}: malformed: {error!r}.") from None
     try:
@@ -190,7 +193,7 @@ def load_tokenizer(
         folder=folder,
         named=named,
         special_tokens=special,
-        chat_template=chat_template,
+        chat_templates=chat_templates,
         begins_with_bos=begins_with_bos,
         size=max(backend.get_vocab().values(), default=-1) + 1,
         fingerprint=hashlib.sha256(definition + identity).hexdigest(),
@@ -367,12 +370,26 @@ def _set_plain_text_processor(
     backend.post_processor = TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, number)])
 
 
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return read_text(file, folder)
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several by name; "default" is the one for conversations
-        by_name = {entry.get("name"): entry.get("template") for entry in template}
-        template = by_name.get("default")
-    return template if isinstance(template, str) else None
+def chat_template_files(folder: Path) -> dict[str, Path]:
+    """List the files of a folder's chat templates by name, the "default" first."""
+    more = sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
+    files = {"default": folder / CHAT_TEMPLATE, **{file.stem: file for file in more}}
+    return {name: file for name, file in files.items() if file.exists()}
+
+
+def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """Read the chat templates by name, from files or else from tokenizer_config.json."""
+    files = chat_template_files(folder)
+    if files:
+        return {name: read_text(file, folder) for name, file in files.items()}
+    stated = settings.get("chat_template")
+    if isinstance(stated, list):
+        by_name = {entry.get("name"): entry.get("template") for entry in stated}
+    else:
+        by_name = {"default": stated}
+    return {
+        name: template
+        for name, template in by_name.items()
+        # A name becomes that of a file.
+        if isinstance(template, str) and re.fullmatch(r"\w[\w.-]*", str(name))
+    }

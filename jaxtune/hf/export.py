@@ -22,8 +22,13 @@ from jax.experimental import multihost_utils
 
 from jaxtune.config import ConfigError
 from jaxtune.data.templating.template import Template
-from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.hf.folders import CHAT_TEMPLATE, MODEL, TOKENIZER, check_replaceable
+from jaxtune.data.tokenizer import (
+    CHAT_TEMPLATE,
+    MORE_TEMPLATES,
+    Tokenizer,
+    chat_template_files,
+)
+from jaxtune.hf.folders import MODEL, TOKENIZER, check_replaceable
 from jaxtune.hf.layout import Index, Placed
 from jaxtune.hf.load import HfModel
 from jaxtune.hf.tensors import (
@@ -403,12 +408,17 @@ def write_tokenizer(
             write(folder / name, changed[name])
         elif (source / name).exists():
             write(folder / name, read_bytes(source / name, source))
-    text = None if template is None else template.chat_template
-    if text is not None:
-        write(folder / CHAT_TEMPLATE, text.encode())
+    if template is not None:
+        templates = {name: text.encode() for name, text in template.exported.items()}
         _drop_chat_template(folder / "tokenizer_config.json")
-    elif (source / CHAT_TEMPLATE).exists():
-        write(folder / CHAT_TEMPLATE, read_bytes(source / CHAT_TEMPLATE, source))
+    else:
+        templates = {
+            name: read_bytes(file, source) for name, file in chat_template_files(source).items()
+        }
+    for name, content in templates.items():
+        file = CHAT_TEMPLATE if name == "default" else f"{MORE_TEMPLATES}/{name}.jinja"
+        (folder / file).parent.mkdir(exist_ok=True)
+        write(folder / file, content)
     if tokenizer is not None and not (folder / "tokenizer_config.json").is_file():
         tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
         write_json(

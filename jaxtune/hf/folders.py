@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 
 from jaxtune.config import ConfigError
+from jaxtune.data.tokenizer import CHAT_TEMPLATE, MORE_TEMPLATES
 from jaxtune.storage import hub, object_store
 from jaxtune.storage.safe_read import plain, read_object
 
@@ -22,7 +23,6 @@ TOKENIZER = (
     "merges.txt",
     "vocab.txt",
 )
-CHAT_TEMPLATE = "chat_template.jinja"
 # What an export may consist of, and so what it may replace.
 _EXPORTED = (
     *(MODEL, ADAPTER, *TOKENIZER, CHAT_TEMPLATE, "README.md", "generation_config.json"),
@@ -78,4 +78,6 @@ def check_replaceable(out: Path, *, marker: str, kind: str, export: str) -> None
 
 
 def _exported(path: Path) -> bool:
+    if path.is_dir() and path.name == MORE_TEMPLATES:
+        return all(file.is_file() and file.suffix == ".jinja" for file in path.iterdir())
     return path.is_file() and any(fnmatch.fnmatchcase(path.name, known) for known in _EXPORTED)

@@ -25,10 +25,20 @@ def is_id(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", name) is not None
 
 
+def _elsewhere(patterns: Sequence[str]) -> list[str]:
+    """Name the files of subfolders other than those that `patterns` name: a star takes slashes too.
+
+    >>> _elsewhere(["*.json", "more/*.jinja"])
+    ['[!m]*/*']
+    """
+    folders = [pattern for pattern in patterns if "/" in pattern]
+    return [f"[!{''.join(sorted({folder[0] for folder in folders}))}]*/*" if folders else "*/*"]
+
+
 def download(name: str, *, revision: str | None, patterns: Sequence[str]) -> Path:
     """Download the files that match `patterns` of hub model `name`, or of the folder at that URL.
 
-    None from subfolders.
+    From subfolders only what a pattern with a slash names.
 
     What lies in the cache is not fetched again, and serves alone when the hub does not answer.
     Raises `ModelError` for what is no id, unknown, gated, without `revision`, or not reachable.
@@ -50,7 +60,7 @@ def download(name: str, *, revision: str | None, patterns: Sequence[str]) -> Pat
                 name,
                 revision=revision,
                 allow_patterns=list(patterns),
-                ignore_patterns=["*/*"],
+                ignore_patterns=_elsewhere(patterns),
                 local_files_only=unanswered,
             )
         )

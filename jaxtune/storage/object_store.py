@@ -237,8 +237,9 @@ def unequal(folder: Path, names: Sequence[str], below: str, *, contents: bool) -
 # -- what is only read, kept in the cache ----------------------------------------------------------
 
 
-def cached(items: Sequence[Item]) -> Path:
-    """A folder with these objects, by their own names; fetched where it lacks them.
+def cached(items: Sequence[Item], below: str | None = None) -> Path:
+    """A folder with these objects, by their own names, or as they lie `below`; fetched where it
+    lacks them.
 
     It is called after where they lie, their tags and sizes: an object that has changed is another.
     A file in it is whole, and stays when a later one fails. What was used longest ago makes room.
@@ -247,9 +248,12 @@ def cached(items: Sequence[Item]) -> Path:
     folder = default_folder() / "stores" / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
         cache_eviction.use(folder)
-        lacking = [item for item in items if not (folder / _plain_name(item)).is_file()]
-        free_space(sum(item.size for item in lacking))
-        _all(lambda item: fetch(item, folder / _plain_name(item)), lacking)
+        files = {
+            folder / inside(item.url, below or item.url.rpartition("/")[0]): item for item in items
+        }
+        lacking = [(item, file) for file, item in files.items() if not file.is_file()]
+        free_space(sum(item.size for item, _ in lacking))
+        _all(lambda pair: fetch(*pair), lacking)
     except OSError as error:
         raise StoreError(
             f"{folder}: cannot be written: {error.strerror or error}. JAXTUNE_CACHE names another "
@@ -266,18 +270,18 @@ def free_space(needed: int) -> None:
 
 
 def download(url: str, patterns: Sequence[str]) -> Path:
-    """Fetch what lies directly at `url` and matches `patterns`: a model or a tokenizer.
+    """Fetch what lies at `url` and matches `patterns`: a model or a tokenizer.
 
     Of a run directory, its `hf/`. Raises `StoreError` where nothing does.
     """
     for place in (url, join(url, "hf")):
-        direct = [item for item in listed(place) if "/" not in inside(item.url, place)]
-        names = {name_of(item.url) for item in direct}
+        there = {inside(item.url, place): item for item in listed(place)}
+        names = {name for name in there if "/" not in name}
         if place == url and not names & _MODEL_FILES and find(join(url, "hf", "config.json")):
             continue
-        files = [i for i in direct if any(fnmatch.fnmatch(name_of(i.url), p) for p in patterns)]
+        files = [item for name, item in there.items() if _matches(name, patterns)]
         if files:
-            return cached(files)
+            return cached(files, place)
     raise StoreError(
         f"{url}: no model there: expected {', '.join(patterns)} in that folder of the store. "
         "Check the name and that you may read it."
@@ -287,8 +291,12 @@ def download(url: str, patterns: Sequence[str]) -> Path:
 _MODEL_FILES = {"config.json", "adapter_config.json", "tokenizer.json"}
 
 
-def _plain_name(item: Item) -> str:
-    return inside(item.url, item.url.rpartition("/")[0])
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Test if a pattern names it; a star takes no slash."""
+    return any(
+        fnmatch.fnmatch(name, pattern) and name.count("/") == pattern.count("/")
+        for pattern in patterns
+    )
 
 
 # -- fsspec ----------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def test_a_config_beside_it_is_honoured(tmp_path: Path) -> None:
     found = load_tokenizer(str(file))
     assert not found.begins_with_bos
     assert found.eos_id == found.pad_id == found.special_tokens["<|im_end|>"]
-    assert found.chat_template == "T"
+    assert found.chat_templates["default"] == "T"
 
 
 def test_unsupported_kinds_are_refused(tmp_path: Path) -> None:

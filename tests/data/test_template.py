@@ -147,7 +147,7 @@ def test_ours_are_chat_templates_to_transformers(
         if system_prompt and name == VICUNA:
             continue
         found = resolve(name, tokenizer, system_prompt=system_prompt)
-        reference.chat_template = found.chat_template
+        reference.chat_template = found.exported["default"]
         messages = SHAPES[shape]
         chat = [{"role": m.role, "content": m.content} for m in messages]
         for row in rows(found, messages):
@@ -173,7 +173,7 @@ def test_a_system_prompt_is_exported_with_a_template_of_others(
 
     reference = AutoTokenizer.from_pretrained(byte_level.folder)
     found = resolve(name, byte_level, system_prompt='Say "hi" {{ twice }}.')
-    reference.chat_template = found.chat_template
+    reference.chat_template = found.exported["default"]
     messages = SHAPES[shape]
     chat = [{"role": m.role, "content": m.content} for m in messages]
     fed = text(render_prompt(found, messages[:-1]))
@@ -181,7 +181,7 @@ def test_a_system_prompt_is_exported_with_a_template_of_others(
     assert fed == reference.apply_chat_template(
         chat[:-1], tokenize=False, add_generation_prompt=True
     )
-    again = resolve(found.chat_template, byte_level)
+    again = resolve(found.exported["default"], byte_level)
     assert text(render_prompt(again, messages[:-1])) == fed
 
 
@@ -565,7 +565,7 @@ def test_fingerprint_follows_everything_that_makes_text(byte_level: Tokenizer) -
 def test_auto_is_the_tokenizers_own_else_alpaca(tmp_path: Path, byte_level: Tokenizer) -> None:
     own = save(tmp_path, byte_level_backend(), **NAMES, chat_template=HEADERS)
     found = resolve("auto", own)
-    assert (found.name, found.stop, found.chat_template) == ("chat", "<|im_end|>", HEADERS)
+    assert (found.name, found.stop, found.exported["default"]) == ("chat", "<|im_end|>", HEADERS)
     assert found.stop_id == own.special_tokens["<|im_end|>"]
     assert resolve("auto", byte_level).name == "alpaca"
     file = tmp_path / "mine.jinja"

@@ -59,9 +59,15 @@ def test_token_as_object_and_special_tokens_map(tmp_path: Path) -> None:
 
 def test_chat_template_file_comes_before_the_config(tmp_path: Path) -> None:
     several = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
-    assert save(tmp_path, byte_level_backend(), chat_template=several).chat_template == "D"
+    assert save(tmp_path, byte_level_backend(), chat_template=several).chat_templates == {
+        "tool_use": "T",
+        "default": "D",
+    }
     (tmp_path / "chat_template.jinja").write_text("F")
-    assert load_tokenizer(str(tmp_path)).chat_template == "F"
+    assert load_tokenizer(str(tmp_path)).chat_templates == {"default": "F"}
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("R")
+    assert load_tokenizer(str(tmp_path)).chat_templates == {"default": "F", "rag": "R"}
 
 
 def test_declared_tokens_are_added(tmp_path: Path) -> None:

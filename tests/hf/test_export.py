@@ -52,7 +52,7 @@ class Tokenizer(NamedTuple):
 
 
 class Template(NamedTuple):
-    chat_template: str | None = JINJA
+    exported: Mapping[str, str] = {"default": JINJA}
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_a_bare_tokenizer_gets_a_config(tmp_path, tokenizer_folder):
     bare.mkdir()
     shutil.copy(tokenizer_folder / "tokenizer.json", bare)
     model = open_model(write_folder("llama", tmp_path / "source"))
-    _export(model, tmp_path / "out", tokenizer=Tokenizer(bare), template=Template(None))
+    _export(model, tmp_path / "out", tokenizer=Tokenizer(bare), template=Template({}))
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
     transformers = pytest.importorskip("transformers")
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")

@@ -31,6 +31,7 @@ FILES = {
     "pytorch_model.bin": b"a pickle",
     "modeling_tiny.py": b"print('code')",
     "nested/config.json": b"{}",
+    "more/named.jinja": b"{{ messages }}",
 }
 PATTERNS = ("*.json", "model*.safetensors")
 
@@ -139,6 +140,12 @@ def server() -> Iterator[Hub]:
         yield hub_
         hub_.shutdown()
         thread.join()
+
+
+def test_a_subfolder_comes_where_a_pattern_names_it(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.PATTERNS", (*PATTERNS, "more/*.jinja"))
+    (found,) = _download(server.url, tmp_path, ("acme/tiny", None))
+    assert found == ["config.json", "model.safetensors", "more", "more/named.jinja"]
 
 
 CODE = """

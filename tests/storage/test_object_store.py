@@ -296,6 +296,9 @@ def test_of_a_model_only_what_is_read_is_fetched(place: str) -> None:
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["config.json", "model.safetensors", "tokenizer.json"]
     assert object_store.download(place, ("*.json", "model*.safetensors")) == folder
+    folder = object_store.download(place, ("tokenizer.json", "nested/*.json"))
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.json"))
+    assert names == ["nested/config.json", "tokenizer.json"]
 
 
 def test_of_a_run_its_model_is_meant(place: str) -> None:

@@ -78,8 +78,8 @@ def arguments(source: str) -> frozenset[str]:
     environment = jinja2.Environment(extensions=[_GenerationTag, jinja2.ext.loopcontrols])
     try:
         names = jinja2.meta.find_undeclared_variables(environment.parse(source))
-    except jinja2.TemplateSyntaxError as error:
-        raise TemplateFailed(f"line {error.lineno}: {error.message}") from None
+    except jinja2.TemplateSyntaxError:  # rendering says it
+        return frozenset()
     return frozenset(names - set(environment.globals))
 
 

@@ -75,11 +75,10 @@ def render(
     if isinstance(weights, Dropped):
         return (weights,)
     try:
-        template = template.for_conversation(noun.template_kwargs)
+        template = template.for_conversation(noun)
         conversation = _masked(template, noun)
         full = _text(template, conversation)
-        # A tool's name may stand in a message too: that the template shows tools is seen without.
-        if conversation.tools and full == template.text(conversation.messages):
+        if conversation.tools and not _reads_tools(template, conversation, full):
             return (Dropped("the template does not show the tools", "it reads none"),)
     except jinja.TemplateFailed as error:
         return (Dropped(error.reason, str(error)),)
@@ -102,6 +101,14 @@ def render(
     )
 
 
+def _reads_tools(template: Template, conversation: MaskedConversation, full: str) -> bool:
+    """Tell whether it writes something else without the tools: a name may stand in messages too."""
+    try:
+        return full != template.text(conversation.messages)
+    except jinja.TemplateFailed:
+        return True
+
+
 def render_prompt(
     template: Template,
     messages: Sequence[Message],
@@ -114,9 +121,10 @@ def render_prompt(
     Its spans are cut exactly where those of a trained row are. Raises `ConfigError` when the
     template refuses the messages.
     """
+    noun = Conversation(tuple(messages), tools, template_kwargs=kwargs or {})
     try:
-        template = template.for_conversation(kwargs or {})
-        conversation = _masked(template, Conversation(tuple(messages), tools))
+        template = template.for_conversation(noun)
+        conversation = _masked(template, noun)
         masked = _prompt_spans(template, conversation, 0.0)
     except jinja.TemplateFailed as error:
         raise ConfigError(f"template '{template.name}': {error.reason}: {error}") from None

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.config import ConfigError, nearest
-from jaxtune.data.schema import Message
+from jaxtune.data.schema import Conversation, Message
 from jaxtune.data.templating import builtin_templates, format_string, jinja
 from jaxtune.data.templating.builtin_templates import BUILTIN, TemplateStrings
 from jaxtune.data.templating.format_string import Placeholders
@@ -34,6 +34,10 @@ DATE = datetime.date(2024, 7, 26)
 
 # A turn that is rendered to see what a template makes of one.
 QUESTION, ANSWER = Message("user", "jaxtuneasks"), Message("assistant", "jaxtunesays")
+_STRING = {"type": "string", "description": "of it"}
+_PARAMETERS = {"type": "object", "properties": {"part": _STRING}, "required": ["part"]}
+_FUNCTION = {"name": "jaxtunecalls", "description": "Calls it.", "parameters": _PARAMETERS}
+TOOLS = ({"type": "function", "function": _FUNCTION},)
 
 
 class SpecialTokenInKwargs(jinja.TemplateFailed):
@@ -68,37 +72,52 @@ class Template:
     request: TemplateRequest
     date: datetime.date = DATE
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # chat_template_kwargs
+    with_tools: Template | None = None  # in place of this one for conversations with tools
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)  # to export, by name
 
-    def for_conversation(self, kwargs: Mapping[str, Any]) -> Template:
-        """Return the template as a conversation with arguments of its own has it.
+    def for_conversation(self, conversation: Conversation) -> Template:
+        """Return the template as this conversation has it: by its tools, with its own arguments.
 
-        Raises `jinja.TemplateFailed` where they would write a special token.
+        Raises `jinja.TemplateFailed` where an argument would write a special token.
         """
+        chosen, kwargs = self, conversation.template_kwargs
+        if self.with_tools is not None and conversation.tools:
+            chosen = self.with_tools
         if not kwargs:
-            return self
+            return chosen
         if found := self.special_pattern.search("\0".join(strings_in(kwargs))):
             raise SpecialTokenInKwargs(f"{found[0]!r}; it would steer the model. Take it out")
-        return dataclasses.replace(self, kwargs={**self.kwargs, **kwargs})
+        return dataclasses.replace(chosen, kwargs={**self.kwargs, **kwargs})
 
     @property
-    def chat_template(self) -> str:
-        """Return what an export writes: with the system prompt that `text` puts before the
-        messages.
+    def exported(self) -> Mapping[str, str]:
+        """Return the chat templates that an export writes, by name: with the run's arguments as
+        defaults, and the system prompt that `text` puts before the messages.
         """
-        if self.ours or not self.system_prompt:
-            return self.jinja
-        prompt = json.dumps({"role": "system", "content": self.system_prompt}, ensure_ascii=False)
-        # The line end goes with the tag before it, as everywhere with chat templates.
-        return (
-            "{% if not messages or messages[0]['role'] != 'system' %}"
-            "{% set messages = [" + prompt + "] + (messages | list) %}{% endif %}\n" + self.jinja
+        sources = self.sources or {"default": self.jinja}
+        return {name: self._exported(source) for name, source in sources.items()}
+
+    def _exported(self, source: str) -> str:
+        before = "".join(
+            f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
+            for name, value in self.kwargs.items()
+            if name in jinja.arguments(source)
         )
+        if self.system_prompt and not self.ours:
+            prompt = _literal({"role": "system", "content": self.system_prompt})
+            before += (
+                "{% if not messages or messages[0]['role'] != 'system' %}"
+                "{% set messages = [" + prompt + "] + (messages | list) %}{% endif %}"
+            )
+        # The line end goes with the tag before it, as everywhere with chat templates.
+        return f"{before}\n{source}" if before else source
 
     @property
     def fingerprint(self) -> str:
         parts = [self.jinja, self.stop, self.system_prompt, self.opening, self.closing]
         parts += [str(self.ours), str(self.date), str(sorted(self.named.items()))]
         parts += [json.dumps(self.kwargs)] if self.kwargs else []
+        parts += [self.with_tools.fingerprint] if self.with_tools else []
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @functools.cached_property
@@ -141,6 +160,16 @@ class Template:
         )
 
 
+def _literal(value: Any) -> str:
+    """Write a JSON value in jinja."""
+    if isinstance(value, Mapping):
+        items = (f"{_literal(key)}: {_literal(inner)}" for key, inner in value.items())
+        return "{" + ", ".join(items) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+
+
 def resolve(
     template: str,
     tokenizer: Tokenizer,
@@ -160,7 +189,7 @@ def resolve(
     """
     request = TemplateRequest(template, system_prompt, stop, no_input)
     if template == "auto":
-        template = "chat" if tokenizer.chat_template else "alpaca"
+        template = "chat" if tokenizer.chat_templates else "alpaca"
     if no_input is not None and (template in BUILTIN or "{input}" not in template):
         raise ConfigError("template_no_input: the template is no string with {input}. Unset it.")
     bos = (tokenizer.bos_token or "") if tokenizer.begins_with_bos else ""
@@ -168,8 +197,10 @@ def resolve(
     foreign = False
     if template in BUILTIN:
         source = _builtin(template, strings, tokenizer)
-    elif _is_jinja(template) or template == "chat":
-        source, foreign = _foreign(template, tokenizer), True
+    elif template == "chat" or template.startswith("chat:"):
+        source, foreign = _tokenizers_own(template, tokenizer), True
+    elif _is_jinja(template):
+        source, foreign = _from_file(template), True
     elif "{" in template:
         source = _format_string(template, no_input, strings, tokenizer)
     else:
@@ -192,7 +223,10 @@ def resolve(
         request=request,
         date=date,
         kwargs=kwargs or {},
+        sources=source.exported,
     )
+    if template == "chat" and "tool_use" in tokenizer.chat_templates:
+        return _by_tools(resolved, tokenizer, stop)
     return _probed(resolved, tokenizer, stop) if foreign else resolved
 
 
@@ -202,6 +236,7 @@ class _Source(NamedTuple):
     name: str
     jinja: str
     stop: str
+    exported: Mapping[str, str] = {}
 
 
 def _builtin(name: str, strings: TemplateStrings, tokenizer: Tokenizer) -> _Source:
@@ -330,15 +365,62 @@ def _is_jinja(template: str) -> bool:
     return template.endswith(".jinja") or bool(re.search(r"\{%|\{\{.*\bmessages?\b", template))
 
 
-def _foreign(template: str, tokenizer: Tokenizer) -> _Source:
-    """Read a template that is not ours."""
+def _tokenizers_own(template: str, tokenizer: Tokenizer) -> _Source:
+    """Choose among the tokenizer's chat templates: `chat` as transformers does, `chat:NAME`."""
+    templates = tokenizer.chat_templates
+    if not templates:
+        raise ConfigError(
+            f"template '{template}': the tokenizer in {tokenizer.folder} has no chat template. "
+            f"Choose one of: {', '.join(BUILTIN)}."
+        )
+    name = template.partition(":")[2]
+    if template == "chat" and not templates.keys() & {"default", "tool_use"}:
+        raise ConfigError(
+            "template 'chat': the tokenizer has several chat templates and none is the default. "
+            f"Set template to one of: {_by_name(templates)}."
+        )
+    if template != "chat" and name not in templates:
+        raise ConfigError(
+            f"template '{template}': the tokenizer has no chat template of that name."
+            f"{nearest(name, [*templates])} It has: {_by_name(templates)}."
+        )
     if template == "chat":
-        if not tokenizer.chat_template:
-            raise ConfigError(
-                f"template 'chat': the tokenizer in {tokenizer.folder} has no chat template. "
-                f"Choose one of: {', '.join(BUILTIN)}."
-            )
-        return _Source("chat", tokenizer.chat_template, "")
+        # As in transformers, where it is an error too.
+        absent = (
+            "the tokenizer has no default chat template, only one for conversations with tools. "
+            f"Set template to one of: {_by_name(templates)}"
+        )
+        refusing = "{{ raise_exception(" + _literal(absent) + ") }}"
+        return _Source("chat", templates.get("default", refusing), "", templates)
+    # What is trained becomes the default; with tools `tool_use` would be taken before it.
+    others = {n: text for n, text in templates.items() if n not in ("default", "tool_use")}
+    return _Source(template, templates[name], "", {"default": templates[name], **others})
+
+
+def _by_name(templates: Iterable[str]) -> str:
+    return ", ".join(f"chat:{name}" for name in templates)
+
+
+def _by_tools(template: Template, tokenizer: Tokenizer, stop: str | None) -> Template:
+    """Learn of the tokenizer's own template and of its `tool_use` how they end an answer."""
+    source = tokenizer.chat_templates["tool_use"]
+    tool_use = dataclasses.replace(template, name="chat:tool_use", jinja=source, sources={})
+    if "default" not in tokenizer.chat_templates:
+        tool_use = _probed(tool_use, tokenizer, stop, tools=TOOLS)
+        return dataclasses.replace(
+            template, stop=tool_use.stop, stop_id=tool_use.stop_id, with_tools=tool_use
+        )
+    template = _probed(template, tokenizer, stop)
+    try:
+        tool_use = _probed(tool_use, tokenizer, stop, tools=TOOLS)
+    except ConfigError as error:  # conversations without tools do not need it
+        refusing = "{{ raise_exception(" + _literal(str(error)) + ") }}"
+        tool_use = dataclasses.replace(template, name=tool_use.name, jinja=refusing)
+    return dataclasses.replace(template, with_tools=tool_use)
+
+
+def _from_file(template: str) -> _Source:
+    """Read a template that is not ours."""
     if not template.endswith(".jinja"):
         return _Source("custom", template, "")
     try:
@@ -348,10 +430,12 @@ def _foreign(template: str, tokenizer: Tokenizer) -> _Source:
     return _Source(Path(template).name, source, "")
 
 
-def _probed(template: Template, tokenizer: Tokenizer, stop: str | None) -> Template:
+def _probed(
+    template: Template, tokenizer: Tokenizer, stop: str | None, *, tools: Any = None
+) -> Template:
     """Learn how a foreign template ends an answer, by rendering one."""
     try:
-        text = dataclasses.replace(template, system_prompt="").text((QUESTION, ANSWER))
+        text = dataclasses.replace(template, system_prompt="").text((QUESTION, ANSWER), tools)
     except jinja.TemplateFailed as error:
         raise ConfigError(f"template '{template.name}' cannot be rendered: {error}") from None
     head, found, tail = text.rpartition(ANSWER.content)
@@ -371,7 +455,7 @@ def _probed(template: Template, tokenizer: Tokenizer, stop: str | None) -> Templ
         )
     if template.system_prompt:
         try:
-            shown = template.text((QUESTION,), prompt=True)
+            shown = template.text((QUESTION,), tools, prompt=True)
         except jinja.TemplateFailed as error:
             raise ConfigError(
                 f"system_prompt: template '{template.name}' refuses it: {error}"
