@@ -10,7 +10,7 @@ from jaxtune.config import Config, ConfigError
 from jaxtune.data.dataset import Dataset
 from jaxtune.evaluation.questions import Question, questions_of, that_fit
 from jaxtune.inference.generate import generate, prompt_ids
-from jaxtune.inference.load import Model, TextCodec
+from jaxtune.inference.load import GenerationModel, TextCodec
 from jaxtune.inference.sample_prompts import with_trained
 from jaxtune.spec import ModelSpec
 from jaxtune.training.subject import Subject
@@ -43,7 +43,7 @@ class AnswerMetrics:
         questions: Sequence[Question],
         codec: TextCodec,
         subject: Subject,
-        model: Model,
+        model: GenerationModel,
     ) -> None:
         self._calls, self._questions = calls, questions
         self._codec, self._subject, self._model = codec, subject, model

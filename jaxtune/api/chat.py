@@ -10,7 +10,7 @@ from jaxtune.api.chat_options import ChatOptions
 from jaxtune.config import Config
 from jaxtune.inference.generate import Generation, generate, prompt_ids
 from jaxtune.inference.load import (
-    Model,
+    GenerationModel,
     TextCodec,
     check_base,
     load_model,
@@ -93,7 +93,7 @@ def _settings(options: ChatOptions) -> ChatSettings:
 @contextlib.contextmanager
 def _loaded(
     config: Config, options: ChatOptions, *, merge: bool = False
-) -> Iterator[tuple[dict[str, Model], TextCodec]]:
+) -> Iterator[tuple[dict[str, GenerationModel], TextCodec]]:
     """Load the models by label; a want of memory within is explained."""
     smaller = (
         f"Set dtype bfloat16, a smaller --max_new_tokens (now {options.max_new_tokens}), or "

@@ -12,7 +12,7 @@ from jaxtune.evaluation.measured import Inputs, measure
 from jaxtune.evaluation.questions import entries_of, open_data
 from jaxtune.inference import load as inference_load
 from jaxtune.inference.generate import Generation, generate, prompt_ids
-from jaxtune.inference.load import Model, TextCodec, open_codec, open_mesh, resolved
+from jaxtune.inference.load import GenerationModel, TextCodec, open_codec, open_mesh, resolved
 from jaxtune.inference.prompts import Prompt, parse_prompt
 from jaxtune.inference.sampling import GREEDY, Sampling
 
@@ -63,7 +63,7 @@ def load_model(
 class LoadedModel:
     """A model with its tokenizer and template; prints nothing."""
 
-    def __init__(self, config: Config, model: Model, codec: TextCodec) -> None:
+    def __init__(self, config: Config, model: GenerationModel, codec: TextCodec) -> None:
         self.config = config
         self.messages: list[dict[str, Any]] = []  # of `chat`
         self._model, self._codec = model, codec

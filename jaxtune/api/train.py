@@ -36,7 +36,7 @@ from jaxtune.hf.export import WeightFormat, check_target, export_model
 from jaxtune.hf.folders import refuse_adapter
 from jaxtune.hf.peft.merge import merged
 from jaxtune.hf.peft.write import check_adapter_target, write_adapter
-from jaxtune.inference.load import Model, TextCodec, open_codec
+from jaxtune.inference.load import GenerationModel, TextCodec, open_codec
 from jaxtune.inference.load import stop_ids as inference_stop_ids
 from jaxtune.inference.sample_prompts import SamplePrompts
 from jaxtune.model.lora import Lora
@@ -56,7 +56,7 @@ from jaxtune.training import build as assemble
 from jaxtune.training import debug_step, resume
 from jaxtune.training import run_dir as run_dirs
 from jaxtune.training.checkpoint.checkpoints import Checkpoints, place
-from jaxtune.training.checkpoint.remote import Mirror
+from jaxtune.training.checkpoint.remote import RemoteSync
 from jaxtune.training.host_consistency import check_same, run_fingerprints
 from jaxtune.training.loop import EvalHistory, Hooks, Loop, Outputs, RunPlan
 from jaxtune.training.metrics import MetricsWriter
@@ -78,7 +78,7 @@ class Workplace(NamedTuple):
     """The claimed run directory, its copy in a store if it has one, and the thread that watches."""
 
     run_dir: Path
-    mirror: Mirror | None
+    sync: RemoteSync | None
     watch: heartbeat.Heartbeat
 
 
@@ -140,9 +140,9 @@ def train(
                 model_dir, adapter_dir = _export(run, trained, report)
         if processes.is_first():
             _write_report(run, report)
-        if workplace.mirror is not None:
-            with workplace.watch.unlimited(f"copying to {workplace.mirror.url}"):
-                workplace.mirror.finish()
+        if workplace.sync is not None:
+            with workplace.watch.unlimited(f"copying to {workplace.sync.url}"):
+                workplace.sync.finish()
         rows = {**last_rows(run.run_dir / "metrics.jsonl", trained.step), **trained.last_rows}
         result = TrainResult(run.run_dir, model_dir, trained.step, rows, adapter_dir)
         calls.end(result)
@@ -196,8 +196,8 @@ def _workplace(config: Config, *, reading: bool) -> Iterator[Workplace]:
                 memory.explained(_smaller(config)),
                 contextlib.ExitStack() as end,
             ):
-                mirror = run_dirs.claim(str(config.output_dir), run_dir, end, reading=reading)
-                yield Workplace(run_dir, mirror, watch)
+                sync = run_dirs.claim(str(config.output_dir), run_dir, end, reading=reading)
+                yield Workplace(run_dir, sync, watch)
     except heartbeat.StopSignal as signal:
         raise cli.Stopped(
             f"stopped by {signal} where there was nothing to save. The same command goes on from "
@@ -306,14 +306,14 @@ def _build(run: Run) -> Program:
 def _open_checkpoints(
     run: Run, program: Program, closing: contextlib.ExitStack, *, reading: bool = False
 ) -> Checkpoints:
-    mirror = run.workplace.mirror
-    if mirror is None:
+    sync = run.workplace.sync
+    if sync is None:
         processes.check_shared(run.run_dir)
     checkpoints = Checkpoints(
         run.run_dir,
         keep=run.config.save_total_limit,
-        mirror=mirror,
-        wanted=place(program.abstract, program.shardings),
+        sync=sync,
+        targets=place(program.abstract, program.shardings),
         reading=reading,
     )
     closing.callback(checkpoints.close)
@@ -397,7 +397,7 @@ def _loop(
 
 def _hooks(run: Run, calls: Callbacks, start: int, due: bool) -> Hooks:
     codec, subject, prompts = run.data.codec, run.subject, run.config.sample_prompts
-    model = Model(  # as inference takes it, still without weights
+    model = GenerationModel(  # as inference takes it, still without weights
         subject.name,
         subject.spec,
         {},
@@ -432,7 +432,7 @@ def _raise_errors(calls: Callbacks, stop_reason: str = "") -> None:
 
 def _replay(run: Run, program: Program, checkpoints: Checkpoints, start: int, step: int) -> str:
     """Go through the step again and write it beside the run; returns a summary."""
-    mirror, batches, path = run.workplace.mirror, run.batches, debug_step.path_of(run.run_dir, step)
+    sync, batches, path = run.workplace.sync, run.batches, debug_step.path_of(run.run_dir, step)
     state, frozen = resume.first_state(run.config, run.subject, program, checkpoints, start)
     metrics, losses = debug_step.replay(step, program, batches, start, state, frozen)
     names = list(named(program.abstract.trained))
@@ -440,9 +440,9 @@ def _replay(run: Run, program: Program, checkpoints: Checkpoints, start: int, st
     facts["row_losses"] = losses
     if processes.is_first():
         debug_step.write(path, facts)
-        if mirror is not None:
-            mirror.put(path.name)
-    where = path if mirror is None else object_store.join(mirror.url, path.name)
+        if sync is not None:
+            sync.put(path.name)
+    where = path if sync is None else object_store.join(sync.url, path.name)
     note(f"replayed step {step}: {where}")
     return debug_step.summary(facts) if processes.is_first() else ""
 

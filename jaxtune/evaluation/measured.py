@@ -19,7 +19,7 @@ from jaxtune.evaluation.questions import Question
 from jaxtune.evaluation.scores.answers import AnswerPair, answer_scores
 from jaxtune.evaluation.scores.score import Score, exp_of_ratio, ratio
 from jaxtune.inference import generate
-from jaxtune.inference.load import Model, TextCodec
+from jaxtune.inference.load import GenerationModel, TextCodec
 from jaxtune.inference.sampling import Sampling
 from jaxtune.parallel.mesh import row_shards
 from jaxtune.training.evaluation import Examples, each_example
@@ -53,7 +53,12 @@ class Measured(NamedTuple):
 
 
 def measure(
-    model: Model, config: Config, inputs: Inputs, *, max_new_tokens: int, sampling: Sampling
+    model: GenerationModel,
+    config: Config,
+    inputs: Inputs,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
 ) -> Measured:
     """Measure a model on everything in `inputs`.
 
@@ -120,7 +125,7 @@ def with_verdicts(measured: Measured, outcomes: Sequence[Outcome], judge: str) -
 
 
 def _each(
-    model: Model, batches: Iterable[tuple[Any, Sequence[Sequence[int]]]], count: int
+    model: GenerationModel, batches: Iterable[tuple[Any, Sequence[Sequence[int]]]], count: int
 ) -> Examples:
     losses = build_token_losses(model.spec, model.mesh, dtype=model.dtype)
     with jax.set_mesh(model.mesh):
@@ -147,7 +152,7 @@ def _scores(sums: Examples) -> dict[str, Score]:
 
 
 def _answer_pairs(
-    model: Model, inputs: Inputs, max_new_tokens: int, sampling: Sampling
+    model: GenerationModel, inputs: Inputs, max_new_tokens: int, sampling: Sampling
 ) -> list[AnswerPair]:
     """Answer all questions."""
     codec, questions = inputs.codec, inputs.questions

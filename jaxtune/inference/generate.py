@@ -19,7 +19,7 @@ from jaxtune.data.tokenize import tokenize_prompt
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.inference.decode_step import MOST_STEPS
 from jaxtune.inference.engine import Engine, by_length
-from jaxtune.inference.load import Model, TextCodec
+from jaxtune.inference.load import GenerationModel, TextCodec
 from jaxtune.inference.sampling import GREEDY, Sampling
 from jaxtune.training.initial_weights import check_ids
 
@@ -46,7 +46,7 @@ class TextEvent(NamedTuple):
     generation: Generation | None
 
 
-def prompt_ids(model: Model, codec: TextCodec, conversation: Conversation) -> list[int]:
+def prompt_ids(model: GenerationModel, codec: TextCodec, conversation: Conversation) -> list[int]:
     """Tokenize a conversation as training does: the first tokens of the row it would make."""
     ids = tokenize_prompt(
         codec.template,
@@ -60,7 +60,7 @@ def prompt_ids(model: Model, codec: TextCodec, conversation: Conversation) -> li
 
 
 def generate(
-    model: Model,
+    model: GenerationModel,
     codec: TextCodec,
     prompts: Sequence[Sequence[int]],
     *,
@@ -100,7 +100,7 @@ def generate(
 
 
 def stream(
-    model: Model,
+    model: GenerationModel,
     codec: TextCodec,
     messages: Sequence[Message],
     *,
@@ -147,7 +147,12 @@ class TextGenerator:
     """
 
     def __init__(
-        self, model: Model, codec: TextCodec, *, slots: int = 8, max_length: int | None = None
+        self,
+        model: GenerationModel,
+        codec: TextCodec,
+        *,
+        slots: int = 8,
+        max_length: int | None = None,
     ) -> None:
         self._engine = Engine(
             model.spec,

@@ -13,7 +13,7 @@ import jax
 
 from jaxtune.cli import note
 from jaxtune.config import ConfigError
-from jaxtune.inference.load import Model
+from jaxtune.inference.load import GenerationModel
 from jaxtune.model.decoder import empty_cache
 from jaxtune.parallel import memory
 from jaxtune.parallel.mesh import row_shards
@@ -23,19 +23,19 @@ _SHARE = 1 / 3
 _STEP = 1024  # positions
 
 
-def longest_text(models: Sequence[Model], slots: int, wanted: int | None) -> int:
-    """Return the most tokens of prompt and answer: `wanted`, or what fits.
+def longest_text(models: Sequence[GenerationModel], slots: int, requested: int | None) -> int:
+    """Return the most tokens of prompt and answer: `requested`, or what fits.
 
     That is as many as the models have positions and free memory holds in all slots of all models.
     Raises: ConfigError.
     """
     positions = max(model.spec.max_positions for model in models)
-    if wanted is not None:
-        if wanted > positions:
+    if requested is not None:
+        if requested > positions:
             raise ConfigError(
-                f"serve_length is {wanted}; the model has {positions} positions. Give no more."
+                f"serve_length is {requested}; the model has {positions} positions. Give no more."
             )
-        return wanted
+        return requested
     most = min(_free_bytes(model) for model in models) * _SHARE
     steps = range(1, -(-positions // _STEP) + 1)
     fitting = bisect.bisect_right(
@@ -52,7 +52,7 @@ def longest_text(models: Sequence[Model], slots: int, wanted: int | None) -> int
     return length
 
 
-def _cache_bytes(model: Model, slots: int, length: int) -> float:
+def _cache_bytes(model: GenerationModel, slots: int, length: int) -> float:
     """Return the bytes on one device of a full cache, as if no device shared its heads."""
     cache = jax.eval_shape(
         lambda: empty_cache(
@@ -66,7 +66,7 @@ def _cache_bytes(model: Model, slots: int, length: int) -> float:
     return whole / row_shards(model.mesh)
 
 
-def _free_bytes(model: Model) -> float:
+def _free_bytes(model: GenerationModel) -> float:
     """Return the free bytes of the fullest device; of the machine if devices are its cores."""
     devices = model.mesh.local_devices
     stats = [device.memory_stats() or {} for device in devices]

@@ -42,7 +42,7 @@ class TextCodec(NamedTuple):
     template: Template
 
 
-class Model(NamedTuple):
+class GenerationModel(NamedTuple):
     """A model ready to generate; `params` are in `dtype`, and any of `stop_ids` ends an answer.
 
     `adapters` are used as `lora` says, where they are not merged into `params`.
@@ -64,7 +64,7 @@ class Model(NamedTuple):
             return {"params": self.params}
         return {"params": self.params, "lora": self.adapters}
 
-    def without_adapters(self) -> Model:
+    def without_adapters(self) -> GenerationModel:
         """Return the base without its unmerged adapters: the same arrays, nothing is loaded."""
         return self._replace(lora=None, adapters=None)
 
@@ -144,7 +144,7 @@ def positions(name: str, config: Config) -> int:
 
 def load_model(
     name: str, config: Config, codec: TextCodec, mesh: Mesh, *, merge: bool = True
-) -> Model:
+) -> GenerationModel:
     """Load the weights in the computation's dtype, sharded over `mesh`.
 
     Adapters (of a checkpoint, or of a folder) are merged into the weights; without `merge` they
@@ -162,17 +162,19 @@ def load_model(
         note(f"{name}: no weights there; random ones of seed {config.seed}, as training began")
     params = base_params(model, config, placed, dtype)
     stops = stop_ids(config, codec, model)
-    return _unstacked(Model(name, model.spec, params, stops, dtype, mesh))
+    return _unstacked(GenerationModel(name, model.spec, params, stops, dtype, mesh))
 
 
-def _unstacked(model: Model) -> Model:
+def _unstacked(model: GenerationModel) -> GenerationModel:
     """Return the model in the layout that decodes fastest; its former arrays are deleted."""
     platform = platform_of(model.mesh)
     spec, variables = unstack(model.spec, model.variables, platform=platform, consume=True)
     return model._replace(spec=spec, params=variables["params"], adapters=variables.get("lora"))
 
 
-def _load_trained(name: str, config: Config, codec: TextCodec, mesh: Mesh, merge: bool) -> Model:
+def _load_trained(
+    name: str, config: Config, codec: TextCodec, mesh: Mesh, merge: bool
+) -> GenerationModel:
     """Load a run's checkpoint, or an adapter with its base, merged or beside the weights."""
     dtype = compute_dtype(config.dtype)
     if is_checkpoint(name):
@@ -198,13 +200,13 @@ def _load_trained(name: str, config: Config, codec: TextCodec, mesh: Mesh, merge
         )
         params = load_params(model, placed, dtype)
         leaves = jax.device_put(leaves, where)
-        return Model(name, model.spec, params, stops, dtype, mesh, lora, leaves)
+        return GenerationModel(name, model.spec, params, stops, dtype, mesh, lora, leaves)
     if lora is None:
         cast = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree))
         params = jax.device_put(cast(leaves), placed)
     else:
         params = merged_params(model, lora, leaves, placed, dtype)
-    return Model(name, model.spec, params, stops, dtype, mesh)
+    return GenerationModel(name, model.spec, params, stops, dtype, mesh)
 
 
 def stop_ids(config: Config, codec: TextCodec, model: HfModel) -> frozenset[int]:

@@ -14,7 +14,7 @@ from typing import Any
 from jaxtune.data.schema import Conversation, Message
 from jaxtune.hf.peft.merge import merged_params
 from jaxtune.inference.generate import generate, prompt_ids
-from jaxtune.inference.load import Model, TextCodec
+from jaxtune.inference.load import GenerationModel, TextCodec
 from jaxtune.parallel import processes
 from jaxtune.storage.jsonl import keep_rows_up_to
 from jaxtune.training.initial_weights import param_shardings
@@ -38,7 +38,7 @@ class SamplePrompts:
         prompts: Sequence[str],
         codec: TextCodec,
         subject: Subject,
-        model: Model,
+        model: GenerationModel,
         *,
         resumed_at: int,
         due: bool = False,
@@ -68,7 +68,9 @@ class SamplePrompts:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def with_trained(model: Model, subject: Subject, trained: Any, frozen: Any) -> Model:
+def with_trained(
+    model: GenerationModel, subject: Subject, trained: Any, frozen: Any
+) -> GenerationModel:
     """Give `model` the weights in training; adapters are merged into the unquantised base, which
     is read once more.
     """

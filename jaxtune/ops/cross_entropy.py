@@ -46,14 +46,14 @@ C = TypeVar("C")
 class Sums(NamedTuple):
     """Float32 scalars over tokens: sum(w * loss), sum(w), sum(w * [the best guess is right]).
 
-    `penalty` is what is minimised beside `loss`, on the same scale: z-loss, and what an objective
+    `auxiliary` is what is minimised beside `loss`, on the same scale: z-loss, and what an objective
     adds. `nll` is sum(w * -log p), which `loss` is too but with another `loss_type`; no gradient.
     """
 
     loss: jax.Array
     weight: jax.Array
     correct: jax.Array
-    penalty: jax.Array | float = 0.0
+    auxiliary: jax.Array | float = 0.0
     nll: jax.Array | float = 0.0
 
 
@@ -89,7 +89,7 @@ def cross_entropy_reference(
         loss=jnp.sum(weights * scale_BT * nll_BT),
         weight=jnp.sum(weights),
         correct=jnp.sum(weights * (jnp.argmax(logits_BTV, axis=-1) == targets)),
-        penalty=z_loss * jnp.sum(weights * normaliser_BT**2),
+        auxiliary=z_loss * jnp.sum(weights * normaliser_BT**2),
         nll=lax.stop_gradient(jnp.sum(weights * nll_BT)),
     )
 
@@ -116,10 +116,10 @@ def linear_cross_entropy(
     (dynamic fine-tuning, arXiv:2508.05629): what the model finds unlikely moves it less. `weight`
     is the same for both.
 
-    `z_loss` times the squared log-sum-exp of a token's logits is its share of `penalty`. `block` is
-    entries of the vocabulary at a time (their logits are alive, and computed again in the backward
-    pass); the default is the whole vocabulary if the kernel is small and there is no `z_loss`,
-    else what keeps the logits of a block for all tokens within 256 MiB. `compact` brings
+    `z_loss` times the squared log-sum-exp of a token's logits is its share of `auxiliary`. `block`
+    is entries of the vocabulary at a time (their logits are alive, and computed again in the
+    backward pass); the default is the whole vocabulary if the kernel is small and there is no
+    `z_loss`, else what keeps the logits of a block for all tokens within 256 MiB. `compact` brings
     tokens with a weight together and passes over chunks without any; not where T is spread over
     devices automatically, as tokens would have to move between them.
     """
@@ -300,7 +300,7 @@ def _blocked_backward(
     dtype, first = tokens.hidden.dtype, _first_weighted_chunk(plan, tokens.weights)
     # A token's loss by its logits: softmax_scale * softmax - target_scale * [is the target].
     target_scale = saved.scale * d_sums.loss
-    z_scale = tokens.weights * (d_sums.penalty * 2 * plan.z_loss) * saved.normaliser
+    z_scale = tokens.weights * (d_sums.auxiliary * 2 * plan.z_loss) * saved.normaliser
     softmax_scale = target_scale + z_scale
 
     def visit(number: Any, totals: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -487,7 +487,7 @@ def _finish(
         loss=jnp.sum(scale * losses.loss),
         weight=jnp.sum(weights),
         correct=jnp.sum(weights * losses.correct),
-        penalty=plan.z_loss * jnp.sum(weights * normaliser**2),
+        auxiliary=plan.z_loss * jnp.sum(weights * normaliser**2),
         nll=jnp.sum(weights * losses.loss),
     )
     return sums, scale, normaliser

@@ -161,11 +161,11 @@ def parse_slice(name: str) -> Slice:
             example = "x".join(map(str, shapes[8]))
             raise ConfigError(f"topology: '{name}': a {kind} slice is written as {kind}:{example}.")
         return _checked(Slice(kind, shape, slices), name)
-    wanted = int(size) / chip.cores_in_name if re.fullmatch(_NUMBER, size) else 0
-    if wanted not in shapes:
+    chips = int(size) / chip.cores_in_name if re.fullmatch(_NUMBER, size) else 0
+    if chips not in shapes:
         sizes = ", ".join(f"{kind}-{chips * chip.cores_in_name}" for chips in shapes)
         raise ConfigError(f"topology: there is no '{name}'. There are: {sizes}.")
-    return _checked(Slice(kind, shapes[int(wanted)], slices), name)
+    return _checked(Slice(kind, shapes[int(chips)], slices), name)
 
 
 def _checked(slice: Slice, name: str) -> Slice:

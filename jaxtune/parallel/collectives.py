@@ -37,21 +37,24 @@ from jaxtune.parallel.mesh import (
 from jaxtune.tree import map_named
 
 B = TypeVar("B")  # a NamedTuple of arrays [B T ...]
+Sums = TypeVar("Sums")  # a pytree of arrays
 LANES = 128  # a slice of a table's rows is not cut narrower than a vector of the TPU
 EVERYWHERE = PartitionSpec()
 
 
-def shard_map_step(f: Callable[..., Any], mesh: Mesh, given: Sequence[Any], made: Any) -> Any:
+def shard_map_step(
+    f: Callable[..., Any], mesh: Mesh, in_specs: Sequence[Any], out_specs: Any
+) -> Any:
     """Map `f` over the devices, each with its own rows, tokens and slices of weights.
 
-    `given` are the specs of its arguments, `made` those of its result: `slices`, `tokens`, or
+    `in_specs` are of its arguments, `out_specs` of its result: `slices`, `tokens`, or
     `EVERYWHERE`. Inside, `all_gathered` makes weights whole; a gradient is of the SUM of what all
     devices return, so nothing is added up before `summed` and `total`. Axes of size 1 are each
     device's own too, so that a kernel finds none that the compiler would have to cut.
     """
     own = frozenset(name for name in AXES if name in MANUAL or mesh.shape[name] == 1)
     return jax.shard_map(
-        f, mesh=mesh, in_specs=tuple(given), out_specs=made, axis_names=own, check_vma=False
+        f, mesh=mesh, in_specs=tuple(in_specs), out_specs=out_specs, axis_names=own, check_vma=False
     )
 
 
@@ -135,8 +138,8 @@ def _cut(axes: Axes, shape: Sequence[int]) -> _Cut:
     """
     mesh = in_context()
     every = [()] * len(axes) if mesh is None else cuts(axes, shape, mesh, manual(mesh))
-    found = [(dim, over) for dim, over in enumerate(every) if over and axes[dim] != "expert"]
-    return _Cut(axes, *(found[0] if found else (0, ())))
+    sharded = [(dim, over) for dim, over in enumerate(every) if over and axes[dim] != "expert"]
+    return _Cut(axes, *(sharded[0] if sharded else (0, ())))
 
 
 def row_devices() -> int:
@@ -340,8 +343,8 @@ def summed(grads: Any, axes: Any, shapes: Any) -> Any:
     own = [name for name in manual(mesh) if mesh.shape[name] > 1 and name in MANUAL]
 
     def add(_: str, grad: jax.Array, names: Axes, like: Any) -> jax.Array:
-        kept = {name for over in cuts(names, like.shape, mesh, own) for name in over}
-        over = tuple(name for name in own if name not in kept)
+        split_over = {name for over in cuts(names, like.shape, mesh, own) for name in over}
+        over = tuple(name for name in own if name not in split_over)
         if not over:
             return grad
         return _beside(lambda grad: jax.lax.psum(grad, over), grad, names)
@@ -349,11 +352,12 @@ def summed(grads: Any, axes: Any, shapes: Any) -> Any:
     return map_named(add, grads, axes, shapes)
 
 
-def total(tree: Any) -> Any:
+def total(tree: Sums) -> Sums:
     """Numbers of each device's own tokens, added up over all of them; as they are elsewhere."""
     mesh = in_context()
     own = () if mesh is None else tuple(name for name in manual(mesh) if name in MANUAL)
-    return jax.lax.psum(tree, own) if own else tree
+    summed: Sums = jax.lax.psum(tree, own) if own else tree
+    return summed
 
 
 def _words(key: jax.Array, rows: int, length: int) -> jax.Array:

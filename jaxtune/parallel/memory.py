@@ -35,9 +35,9 @@ def explained(advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if (said := _exhausted(error)) is None:
+        if (message := _exhausted(error)) is None:
             raise
-        raise ConfigError(f"out of memory on a device: {said.rstrip('.')}. {advice}") from error
+        raise ConfigError(f"out of memory on a device: {message.rstrip('.')}. {advice}") from error
 
 
 def is_exhausted(error: BaseException | None) -> bool:
@@ -56,6 +56,6 @@ def _exhausted(error: BaseException) -> str | None:
     """
     if type(error).__name__ not in _ERRORS or not any(each in str(error) for each in _SAID):
         return None
-    said = str(error).partition("\n")[0]
-    about = any(word in said.lower() for word in ("memory", "alloc", "hbm"))
-    return said if about and "vmem" not in said.lower() else None
+    message = str(error).partition("\n")[0]
+    about = any(word in message.lower() for word in ("memory", "alloc", "hbm"))
+    return message if about and "vmem" not in message.lower() else None

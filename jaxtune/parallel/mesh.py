@@ -74,10 +74,10 @@ def make_mesh(
     if -1 in shape and len(devices) % rest == 0:
         shape[shape.index(-1)] = len(devices) // rest
     if math.prod(shape) != len(devices):
-        asked = " x ".join(f"{axis}={size}" for axis, size in zip(SIZES, shape, strict=True))
+        requested = " x ".join(f"{axis}={size}" for axis, size in zip(SIZES, shape, strict=True))
         product = "" if -1 in shape else f" (={math.prod(shape)})"
         raise ConfigError(
-            f"mesh: {len(devices)} devices cannot be {asked}{product}. "
+            f"mesh: {len(devices)} devices cannot be {requested}{product}. "
             f"Choose sizes whose product is {len(devices)}; one axis may be -1."
         )
     grid = _grid(shape, devices)
@@ -120,8 +120,8 @@ def _torus(line: Iterable[Any]) -> tuple[int, ...]:
         sizes.insert(0, run)
         places = places[::run]
     # The cores of a chip are the minor dimension; they go with the next one where there are many.
-    kept = len(FSDP) - 1
-    return tuple(sizes) if len(sizes) <= len(FSDP) else (*sizes[:kept], math.prod(sizes[kept:]))
+    last = len(FSDP) - 1
+    return tuple(sizes) if len(sizes) <= len(FSDP) else (*sizes[:last], math.prod(sizes[last:]))
 
 
 def platform_of(mesh: Mesh) -> str:
@@ -143,16 +143,16 @@ def row_shards(mesh: Mesh) -> int:
 def check_experts(experts: int, mesh: Mesh) -> None:
     """Raise `ConfigError` where the axis `expert` is used by a model whose mixtures have other
     `experts` than it divides, or none: 0."""
-    ways = mesh.shape["expert"]
-    if ways > 1 and experts == 0:
+    shards = mesh.shape["expert"]
+    if shards > 1 and experts == 0:
         raise ConfigError(
-            f"mesh.expert: {ways} devices would share a mixture's experts, and this model has "
+            f"mesh.expert: {shards} devices would share a mixture's experts, and this model has "
             "none. Leave mesh.expert at 1; mesh.fsdp spreads its parameters."
         )
-    if experts % ways:
+    if experts % shards:
         fitting = ", ".join(str(n) for n in range(2, experts + 1) if experts % n == 0)
         raise ConfigError(
-            f"mesh.expert: {experts} experts do not divide over {ways} devices. "
+            f"mesh.expert: {experts} experts do not divide over {shards} devices. "
             f"Choose one of {fitting}, or 1."
         )
 
@@ -174,15 +174,15 @@ def partition_spec(
 
 def cuts(axes: Axes, shape: Sequence[int], mesh: Any, only: Sequence[str]) -> list[tuple[str, ...]]:
     """List the mesh axes that cut each dimension of an array; none of them cuts two."""
-    found: list[tuple[str, ...]] = []
+    over: list[tuple[str, ...]] = []
     for axis, size in zip(axes, shape, strict=True):
-        free = set(only).difference(*found)
-        found.append(cut_over(axis, size, mesh, free))
-    return _on_tiles(axes, shape, found, mesh)
+        free = set(only).difference(*over)
+        over.append(cut_over(axis, size, mesh, free))
+    return _on_tiles(axes, shape, over, mesh)
 
 
 def _on_tiles(
-    axes: Axes, shape: Sequence[int], found: list[tuple[str, ...]], mesh: Any
+    axes: Axes, shape: Sequence[int], over: list[tuple[str, ...]], mesh: Any
 ) -> list[tuple[str, ...]]:
     """Cut "mlp" in place of "embed" where slices of "embed" end inside of a `TILE`.
 
@@ -190,12 +190,12 @@ def _on_tiles(
     `tensor`, which cuts "mlp" itself.
     """
     if mesh.shape["tensor"] > 1 or not {"embed", "mlp"} <= set(axes):
-        return found
+        return over
     narrow, wide = axes.index("embed"), axes.index("mlp")
-    ways = math.prod(mesh.shape[name] for name in found[narrow])
-    if shape[narrow] // ways % TILE and shape[wide] % (ways * TILE) == 0:
-        found[narrow], found[wide] = (), found[narrow]
-    return found
+    shards = math.prod(mesh.shape[name] for name in over[narrow])
+    if shape[narrow] // shards % TILE and shape[wide] % (shards * TILE) == 0:
+        over[narrow], over[wide] = (), over[narrow]
+    return over
 
 
 def cut_over(axis: str | None, size: int, mesh: Any, only: Iterable[str]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from jaxtune.config import ConfigError
 from jaxtune.data.schema import Message
 from jaxtune.inference.generate import Generation, stream
-from jaxtune.inference.load import Model, TextCodec
+from jaxtune.inference.load import GenerationModel, TextCodec
 from jaxtune.inference.sampling import Sampling
 
 
@@ -40,7 +40,7 @@ class ChatModel(NamedTuple):
     without_adapter: StreamAnswer | None = None
 
 
-def chat_models(models: Mapping[str, Model], codec: TextCodec) -> list[ChatModel]:
+def chat_models(models: Mapping[str, GenerationModel], codec: TextCodec) -> list[ChatModel]:
     """Make a `ChatModel` of each of `models`, by label, in the order in which they answer."""
     return [
         ChatModel(
@@ -53,7 +53,7 @@ def chat_models(models: Mapping[str, Model], codec: TextCodec) -> list[ChatModel
 
 
 def _answer(
-    model: Model, codec: TextCodec, messages: Sequence[Message], settings: ChatSettings
+    model: GenerationModel, codec: TextCodec, messages: Sequence[Message], settings: ChatSettings
 ) -> Generator[str, None, Generation]:
     most = settings.max_new_tokens
     return (yield from stream(model, codec, messages, max_new_tokens=most, sampling=settings))

@@ -9,12 +9,12 @@ from jaxtune.config import DataError, JaxtuneError
 from jaxtune.data.formats import to_noun
 from jaxtune.data.schema import Conversation, Message
 from jaxtune.inference.generate import prompt_ids
-from jaxtune.inference.load import Model, TextCodec
+from jaxtune.inference.load import GenerationModel, TextCodec
 from jaxtune.training.initial_weights import check_ids
 
 
 def chat_ids(
-    model: Model,
+    model: GenerationModel,
     codec: TextCodec,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]],
@@ -52,7 +52,7 @@ def _without_calls(message: Message) -> Message:
     return message._replace(extra=extra)
 
 
-def text_ids(model: Model, codec: TextCodec, text: str) -> list[int]:
+def text_ids(model: GenerationModel, codec: TextCodec, text: str) -> list[int]:
     """Tokenize a text as it stands: special tokens in it are meant, and bos comes first if the
     tokenizer puts it before plain text."""
     tokenizer = codec.tokenizer

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 from jaxtune.cli import note
 from jaxtune.inference.generate import TextGenerator
 from jaxtune.inference.kv_capacity import longest_text
-from jaxtune.inference.load import Model, TextCodec
+from jaxtune.inference.load import GenerationModel, TextCodec
 from jaxtune.server.app import Defaults, ServedModel, application
 from jaxtune.server.auth import AccessPolicy
 from jaxtune.server.bound_socket import KEY, BoundSocket
@@ -32,7 +32,7 @@ __all__ = ["Defaults", "Limits", "serve", "start"]
 
 
 def start(
-    models: Mapping[str, Model],
+    models: Mapping[str, GenerationModel],
     codec: TextCodec,
     defaults: Defaults,
     limits: Limits,

@@ -27,10 +27,10 @@ def keep_compiled(folder: str | None) -> None:
     the user's cache; None = nowhere. Programs that compile within a second are not kept.
     """
     if folder == "auto":
-        told: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-        folder = told or str(default_folder() / "compiled")
-    kept = None if folder in (None, "none") else folder
-    jax.config.update("jax_compilation_cache_dir", kept)
+        configured: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+        folder = configured or str(default_folder() / "compiled")
+    used = None if folder in (None, "none") else folder
+    jax.config.update("jax_compilation_cache_dir", used)
 
 
 def microbatches(config: Config, mesh: Mesh) -> int:

@@ -100,7 +100,7 @@ def _row_losses(
     program: Program, whole: Any, trained: Any, frozen: Any, size: Any
 ) -> list[float | str | None]:
     """Compute the loss of one row at a time, beside empty rows on the other devices."""
-    ways = row_shards(program.mesh)
+    shards = row_shards(program.mesh)
 
     def alone(row: int, low: int, high: int) -> Any:
         first = (np.arange(low, high) == 0)[:, None]
@@ -108,27 +108,27 @@ def _row_losses(
 
     sums = [
         program.eval_step(
-            trained, frozen, put_batch(functools.partial(alone, row), batch_size=ways, **size)
+            trained, frozen, put_batch(functools.partial(alone, row), batch_size=shards, **size)
         )
         for row in range(len(whole.inputs))
     ]
-    found = jax.device_get(sums)
-    return [number(row.loss / row.weight) if row.weight else None for row in found]
+    fetched = jax.device_get(sums)
+    return [number(row.loss / row.weight) if row.weight else None for row in fetched]
 
 
-def write(path: Path, found: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(found, indent=1, allow_nan=False) + "\n")
+def write(path: Path, facts: dict[str, Any]) -> None:
+    write_whole(path, json.dumps(facts, indent=1, allow_nan=False) + "\n")
 
 
-def summary(found: dict[str, Any]) -> str:
+def summary(facts: dict[str, Any]) -> str:
     """A replayed step in a few lines: the totals, and what stands out."""
-    lines = [f"step {found['step']}: loss {found['loss']}, gradient norm {found['grad_norm']}"]
-    norms = sorted(found["grad_norms"].items(), key=lambda item: _size(item[1]), reverse=True)
+    lines = [f"step {facts['step']}: loss {facts['loss']}, gradient norm {facts['grad_norm']}"]
+    norms = sorted(facts["grad_norms"].items(), key=lambda item: _size(item[1]), reverse=True)
     lines += [f"  gradient norm {norm}  {name}" for name, norm in norms[:_SHOWN]]
-    losses = found["row_losses"]
+    losses = facts["row_losses"]
     order = sorted(range(len(losses)), key=lambda row: _size(losses[row]), reverse=True)
     for row in order[:_SHOWN]:
-        held = ", ".join(f"{e['path']} record {e['record']}" for e in found["rows"][row][:3])
+        held = ", ".join(f"{e['path']} record {e['record']}" for e in facts["rows"][row][:3])
         lines.append(f"  loss {losses[row]}  row {row}: {held or 'empty'}")
     return "\n".join(lines)
 

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
+from jaxtune.data.dataset import EvalBatch
 from jaxtune.parallel.mesh import put_batch
 from jaxtune.training.step import EachToken, Evaluate
-
-
-class Part(Protocol):
-    """A batch [batch_size length] of which each host makes its rows; `trained` of all its targets
-    carry weight. `data.dataset.EvalBatch` is one."""
-
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def length(self) -> int: ...
-    @property
-    def trained(self) -> int: ...
-    def rows(self, low: int, high: int, /) -> Any: ...
 
 
 class Totals(NamedTuple):
@@ -52,7 +40,7 @@ class Totals(NamedTuple):
 
 
 def evaluate(
-    eval_step: Evaluate, trained: Any, frozen: Any, batches: Iterable[Part], *, mesh: Mesh
+    eval_step: Evaluate, trained: Any, frozen: Any, batches: Iterable[EvalBatch], *, mesh: Mesh
 ) -> Totals:
     """`trained` and `frozen` make up the variables. The `batch_size` of `batches` is
     divisible by the mesh's row shards. A batch is asked for when the one before the last is done:
@@ -63,7 +51,7 @@ def evaluate(
     sums, tokens = [], 0
     for batch in batches:
         size = {"batch_size": batch.batch_size, "length": batch.length}
-        on_device = put_batch(batch.rows, **size, mesh=mesh)
+        on_device: Any = put_batch(batch.rows, **size, mesh=mesh)
         sums.append(eval_step(trained, frozen, on_device))
         tokens += batch.trained
         jax.block_until_ready(sums[-2:-1])  # the last one goes on meanwhile
@@ -100,17 +88,17 @@ def each_example(
     is its segment i + 1. A token's cross-entropy is f32 on the device; all sums are f64 on the
     host, so that neither the batch nor the neighbours in a row show in them.
     """
-    found = Examples(np.zeros(count), np.zeros(count), np.zeros(count), np.zeros(count, np.int64))
+    sums = Examples(np.zeros(count), np.zeros(count), np.zeros(count), np.zeros(count, np.int64))
     waiting: tuple[Any, NDArray[np.int64], Any] | None = None
     for batch, rows in batches:
         owners = _owners(batch.segment_ids, rows)
         on_device = losses(variables, _placed(batch, mesh))
         if waiting is not None:  # one late, so that the device never waits for the host
-            _add(found, *waiting)
+            _add(sums, *waiting)
         waiting = batch.weights, owners, on_device
     if waiting is not None:
-        _add(found, *waiting)
-    return found
+        _add(sums, *waiting)
+    return sums
 
 
 def _placed(batch: Any, mesh: Mesh) -> Any:
@@ -135,13 +123,13 @@ def _owners(segment_ids: NDArray[np.integer], rows: Sequence[Sequence[int]]) -> 
 
 
 def _add(
-    found: Examples, weights: NDArray[np.floating], owners: NDArray[np.int64], on_device: Any
+    sums: Examples, weights: NDArray[np.floating], owners: NDArray[np.int64], on_device: Any
 ) -> None:
     each = jax.device_get(on_device)
     counts = weights != 0
     owners, w = owners[counts], weights[counts].astype(np.float64)
-    size = len(found.loss)
-    found.loss[:] += np.bincount(owners, w * each.loss[counts], size)
-    found.weight[:] += np.bincount(owners, w, size)
-    found.correct[:] += np.bincount(owners, w * each.correct[counts], size)
-    found.tokens[:] += np.bincount(owners, minlength=size)
+    size = len(sums.loss)
+    sums.loss[:] += np.bincount(owners, w * each.loss[counts], size)
+    sums.weight[:] += np.bincount(owners, w, size)
+    sums.correct[:] += np.bincount(owners, w * each.correct[counts], size)
+    sums.tokens[:] += np.bincount(owners, minlength=size)

@@ -35,7 +35,7 @@ _OWN = ("output_dir", "dataset_num_proc", "compilation_cache_dir", "hang_timeout
 _PLACES = ("dataset", "model_name_or_path", "tokenizer_name", "adapter_name_or_path")
 _SHOWN = 60  # characters of a value
 _NAMED = 3  # hosts that are alike
-_TOLD = "parts"
+_PARTS = "parts"
 
 
 def check_same(parts: Mapping[str, str]) -> None:
@@ -44,8 +44,8 @@ def check_same(parts: Mapping[str, str]) -> None:
     own = json.dumps(parts, sort_keys=True)
     if len(set(processes.gather_texts(_digest(own)))) == 1:
         return
-    processes.publish(_TOLD, own)
-    everyones = [json.loads(processes.receive(_TOLD, host)) for host in range(processes.count())]
+    processes.publish(_PARTS, own)
+    everyones = [json.loads(processes.receive(_PARTS, host)) for host in range(processes.count())]
     raise ConfigError(
         f"hosts: they are not about to run the same: {'; '.join(differences(everyones))}. Start "
         "the same command on all of them, with the same files and the same versions."
@@ -59,18 +59,20 @@ def differences(everyones: Sequence[Mapping[str, str]]) -> list[str]:
     ['seed is 2 on host 1 and 1 on host 0']
     """
     names = dict.fromkeys(name for parts in everyones for name in parts)
-    found = {name: _by_value([parts.get(name, "unknown") for parts in everyones]) for name in names}
-    return [f"{name} is {_told(who)}" for name, who in found.items() if len(who) > 1]
+    values = {
+        name: _by_value([parts.get(name, "unknown") for parts in everyones]) for name in names
+    }
+    return [f"{name} is {_listed(who)}" for name, who in values.items() if len(who) > 1]
 
 
 def _by_value(values: Sequence[str]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
+    hosts: dict[str, list[int]] = {}
     for host, value in enumerate(values):
-        found.setdefault(value, []).append(host)
-    return found
+        hosts.setdefault(value, []).append(host)
+    return hosts
 
 
-def _told(who: Mapping[str, Sequence[int]]) -> str:
+def _listed(who: Mapping[str, Sequence[int]]) -> str:
     """Describe the values, that of the fewest hosts first: of many it is theirs that is wrong."""
     texts = []
     for value, alike in sorted(who.items(), key=lambda item: (len(item[1]), -item[1][0])):
@@ -93,7 +95,7 @@ def run_fingerprints(
     return {
         "jaxtune": __version__,
         "jax": jax.__version__,
-        **_knobs(config),
+        **_fields_of(config),
         "what is trained on (data, tokenizer, template, seed, rows)": fingerprint(batches)[:12],
         "what is evaluated on": evaluated or "nothing",
         "the number of steps": str(total_steps),
@@ -113,15 +115,15 @@ def evaluation_fingerprints(
     return {
         "jaxtune": __version__,
         "jax": jax.__version__,
-        **_knobs(config),
+        **_fields_of(config),
         **{name: json.dumps(value) for name, value in options.items()},
         "what is evaluated on": _short([[data.names, data.fingerprint] for data in datasets]),
         "what is asked": _short([list(map(int, ids)) for ids in prompts]),
-        **{f"model {i}": _asked(name, config) for i, name in enumerate(models)},
+        **{f"model {i}": _model(name, config) for i, name in enumerate(models)},
     }
 
 
-def _asked(name: str, config: Config) -> str:
+def _model(name: str, config: Config) -> str:
     """A model folder or an adapter by samples of its weights, a checkpoint by its step."""
     if is_checkpoint(name):
         return f"step {checkpoint_of(Path(name))[1]}"
@@ -132,17 +134,17 @@ def _asked(name: str, config: Config) -> str:
     return _base(open_model(name, revision=config.revision, weights=config.init == "pretrained"))
 
 
-def _knobs(config: Config) -> dict[str, str]:
+def _fields_of(config: Config) -> dict[str, str]:
     values = config.model_dump(mode="json")
     for entries in ("datasets", "eval_datasets"):
         for entry in values[entries]:
             del entry["path"]
-    found = {}
+    fields = {}
     for name in field_names(Config):
         group, _, leaf = name.partition(".")
         if group not in (*_OWN, *_PLACES, "hosts"):
-            found[name] = json.dumps(values[group][leaf] if leaf else values[group])
-    return found
+            fields[name] = json.dumps(values[group][leaf] if leaf else values[group])
+    return fields
 
 
 def _base(model: HfModel) -> str:
@@ -157,10 +159,10 @@ def _adapter(adapters: Adapters | None) -> str:
 
 
 def _digest_of(arrays: Mapping[str, Any]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
-        found.update(name.encode() + array.tobytes())
-    return found.hexdigest()[:12]
+        digest.update(name.encode() + array.tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _short(value: Any) -> str:

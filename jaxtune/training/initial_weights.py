@@ -78,7 +78,7 @@ def _quantised_params(model: HfModel, lora: Lora, placed: Any, dtype: Any) -> An
         if name not in projections | banks:
             return leaf
         inputs = 1 if name in banks else len(model.placed[name].row.groups[1])
-        kept = {
+        placed_parts = {
             key.rpartition("/")[2]: sharding
             for key, sharding in where.items()
             if key.startswith(f"{name}/")
@@ -88,7 +88,7 @@ def _quantised_params(model: HfModel, lora: Lora, placed: Any, dtype: Any) -> An
         )
         of_layer = functools.partial(jax.lax.map, of_one) if name in banks else of_one
         # A kernel at a time: in float32 a whole stack would not fit beside the rest.
-        every = jax.jit(functools.partial(jax.lax.map, of_layer), out_shardings=kept)
+        every = jax.jit(functools.partial(jax.lax.map, of_layer), out_shardings=placed_parts)
         return jax.block_until_ready(every(leaf))
 
     return load_params(model, whole, dtype, then=smaller)

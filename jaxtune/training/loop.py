@@ -98,10 +98,10 @@ class EvalHistory(NamedTuple):
     @classmethod
     def of(cls, past: Mapping[str, Any]) -> EvalHistory:
         """As a checkpoint's meta says; a lowest loss that is not finite is none."""
-        found = cls(**past.get("standing", {}))
-        if found.best_loss is not None and not math.isfinite(found.best_loss):
-            found = found._replace(best_step=None, best_loss=None)
-        return found
+        history = cls(**past.get("standing", {}))
+        if history.best_loss is not None and not math.isfinite(history.best_loss):
+            history = history._replace(best_step=None, best_loss=None)
+        return history
 
     def after(self, eval_loss: float, step: int) -> EvalHistory:
         """Once the step is evaluated; a loss that is not finite is no improvement."""
@@ -307,7 +307,7 @@ class Loop:
             "loss": float(metrics.loss),
             **({"nll": float(metrics.nll)} if self.config.loss_type != "nll" else {}),
             "token_accuracy": float(metrics.token_accuracy),
-            **({added: float(metrics.penalty)} if metrics.penalty else {}),
+            **({added: float(metrics.auxiliary)} if metrics.auxiliary else {}),
             "grad_norm": float(metrics.grad_norm),
             "learning_rate": float(metrics.learning_rate),
         }
@@ -315,11 +315,11 @@ class Loop:
     def _not_finite(self, done: int, metrics: StepMetrics) -> None:
         """The step changed nothing. Writes down what is known of it; ends the run, or skips it."""
         self.checkpoints.wait()  # so that the one being written counts too
-        kept, run_dir = self.checkpoints.latest(), self.plan.run_dir
+        saved, run_dir = self.checkpoints.latest(), self.plan.run_dir
         path = debug_step.path_of(run_dir, done)
         if processes.is_first():
             names = list(named(self.program.abstract.trained))
-            facts = debug_step.describe(run_dir, done, metrics, names, self.plan.batches, kept)
+            facts = debug_step.describe(run_dir, done, metrics, names, self.plan.batches, saved)
             debug_step.write(path, facts)
         skipped = self.history.skipped + 1
         what = f"step {done}: the loss is {metrics.loss:g} and the gradient norm " + (
@@ -335,7 +335,11 @@ class Loop:
             return
         raise Diverged(
             f"{what}It changed nothing; "
-            + (f"the newest checkpoint is step {kept}. " if kept else "none was saved before it. ")
+            + (
+                f"the newest checkpoint is step {saved}. "
+                if saved
+                else "none was saved before it. "
+            )
             + "The batch's rows and the gradient norm of each parameter are in "
             f"{path}. To look at that step: {debug_step.command_for(run_dir, done)}. Lower "
             f"learning_rate (now {metrics.learning_rate:g}), mend the rows, or allow "

@@ -54,10 +54,10 @@ def next_token(
 
     `targets` at weight 0 may be any id in range; nothing is inferred from token values.
     `noise_alpha` is NEFTune's; its noise, like all that is random, is absent without a key.
-    `loss_block`, `z_loss` and `loss_type` are `linear_cross_entropy`'s; what z-loss costs is in the
-    penalty.
+    `loss_block`, `z_loss` and `loss_type` are `linear_cross_entropy`'s; what z-loss costs is in
+    `auxiliary`.
 
-    Where the model asks for it (`MoeSpec.aux_coef`), penalty = coef * balance * sum(w): a step
+    Where the model asks for it (`MoeSpec.aux_coef`), auxiliary = coef * balance * sum(w): a step
     minimises the mean loss plus coef * balance, as transformers does. The balance of routers
     (`ops.moe.balance`) is over all tokens of the batch given here that are not padding, trained or
     not, of all mixtures and devices together; rows and packing do not matter. It is no sum over
@@ -86,7 +86,7 @@ def next_token(
         if coef and output.load is not None:
             # Of all devices together; each adds its share of it, by weight.
             routers = coef * balance(collectives.total(output.load)) * sums.weight
-            sums = sums._replace(penalty=sums.penalty + routers)
+            sums = sums._replace(auxiliary=sums.auxiliary + routers)
         return sums
 
     return objective
@@ -101,7 +101,7 @@ def each_token(
         batch = collectives.zigzag_split(batch)
         output = decoder.forward(spec, variables, _rows(batch), config)
         each = token_losses(output.hidden, output.head, batch.targets, batch.weights)
-        return jax.tree.map(collectives.whole_rows, each)
+        return TokenLosses(*map(collectives.whole_rows, each))
 
     return losses
 

@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from jaxtune.model import decoder
 from jaxtune.model.decoder import ForwardConfig
 from jaxtune.model.lora import COLLECTION, Lora
-from jaxtune.ops.cross_entropy import TokenLosses
 from jaxtune.ops.loss_plan import LossType
 from jaxtune.parallel.collectives import EVERYWHERE, shard_map_step, slices, tokens
 from jaxtune.parallel.mesh import platform_of, put, replicated, shardings
@@ -121,8 +120,8 @@ def build(spec: ModelSpec, mesh: Mesh, config: StepConfig) -> Program:
             shapes=trained,
         )
         own, others = slices(axes, trained, mesh), slices(axes, frozen, mesh)
-        given = own, others, tokens(batch.inputs.shape, mesh), EVERYWHERE
-        return shard_map_step(here, mesh, given, (own, EVERYWHERE))(trained, frozen, batch, step)
+        specs = own, others, tokens(batch.inputs.shape, mesh), EVERYWHERE
+        return shard_map_step(here, mesh, specs, (own, EVERYWHERE))(trained, frozen, batch, step)
 
     def step(state: TrainState, frozen: Any, batch: Any) -> Any:
         if config.optim_offload:
@@ -185,10 +184,10 @@ def build_token_losses(spec: ModelSpec, mesh: Mesh, *, dtype: Any) -> EachToken:
     here = each_token(spec, ForwardConfig(dtype, "none", platform=platform_of(mesh)))
     axes = _axes(spec, None)
 
-    def losses(variables: Any, batch: Any) -> TokenLosses:
+    def losses(variables: Any, batch: Any) -> Any:
         rows = tokens(batch.inputs.shape, mesh)
-        given = (slices(axes, variables, mesh), rows)
-        return shard_map_step(here, mesh, given, type(rows)(rows[0]))(variables, batch)
+        specs = (slices(axes, variables, mesh), rows)
+        return shard_map_step(here, mesh, specs, type(rows)(rows[0]))(variables, batch)
 
     return jax.jit(losses, out_shardings=replicated(mesh))
 
@@ -204,11 +203,11 @@ def _evaluation(axes: Any, mesh: Mesh, objective: Objective) -> Evaluate:
     here = functools.partial(eval_step, objective=objective)
 
     def evaluate(trained: Any, frozen: Any, batch: Any) -> Any:
-        given = (
+        specs = (
             *(slices(axes, tree, mesh) for tree in (trained, frozen)),
             tokens(batch.inputs.shape, mesh),
         )
-        return shard_map_step(here, mesh, given, EVERYWHERE)(trained, frozen, batch)
+        return shard_map_step(here, mesh, specs, EVERYWHERE)(trained, frozen, batch)
 
     return jax.jit(evaluate, out_shardings=replicated(mesh))
 

@@ -70,8 +70,8 @@ def past_of(config: Config, checkpoints: Checkpoints, start: int, evaluated: str
     what it was measured on, and where it is to be exported and is gone.
     """
     meta = checkpoints.meta(start) if start else {}
-    standing = meta.get("standing", {})
-    best = standing.get("best_step")
+    history = meta.get("standing", {})
+    best = history.get("best_step")
     if best is None:
         return meta
     if meta.get("held_out", evaluated) != evaluated:
@@ -80,14 +80,14 @@ def past_of(config: Config, checkpoints: Checkpoints, start: int, evaluated: str
             "best, and evaluations are counted anew"
         )
         measured = ("best_step", "best_loss", "since_best")
-        rest = {name: value for name, value in standing.items() if name not in measured}
+        rest = {name: value for name, value in history.items() if name not in measured}
         return {**meta, "standing": rest}
     if config.load_best_model_at_end and not checkpoints.counts(best):
         note(
-            f"resume: the best step {best}, eval_loss {standing['best_loss']:.4f}, is kept nowhere "
+            f"resume: the best step {best}, eval_loss {history['best_loss']:.4f}, is kept nowhere "
             "any more; the best of the steps from here on is exported"
         )
-        return {**meta, "standing": {**standing, "best_step": None, "best_loss": None}}
+        return {**meta, "standing": {**history, "best_step": None, "best_loss": None}}
     return meta
 
 

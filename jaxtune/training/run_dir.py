@@ -1,4 +1,4 @@
-"""The directory of a run, here or beside a store: found, claimed for one run at a time."""
+"""The directory of a run, here or beside a store: located, and claimed for one run at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtune.parallel import processes
 from jaxtune.storage import lock, object_store
 from jaxtune.storage.atomic_write import write_whole
 from jaxtune.training.checkpoint import remote
-from jaxtune.training.checkpoint.remote import Mirror, fetch_run
+from jaxtune.training.checkpoint.remote import RemoteSync, fetch_run
 
 
 def place_of(output_dir: str, *, reading: bool) -> Path:
@@ -24,15 +24,15 @@ def place_of(output_dir: str, *, reading: bool) -> Path:
 
 def claim(
     output_dir: str, run_dir: Path, end: contextlib.ExitStack, *, reading: bool
-) -> Mirror | None:
+) -> RemoteSync | None:
     """Make the run directory and prove that it can be written, before anything is paid for.
 
     Keeps other runs out until `end`, unless it is only read. Returns the copy in the store, where
     it lies in one.
     """
-    mirror = None
+    sync = None
     if object_store.is_url(output_dir):
-        mirror = Mirror(output_dir, run_dir, note)
+        sync = RemoteSync(output_dir, run_dir, note)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / f".writable-{processes.index()}"
@@ -42,16 +42,16 @@ def claim(
         raise ConfigError(
             f"output_dir {run_dir}: cannot be written: {error.strerror}. Choose another."
         ) from None
-    if not reading and (processes.is_first() or mirror is not None):
+    if not reading and (processes.is_first() or sync is not None):
         end.enter_context(lock.held(run_dir, note))
-    if mirror is not None:
-        end.callback(mirror.close)
+    if sync is not None:
+        end.callback(sync.close)
         if reading:
-            mirror.look()
+            sync.look()
         else:
-            mirror.claim()
+            sync.claim()
         note(f"output_dir: {output_dir}, by way of {run_dir}")
-    return mirror
+    return sync
 
 
 def write_config(path: Path, config: Config) -> None:

@@ -46,11 +46,11 @@ def schedule(
     """
     if kind not in AFTER_WARMUP:
         raise ValueError(f"lr_scheduler_type '{kind}'; there are: {', '.join(AFTER_WARMUP)}")
-    given = {name: value for name, value in options.items() if value is not None}
+    chosen = {name: value for name, value in options.items() if value is not None}
     warmup = 0 if kind == "constant" else warmup_steps
-    rise = WAVES[given.pop("warmup_type", "linear")]
-    floor = given.get("min_lr_ratio", 0.0)  # of both ends of warmup_stable_decay
-    share = AFTER_WARMUP[kind](learning_rate, warmup, total_steps, **given)
+    rise = WAVES[chosen.pop("warmup_type", "linear")]
+    floor = chosen.get("min_lr_ratio", 0.0)  # of both ends of warmup_stable_decay
+    share = AFTER_WARMUP[kind](learning_rate, warmup, total_steps, **chosen)
 
     def at(step: jax.Array) -> jax.Array:
         now = jnp.asarray(step, jnp.float32)

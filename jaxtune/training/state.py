@@ -60,8 +60,8 @@ def state_shardings(
             return everywhere
         axes = [*where[name].spec, *[None] * leaf.ndim]
         same = [a == b for a, b in zip(leaf.shape, sizes[name].shape, strict=True)]
-        kept = [axis if cut else None for axis, cut in zip(axes, same, strict=False)]
-        return NamedSharding(mesh, PartitionSpec(*kept), memory_kind=HOST if offload else None)
+        axes = [axis if cut else None for axis, cut in zip(axes, same, strict=False)]
+        return NamedSharding(mesh, PartitionSpec(*axes), memory_kind=HOST if offload else None)
 
     return TrainState(
         step=everywhere,  # type: ignore[arg-type]

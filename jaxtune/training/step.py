@@ -1,6 +1,6 @@
 """An optimiser step as a pure function, and its evaluation twin.
 
-microbatch m  ->  gradient of loss + penalty, and Sums      lax.scan over M, f32 accumulators
+microbatch m  ->  gradient of loss + auxiliary, and Sums      lax.scan over M, f32 accumulators
 all           ->  gradients / sum(w)                        ONE division, by the global weight
               ->  clip -> the optimiser, with learning_rate(step)
 guard         ->  a step with no weight, or with anything non-finite, changes no parameter
@@ -31,7 +31,7 @@ from jaxtune.tree import merge
 class StepMetrics(NamedTuple):
     """Scalars of one step, f32: `loss` is what was minimised, `nll` = sum(w*ce)/sum(w), the same
     unless with another loss_type; `finite` is 1.0 unless loss or gradient norm is not finite;
-    `weight` is sum(w). `penalty` is what else was minimised: the routers'.
+    `weight` is sum(w). `auxiliary` is what else was minimised: the routers'.
     `leaf_norms` are the gradient norms of the trained leaves `[leaves]`, in the order of
     `tree.named`: they say where a gradient went wrong.
     """
@@ -42,7 +42,7 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array
     learning_rate: jax.Array
     finite: jax.Array
-    penalty: jax.Array
+    auxiliary: jax.Array
     nll: jax.Array
     leaf_norms: jax.Array
 
@@ -76,7 +76,7 @@ def gradient(
     axes: Any,
     shapes: Any,
 ) -> tuple[Any, Sums]:
-    """Gradients of loss + penalty, f32 and summed, and the sums.
+    """Gradients of loss + auxiliary, f32 and summed, and the sums.
 
     Runs under `collectives.shard_map_step`. `axes` and `shapes` are of the whole `trained`, of
     which a device has its slices.
@@ -90,7 +90,7 @@ def gradient(
         key = jax.random.fold_in(key_of_step, number)
         variables = {**merge(trained, frozen), GRADIENT_SINK: sink}
         sums = config.objective(variables, rows, key)
-        return sums.loss + sums.penalty, sums
+        return sums.loss + sums.auxiliary, sums
 
     def of_rows(rows: Tokens, number: Any) -> tuple[Any, Sums]:
         of_both = jax.grad(loss, argnums=(0, 1), has_aux=True)
@@ -158,7 +158,7 @@ def train_step(
         grad_norm=norm,
         learning_rate=rate,
         finite=finite.astype(jnp.float32),
-        penalty=sums.penalty * per_weight,
+        auxiliary=sums.auxiliary * per_weight,
         nll=sums.nll * per_weight,
         leaf_norms=jnp.sqrt(jnp.stack(squares)),
     )

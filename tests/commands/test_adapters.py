@@ -222,7 +222,7 @@ def test_adapters_beside_the_weights_answer_as_merged(root: Path, tuned: Path, s
     )
     prompts = [words.tokenizer.encode(f"Q: Where is {i}?\nA: ") for i in (3, 12)]
 
-    def asked(model: inference.Model) -> list[generate.Generation]:
+    def asked(model: inference.GenerationModel) -> list[generate.Generation]:
         return generate.generate(model, words, prompts, max_new_tokens=12)
 
     base = inference.load_model(str(root / "base"), config, words, mesh)

@@ -240,12 +240,12 @@ def test_equals_the_definition(
         stored = kernel.T if by_token else kernel
         cut = {"block": block, "shards": shards, "by_token": by_token, "compact": compact}
         sums = linear_cross_entropy(hidden, stored, targets, weights, **numbers, **cut)
-        return 3.0 * (sums.loss + sums.penalty), sums
+        return 3.0 * (sums.loss + sums.auxiliary), sums
 
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def theirs(hidden, kernel):  # type: ignore[no-untyped-def]
         sums = reference(hidden, kernel, targets, weights, **numbers)
-        return 3.0 * (sums.loss + sums.penalty), sums
+        return 3.0 * (sums.loss + sums.auxiliary), sums
 
     (value, sums), gradients = ours(True, hidden, kernel)
     (expected, defined), slopes = theirs(hidden, kernel)
@@ -424,7 +424,7 @@ def test_a_kernel_cut_along_its_width_is_gathered_by_blocks(
     def sums_of(hidden, stored, targets, weights, **spread):  # type: ignore[no-untyped-def]
         cut = {"block": block, "by_token": by_token, "z_loss": 0.1 if block else 0.0}
         sums = linear_cross_entropy(hidden, stored, targets, weights, **cut, **spread)
-        return sums.loss + sums.penalty
+        return sums.loss + sums.auxiliary
 
     spread = {
         "gather": lambda x: lax.all_gather(x, "fsdp", axis=axis, tiled=True),

@@ -15,7 +15,7 @@ from jaxtune.storage import lock, object_store
 from jaxtune.storage.object_store import StoreError, join
 from jaxtune.training.checkpoint import integrity, remote
 from jaxtune.training.checkpoint.checkpoints import Checkpoints
-from jaxtune.training.checkpoint.remote import Mirror, fetch_run, steps_of
+from jaxtune.training.checkpoint.remote import RemoteSync, fetch_run, steps_of
 
 
 def make_step(folder: Path, step: int) -> None:
@@ -32,16 +32,16 @@ def make_rows(folder: Path, last: int) -> None:
     (folder / "metrics.jsonl").write_text("".join(row + "\n" for row in rows))
 
 
-def opened(url: str, folder: Path, said: list[str]) -> Mirror:
+def opened(url: str, folder: Path, said: list[str]) -> RemoteSync:
     folder.mkdir(parents=True, exist_ok=True)
-    made = Mirror(url, folder, said.append)
+    made = RemoteSync(url, folder, said.append)
     made.claim()
     return made
 
 
 @pytest.fixture
 def run(place: str, tmp_path: Path) -> Any:
-    """(mirror, folder, what it said) of a run with step 4 in the store."""
+    """(sync, folder, what it said) of a run with step 4 in the store."""
     said: list[str] = []
     folder = tmp_path / "run"
     made = opened(place, folder, said)
@@ -61,7 +61,7 @@ def test_a_run_goes_on_from_the_store_on_an_empty_disk(run: Any, tmp_path: Path)
         folder / "metrics.jsonl"
     ).read_bytes()
     other.fetch_step(4, tmp_path / "elsewhere" / "checkpoints" / "4")
-    assert integrity.damage(tmp_path / "elsewhere" / "checkpoints" / "4") == ""
+    assert integrity.verify(tmp_path / "elsewhere" / "checkpoints" / "4") == ""
     other.close()
 
 
@@ -176,7 +176,7 @@ KILLED = """
 import os, sys, threading
 from pathlib import Path
 from jaxtune.storage import object_store
-from jaxtune.training.checkpoint.remote import Mirror, put_marked
+from jaxtune.training.checkpoint.remote import RemoteSync, put_marked
 url, folder, what, left = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 lock = threading.Lock()
 def counted(name):
@@ -203,7 +203,7 @@ object_store.remove = remove
 if what == "hf":
     put_marked(folder / "hf", url + "/hf", "config.json", contents=True)
 else:
-    made = Mirror(url, folder, print)
+    made = RemoteSync(url, folder, print)
     made.put_step(8)
 """
 
@@ -229,14 +229,14 @@ def test_a_checkpoint_killed_at_every_object(s3: str, tmp_path: Path) -> None:
     while killed_at(s3, folder, "step", at):
         assert steps_of(s3) == [4]
         read = fetch_run_without_config(s3)
-        assert integrity.damage(read / "checkpoints" / "4") == ""
+        assert integrity.verify(read / "checkpoints" / "4") == ""
         at += 1
     assert at >= 5  # metrics, three files, the mark
     assert steps_of(s3) == [4, 8]
     back = tmp_path / "back" / "8"
     back.parent.mkdir()
     remote.fetch_step(s3, 8, back)
-    assert integrity.damage(back) == ""
+    assert integrity.verify(back) == ""
 
 
 def fetch_run_without_config(url: str) -> Path:
@@ -340,11 +340,11 @@ def test_one_who_only_looks_changes_nothing_of_a_run_that_goes_on(run: Any) -> N
     here = remote.reading(made.url)
     assert here != remote.staging(made.url)
     here.mkdir(parents=True)
-    looking = Mirror(made.url, here, print)
+    looking = RemoteSync(made.url, here, print)
     looking.look()
-    checkpoints = Checkpoints(here, mirror=looking, reading=True)
+    checkpoints = Checkpoints(here, sync=looking, reading=True)
     assert checkpoints.newest_good(print, before=9) == 4
-    assert integrity.damage(here / "checkpoints" / "4") == ""
+    assert integrity.verify(here / "checkpoints" / "4") == ""
     (here / "metrics.jsonl").write_text("old\n")
     checkpoints.close()
     looking.close()
@@ -362,7 +362,7 @@ def test_where_the_only_step_is_damaged_nothing_begins_anew(run: Any) -> None:
     for _ in range(2):
         again = opened(made.url, folder, [])
         before = listing(join(made.url, "checkpoints"))
-        checkpoints = Checkpoints(folder, mirror=again)
+        checkpoints = Checkpoints(folder, sync=again)
         with pytest.raises(ConfigError, match="the only checkpoint, step 4, is damaged") as error:
             checkpoints.newest_good(print)
         assert join(made.url, "checkpoints") in str(error.value)
@@ -378,8 +378,8 @@ def test_a_damaged_step_is_passed_over(run: Any) -> None:
     made.put_step(8)
     object_store.put_bytes(b"other", join(made.url, "checkpoints/8/meta"))
     read = fetch_run(made.url)
-    assert integrity.damage(read / "checkpoints" / "8") != ""
-    assert integrity.damage(read / "checkpoints" / "4") == ""
+    assert integrity.verify(read / "checkpoints" / "8") != ""
+    assert integrity.verify(read / "checkpoints" / "4") == ""
 
 
 def test_what_is_read_again_is_fetched_once(s3: str, wire: Any, tmp_path: Path) -> None:

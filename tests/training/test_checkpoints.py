@@ -348,15 +348,15 @@ def test_of_several_hosts_all_must_have_written_their_digests(tmp_path: Path) ->
     for name in ("a", "b", "c"):
         (tmp_path / name).write_bytes(name.encode() * 9)
     integrity.write(tmp_path, host=0, hosts=2)
-    assert "never finished" in integrity.damage(tmp_path)
+    assert "never finished" in integrity.verify(tmp_path)
     integrity.write(tmp_path, host=1, hosts=2)
-    assert integrity.damage(tmp_path) == ""
+    assert integrity.verify(tmp_path) == ""
     flip(tmp_path / "b")
     # Read by three: only the one whose share it is looks at the bytes.
-    said = [integrity.damage(tmp_path, host=host, hosts=3) for host in range(3)]
+    said = [integrity.verify(tmp_path, host=host, hosts=3) for host in range(3)]
     assert [text.partition(":")[0] for text in said] == ["", "b", ""]
     (tmp_path / "d").write_bytes(b"d")
-    assert integrity.damage(tmp_path) == "d: is not one of its files"
+    assert integrity.verify(tmp_path) == "d: is not one of its files"
 
 
 @pytest.fixture(scope="module")
@@ -380,13 +380,13 @@ def test_no_digests_are_too_broken_to_be_refused(
         path.write_bytes(
             whole[:at] if cut else whole[:at] + bytes([whole[at] ^ mask]) + whole[at + 1 :]
         )
-        said, counts = integrity.damage(sealed), integrity.complete(sealed)
+        said, counts = integrity.verify(sealed), integrity.complete(sealed)
     finally:
         path.write_bytes(whole)
     assert isinstance(said, str)
     assert counts or "never finished" in said
     assert said or not (cut or chr(whole[at]).isalnum())
-    assert integrity.damage(sealed) == ""
+    assert integrity.verify(sealed) == ""
 
 
 @pytest.mark.parametrize("meta", [{"step": {}}, {"fingerprint": 3}, {"standing": []}])

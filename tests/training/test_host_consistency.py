@@ -35,9 +35,9 @@ def test_where_things_lie_may_be_of_each_host() -> None:
             "dataset_num_proc": 2, "hosts.process_id": 0, "tokenizer_name": "/a/t"}  # fmt: skip
     theirs = {"dataset": "/b/train.jsonl", "model_name_or_path": "/b/model", "output_dir": "/b/out",
               "dataset_num_proc": 4, "hosts.process_id": 1, "tokenizer_name": "/b/t"}  # fmt: skip
-    knobs = host_consistency._knobs(load(overrides=mine))
-    assert knobs == host_consistency._knobs(load(overrides=theirs))
-    assert {"learning_rate", "mesh.fsdp", "lora.r", "seed", "datasets"} <= knobs.keys()
+    fields = host_consistency._fields_of(load(overrides=mine))
+    assert fields == host_consistency._knobs(load(overrides=theirs))
+    assert {"learning_rate", "mesh.fsdp", "lora.r", "seed", "datasets"} <= fields.keys()
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "lora.r", "max_steps", "save_steps", "seed"])

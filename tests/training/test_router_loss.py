@@ -64,7 +64,7 @@ def _model(name: str):
 
     def penalty(params, batch):
         sums = objective({"params": params}, batch, None)
-        return sums.penalty, sums
+        return sums.auxiliary, sums
 
     return model, params, jax.jit(jax.value_and_grad(penalty, has_aux=True))
 
@@ -140,5 +140,5 @@ def test_a_step_minimises_the_sum_and_reports_the_parts(microbatches):
     # Microbatches take rows in turn: weights (1, 3) and (2, 4), largest 3 and 4.
     factor = 4.0 if microbatches == 1 else (4 * 3 + 6 * 4) / 10
     assert float(metrics.loss) == pytest.approx(15)
-    assert float(metrics.penalty) == pytest.approx(factor * 9)
+    assert float(metrics.auxiliary) == pytest.approx(factor * 9)
     assert float(metrics.grad_norm) == pytest.approx(5 + factor * 2 * 3)

@@ -7,10 +7,10 @@
 Saving is asynchronous and atomic: a step is there whole or not at all, and counts once its digests
 are written. One that is no longer what was written is put aside, and the one before it is taken;
 where none is left nothing is touched, and a person decides. Older steps are removed only after a
-newer one counts. Where the run's place is a store, `mirror` copies each step there once it counts
+newer one counts. Where the run's place is a store, `remote` copies each step there once it counts
 here, and brings back those that are not here. Several hosts share the folder, or a store: then each
-has a folder of its own, `parts` moves what it wrote and what it needs, and what counts in the store
-counts.
+has a folder of its own, `remote_shards` moves what it wrote and what it needs, and what counts in
+the store counts.
 
 What makes batches (data, tokenizer, template, seed, rows) has one fingerprint; a checkpoint with
 another is refused, since its position would mean other examples.
@@ -39,8 +39,8 @@ from jaxtune.parallel.mesh import put
 from jaxtune.storage.object_store import StoreError, join
 from jaxtune.training.checkpoint import integrity
 from jaxtune.training.checkpoint.integrity import FOLDER
-from jaxtune.training.checkpoint.remote import Mirror
-from jaxtune.training.checkpoint.remote_shards import Parts, Wanted, checkpointer, drop
+from jaxtune.training.checkpoint.remote import RemoteSync
+from jaxtune.training.checkpoint.remote_shards import RemoteShards, Targets, checkpointer, drop
 from jaxtune.training.state import TrainState
 
 _DAMAGED, _REMOVED, _FETCHING = "damaged-", ".removed-", ".fetching-"
@@ -51,10 +51,10 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax narrates; errors a
 
 class Checkpoints:
     """The checkpoints of a run that writes them. Every host calls everything; `close` waits for
-    what is being written. `keep` newest ones stay, None = all. `mirror` copies them to a store;
-    then several hosts need `wanted` too: shapes with their shardings (`place`), of which each
+    what is being written. `keep` newest ones stay, None = all. `sync` copies them to a store;
+    then several hosts need `targets` too: shapes with their shardings (`place`), of which each
     fetches what it holds. With `reading` nothing is removed or renamed, since the run may be going
-    on; then a `mirror` is one that only looks.
+    on; then a `sync` is one that only looks.
     """
 
     def __init__(
@@ -62,25 +62,25 @@ class Checkpoints:
         run_dir: Path,
         *,
         keep: int | None = None,
-        mirror: Mirror | None = None,
-        wanted: TrainState | None = None,
+        sync: RemoteSync | None = None,
+        targets: TrainState | None = None,
         reading: bool = False,
     ) -> None:
         self.folder = (run_dir / FOLDER).absolute()
-        self._keep, self._mirror, self._reading = keep, mirror, reading
-        self._parts: Parts | None = None  # of several hosts and a store
-        self._wanted: Wanted = {}
+        self._keep, self._sync, self._reading = keep, sync, reading
+        self._shards: RemoteShards | None = None  # of several hosts and a store
+        self._targets: Targets = {}
         self._latest: int | None = None
         self._sealing: threading.Thread | None = None
         self._failed: BaseException | None = None
-        if mirror is not None and processes.count() > 1:
-            assert wanted is not None
-            self._parts = Parts(mirror)
-            self._wanted = {"trained": wanted.trained, "opt": wanted.opt_state}
+        if sync is not None and processes.count() > 1:
+            assert targets is not None
+            self._shards = RemoteShards(sync)
+            self._targets = {"trained": targets.trained, "opt": targets.opt_state}
             self.folder.mkdir(parents=True, exist_ok=True)
             if not reading:
-                drop(self.folder, mirror.steps)
-            self._latest = max(mirror.steps, default=None)
+                drop(self.folder, sync.steps)
+            self._latest = max(sync.steps, default=None)
             self._checkpointer = checkpointer()
             return
         if not reading:
@@ -96,10 +96,10 @@ class Checkpoints:
     @property
     def where(self) -> str:
         """Describe, for a person, where the newest step lies."""
-        if self._mirror is None:
+        if self._sync is None:
             return str(self.folder)
-        place = join(self._mirror.url, FOLDER)
-        if self._latest in self._mirror.steps:
+        place = join(self._sync.url, FOLDER)
+        if self._latest in self._sync.steps:
             return place
         return f"{self.folder} and not in {place}, which cannot be written now"
 
@@ -118,22 +118,22 @@ class Checkpoints:
         for step in steps:
             place = self.folder / str(step)
             if step in here:
-                if not (said := self._damage(place)):
-                    return self._found(step, damaged, note)
-                reasons.append(said)
+                if not (reason := self._verify(place)):
+                    return self._take(step, damaged, note)
+                reasons.append(reason)
                 if step in there:
-                    self._put_aside({step: said}, note)
+                    self._put_aside({step: reason}, note)
                 else:
-                    damaged[step] = said
-            if self._mirror is not None and step in there:
-                if not (said := self._fetch(step, self._wanted)):
-                    return self._found(step, damaged, note)
-                reasons.append(said)
+                    damaged[step] = reason
+            if self._sync is not None and step in there:
+                if not (reason := self._fetch(step, self._targets)):
+                    return self._take(step, damaged, note)
+                reasons.append(reason)
                 note(
-                    f"checkpoint {join(self._mirror.url, FOLDER, step)}: is damaged and not used: "
-                    f"{said}. It stays there until another of that step takes its place."
+                    f"checkpoint {join(self._sync.url, FOLDER, step)}: is damaged and not used: "
+                    f"{reason}. It stays there until another of that step takes its place."
                 )
-                self._mirror.steps.discard(step)
+                self._sync.steps.discard(step)
                 shutil.rmtree(place, ignore_errors=True)
         if reasons and not self._reading:
             raise ConfigError(self._none_is_good(steps, reasons[0]))
@@ -141,22 +141,22 @@ class Checkpoints:
         self._latest = None
         return None
 
-    def _found(self, step: int, damaged: Mapping[int, str], note: Callable[[str], None]) -> int:
+    def _take(self, step: int, damaged: Mapping[int, str], note: Callable[[str], None]) -> int:
         self._put_aside(damaged, note)
         self._latest = step
         return step
 
     def _none_is_good(self, steps: Collection[int], reason: str) -> str:
         where = str(self.folder)
-        if self._mirror is not None:
-            where = f"{join(self._mirror.url, FOLDER)} and {where}"
-        said = (
+        if self._sync is not None:
+            where = f"{join(self._sync.url, FOLDER)} and {where}"
+        which = (
             f"all {len(steps)} checkpoints ({', '.join(map(str, sorted(steps)))}) are"
             if len(steps) > 1
             else f"the only checkpoint, step {min(steps)}, is"
         )
         return (
-            f"{where}: {said} damaged ({reason}), so there is nothing to go on from. Remove "
+            f"{where}: {which} damaged ({reason}), so there is nothing to go on from. Remove "
             f"{'them' if len(steps) > 1 else 'it'} to begin anew in this output_dir, or choose "
             "another one."
         )
@@ -168,27 +168,27 @@ class Checkpoints:
 
     def _steps_here(self) -> set[int]:
         """Of these, what is in the store too is fetched where it is needed."""
-        only_there = self._mirror is not None and self._reading
-        return set() if self._parts is not None or only_there else set(_counting(self.folder))
+        only_there = self._sync is not None and self._reading
+        return set() if self._shards is not None or only_there else set(_counting(self.folder))
 
     def _steps_there(self) -> set[int]:
-        return set() if self._mirror is None else set(self._mirror.steps)
+        return set() if self._sync is None else set(self._sync.steps)
 
-    def _fetch(self, step: int, wanted: Wanted) -> str:
+    def _fetch(self, step: int, targets: Targets) -> str:
         """A step of the store to here, of several hosts to each what it needs of it; what is not
         as it was written, in words."""
-        assert self._mirror is not None
+        assert self._sync is not None
         here = self.folder / str(step)
-        if self._parts is not None:
-            return _of_all(functools.partial(self._parts.fetch, step, here, wanted))
-        self._mirror.fetch_step(step, here)
-        return self._damage(here)
+        if self._shards is not None:
+            return _of_all(functools.partial(self._shards.fetch, step, here, targets))
+        self._sync.fetch_step(step, here)
+        return self._verify(here)
 
-    def _damage(self, place: Path) -> str:
+    def _verify(self, place: Path) -> str:
         """Return the damage that any host finds in its share of the files; empty if all is well."""
         return _of_all(
             functools.partial(
-                integrity.damage, place, host=processes.index(), hosts=processes.count()
+                integrity.verify, place, host=processes.index(), hosts=processes.count()
             )
         )
 
@@ -204,7 +204,7 @@ class Checkpoints:
         self._check_space(state, step)
         with self._explained():
             self._make_room(step)
-            if self._parts is not None:
+            if self._shards is not None:
                 # One that was made before a checkpoint was read never ends its next save.
                 self._checkpointer.close()
                 self._checkpointer = checkpointer()
@@ -225,14 +225,14 @@ class Checkpoints:
         try:
             self._checkpointer.wait_until_finished()
             place = self.folder / str(step)
-            if self._parts is not None and self._mirror is not None:
-                self._parts.put(step, place)
+            if self._shards is not None and self._sync is not None:
+                self._shards.put(step, place)
                 self._latest = step
                 try:
                     self._remove_older(best)
                 except StoreError as error:
-                    self._mirror.failed(f"that steps before {step} are gone", error)
-                drop(self.folder, self._mirror.steps)
+                    self._sync.failed(f"that steps before {step} are gone", error)
+                drop(self.folder, self._sync.steps)
                 return
             integrity.write(place, host=processes.index(), hosts=processes.count())
             self._latest = step
@@ -251,56 +251,56 @@ class Checkpoints:
 
     def _copy(self, step: int, best: int | None) -> None:
         """To the store, where there is one; older ones there go only once this one counts there."""
-        if self._mirror is None:
+        if self._sync is None:
             return
         try:
-            self._mirror.put_step(step)
-            for missed in sorted(set(_counting(self.folder)) - self._mirror.steps):
-                self._mirror.put_step(missed)
+            self._sync.put_step(step)
+            for missed in sorted(set(_counting(self.folder)) - self._sync.steps):
+                self._sync.put_step(missed)
             self._remove_older(best)
         except StoreError as error:
-            self._mirror.failed(f"step {step}", error)
+            self._sync.failed(f"step {step}", error)
 
     def _remove_older(self, best: int | None) -> None:
         """In the store, by host 0; every host knows which steps are left."""
-        assert self._mirror is not None
-        kept = sorted(self._mirror.steps)
-        for old in kept[: -self._keep] if self._keep else ():
+        assert self._sync is not None
+        counting = sorted(self._sync.steps)
+        for old in counting[: -self._keep] if self._keep else ():
             if old == best:
                 continue
             if processes.is_first():
-                self._mirror.remove_step(old)
-            self._mirror.steps.discard(old)
+                self._sync.remove_step(old)
+            self._sync.steps.discard(old)
 
     def _make_room(self, step: int) -> None:
         """Remove a `step` that lies in the way, of an earlier run that went on from before."""
         remove = functools.partial(self._remove, [step])
-        if self._parts is None or self._mirror is None:
+        if self._shards is None or self._sync is None:
             processes.on_first(remove, "before saving")
             return
         remove()
-        processes.on_first(functools.partial(self._mirror.remove_step, step), "before saving")
-        self._mirror.steps.discard(step)
+        processes.on_first(functools.partial(self._sync.remove_step, step), "before saving")
+        self._sync.steps.discard(step)
 
     def _check_space(self, state: TrainState, step: int) -> None:
         """Asked before writing: a disk that fills up half way fails in a hundred lines. A folder
         that hosts share takes the parts of all of them."""
         shards = (s for leaf in jax.tree.leaves(state) for s in leaf.addressable_shards)
         needed = sum(shard.data.nbytes for shard in shards if shard.replica_id == 0)
-        if self._parts is None:
+        if self._shards is None:
             needed = sum(map(int, processes.gather_texts(str(needed))))
         free = shutil.disk_usage(self.folder).free
         full = "" if free >= needed else (
             f"{self.folder}: step {step} needs {needed / 1e6:,.1f} MB and the disk has "
             f"{free / 1e6:,.1f} MB free. {self._advice()}"
         )  # fmt: skip
-        if said := [text for text in processes.gather_texts(full) if text]:
-            raise ConfigError(said[0])
+        if reasons := [text for text in processes.gather_texts(full) if text]:
+            raise ConfigError(reasons[0])
 
     def _advice(self) -> str:
-        kept = self.latest()
+        latest = self.latest()
         return "Free some space, then run the same command: it goes on " + (
-            f"from step {kept}, which is intact." if kept is not None else "from the beginning."
+            f"from step {latest}, which is intact." if latest is not None else "from the beginning."
         )
 
     @contextlib.contextmanager
@@ -312,10 +312,10 @@ class Checkpoints:
         try:
             yield
         except StoreError as error:
-            kept = "the beginning" if self._latest is None else f"step {self._latest}"
+            restart = "the beginning" if self._latest is None else f"step {self._latest}"
             raise StoreError(
                 f"{error} A checkpoint could not be put there. The same command goes on from "
-                f"{kept}.",
+                f"{restart}.",
                 passes=error.passes,
             ) from error
         except Exception as error:
@@ -328,32 +328,32 @@ class Checkpoints:
         self, step: int, abstract: TrainState, shardings: TrainState
     ) -> tuple[TrainState, dict[str, Any]]:
         """The whole state, each array straight into its sharding."""
-        wanted = place(abstract, shardings)
-        found = _read(
+        targets = place(abstract, shardings)
+        restored = _read(
             self.folder / str(step),
-            trained=ocp.args.StandardRestore(wanted.trained),
-            opt=ocp.args.StandardRestore(wanted.opt_state),
+            trained=ocp.args.StandardRestore(targets.trained),
+            opt=ocp.args.StandardRestore(targets.opt_state),
             meta=ocp.args.JsonRestore(),
         )
         position = put(np.asarray(step, np.int32), shardings.step)
-        meta = _meta(found, self.folder / str(step))
-        return TrainState(position, found["trained"], found["opt"]), meta
+        meta = _meta(restored, self.folder / str(step))
+        return TrainState(position, restored["trained"], restored["opt"]), meta
 
     def restore_trained(self, step: int, abstract: TrainState, shardings: TrainState) -> Any:
         """The trained variables alone. Raises `ConfigError` for a step that is damaged."""
         here = self.folder / str(step)
-        wanted = place(abstract.trained, shardings.trained)
+        targets = place(abstract.trained, shardings.trained)
         # Of a step in parts a host may have some of the files: what it went on from.
-        if self._parts or (self._mirror is not None and not integrity.complete(here)):
-            said = self._fetch(step, {"trained": wanted})
+        if self._shards or (self._sync is not None and not integrity.complete(here)):
+            reason = self._fetch(step, {"trained": targets})
         else:
-            said = self._damage(here)
-        if said:
+            reason = self._verify(here)
+        if reason:
             raise ConfigError(
-                f"{here}: is damaged: {said}. Set load_best_model_at_end false to export the last "
-                "step."
+                f"{here}: is damaged: {reason}. Set load_best_model_at_end false to export the "
+                "last step."
             )
-        return _read(self.folder / str(step), trained=ocp.args.StandardRestore(wanted))["trained"]
+        return _read(self.folder / str(step), trained=ocp.args.StandardRestore(targets))["trained"]
 
     def meta(self, step: int) -> dict[str, Any]:
         place = self.folder / str(step)
@@ -389,12 +389,12 @@ class Checkpoints:
 
     def _put_aside(self, damaged: Mapping[int, str], note: Callable[[str], None]) -> None:
         """Step -> what is damaged of it."""
-        for step, said in damaged.items():
+        for step, reason in damaged.items():
             if self._reading and not (self.folder / str(step)).exists():
                 continue  # the run that is going on has removed it
             now = f" It is now {_DAMAGED}{step}; remove that folder when it is of no more use."
             note(
-                f"checkpoint {self.folder / str(step)}: is damaged and not used: {said}."
+                f"checkpoint {self.folder / str(step)}: is damaged and not used: {reason}."
                 + ("" if self._reading else now)
             )
             if not self._reading:
@@ -431,20 +431,20 @@ def _of_all(look: Callable[[], str]) -> str:
     Raises `ConfigError` on all where one cannot look.
     """
     try:
-        found, failed = look(), ""
+        difference, failed = look(), ""
     except ConfigError as error:
-        found, failed = "", str(error)
-    if said := [text for text in processes.gather_texts(failed) if text]:
-        raise ConfigError(said[0])
-    return next((text for text in processes.gather_texts(found) if text), "")
+        difference, failed = "", str(error)
+    if reasons := [text for text in processes.gather_texts(failed) if text]:
+        raise ConfigError(reasons[0])
+    return next((text for text in processes.gather_texts(difference) if text), "")
 
 
 def _counting(folder: Path) -> list[int]:
     """Steps that were finished, damaged since or not."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if path.name.isdigit()]
-    return [int(path.name) for path in found if integrity.complete(path)]
+    steps = [path for path in folder.iterdir() if path.name.isdigit()]
+    return [int(path.name) for path in steps if integrity.complete(path)]
 
 
 def _read(folder: Path, **parts: Any) -> Any:
@@ -453,9 +453,9 @@ def _read(folder: Path, **parts: Any) -> Any:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             return checkpointer.restore(folder, args=ocp.args.Composite(**parts))
     except Exception as error:
-        said = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise ConfigError(
-            f"{folder}: is whole, but cannot be read as a checkpoint of this run: {said}. Choose "
+            f"{folder}: is whole, but cannot be read as a checkpoint of this run: {reason}. Choose "
             "another step, or another output_dir."
         ) from error
 
@@ -465,9 +465,9 @@ _NEEDED = ("step", "total_steps", "fingerprint")
 _META_PARTS = ("lora", "base", "part", "standing")
 
 
-def _meta(found: Any, folder: Path, needed: Collection[str] = ("step",)) -> dict[str, Any]:
+def _meta(restored: Any, folder: Path, needed: Collection[str] = ("step",)) -> dict[str, Any]:
     """Return a checkpoint's meta, after a check that its values have the types that are written."""
-    meta = found["meta"]
+    meta = restored["meta"]
     kinds = isinstance(meta, dict) and all(
         type(meta.get(name)) is kind
         for name, kind in _META.items()
@@ -482,7 +482,7 @@ def _meta(found: Any, folder: Path, needed: Collection[str] = ("step",)) -> dict
 
 
 def read_meta(
-    run_dir: Path, step: int | None = None, *, note: Callable[[str], None] = lambda said: None
+    run_dir: Path, step: int | None = None, *, note: Callable[[str], None] = lambda message: None
 ) -> dict[str, Any]:
     """Read the meta of the checkpoint of `step`, or of the newest good one; its "step" is which.
 
@@ -496,13 +496,15 @@ def restore_trained(
     run_dir: Path, abstract: Any, shardings: Any, *, step: int | None = None
 ) -> tuple[Any, dict[str, Any]]:
     """The trained part of the variables, and the meta, of `step` or of the newest good one."""
-    wanted = ocp.args.StandardRestore(place(abstract, shardings))
+    targets = ocp.args.StandardRestore(place(abstract, shardings))
     where = _find(run_dir, step)
-    found = _read(where, trained=wanted, meta=ocp.args.JsonRestore())
-    return found["trained"], _meta(found, where)
+    restored = _read(where, trained=targets, meta=ocp.args.JsonRestore())
+    return restored["trained"], _meta(restored, where)
 
 
-def _find(run_dir: Path, step: int | None, note: Callable[[str], None] = lambda said: None) -> Path:
+def _find(
+    run_dir: Path, step: int | None, note: Callable[[str], None] = lambda message: None
+) -> Path:
     """The folder of the step that is meant. Raises `ConfigError` when it is not there or damaged;
     without a `step` damaged ones are passed over as long as an older one is good.
     """
@@ -513,19 +515,19 @@ def _find(run_dir: Path, step: int | None, note: Callable[[str], None] = lambda 
     if not steps or step not in (None, *steps):
         known = ", ".join(map(str, reversed(steps))) or "none"
         raise ConfigError(f"{folder}: no checkpoint of step {step}; there are: {known}.")
-    said = ""
-    for found in steps if step is None else [step]:
-        stamp = (folder / str(found) / integrity.MARK).stat().st_mtime_ns
-        if not (what := _damage(folder / str(found), stamp)):
-            if said:
-                note(f"{said} Step {found} is taken instead.")
-            return folder / str(found)
-        said = said or f"{folder / str(found)}: is damaged: {what}."
+    message = ""
+    for candidate in steps if step is None else [step]:
+        stamp = (folder / str(candidate) / integrity.MARK).stat().st_mtime_ns
+        if not (what := _verify(folder / str(candidate), stamp)):
+            if message:
+                note(f"{message} Step {candidate} is taken instead.")
+            return folder / str(candidate)
+        message = message or f"{folder / str(candidate)}: is damaged: {what}."
     others = ", ".join(str(other) for other in reversed(steps) if other != step)
-    raise ConfigError(f"{said} Choose another step with --step; there are: {others or 'none'}.")
+    raise ConfigError(f"{message} Choose another step with --step; there are: {others or 'none'}.")
 
 
 @functools.lru_cache(maxsize=4)
-def _damage(folder: Path, stamp: int) -> str:
+def _verify(folder: Path, stamp: int) -> str:
     """`digests.damage`, once for the two reads that follow each other."""
-    return integrity.damage(folder)
+    return integrity.verify(folder)

@@ -47,8 +47,8 @@ def write(
     Without `names`, of every file there that falls to this host.
     """
     files = files_of(folder)[host::hosts] if names is None else names
-    found = {"hosts": hosts, "files": dict(zip(files, _digests(folder, files), strict=True))}
-    write_whole(folder / mark_of(host), json.dumps(found))
+    digests = dict(zip(files, _digests(folder, files), strict=True))
+    write_whole(folder / mark_of(host), json.dumps({"hosts": hosts, "files": digests}))
 
 
 def complete(folder: Path) -> bool:
@@ -59,7 +59,7 @@ def complete(folder: Path) -> bool:
         return True
 
 
-def damage(folder: Path, *, host: int = 0, hosts: int = 1) -> str:
+def verify(folder: Path, *, host: int = 0, hosts: int = 1) -> str:
     """Describe, for a person, the first file that is not as written; empty where all is well.
 
     Looks at this host's share of the files; hosts need not be those of the writing. Raises
@@ -112,8 +112,8 @@ def unlike(folder: Path, names: Sequence[str], known: Known) -> list[str]:
     """
     with _readable(folder):
         there = [name for name in names if (folder / name).is_file()]
-        found = dict(zip(there, _digests(folder, there), strict=True))
-    return [name for name in names if found.get(name) != tuple(known[name])]
+        now = dict(zip(there, _digests(folder, there), strict=True))
+    return [name for name in names if now.get(name) != tuple(known[name])]
 
 
 @contextlib.contextmanager
@@ -158,9 +158,9 @@ def _parts(folder: Path) -> list[Known]:
 
 def files_of(folder: Path) -> list[str]:
     """Names of all files under `folder`, sorted, without the digests themselves."""
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(
-        path.as_posix() for path in found if path.parts[1:] or not path.match("digests-*")
+        path.as_posix() for path in paths if path.parts[1:] or not path.match("digests-*")
     )
 
 

@@ -6,8 +6,8 @@ Files that grow are put anew, before each checkpoint and once a minute. The stor
 run goes on from what it holds, and a local folder of another run is emptied.
 
 Of several hosts each has a folder of its own and puts what lies there: host 0 all but the others'
-parts of checkpoints (`parts`), what they trace, and their stacks. Host 0 finds what the store
-holds and tells the others.
+shards of checkpoints (`remote_shards`), what they trace, and their stacks. Host 0 lists what the
+store holds and publishes it to the others.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _name(url: str, host: int) -> str:
     return f"{object_store.name_of(url)}-{key}" + (f"-host-{host}" if host else "")
 
 
-class Mirror:
+class RemoteSync:
     """The copy of `folder` at `url`. What fails while the run goes on is said by `note`; what fails
     in `claim` and `finish` is raised as `StoreError`.
     """
@@ -68,7 +68,7 @@ class Mirror:
         self._known: dict[str, tuple[int, int]] = {}  # file -> (size, changed) when it was put
         self._one_at_a_time = threading.RLock()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._every_minute, name="jaxtune-mirror")
+        self._thread = threading.Thread(target=self._every_minute, name="jaxtune-remote-sync")
         self._silent = True  # of a failure: the same one is said once
         self._only_reads = False
 
@@ -186,11 +186,11 @@ class Mirror:
 
     def _every_minute(self) -> None:
         while not self._ended.wait(SECONDS):
-            with self._said("what the run has written since"):
+            with self._noting_failure("what the run has written since"):
                 self._put_files()
 
     @contextlib.contextmanager
-    def _said(self, what: str) -> Iterator[None]:
+    def _noting_failure(self, what: str) -> Iterator[None]:
         try:
             with self._one_at_a_time:
                 yield
@@ -238,7 +238,7 @@ class Mirror:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
-            with self._said("what the run wrote last"):
+            with self._noting_failure("what the run wrote last"):
                 self._put_files()
 
 
@@ -309,8 +309,8 @@ def steps_of(url: str) -> list[int]:
     """The steps that count in the store, damaged since or not, in order."""
     place = join(url, FOLDER)
     names = [object_store.inside(item.url, place).split("/") for item in object_store.listed(place)]
-    found = [int(first) for first, *rest in names if rest == [integrity.MARK] and first.isdigit()]
-    return sorted(found)
+    steps = [int(first) for first, *rest in names if rest == [integrity.MARK] and first.isdigit()]
+    return sorted(steps)
 
 
 def fetch_files(url: str, folder: Path) -> None:
@@ -348,10 +348,10 @@ def fetch_run(url: str, *, step: int | None = None, checkpoint: bool = True) -> 
     if step is not None and step not in known:
         there = ", ".join(map(str, known)) or "none"
         raise StoreError(f"{join(url, FOLDER)}: no checkpoint of step {step}; there are: {there}.")
-    for found in reversed(known) if step is None else [step]:
-        here = folder / FOLDER / str(found)
-        _bring(url, found, here)
-        if not integrity.damage(here):
+    for candidate in reversed(known) if step is None else [step]:
+        here = folder / FOLDER / str(candidate)
+        _bring(url, candidate, here)
+        if not integrity.verify(here):
             break
     return folder
 
@@ -360,7 +360,7 @@ def _bring(url: str, step: int, here: Path) -> None:
     """A checkpoint to read, fetched where it is not here as it is there now."""
     mark = join(url, FOLDER, step, integrity.MARK)
     known_here = (here / integrity.MARK).is_file() and (here / integrity.MARK).read_bytes()
-    if known_here != object_store.read(mark) or integrity.damage(here):
+    if known_here != object_store.read(mark) or integrity.verify(here):
         object_store.free_space(sum(i.size for i in object_store.listed(join(url, FOLDER, step))))
         here.parent.mkdir(parents=True, exist_ok=True)
         fetch_step(url, step, here)

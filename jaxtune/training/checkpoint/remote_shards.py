@@ -23,10 +23,10 @@ from jaxtune.storage import object_store
 from jaxtune.storage.object_store import StoreError, join
 from jaxtune.training.checkpoint import integrity
 from jaxtune.training.checkpoint.integrity import FOLDER
-from jaxtune.training.checkpoint.remote import Mirror
+from jaxtune.training.checkpoint.remote import RemoteSync
 
-# What a restore is asked for: part of a checkpoint -> its tree of shapes with their shardings.
-Wanted = Mapping[str, Any]
+# Restore targets: part of a checkpoint -> its tree of shapes with their shardings.
+Targets = Mapping[str, Any]
 _SHAPE = ".zarray"  # of an array's folder: what its chunks are
 
 
@@ -51,18 +51,18 @@ def checkpointer() -> ocp.AsyncCheckpointer:
     return ocp.AsyncCheckpointer(handler, multiprocessing_options=alone, async_options=made_first)
 
 
-class Parts:
-    """A host's part of the steps in `mirror`'s store. Every host calls `put` for each step."""
+class RemoteShards:
+    """A host's part of the steps in `sync`'s store. Every host calls `put` for each step."""
 
-    def __init__(self, mirror: Mirror) -> None:
-        self._mirror = mirror
+    def __init__(self, sync: RemoteSync) -> None:
+        self._sync = sync
         self._puts = 0
 
     def put(self, step: int, here: Path) -> None:
         """The part of the step that Orbax wrote to `here`; returns once the step counts. From any
         thread. Raises `StoreError`; then the others wait until this host ends them."""
         self._puts += 1
-        own, place = processes.index(), join(self._mirror.url, FOLDER, step)
+        own, place = processes.index(), join(self._sync.url, FOLDER, step)
         names = _own(here, first=own == 0)
         integrity.write(here, host=own, hosts=processes.count(), names=names)
         mark = integrity.mark_of(own)
@@ -72,7 +72,7 @@ class Parts:
             raise StoreError(f"{wrong}, {again}", passes=True)
         put, counts = f"put-{self._puts}", f"counts-{self._puts}"
         if own == 0:
-            self._mirror.put_files()  # the rows up to this step
+            self._sync.put_files()  # the rows up to this step
             for other in range(1, processes.count()):
                 processes.receive(put, other)
             object_store.put_all(here, [mark], place)
@@ -80,14 +80,14 @@ class Parts:
         else:
             processes.publish(put)
             processes.receive(counts, 0)
-        self._mirror.steps.add(step)
+        self._sync.steps.add(step)
 
-    def fetch(self, step: int, here: Path, wanted: Wanted) -> str:
+    def fetch(self, step: int, here: Path, targets: Targets) -> str:
         """Fetch into `here` the files of a step that this host needs and lacks.
 
         Returns, in words, what is not as it was written; empty where all is well.
         """
-        return _fetch(join(self._mirror.url, FOLDER, step), here, wanted)
+        return _fetch(join(self._sync.url, FOLDER, step), here, targets)
 
 
 def _own(here: Path, *, first: bool) -> list[str]:
@@ -98,7 +98,7 @@ def _own(here: Path, *, first: bool) -> list[str]:
     return [name for name in names if first or len(name.split("/")) > 2]
 
 
-def _fetch(place: str, here: Path, wanted: Wanted) -> str:
+def _fetch(place: str, here: Path, targets: Targets) -> str:
     there = {object_store.inside(item.url, place): item for item in object_store.listed(place)}
     marks = [name for name in there if integrity.is_mark(name)]
     here.mkdir(parents=True, exist_ok=True)
@@ -121,9 +121,9 @@ def _fetch(place: str, here: Path, wanted: Wanted) -> str:
         return f"{wrong[0]}: {integrity.OTHER_BYTES}" if wrong else ""
 
     chunks = _chunks(known)
-    if said := bring(sorted(known.keys() - chunks.keys())):
-        return said
-    return bring(sorted(_needed(chunks, here, wanted)))
+    if wrong := bring(sorted(known.keys() - chunks.keys())):
+        return wrong
+    return bring(sorted(_needed(chunks, here, targets)))
 
 
 def _unlike_listed(known: integrity.Known, sizes: Mapping[str, int]) -> str:
@@ -148,11 +148,11 @@ def _chunks(known: integrity.Known) -> dict[str, str]:
     return {name: array for name, array in inside.items() if array in arrays}
 
 
-def _needed(chunks: Mapping[str, str], here: Path, wanted: Wanted) -> set[str]:
+def _needed(chunks: Mapping[str, str], here: Path, targets: Targets) -> set[str]:
     """Select the chunks that devices of this host hold a share of."""
     leaves = {
         f"{part}/{name}": leaf
-        for part, tree in wanted.items()
+        for part, tree in targets.items()
         for name, leaf in ocp.tree.to_flat_dict(tree, sep=".").items()
     }
     shares = {
@@ -172,9 +172,9 @@ def _held(leaf: Any, shape_file: Path) -> Iterator[str]:
     An array [8, 6] in chunks [2, 6], of which a device here holds rows 4 to 8: "2.0" and "3.0". A
     scalar is one chunk, "0".
     """
-    found = json.loads(shape_file.read_text(encoding="utf-8"))
-    sizes, separator = found["chunks"], found.get("dimension_separator", ".")
-    if tuple(found["shape"]) != leaf.shape:
+    array = json.loads(shape_file.read_text(encoding="utf-8"))
+    sizes, separator = array["chunks"], array.get("dimension_separator", ".")
+    if tuple(array["shape"]) != leaf.shape:
         return  # another model's, which a restore refuses
     for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values():
         spans = []

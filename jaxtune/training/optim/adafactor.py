@@ -49,16 +49,16 @@ def update(
 ) -> tuple[dict[str, jax.Array], AdafactorState]:
     """Steps to be subtracted at learning rate 1, f32, in the shapes of `grads`."""
     count = state.updates + 1
-    kept = 1.0 - count.astype(jnp.float32) ** -DECAY
+    decay = 1.0 - count.astype(jnp.float32) ** -DECAY
     row_moments, column_moments = named(state.rows), named(state.columns)
     steps: dict[str, jax.Array] = {}
     for name, grad in grads.items():
         place = where[name]
         square = jnp.square(grad) + EPSILON
-        rows = kept * row_moments[name] + (1.0 - kept) * _mean(square, place.columns)
+        rows = decay * row_moments[name] + (1.0 - decay) * _mean(square, place.columns)
         scale = jax.lax.rsqrt(rows)
         if place.columns:
-            columns = kept * column_moments[name] + (1.0 - kept) * _mean(square, place.rows)
+            columns = decay * column_moments[name] + (1.0 - decay) * _mean(square, place.rows)
             scale = scale * jax.lax.rsqrt(columns / _mean(rows, place.rows))
             column_moments[name] = columns
         step = grad * scale

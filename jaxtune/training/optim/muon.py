@@ -74,8 +74,8 @@ def orthogonalised(x: jax.Array, where: Dims) -> jax.Array:
     layers = x.shape[: len(where.stack[:1])]
     experts = x.shape[len(layers) : len(where.stack)]
     flat = x.reshape(*layers, *experts, rows, columns)
-    found = jax.lax.map(_newton_schulz, flat) if layers else _newton_schulz(flat)
-    return found.reshape(x.shape)
+    orthogonal = jax.lax.map(_newton_schulz, flat) if layers else _newton_schulz(flat)
+    return orthogonal.reshape(x.shape)
 
 
 def _newton_schulz(x: jax.Array) -> jax.Array:
