@@ -1,16 +1,8 @@
 """EXAONE 4: norms after each part; where layers slide, the others know no positions."""
 
+from jaxtune.hf.family import rows
 from jaxtune.hf.family.config_keys import Config, layer_types, optional_size, size
-from jaxtune.hf.family.family import (
-    ATTENTION,
-    GATED_MLP,
-    HEAD_NORMS,
-    POST_NORMS,
-    TABLES,
-    Family,
-    Ropes,
-    layer,
-)
+from jaxtune.hf.family.family import Family, Ropes, layer
 from jaxtune.hf.family.rope import ALL
 from jaxtune.spec import LayerSpec
 
@@ -35,7 +27,7 @@ def _exaone4(config: Config, ropes: Ropes) -> list[LayerSpec]:
 FAMILIES: dict[str, Family] = {
     "exaone4": Family(
         architecture="Exaone4ForCausalLM",
-        rows=TABLES + ATTENTION + GATED_MLP + POST_NORMS + HEAD_NORMS,
+        rows=rows.TABLES + rows.ATTENTION + rows.GATED_MLP + rows.POST_NORMS + rows.HEAD_NORMS,
         defaults={
             "num_key_value_heads": 32,
             "max_position_embeddings": 2048,

@@ -7,70 +7,18 @@ from typing import Any
 
 from jaxtune.config import ModelError
 from jaxtune.hf.family.config_keys import Config, activation, number, optional_size, size
-from jaxtune.hf.family.rope import RopeKeys
+from jaxtune.hf.family.rope import ALL, RopeKeys
 from jaxtune.hf.layout import Row
 from jaxtune.spec import LayerSpec, ModelSpec, RopeSpec, Stack
 
 Ropes = Mapping[str, RopeSpec]  # by type of layer, as in RopeKeys
 
-_LAYER = "model.layers.{L}."
-_BLOCK = "stack_{i}/layer_{j}/"
 _DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
     "hidden_act": "silu",
 }
-
-
-def layer_rows(*rows: tuple[str, str, str]) -> tuple[Row, ...]:
-    """Rows of tensors that every layer has: (name in the layer, name in the block, layout)."""
-    return tuple(Row(_LAYER + source, _BLOCK + target, layout) for source, target, layout in rows)
-
-
-TABLES = (
-    Row("model.embed_tokens.weight", "embed/table", "V D -> V D"),
-    Row("model.norm.weight", "final_norm/scale", "D -> D"),
-    Row("lm_head.weight", "head/kernel", "V D -> D V"),
-)
-ATTENTION = layer_rows(
-    ("self_attn.q_proj.weight", "attention/q/kernel", "(H K) D -> L D H K"),
-    ("self_attn.k_proj.weight", "attention/k/kernel", "(G K) D -> L D G K"),
-    ("self_attn.v_proj.weight", "attention/v/kernel", "(G K) D -> L D G K"),
-    ("self_attn.o_proj.weight", "attention/o/kernel", "D (H K) -> L H K D"),
-)
-GATED_MLP = layer_rows(
-    ("mlp.gate_proj.weight", "mlp/gate/kernel", "F D -> L D F"),
-    ("mlp.up_proj.weight", "mlp/up/kernel", "F D -> L D F"),
-    ("mlp.down_proj.weight", "mlp/down/kernel", "D F -> L F D"),
-)
-PRE_NORMS = layer_rows(
-    ("input_layernorm.weight", "attention_norm/scale", "D -> L D"),
-    ("post_attention_layernorm.weight", "mlp_norm/scale", "D -> L D"),
-)
-POST_NORMS = layer_rows(
-    ("post_attention_layernorm.weight", "attention_post_norm/scale", "D -> L D"),
-    ("post_feedforward_layernorm.weight", "mlp_post_norm/scale", "D -> L D"),
-)
-QKV_BIAS = layer_rows(
-    ("self_attn.q_proj.bias", "attention/q/bias", "(H K) -> L H K"),
-    ("self_attn.k_proj.bias", "attention/k/bias", "(G K) -> L G K"),
-    ("self_attn.v_proj.bias", "attention/v/bias", "(G K) -> L G K"),
-)
-OUT_BIAS = layer_rows(("self_attn.o_proj.bias", "attention/o/bias", "D -> L D"))
-MLP_BIAS = layer_rows(
-    ("mlp.gate_proj.bias", "mlp/gate/bias", "F -> L F"),
-    ("mlp.up_proj.bias", "mlp/up/bias", "F -> L F"),
-    ("mlp.down_proj.bias", "mlp/down/bias", "D -> L D"),
-)
-HEAD_NORMS = layer_rows(
-    ("self_attn.q_norm.weight", "attention/q_norm/scale", "K -> L K"),
-    ("self_attn.k_norm.weight", "attention/k_norm/scale", "K -> L K"),
-)
-FULL_NORMS = layer_rows(
-    ("self_attn.q_norm.weight", "attention/q_norm/scale", "(H K) -> L H K"),
-    ("self_attn.k_norm.weight", "attention/k_norm/scale", "(G K) -> L G K"),
-)
 
 
 @dataclass(frozen=True)
@@ -135,6 +83,17 @@ def layer(config: Config, rope: RopeSpec | None, **fields: Any) -> LayerSpec:
     if "activation" not in fields:
         sizes["activation"] = activation(str(config["hidden_act"]))
     return LayerSpec(rope=rope, **sizes | fields)
+
+
+def same_layers(config: Config, ropes: Ropes, **fields: Any) -> list[LayerSpec]:
+    """All layers alike; arguments as `layer` has them."""
+    return [layer(config, ropes[ALL], **fields)] * size(config, "num_hidden_layers")
+
+
+def biases(config: Config) -> dict[str, Any]:
+    """`attention_bias` is that of all four projections."""
+    bias = bool(config["attention_bias"])
+    return {"qkv_bias": bias, "out_bias": bias}
 
 
 def stacked(layers: Sequence[LayerSpec]) -> tuple[Stack, ...]:

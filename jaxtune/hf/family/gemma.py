@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jaxtune.hf.family import rows
 from jaxtune.hf.family.config_keys import (
     Config,
     activation,
@@ -12,30 +13,16 @@ from jaxtune.hf.family.config_keys import (
     refuse,
     size,
 )
-from jaxtune.hf.family.family import (
-    ATTENTION,
-    GATED_MLP,
-    HEAD_NORMS,
-    OUT_BIAS,
-    POST_NORMS,
-    PRE_NORMS,
-    QKV_BIAS,
-    TABLES,
-    Family,
-    Ropes,
-    layer,
-    layer_rows,
-)
-from jaxtune.hf.family.llama import DECODER, biases
+from jaxtune.hf.family.family import Family, Ropes, biases, layer, same_layers
 from jaxtune.hf.family.rope import ALL, RopeKeys
 from jaxtune.spec import LayerSpec
 
 _NORMS = (
-    *(row for row in PRE_NORMS if "input_layernorm" in row.source),
-    *POST_NORMS,
-    *layer_rows(("pre_feedforward_layernorm.weight", "mlp_norm/scale", "D -> L D")),
+    *(row for row in rows.PRE_NORMS if "input_layernorm" in row.source),
+    *rows.POST_NORMS,
+    *rows.layer_rows(("pre_feedforward_layernorm.weight", "mlp_norm/scale", "D -> L D")),
 )
-_BIASES = QKV_BIAS + OUT_BIAS
+_COMMON = rows.TABLES + rows.ATTENTION + rows.ATTENTION_BIAS + rows.GATED_MLP + _NORMS
 
 
 def _model(config: Config) -> dict[str, Any]:
@@ -51,8 +38,7 @@ def _gemma(config: Config, ropes: Ropes) -> list[LayerSpec]:
     name = str(config["hidden_act"])
     # The first files say gelu and mean its tanh approximation.
     act = activation("gelu_pytorch_tanh" if name == "gelu" else name)
-    one = layer(config, ropes[ALL], **biases(config), activation=act)
-    return [one] * size(config, "num_hidden_layers")
+    return same_layers(config, ropes, **biases(config), activation=act)
 
 
 def _gemma2(config: Config, ropes: Ropes) -> list[LayerSpec]:
@@ -101,21 +87,21 @@ _DEFAULTS_2 = {
 FAMILIES: dict[str, Family] = {
     "gemma": Family(
         architecture="GemmaForCausalLM",
-        rows=DECODER + _BIASES,
+        rows=rows.DECODER + rows.ATTENTION_BIAS,
         defaults={**_DEFAULTS, "num_key_value_heads": 16, "hidden_act": "gelu_pytorch_tanh"},
         layers=_gemma,
         model=_model,
     ),
     "gemma2": Family(
         architecture="Gemma2ForCausalLM",
-        rows=TABLES + ATTENTION + GATED_MLP + _NORMS + _BIASES,
+        rows=_COMMON,
         defaults=_DEFAULTS_2,
         layers=_gemma2,
         model=_model,
     ),
     "gemma3_text": Family(
         architecture="Gemma3ForCausalLM",
-        rows=TABLES + ATTENTION + GATED_MLP + _NORMS + _BIASES + HEAD_NORMS,
+        rows=_COMMON + rows.HEAD_NORMS,
         defaults={
             **_DEFAULTS_2,
             "vocab_size": 262208,

@@ -2,33 +2,22 @@
 
 from functools import partial
 
-from jaxtune.hf.family.config_keys import Config, size
-from jaxtune.hf.family.family import (
-    ATTENTION,
-    GATED_MLP,
-    PRE_NORMS,
-    QKV_BIAS,
-    TABLES,
-    Family,
-    Ropes,
-    layer,
-    layer_rows,
-)
-from jaxtune.hf.family.phi import GATE_UP
-from jaxtune.hf.family.rope import ALL, RopeKeys
+from jaxtune.hf.family import rows
+from jaxtune.hf.family.config_keys import Config
+from jaxtune.hf.family.family import Family, Ropes, same_layers
+from jaxtune.hf.family.rope import RopeKeys
 from jaxtune.spec import LayerSpec
 
-_DOWN = tuple(row for row in GATED_MLP if "down_proj" in row.source)
-_ROWS = TABLES + ATTENTION + QKV_BIAS + PRE_NORMS + GATE_UP + _DOWN
-_POST_NORMS = layer_rows(
+_DOWN = tuple(row for row in rows.GATED_MLP if "down_proj" in row.source)
+_ROWS = rows.TABLES + rows.ATTENTION + rows.QKV_BIAS + rows.PRE_NORMS + rows.GATE_UP + _DOWN
+_POST_NORMS = rows.layer_rows(
     ("post_self_attn_layernorm.weight", "attention_post_norm/scale", "D -> L D"),
     ("post_mlp_layernorm.weight", "mlp_post_norm/scale", "D -> L D"),
 )
 
 
 def _glm(config: Config, ropes: Ropes, *, norms: str) -> list[LayerSpec]:
-    one = layer(config, ropes[ALL], qkv_bias=bool(config["attention_bias"]), norms=norms)
-    return [one] * size(config, "num_hidden_layers")
+    return same_layers(config, ropes, qkv_bias=bool(config["attention_bias"]), norms=norms)
 
 
 _DEFAULTS = {

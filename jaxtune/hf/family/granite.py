@@ -2,23 +2,21 @@
 
 from typing import Any
 
-from jaxtune.hf.family.config_keys import Config, number, size
-from jaxtune.hf.family.family import MLP_BIAS, OUT_BIAS, QKV_BIAS, Family, Ropes, layer
-from jaxtune.hf.family.llama import DECODER, biases
-from jaxtune.hf.family.rope import ALL
+from jaxtune.hf.family import rows
+from jaxtune.hf.family.config_keys import Config, number
+from jaxtune.hf.family.family import Family, Ropes, biases, same_layers
 from jaxtune.spec import LayerSpec
 
 
 def _granite(config: Config, ropes: Ropes) -> list[LayerSpec]:
-    one = layer(
+    return same_layers(
         config,
-        ropes[ALL],
+        ropes,
         **biases(config),
         mlp_bias=bool(config["mlp_bias"]),
         scale=number(config, "attention_multiplier"),
         residual_scale=number(config, "residual_multiplier"),
     )
-    return [one] * size(config, "num_hidden_layers")
 
 
 def _model(config: Config) -> dict[str, Any]:
@@ -31,7 +29,7 @@ def _model(config: Config) -> dict[str, Any]:
 FAMILIES: dict[str, Family] = {
     "granite": Family(
         architecture="GraniteForCausalLM",
-        rows=DECODER + QKV_BIAS + OUT_BIAS + MLP_BIAS,
+        rows=rows.DECODER + rows.ATTENTION_BIAS + rows.MLP_BIAS,
         defaults={
             "max_position_embeddings": 2048,
             "attention_bias": False,

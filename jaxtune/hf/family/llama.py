@@ -1,46 +1,28 @@
 """Llama and its relatives: norms before each part, a gated MLP."""
 
-from typing import Any
-
+from jaxtune.hf.family import rows
 from jaxtune.hf.family.config_keys import Config, layer_types, number, optional_size, size
-from jaxtune.hf.family.family import (
-    ATTENTION,
-    GATED_MLP,
-    HEAD_NORMS,
-    MLP_BIAS,
-    OUT_BIAS,
-    PRE_NORMS,
-    QKV_BIAS,
-    TABLES,
-    Family,
-    Ropes,
-    layer,
-)
+from jaxtune.hf.family.family import Family, Ropes, biases, layer, same_layers
 from jaxtune.hf.family.rope import ALL, RopeKeys
 from jaxtune.spec import LayerSpec
 
-DECODER = TABLES + PRE_NORMS + ATTENTION + GATED_MLP
-
 
 def _llama(config: Config, ropes: Ropes) -> list[LayerSpec]:
-    one = layer(config, ropes[ALL], **biases(config), mlp_bias=bool(config["mlp_bias"]))
-    return [one] * size(config, "num_hidden_layers")
+    return same_layers(config, ropes, **biases(config), mlp_bias=bool(config["mlp_bias"]))
 
 
 def _mistral(config: Config, ropes: Ropes) -> list[LayerSpec]:
-    one = layer(config, ropes[ALL], window=optional_size(config, "sliding_window"))
-    return [one] * size(config, "num_hidden_layers")
+    return same_layers(config, ropes, window=optional_size(config, "sliding_window"))
 
 
 def _seed_oss(config: Config, ropes: Ropes) -> list[LayerSpec]:
-    one = layer(
+    return same_layers(
         config,
-        ropes[ALL],
+        ropes,
         qkv_bias=bool(config["attention_bias"]),
         out_bias=bool(config["attention_out_bias"]),
         mlp_bias=bool(config["mlp_bias"]),
     )
-    return [one] * size(config, "num_hidden_layers")
 
 
 def _qwen2(config: Config, ropes: Ropes) -> list[LayerSpec]:
@@ -52,12 +34,6 @@ def _qwen3(config: Config, ropes: Ropes) -> list[LayerSpec]:
         layer(config, ropes[ALL], window=window, qk_norm="head", **biases(config))
         for window in _qwen_windows(config)
     ]
-
-
-def biases(config: Config) -> dict[str, Any]:
-    """`attention_bias` is that of all four projections."""
-    bias = bool(config["attention_bias"])
-    return {"qkv_bias": bias, "out_bias": bias}
 
 
 def _qwen_windows(config: Config) -> list[int | None]:
@@ -80,13 +56,13 @@ _QWEN = {
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         architecture="LlamaForCausalLM",
-        rows=DECODER + QKV_BIAS + OUT_BIAS + MLP_BIAS,
+        rows=rows.DECODER + rows.ATTENTION_BIAS + rows.MLP_BIAS,
         defaults={"max_position_embeddings": 2048, "attention_bias": False, "mlp_bias": False},
         layers=_llama,
     ),
     "mistral": Family(
         architecture="MistralForCausalLM",
-        rows=DECODER,
+        rows=rows.DECODER,
         defaults={
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
@@ -96,7 +72,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "ministral3": Family(
         architecture="Ministral3ForCausalLM",
-        rows=DECODER,
+        rows=rows.DECODER,
         defaults={
             "num_key_value_heads": 8,
             "head_dim": 128,
@@ -119,7 +95,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "seed_oss": Family(
         architecture="SeedOssForCausalLM",
-        rows=DECODER + QKV_BIAS + OUT_BIAS + MLP_BIAS,
+        rows=rows.DECODER + rows.ATTENTION_BIAS + rows.MLP_BIAS,
         defaults={
             "num_key_value_heads": 8,
             "head_dim": 128,
@@ -132,13 +108,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
-        rows=DECODER + QKV_BIAS,
+        rows=rows.DECODER + rows.QKV_BIAS,
         defaults=_QWEN,
         layers=_qwen2,
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
-        rows=DECODER + QKV_BIAS + OUT_BIAS + HEAD_NORMS,
+        rows=rows.DECODER + rows.ATTENTION_BIAS + rows.HEAD_NORMS,
         defaults={**_QWEN, "head_dim": 128, "attention_bias": False},
         layers=_qwen3,
     ),

@@ -2,32 +2,19 @@
 
 from typing import Any
 
+from jaxtune.hf.family import rows
 from jaxtune.hf.family.config_keys import Config, layer_types, number, optional_size, refuse, size
-from jaxtune.hf.family.family import (
-    ATTENTION,
-    FULL_NORMS,
-    GATED_MLP,
-    HEAD_NORMS,
-    OUT_BIAS,
-    PRE_NORMS,
-    QKV_BIAS,
-    TABLES,
-    Family,
-    Ropes,
-    layer,
-    layer_rows,
-)
-from jaxtune.hf.family.llama import biases
+from jaxtune.hf.family.family import Family, Ropes, biases, layer, same_layers
 from jaxtune.hf.family.rope import ALL, RopeKeys
 from jaxtune.hf.layout import Row
 from jaxtune.spec import LayerSpec, MoeSpec
 
-_COMMON = TABLES + PRE_NORMS + ATTENTION
+_COMMON = rows.TABLES + rows.PRE_NORMS + rows.ATTENTION
 
 
 def _experts(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
     """A router and experts of one tensor each."""
-    return layer_rows(
+    return rows.layer_rows(
         (f"{block}.gate.weight", "moe/router/kernel", "E D -> L D E"),
         (f"{block}.experts.{{E}}.{gate}.weight", "moe/gate/kernel", "F D -> L E D F"),
         (f"{block}.experts.{{E}}.{up}.weight", "moe/up/kernel", "F D -> L E D F"),
@@ -36,13 +23,13 @@ def _experts(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
 
 
 _QWEN_EXPERTS = _experts("mlp", "gate_proj", "up_proj", "down_proj")
-_SHARED = layer_rows(
+_SHARED = rows.layer_rows(
     ("mlp.shared_expert.gate_proj.weight", "moe/shared/gate/kernel", "F D -> L D F"),
     ("mlp.shared_expert.up_proj.weight", "moe/shared/up/kernel", "F D -> L D F"),
     ("mlp.shared_expert.down_proj.weight", "moe/shared/down/kernel", "D F -> L F D"),
     ("mlp.shared_expert_gate.weight", "moe/shared_gate/kernel", "S D -> L D S"),
 )
-_STACKED = layer_rows(
+_STACKED = rows.layer_rows(
     ("self_attn.sinks", "attention/sinks", "H -> L H"),
     ("mlp.router.weight", "moe/router/kernel", "E D -> L D E"),
     ("mlp.router.bias", "moe/router/bias", "E -> L E"),
@@ -78,8 +65,7 @@ def _by_softmax(config: Config, **fields: Any) -> MoeSpec:
 def _mixtral(config: Config, ropes: Ropes) -> list[LayerSpec]:
     refuse(config, "router_jitter_noise")
     window = optional_size(config, "sliding_window")
-    one = layer(config, ropes[ALL], window=window, moe=_moe(config))
-    return [one] * size(config, "num_hidden_layers")
+    return same_layers(config, ropes, window=window, moe=_moe(config))
 
 
 def _qwen2_moe(config: Config, ropes: Ropes) -> list[LayerSpec]:
@@ -124,8 +110,7 @@ def _sparse(config: Config, moe: MoeSpec) -> list[dict[str, Any]]:
 def _olmoe(config: Config, ropes: Ropes) -> list[LayerSpec]:
     refuse(config, "clip_qkv")
     moe = _by_softmax(config)
-    one = layer(config, ropes[ALL], qk_norm="full", **biases(config), moe=moe)
-    return [one] * size(config, "num_hidden_layers")
+    return same_layers(config, ropes, qk_norm="full", **biases(config), moe=moe)
 
 
 def _gpt_oss(config: Config, ropes: Ropes) -> list[LayerSpec]:
@@ -173,7 +158,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2_moe": Family(
         architecture="Qwen2MoeForCausalLM",
-        rows=_COMMON + QKV_BIAS + GATED_MLP + _QWEN_EXPERTS + _SHARED,
+        rows=rows.DECODER + rows.QKV_BIAS + _QWEN_EXPERTS + _SHARED,
         defaults={
             **_QWEN,
             "num_key_value_heads": 16,
@@ -188,7 +173,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
-        rows=_COMMON + QKV_BIAS + OUT_BIAS + HEAD_NORMS + GATED_MLP + _QWEN_EXPERTS,
+        rows=rows.DECODER + rows.ATTENTION_BIAS + rows.HEAD_NORMS + _QWEN_EXPERTS,
         defaults={
             **_QWEN,
             "num_key_value_heads": 4,
@@ -201,7 +186,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmoe": Family(
         architecture="OlmoeForCausalLM",
-        rows=_COMMON + QKV_BIAS + OUT_BIAS + FULL_NORMS + _QWEN_EXPERTS,
+        rows=_COMMON + rows.ATTENTION_BIAS + rows.FULL_NORMS + _QWEN_EXPERTS,
         defaults={
             **_ROUTER,
             "max_position_embeddings": 4096,
@@ -216,7 +201,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_oss": Family(
         architecture="GptOssForCausalLM",
-        rows=_COMMON + QKV_BIAS + OUT_BIAS + _STACKED,
+        rows=_COMMON + rows.ATTENTION_BIAS + _STACKED,
         defaults={
             **_ROUTER,
             "num_key_value_heads": 8,

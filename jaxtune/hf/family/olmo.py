@@ -1,28 +1,17 @@
 """OLMo 2 and 3: norms after each part, and over all heads of queries and keys together."""
 
-from jaxtune.hf.family.config_keys import Config, layer_types, optional_size, size
-from jaxtune.hf.family.family import (
-    ATTENTION,
-    FULL_NORMS,
-    GATED_MLP,
-    OUT_BIAS,
-    POST_NORMS,
-    QKV_BIAS,
-    TABLES,
-    Family,
-    Ropes,
-    layer,
-)
-from jaxtune.hf.family.llama import biases
-from jaxtune.hf.family.rope import ALL, RopeKeys
+from jaxtune.hf.family import rows
+from jaxtune.hf.family.config_keys import Config, layer_types, optional_size
+from jaxtune.hf.family.family import Family, Ropes, biases, layer, same_layers
+from jaxtune.hf.family.rope import RopeKeys
 from jaxtune.spec import LayerSpec
 
-_ROWS = TABLES + ATTENTION + GATED_MLP + POST_NORMS + QKV_BIAS + OUT_BIAS + FULL_NORMS
+_ATTENTION = rows.ATTENTION + rows.ATTENTION_BIAS + rows.FULL_NORMS
+_ROWS = rows.TABLES + _ATTENTION + rows.GATED_MLP + rows.POST_NORMS
 
 
 def _olmo2(config: Config, ropes: Ropes) -> list[LayerSpec]:
-    one = layer(config, ropes[ALL], norms="post", qk_norm="full", **biases(config))
-    return [one] * size(config, "num_hidden_layers")
+    return same_layers(config, ropes, norms="post", qk_norm="full", **biases(config))
 
 
 def _olmo3(config: Config, ropes: Ropes) -> list[LayerSpec]:

@@ -1,8 +1,8 @@
 """SmolLM3: Llama in which every fourth layer knows no positions."""
 
+from jaxtune.hf.family import rows
 from jaxtune.hf.family.config_keys import Config, layer_types, size
-from jaxtune.hf.family.family import MLP_BIAS, OUT_BIAS, QKV_BIAS, Family, Ropes, layer
-from jaxtune.hf.family.llama import DECODER, biases
+from jaxtune.hf.family.family import Family, Ropes, biases, layer
 from jaxtune.hf.family.rope import ALL, RopeKeys
 from jaxtune.spec import LayerSpec
 
@@ -36,7 +36,7 @@ def _smollm3(config: Config, ropes: Ropes) -> list[LayerSpec]:
 FAMILIES: dict[str, Family] = {
     "smollm3": Family(
         architecture="SmolLM3ForCausalLM",
-        rows=DECODER + QKV_BIAS + OUT_BIAS + MLP_BIAS,
+        rows=rows.DECODER + rows.ATTENTION_BIAS + rows.MLP_BIAS,
         defaults={
             "num_key_value_heads": 4,
             "max_position_embeddings": 32768,

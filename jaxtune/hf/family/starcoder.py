@@ -2,38 +2,29 @@
 
 from typing import Any
 
-from jaxtune.hf.family.config_keys import Config, number, optional_size, size
-from jaxtune.hf.family.family import (
-    ATTENTION,
-    OUT_BIAS,
-    PRE_NORMS,
-    QKV_BIAS,
-    TABLES,
-    Family,
-    Ropes,
-    layer,
-    layer_rows,
-)
-from jaxtune.hf.family.rope import ALL
+from jaxtune.hf.family import rows
+from jaxtune.hf.family.config_keys import Config, number, optional_size
+from jaxtune.hf.family.family import Family, Ropes, same_layers
 from jaxtune.hf.layout import Row
 from jaxtune.spec import LayerSpec
 
-_ROWS = layer_rows(
-    ("mlp.c_fc.weight", "mlp/up/kernel", "F D -> L D F"),
-    ("mlp.c_fc.bias", "mlp/up/bias", "F -> L F"),
-    ("mlp.c_proj.weight", "mlp/down/kernel", "D F -> L F D"),
-    ("mlp.c_proj.bias", "mlp/down/bias", "D -> L D"),
-    ("input_layernorm.bias", "attention_norm/bias", "D -> L D"),
-    ("post_attention_layernorm.bias", "mlp_norm/bias", "D -> L D"),
+_ROWS = (
+    Row("model.norm.bias", "final_norm/bias", "D -> D"),
+    *rows.layer_rows(
+        ("mlp.c_fc.weight", "mlp/up/kernel", "F D -> L D F"),
+        ("mlp.c_fc.bias", "mlp/up/bias", "F -> L F"),
+        ("mlp.c_proj.weight", "mlp/down/kernel", "D F -> L F D"),
+        ("mlp.c_proj.bias", "mlp/down/bias", "D -> L D"),
+        ("input_layernorm.bias", "attention_norm/bias", "D -> L D"),
+        ("post_attention_layernorm.bias", "mlp_norm/bias", "D -> L D"),
+    ),
 )
-_FINAL_BIAS = Row("model.norm.bias", "final_norm/bias", "D -> D")
 
 
 def _starcoder2(config: Config, ropes: Ropes) -> list[LayerSpec]:
     bias, window = bool(config["use_bias"]), optional_size(config, "sliding_window")
     biases = {"qkv_bias": bias, "out_bias": bias, "mlp_bias": bias}
-    one = layer(config, ropes[ALL], window=window, gated=False, **biases)
-    return [one] * size(config, "num_hidden_layers")
+    return same_layers(config, ropes, window=window, gated=False, **biases)
 
 
 def _model(config: Config) -> dict[str, Any]:
@@ -43,7 +34,7 @@ def _model(config: Config) -> dict[str, Any]:
 FAMILIES: dict[str, Family] = {
     "starcoder2": Family(
         architecture="Starcoder2ForCausalLM",
-        rows=(*TABLES, *ATTENTION, *PRE_NORMS, *QKV_BIAS, *OUT_BIAS, *_ROWS, _FINAL_BIAS),
+        rows=rows.TABLES + rows.ATTENTION + rows.PRE_NORMS + rows.ATTENTION_BIAS + _ROWS,
         defaults={
             "num_key_value_heads": 2,
             "hidden_act": "gelu_pytorch_tanh",
