@@ -36,13 +36,13 @@ def test_where_things_lie_may_be_of_each_host() -> None:
     theirs = {"dataset": "/b/train.jsonl", "model_name_or_path": "/b/model", "output_dir": "/b/out",
               "dataset_num_proc": 4, "hosts.process_id": 1, "tokenizer_name": "/b/t"}  # fmt: skip
     fields = host_consistency._fields_of(load(overrides=mine))
-    assert fields == host_consistency._knobs(load(overrides=theirs))
+    assert fields == host_consistency._fields_of(load(overrides=theirs))
     assert {"learning_rate", "mesh.fsdp", "lora.r", "seed", "datasets"} <= fields.keys()
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "lora.r", "max_steps", "save_steps", "seed"])
 def test_every_other_field_is_compared(name: str) -> None:
-    before, now = (host_consistency._knobs(load(overrides={name: value})) for value in (1, 2))
+    before, now = (host_consistency._fields_of(load(overrides={name: value})) for value in (1, 2))
     assert {field for field in before if before[field] != now[field]} == {name}
 
 
