@@ -17,7 +17,7 @@ COMMANDS = {"train", "preview", "plan", "evaluate", "chat", "report", "convert"}
 FLOORS: tuple[set[str], ...] = (
     {"config"},
     {"spec", "tree", "terminal"},
-    {"storage"},
+    {"storage", "html"},
     {"cli"},
     {"data"},
     {"ops", "parallel"},

@@ -73,15 +73,18 @@ def _answer(config: Config, options: ChatOptions, prompts: Sequence[Prompt]) -> 
 def _serve(config: Config, options: ChatOptions, address: str) -> ChatResult:
     bound = bind_socket(address)  # before any model is loaded
     # Here, as all of the server but its socket needs the optional starlette and uvicorn.
-    from jaxtune.server.run import Defaults, Limits, start
+    from jaxtune.server.run import ServeSettings, start
 
     with bound.socket, _loaded(config, options) as (models, codec):
-        seeded = "sample_seed" in options.model_fields_set
-        defaults = Defaults(_settings(options), options.max_new_tokens, seeded)
-        limits = Limits(
-            slots=options.serve_slots, queue=options.serve_queue, seconds=options.serve_seconds
+        settings = ServeSettings(
+            _settings(options),
+            options.max_new_tokens,
+            seed_given="sample_seed" in options.model_fields_set,
+            slots=options.serve_slots,
+            queue=options.serve_queue,
+            seconds=options.serve_seconds,
         )
-        start(models, codec, defaults, limits, bound, length=options.serve_length)
+        start(models, codec, settings, bound, length=options.serve_length)
     return ChatResult([])
 
 

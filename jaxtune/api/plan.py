@@ -199,8 +199,10 @@ def _notes(estimate: StepEstimate) -> list[str]:
             "memory: parameters, optimiser and the sum are exact; gradients, activations and "
             "logits are counted by rule, temporaries are what remains of the compiler's buffers"
         )
-        if read.loops_unread:
-            notes.append(f"{read.loops_unread} loops of unknown length are counted as one turn")
+        if read.cost.loops_unread:
+            notes.append(
+                f"{read.cost.loops_unread} loops of unknown length are counted as one turn"
+            )
     if estimate.time is not None and read is not None and read.fits:
         notes.append(
             "time: modelled, not measured; within about 10% of published runs, so differences "

@@ -540,6 +540,13 @@ class ConfigFields(_Strict):
             raise ValueError(mistake)
         return kwargs
 
+    @pydantic.field_validator("add_tokens", mode="before")
+    @classmethod
+    def _truth(cls, value: Any) -> Any:
+        """Accept true and false as the words that a flag gives."""
+        word = value[0] if isinstance(value, list | tuple) and len(value) == 1 else value
+        return {"true": True, "false": False}.get(str(word).lower(), value)
+
     @pydantic.field_validator("max_shard_size", mode="before")
     @classmethod
     def _of_bytes(cls, size: Any) -> str:

@@ -5,7 +5,7 @@ Takes plain values only, also such as other versions wrote.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxtune.evaluation.metric_names import (
@@ -30,7 +30,7 @@ _OF_GROUPS = ("eval_loss", "exact_match")
 
 class Sheet(NamedTuple):
     """A table of text. The first cell of a row is its name, the next `numbers` are numbers, the
-    others words; a row may be shorter than the header."""
+    others words."""
 
     caption: str
     header: tuple[str, ...]
@@ -161,7 +161,18 @@ def _with_error(results: Mapping[str, Any], key: str) -> str:
     return f"{value} \u00b1{error:.4f}" if is_number(error) else value
 
 
-def sheets(columns: Mapping[str, Row], *, counts: bool = False) -> Sequence[Sheet]:
-    """Make all tables of an evaluation."""
+def sheets(columns: Mapping[str, Row], *, counts: bool = False) -> list[Sheet]:
+    """Make all tables of an evaluation, with rows as long as their header."""
     every = [score_sheet(columns, counts=counts), *group_sheets(columns), harness_sheet(columns)]
-    return [sheet for sheet in every if sheet is not None]
+    return [
+        sheet._replace(rows=[(*row, *[""] * (len(sheet.header) - len(row))) for row in sheet.rows])
+        for sheet in every
+        if sheet is not None
+    ]
+
+
+def sheets_of(evaluation: Row) -> list[Sheet]:
+    """Make all tables of the object of `evaluate --json`, the counts included."""
+    base = evaluation.get("base")
+    columns = {"base": base, "tuned": evaluation} if base else {"model": evaluation}
+    return sheets(columns, counts=True)

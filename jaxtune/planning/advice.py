@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from jaxtune.config import Config, ConfigError, load
 from jaxtune.parallel.chips import larger
@@ -104,54 +104,42 @@ def _changes(estimate: StepEstimate) -> Iterator[tuple[str, str, Config, str]]:
     """
     config, here = estimate.config, estimate.hardware.slice.name
 
-    def change(what: str, costs: str, **fields: object) -> tuple[str, str, Config, str]:
-        return what, costs, changed(config, **fields), here
+    def change(costs: str, fields: Mapping[str, Any]) -> tuple[str, str, Config, str]:
+        return flags_of(fields), costs, changed(config, **fields), here
 
-    rows, again = config.per_device_train_batch_size, estimate.work.microbatches
+    def in_parts(rows: int, microbatches: int) -> dict[str, Any]:
+        sizes = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": microbatches}
+        return {**sizes, **full, "global_batch_size": None}
+
+    full = {"gradient_checkpointing": "full"} if config.gradient_checkpointing != "full" else {}
+    rows, microbatches = config.per_device_train_batch_size, estimate.work.microbatches
     if estimate.work.sizes["data"] > 1 and estimate.hardware.slice.slices == 1:
-        mesh = {"mesh.data": 1, "mesh.fsdp": -1}
-        yield change("--mesh.data 1 --mesh.fsdp -1", "gathers weights more widely", **mesh)
-    if config.gradient_checkpointing not in ("full", "offload"):
-        what = "--gradient_checkpointing full"
-        yield change(what, "about a fifth more time", gradient_checkpointing="full")
-    least = {"gradient_checkpointing": "full", "global_batch_size": None}
-    full = "" if config.gradient_checkpointing == "full" else " --gradient_checkpointing full"
+        yield change("gathers weights more widely", {"mesh.data": 1, "mesh.fsdp": -1})
+    if full and config.gradient_checkpointing != "offload":
+        yield change("about a fifth more time", full)
     if peers := _peers(estimate):
-        flags, mesh = _mesh(estimate, "expert", peers[0])
-        yield change(flags, "tokens travel to their experts and back", **mesh)
+        mesh = _mesh(estimate, "expert", peers[0])
+        yield change("tokens travel to their experts and back", mesh)
     while rows % 2 == 0:
-        rows, again = rows // 2, again * 2
-        parts = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": again}
-        yield change(
-            f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {again}{full}",
-            "the same batch in more parts: weights are gathered for each",
-            **least, **parts,
-        )  # fmt: skip
-    smallest = {**least, "per_device_train_batch_size": rows, "gradient_accumulation_steps": again}
-    small = f" --per_device_train_batch_size {rows} --gradient_accumulation_steps {again}{full}"
+        rows, microbatches = rows // 2, microbatches * 2
+        costs = "the same batch in more parts: weights are gathered for each"
+        yield change(costs, in_parts(rows, microbatches))
+    smallest = in_parts(rows, microbatches)
     adapted = config.lora.r > 0 or config.adapter_name_or_path is not None
     if config.optim == "adamw" and config.optim_state_dtype == "float32" and not adapted:
-        yield change(
-            f"--optim_state_dtype bfloat16{small}", "rounds the momentum",
-            **smallest, optim_state_dtype="bfloat16",
-        )  # fmt: skip
+        yield change("rounds the momentum", {"optim_state_dtype": "bfloat16", **smallest})
     if not adapted and not config.optim_offload:
-        yield change(
-            f"--optim_offload true{small}", "moments cross to the host and back in every step",
-            **smallest, optim_offload=True,
-        )  # fmt: skip
+        costs = "moments cross to the host and back in every step"
+        yield change(costs, {"optim_offload": "true", **smallest})
     for devices in (2, 4, 8):
-        flags, mesh = _mesh(estimate, "tensor", devices)
-        yield change(
-            f"{flags}{small}", "activations are exchanged in every layer", **smallest, **mesh
-        )
+        mesh = _mesh(estimate, "tensor", devices)
+        yield change("activations are exchanged in every layer", {**mesh, **smallest})
     if (next_size := larger(estimate.hardware.slice)) is not None:
         yield f"--topology {next_size.name}", "more chips", config, next_size.name
     if not adapted:
-        lora = {**smallest, "lora.r": 16}
-        yield change(f"--lora.r 16{small}", "trains adapters, not the model", **lora)
-        nf4 = {**lora, "lora.base": "nf4"}
-        yield change(f"--lora.r 16 --lora.base nf4{small}", "and reads the base in 4 bits", **nf4)
+        yield change("trains adapters, not the model", {"lora.r": 16, **smallest})
+        nf4 = {"lora.r": 16, "lora.base": "nf4"}
+        yield change("and reads the base in 4 bits", {**nf4, **smallest})
 
 
 def _peers(estimate: StepEstimate) -> list[int]:
@@ -162,15 +150,15 @@ def _peers(estimate: StepEstimate) -> list[int]:
     return [n for n in _PEERS if experts and experts % n == 0 and sizes["fsdp"] % n == 0]
 
 
-def _mesh(estimate: StepEstimate, axis: str, devices: int) -> tuple[str, dict[str, int]]:
-    """Return (flags, fields) that give `axis` some devices of `fsdp`, which takes the rest."""
+def _mesh(estimate: StepEstimate, axis: str, devices: int) -> dict[str, int]:
+    """Return fields that give `axis` some devices of `fsdp`, which takes the rest."""
     fields = {f"mesh.{axis}": devices}
     for name, size in estimate.config.mesh.model_dump().items():
         if name == "fsdp" and size != -1:
             fields["mesh.fsdp"] = -1
         elif name not in (axis, "fsdp") and size == -1:
             fields[f"mesh.{name}"] = estimate.work.sizes[name]
-    return " ".join(f"--{name} {size}" for name, size in fields.items()), fields
+    return fields
 
 
 def faster(estimate: StepEstimate) -> str | None:
@@ -185,16 +173,21 @@ def faster(estimate: StepEstimate) -> str | None:
     assert before is not None
     best, fastest = GAIN * before.step, ""
     for devices in peers:
-        flags, mesh = _mesh(estimate, "expert", devices)
+        mesh = _mesh(estimate, "expert", devices)
         other = _estimated(estimate, changed(estimate.config, **mesh), estimate.hardware.slice.name)
         if other.fits and other.time is not None and other.time.step < best:
-            best, fastest = other.time.step, flags
+            best, fastest = other.time.step, flags_of(mesh)
     if not fastest:
         return None
     return (
         f"by arithmetic a step takes {best:.2f} s with {fastest}, {before.step:.2f} s without: "
         "experts stay where they are and tokens travel"
     )
+
+
+def flags_of(fields: Mapping[str, Any]) -> str:
+    """Write fields as flags; None, which unsets a field that others replace, is left out."""
+    return " ".join(f"--{name} {value}" for name, value in fields.items() if value is not None)
 
 
 def changed(config: Config, **fields: object) -> Config:

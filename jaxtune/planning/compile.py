@@ -12,9 +12,9 @@ import importlib.metadata
 import json
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,8 @@ from pydantic import TypeAdapter
 from jaxtune.data.schema import Batch
 from jaxtune.parallel.mesh import partition_spec
 from jaxtune.planning import hlo_cost
+from jaxtune.planning.hlo_cost import Cost
+from jaxtune.storage.atomic_write import write_whole
 from jaxtune.training.program import Program
 from jaxtune.tree import split
 
@@ -41,25 +43,15 @@ class CompiledStep(NamedTuple):
     arguments: int = 0
     code: int = 0
     host: int = 0
-    matmul_flops: float = 0.0
-    kernel_flops: float = 0.0
-    cycles: float = 0.0
-    wire: Mapping[str, tuple[float, float, float]] = {}  # kind -> times, bytes, exposed bytes
-    axes: Mapping[str, float] = {}  # mesh axes -> bytes
-    loops_unread: int = 0
+    cost: Cost = Cost()
     seconds: float = 0.0  # that the compiler took
 
     @property
     def fits(self) -> bool:
         return self.limit is None
 
-    @property
-    def wire_bytes(self) -> float:
-        return sum(sent for _, sent, _ in self.wire.values())
 
-    @property
-    def exposed_bytes(self) -> float:
-        return sum(exposed for _, _, exposed in self.wire.values())
+_ANSWER = TypeAdapter(CompiledStep)
 
 
 def arguments(program: Program, *, rows: int, length: int) -> tuple[Any, Any, Any]:
@@ -146,12 +138,7 @@ def _figures(made: Any, mesh: Mesh) -> CompiledStep:
         arguments=memory.argument_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
-        matmul_flops=cost.matmul_flops,
-        kernel_flops=cost.kernel_flops,
-        cycles=cost.cycles,
-        wire={kind: (of.times, of.bytes, of.exposed) for kind, of in cost.wire.items()},
-        axes=_by_axis(cost.axes),
-        loops_unread=cost.loops_unread,
+        cost=replace(cost, axes=_by_axis(cost.axes)),
     )
 
 
@@ -208,17 +195,13 @@ def key(program: str, topology: str, mesh: Mesh) -> str:
 
 def _stored(file: Path) -> CompiledStep | None:
     try:
-        return TypeAdapter(CompiledStep).validate_json(file.read_bytes())
+        return _ANSWER.validate_json(file.read_bytes())
     except (OSError, ValueError):
         return None
 
 
 def _store(file: Path, compiled: CompiledStep) -> None:
-    """Write a file whole or not at all; a cache that cannot be written is no reason to stop."""
-    try:
+    """Write an answer; a cache that cannot be written is no reason to stop."""
+    with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as work:
-            json.dump(compiled._asdict(), work)
-        os.replace(work.name, file)
-    except OSError:
-        return
+        write_whole(file, _ANSWER.dump_json(compiled).decode())

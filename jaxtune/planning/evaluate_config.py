@@ -172,7 +172,7 @@ def by_kind(estimate: StepEstimate) -> dict[str, int]:
 def figures(estimate: StepEstimate) -> dict[str, Any]:
     """Make the object of `plan --json`; bytes, FLOPs and rates are of one chip."""
     per_chip, read, work = estimate.hardware.per_chip, estimate.read, estimate.work
-    compiled = read if read is not None and read.fits else None
+    compiled = read.cost if read is not None and read.fits else None
     kinds = {name: size * per_chip for name, size in by_kind(estimate).items()}
     flops = sum(memory_model.all_flops(work))
     axes: Mapping[str, float] = memory_model.wire(work)
@@ -180,7 +180,7 @@ def figures(estimate: StepEstimate) -> dict[str, Any]:
     if compiled is not None:
         flops = compiled.matmul_flops + compiled.kernel_flops
         axes, sent = compiled.axes, compiled.wire_bytes
-        wire = {kind: of[1] * per_chip for kind, of in compiled.wire.items()}
+        wire = {kind: of.bytes * per_chip for kind, of in compiled.wire.items()}
     model = memory_model.model_flops(work) * per_chip
     time, chip = estimate.time, estimate.hardware.slice.chip
     return {

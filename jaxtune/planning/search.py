@@ -26,7 +26,7 @@ from jaxtune.config import Config, ConfigError, dump
 from jaxtune.parallel import memory
 from jaxtune.parallel.mesh import make_mesh
 from jaxtune.planning import memory_model, time_model
-from jaxtune.planning.advice import changed
+from jaxtune.planning.advice import changed, flags_of
 from jaxtune.planning.evaluate_config import PlannedRun, StepEstimate, evaluate_config
 from jaxtune.planning.hardware import Hardware
 from jaxtune.planning.memory_model import Work
@@ -104,11 +104,12 @@ def _of_mesh(base: StepEstimate, mesh: Mapping[str, int], whole: int) -> Iterato
             }
             if (block := _smaller_block(work, base)) is not None:
                 work, fields = work._replace(block=block), {**fields, "loss_block": block}
-            settings = " ".join(f"--{name} {value}" for name, value in fields.items())
             needed = sum(memory_model.memory(work, base.held, base.hardware.limit).values())
             family = (*mesh.values(), work.block, remat)
             seconds = _seconds(work, base)
-            yield Candidate(settings, fields, needed, seconds, work.tokens_per_step, rows, family)
+            yield Candidate(
+                flags_of(fields), fields, needed, seconds, work.tokens_per_step, rows, family
+            )
 
 
 def _smaller_block(work: Work, base: StepEstimate) -> int | None:

@@ -63,11 +63,11 @@ class Time(NamedTuple):
 def of_compiled(read: CompiledStep, slice: Slice, per_chip: int) -> Time:
     """From a compiled program's figures, which are of one device."""
     chip = slice.chip
-    compute = read.cycles / chip.clock
-    attention = read.kernel_flops / (KERNEL_SHARE * chip.flops / per_chip)
+    compute = read.cost.cycles / chip.clock
+    attention = read.cost.kernel_flops / (KERNEL_SHARE * chip.flops / per_chip)
     link = chip.link_rate / per_chip
-    exposed, network = read.exposed_bytes / link, read.wire_bytes / link
-    far = other_slices(read.axes, slice, per_chip)
+    exposed, network = read.cost.exposed_bytes / link, read.cost.wire_bytes / link
+    far = other_slices(read.cost.axes, slice, per_chip)
     memory = 2 * read.arguments / (chip.hbm_rate / per_chip)
     host = 2 * read.host / (HOST_RATE / per_chip)  # nothing is assumed to hide it
     step = max(compute + attention + exposed, network, memory) + far + host

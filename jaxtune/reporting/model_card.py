@@ -12,7 +12,7 @@ import yaml
 
 from jaxtune import __version__
 from jaxtune.config import Config
-from jaxtune.evaluation.tables import LEGEND, Sheet, judge_lines, sheets
+from jaxtune.evaluation.tables import LEGEND, Sheet, judge_lines, sheets_of
 
 _BEGIN, _END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 
@@ -91,12 +91,7 @@ def with_evaluation(card: str, evaluation: Mapping[str, Any]) -> str:
 
     It stands before the data, or last where the card has no such heading.
     """
-    columns = (
-        {"base": evaluation["base"], "tuned": evaluation}
-        if "base" in evaluation
-        else {"model": evaluation}
-    )
-    parts = [_markdown(sheet) for sheet in sheets(columns, counts=True)]
+    parts = [_markdown(sheet) for sheet in sheets_of(evaluation)]
     parts += [_plain(line) for line in judge_lines(evaluation)]
     parts += [LEGEND] * ("difference" in evaluation)
     section = "\n\n".join([_BEGIN, "## Evaluation", *parts, _END])
@@ -110,16 +105,10 @@ def with_evaluation(card: str, evaluation: Mapping[str, Any]) -> str:
 
 
 def _markdown(sheet: Sheet) -> str:
-    width = len(sheet.header)
-    rows = [
-        (sheet.caption, *sheet.header[1:]),
-        ["---", *["---:"] * sheet.numbers, *["---"] * (width - 1 - sheet.numbers)],
-        *((*row, *[""] * (width - len(row))) for row in sheet.rows),
-    ]
-    lines = [
-        row if number == 1 else [_plain(cell) for cell in row] for number, row in enumerate(rows)
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    words = len(sheet.header) - 1 - sheet.numbers
+    head, *rows = (map(_plain, row) for row in ((sheet.caption, *sheet.header[1:]), *sheet.rows))
+    rule = ["---", *["---:"] * sheet.numbers, *["---"] * words]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
 
 
 def _plain(text: str) -> str:

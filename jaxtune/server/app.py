@@ -31,7 +31,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from jaxtune.config import JaxtuneError
 from jaxtune.data.templating.template import Template
 from jaxtune.inference.generate import Generation, TextEvent
-from jaxtune.inference.sampling import Sampling
 from jaxtune.server import openai_schema
 from jaxtune.server.auth import AccessPolicy, AuthMiddleware, as_response
 from jaxtune.server.openai_schema import BROKEN, ChatRequest, CompletionRequest, Refused, Reply
@@ -56,23 +55,14 @@ class ServedModel(NamedTuple):
     template: Template | None = None
 
 
-class Defaults(NamedTuple):
-    """The settings of a request that has none; without `seed_given` each one draws its own seed."""
-
-    sampling: Sampling
-    max_new_tokens: int
-    seed_given: bool = False
-
-
 def application(
     models: Sequence[ServedModel],
     scheduler: Scheduler,
-    defaults: Defaults,
     access: AccessPolicy,
     title: str,
 ) -> ASGIApp:
     """Make the ASGI application. `scheduler` runs in another thread."""
-    routes = _Routes({m.name: m for m in models}, scheduler, defaults, int(time.time()))
+    routes = _Routes({m.name: m for m in models}, scheduler, int(time.time()))
     html, policy = page(title, [m.name for m in models], key=access.key is not None)
     headers = {"Content-Security-Policy": policy}
 
@@ -122,14 +112,10 @@ class _Routes:
     """The handlers of the API."""
 
     def __init__(
-        self,
-        models: Mapping[str, ServedModel],
-        scheduler: Scheduler,
-        defaults: Defaults,
-        created: int,
+        self, models: Mapping[str, ServedModel], scheduler: Scheduler, created: int
     ) -> None:
-        self._models, self._scheduler, self._defaults = models, scheduler, defaults
-        self._created = created
+        self._models, self._scheduler, self._created = models, scheduler, created
+        self._settings = scheduler.settings
         self._readers = CapacityLimiter(_READERS)
 
     async def health(self, _: Request) -> Response:
@@ -146,8 +132,7 @@ class _Routes:
 
     async def chat(self, request: Request) -> Response:
         body = openai_schema.parse(ChatRequest, await self._read_body(request))
-        if len(body.messages) > self._scheduler.limits.messages:
-            most = self._scheduler.limits.messages
+        if len(body.messages) > (most := self._settings.messages):
             raise Refused(400, f"messages: {len(body.messages)} of them; at most {most}.",
                           param="messages")  # fmt: skip
         both = {n for n in (body.max_tokens, body.max_completion_tokens) if n is not None}
@@ -185,7 +170,7 @@ class _Routes:
         # A page of another site may send any other type without asking the browser's leave.
         if kind != "application/json":
             raise Refused(415, "expected 'Content-Type: application/json'.")
-        most = self._scheduler.limits.body_bytes
+        most = self._settings.body_bytes
         large = Refused(413, f"the body is larger than {most:,} bytes, the limit of this server.")
         claimed = request.headers.get("content-length", "")
         if claimed.isdigit() and int(claimed) > most:
@@ -230,12 +215,12 @@ class _Routes:
         if "seed" in fields:
             fields["seed"] %= 2**64
         try:
-            sampling = replace(self._defaults.sampling, **fields)
-            if sampling.temperature > 0 and "seed" not in fields and not self._defaults.seed_given:
+            sampling = replace(self._settings.sampling, **fields)
+            if sampling.temperature > 0 and "seed" not in fields and not self._settings.seed_given:
                 sampling = replace(sampling, seed=secrets.randbits(64))
         except JaxtuneError as error:
             raise Refused(400, str(error)) from None
-        most = most or min(self._defaults.max_new_tokens, left)
+        most = most or min(self._settings.max_new_tokens, left)
         template = model.template if isinstance(body, ChatRequest) else None
         return GenerationRequest(model.name, ids, most, sampling, body.stops, template)
 

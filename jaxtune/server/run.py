@@ -21,21 +21,20 @@ from jaxtune.cli import note
 from jaxtune.inference.generate import TextGenerator
 from jaxtune.inference.kv_capacity import longest_text
 from jaxtune.inference.load import GenerationModel, TextCodec
-from jaxtune.server.app import Defaults, ServedModel, application
+from jaxtune.server.app import ServedModel, application
 from jaxtune.server.auth import AccessPolicy
 from jaxtune.server.bound_socket import KEY, BoundSocket
 from jaxtune.server.connections import connection_class
 from jaxtune.server.prompts import chat_ids, text_ids
-from jaxtune.server.scheduler import Limits, Scheduler
+from jaxtune.server.scheduler import Scheduler, ServeSettings
 
-__all__ = ["Defaults", "Limits", "serve", "start"]
+__all__ = ["ServeSettings", "serve", "start"]
 
 
 def start(
     models: Mapping[str, GenerationModel],
     codec: TextCodec,
-    defaults: Defaults,
-    limits: Limits,
+    settings: ServeSettings,
     bound: BoundSocket,
     *,
     length: int | None = None,
@@ -48,7 +47,7 @@ def start(
     title = "/".join(Path(models[names[-1]].name).parts[-2:])
     if len(models) == 1 and models[names[0]].lora is not None:
         models = {"base": models[names[0]].without_adapters(), "adapter": models[names[0]]}
-    longest = longest_text(list(models.values()), limits.slots, length)
+    longest = longest_text(list(models.values()), settings.slots, length)
     served = [
         ServedModel(
             name,
@@ -60,14 +59,12 @@ def start(
         for name, model in models.items()
     ]
     generators = {
-        name: TextGenerator(model, codec, slots=limits.slots, max_length=longest)
+        name: TextGenerator(model, codec, slots=settings.slots, max_length=longest)
         for name, model in models.items()
     }
-    scheduler = Scheduler(generators, limits)
+    scheduler = Scheduler(generators, settings)
     policy = AccessPolicy(bound.address.loopback, bound.key)
-    serve(
-        application(served, scheduler, defaults, policy, title), scheduler, bound, ", ".join(models)
-    )
+    serve(application(served, scheduler, policy, title), scheduler, bound, ", ".join(models))
 
 
 def serve(app: ASGIApp, scheduler: Scheduler, bound: BoundSocket, models: str) -> None:

@@ -59,13 +59,17 @@ class GenerationRequest(NamedTuple):
     template: Template | None = None
 
 
-class Limits(NamedTuple):
-    """The limits of a server: each model decodes `slots` requests at a time, `queue` more may wait.
+class ServeSettings(NamedTuple):
+    """The limits of a server, and what a request has that names nothing else.
 
-    `seconds` are from the request to the end of its answer, waiting included; `grace` those that
-    answers have to end in after a signal.
+    Each model decodes `slots` requests at a time, `queue` more may wait. `seconds` are from the
+    request to the end of its answer, waiting included; `grace` those that answers have to end in
+    after a signal. Without `seed_given` each request draws its own seed.
     """
 
+    sampling: Sampling
+    max_new_tokens: int
+    seed_given: bool = False
     body_bytes: int = 1 << 20
     messages: int = 1000
     slots: int = 8
@@ -89,8 +93,8 @@ class PendingRequest:
 class Scheduler:
     """The requests of all models, and the thread that runs the models."""
 
-    def __init__(self, generators: Mapping[str, Generator], limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, generators: Mapping[str, Generator], settings: ServeSettings) -> None:
+        self.settings = settings
         self._generators = dict(generators)
         # Calls for the thread that computes. A signal handler puts into it, too: this queue alone
         # may be entered twice by one thread.
@@ -106,7 +110,7 @@ class Scheduler:
     @property
     def places(self) -> int:
         """Count the requests that may wait or have a slot."""
-        return self.limits.queue + self.limits.slots * len(self._generators)
+        return self.settings.queue + self.settings.slots * len(self._generators)
 
     # -- any thread --
 
@@ -118,10 +122,10 @@ class Scheduler:
             raise stopping()
         with self._lock:
             self._here[request.model] += 1
-            if self._beyond_slots() > self.limits.queue:
+            if self._beyond_slots() > self.settings.queue:
                 self._here[request.model] -= 1
                 raise self._busy()
-        pending = PendingRequest(request, deliver, time.monotonic() + self.limits.seconds)
+        pending = PendingRequest(request, deliver, time.monotonic() + self.settings.seconds)
         self._inbox.put(partial(self._queue, pending))
         return pending
 
@@ -145,11 +149,11 @@ class Scheduler:
     def _beyond_slots(self) -> int:
         """Count those that have to wait: none while their model has a free slot, also before the
         thread that computes has seen them."""
-        return sum(max(0, here - self.limits.slots) for here in self._here.values())
+        return sum(max(0, here - self.settings.slots) for here in self._here.values())
 
     def _busy(self) -> Refused:
         waiting = self._beyond_slots()
-        seconds = waiting * self._mean_seconds / self.limits.slots
+        seconds = waiting * self._mean_seconds / self.settings.slots
         return Refused(
             429,
             f"{waiting} requests wait already, which is the limit. Ask again later.",
@@ -187,7 +191,7 @@ class Scheduler:
                 block = False
 
     def _close(self) -> None:
-        grace = 0 if self._closing else self.limits.grace
+        grace = 0 if self._closing else self.settings.grace
         self._closing, self._close_by = True, time.monotonic() + grace
 
     def _queue(self, pending: PendingRequest) -> None:
@@ -226,7 +230,7 @@ class Scheduler:
         for pending in self._all():
             if now > pending.deadline:
                 self._drop(pending)
-                pending.deliver(_late(self.limits.seconds, waited=pending.began is None))
+                pending.deliver(_late(self.settings.seconds, waited=pending.began is None))
 
     def _step(self, name: str) -> None:
         generator, all_pending = self._generators[name], self._pending[name]

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ from jaxtune.planning.evaluate_config import (
     figures,
 )
 from jaxtune.planning.hardware import make_hardware
-from jaxtune.planning.hlo_cost import axes_along, group_of
+from jaxtune.planning.hlo_cost import Cost, Wire, axes_along, group_of
 
 CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 512,
@@ -182,17 +183,19 @@ def test_a_chip_of_two_devices_is_two_devices(model: Path) -> None:
 def test_the_terms_of_a_compiled_step(model: Path) -> None:
     slice = parse_slice("v5e-8")
     read = compiling.CompiledStep(
-        needed=1, arguments=819 * 10**6, cycles=1.503e9, kernel_flops=197e12 / 4,
-        wire={"all-gather": (1, 180e9, 18e9)}, axes={"fsdp": 180e9},
+        needed=1, arguments=819 * 10**6, cost=Cost(
+            cycles=1.503e9, kernel_flops=197e12 / 4,
+            wire={"all-gather": Wire(1, 180e9, 18e9)}, axes={"fsdp": 180e9},
+        ),
     )  # fmt: skip
     time = time_model.of_compiled(read, slice, 1)
     assert (time.compute, time.attention, time.exposed) == pytest.approx((1.0, 0.5, 0.1))
     assert (time.network, time.memory) == pytest.approx((1.0, 0.002))
     assert time.step == pytest.approx(1.6)
     # No step is shorter than all it sends, hidden or not.
-    longer = read._replace(wire={"all-gather": (1, 540e9, 0)})
+    longer = read._replace(cost=replace(read.cost, wire={"all-gather": Wire(1, 540e9, 0)}))
     assert time_model.of_compiled(longer, slice, 1).step == pytest.approx(3.0)
-    across = read._replace(axes={"data": 6.25e9})
+    across = read._replace(cost=replace(read.cost, axes={"data": 6.25e9}))
     assert time_model.of_compiled(across, parse_slice("2xv5e-8"), 1).step == pytest.approx(2.6)
     offloaded = time_model.of_compiled(read._replace(host=8 * 10**9), slice, 1)
     assert (offloaded.host, offloaded.step) == pytest.approx((1.0, 2.6))
@@ -255,8 +258,8 @@ def test_a_compiled_step_is_read_once(model: Path, tmp_path: Path) -> None:
     read = both[0].read
     assert read is not None
     assert read.arguments >= both[0].held["parameters"] + both[0].held["optimiser"]
-    assert set(read.axes) == {"fsdp"}
-    assert read.axes["fsdp"] == pytest.approx(read.wire_bytes)
+    assert set(read.cost.axes) == {"fsdp"}
+    assert read.cost.axes["fsdp"] == pytest.approx(read.cost.wire_bytes)
     kinds = by_kind(both[0])
     assert sum(kinds.values()) == read.needed
     next(iter(tmp_path.glob("*.json"))).write_text("{")

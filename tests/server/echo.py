@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import httpx
 
 from jaxtune.config import DataError
-from jaxtune.server.app import Defaults, ServedModel, application
+from jaxtune.server.app import ServedModel, application
 from jaxtune.server.auth import AccessPolicy
 from jaxtune.server.bound_socket import Address, BoundSocket, bind
 from jaxtune.server.run import serve
-from jaxtune.server.scheduler import Limits, Scheduler
+from jaxtune.server.scheduler import Scheduler, ServeSettings
 
 POSITIONS = 200
 
@@ -155,17 +155,17 @@ def running(
     seed_given: bool = False,
     **limits: Any,
 ) -> Iterator[Running]:
-    bounds = Limits(**{"seconds": 20.0, "grace": 0.5, "slots": 4, **limits})
+    short = {"seconds": 20.0, "grace": 0.5, "slots": 4, **limits}
+    settings = ServeSettings(Drawn(), 64, seed_given, **short)
     for engine in engines.values():
-        engine.slots = bounds.slots
-    scheduler = Scheduler(engines, bounds)
+        engine.slots = settings.slots
+    scheduler = Scheduler(engines, settings)
     served = [
         ServedModel(name, POSITIONS, chat_ids, lambda text: [*map(ord, text)]) for name in engines
     ]
     taken = BoundSocket(*bind(Address("127.0.0.1", 0)), key)
     at = taken.address
-    defaults = Defaults(Drawn(), 64, seed_given)
-    app = application(served, scheduler, defaults, AccessPolicy(loopback, key), "echo")
+    app = application(served, scheduler, AccessPolicy(loopback, key), "echo")
     failed: list[BaseException] = []
 
     def go() -> None:

@@ -12,16 +12,21 @@ from echo import Drawn, Echo
 
 from jaxtune.inference.generate import TextEvent
 from jaxtune.server.openai_schema import Refused
-from jaxtune.server.scheduler import GenerationRequest, Limits, PendingRequest, Scheduler
+from jaxtune.server.scheduler import (
+    GenerationRequest,
+    PendingRequest,
+    Scheduler,
+    ServeSettings,
+)
 
 
 class Office:
     """A scheduler with the thread that runs it, and what it handed out."""
 
-    def __init__(self, engines: dict[str, Echo], limits: Limits) -> None:
+    def __init__(self, engines: dict[str, Echo], settings: ServeSettings) -> None:
         for engine in engines.values():
-            engine.slots = limits.slots
-        self.scheduler = Scheduler(engines, limits)
+            engine.slots = settings.slots
+        self.scheduler = Scheduler(engines, settings)
         self.came: dict[str, list[TextEvent | Refused]] = {}
         self.first: list[str] = []
         self.failed: list[BaseException] = []
@@ -64,7 +69,7 @@ def office() -> Iterator[Any]:
     made: list[Office] = []
 
     def make(engines: dict[str, Echo], **limits: Any) -> Office:
-        found = Office(engines, Limits(**{"grace": 0.3, **limits}))
+        found = Office(engines, ServeSettings(Drawn(), 64, **{"grace": 0.3, **limits}))
         made.append(found)
         return found
 

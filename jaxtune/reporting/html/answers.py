@@ -8,18 +8,17 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from jaxtune.reporting.html.markup import escaped, part
+from jaxtune.html import escaped
+from jaxtune.reporting.html.markup import part
 
 _ANSWERS, _OPEN = 50, 8  # of an evaluation file that are shown; those not folded away
 _PROMPTS, _STEPS = 20, 8  # of samples.jsonl
 _LONGEST = 4000  # letters of a text
-_MOST_WORK = 1_000_000  # pairs of equal words looked at for a difference, about 0.3 seconds
 _ALIKE = 0.3  # below this share of common words two answers are shown as they are
 
 
@@ -146,45 +145,22 @@ def _marked(*texts: str) -> bool:
     return any("<ins>" in text or "<del>" in text for text in texts)
 
 
-class _TooMuchWork(Exception):
-    """A comparison that would take too long."""
-
-
-class _Matcher(difflib.SequenceMatcher[str]):
-    """A matcher with a bound: of words that repeat the work grows with the third
-    power. Blanks begin no match, they only go on with one, or every pair of them would count."""
-
-    def __init__(self, old: Sequence[str], new: Sequence[str]) -> None:
-        super().__init__(str.isspace, old, new, autojunk=False)
-        there = Counter(new)
-        pairs = (0 if word.isspace() else there[word] for word in old)
-        self._pairs = [0, *itertools.accumulate(pairs)]  # of all words before each
-        self._work = 0
-
-    def find_longest_match(
-        self, alo: int = 0, ahi: int | None = None, blo: int = 0, bhi: int | None = None
-    ) -> difflib.Match:
-        self._work += self._pairs[-1 if ahi is None else ahi] - self._pairs[alo]
-        if self._work > _MOST_WORK:
-            raise _TooMuchWork
-        return super().find_longest_match(alo, ahi, blo, bhi)
-
-
 def _opcodes(old: list[str], new: list[str]) -> list[tuple[str, int, int, int, int]]:
     """Compare word lists as `SequenceMatcher.get_opcodes`, with a common start and end for free.
 
-    They have nothing in common where comparing them would be too much work.
+    Blanks begin no match. Nor do the words of long texts that are everywhere in them (`autojunk`),
+    which bounds the work on answers that loop.
     """
     begin = _common_start(old, new)
     end = _common_start(old[begin:][::-1], new[begin:][::-1])
     before, after = len(old) - end, len(new) - end
-    try:
-        middle = _Matcher(old[begin:before], new[begin:after]).get_opcodes()
-    except _TooMuchWork:
-        return [("replace", 0, len(old), 0, len(new))]
+    middle = difflib.SequenceMatcher(str.isspace, old[begin:before], new[begin:after])
     return [
         ("equal", 0, begin, 0, begin),
-        *((what, a + begin, b + begin, c + begin, d + begin) for what, a, b, c, d in middle),
+        *(
+            (what, a + begin, b + begin, c + begin, d + begin)
+            for what, a, b, c, d in middle.get_opcodes()
+        ),
         ("equal", before, len(old), after, len(new)),
     ]
 

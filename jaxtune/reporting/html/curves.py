@@ -6,8 +6,6 @@ and writes text only as text. The page's policy names the script by its hash: no
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +13,8 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from jaxtune.reporting.html.markup import Number, Table, part, resource
+from jaxtune.html import resource, source_hash
+from jaxtune.reporting.html.markup import PACKAGE, Number, Table, part
 from jaxtune.terminal.text import printable
 
 Row = Mapping[str, Any]
@@ -84,14 +83,13 @@ def curves(train: Sequence[Row], evals: Sequence[Row]) -> Markup:
 
 def script() -> str:
     """Read the script that draws the charts."""
-    return resource("curves.js").strip()
+    return resource(PACKAGE, "curves.js").strip()
 
 
 def policy(code: str) -> str:
     """Write the Content-Security-Policy: nothing is loaded, and only `code` runs."""
-    digest = base64.b64encode(hashlib.sha256(code.encode("utf-8")).digest()).decode("ascii")
     return (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src {source_hash(code)}; "
         "base-uri 'none'; form-action 'none'"
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from jaxtune.evaluation.tables import LEGEND, Sheet, judge_lines, sheets
+from jaxtune.evaluation.tables import LEGEND, Sheet, judge_lines, sheets_of
 from jaxtune.reporting.html.markup import Number, Table, part
 
 _COLOURED = {"better": "right", "worse": "wrong"}
@@ -15,19 +15,13 @@ _COLOURED = {"better": "right", "worse": "wrong"}
 
 def evaluation_tables(name: str, evaluation: Mapping[str, Any]) -> Markup:
     """Write all of an evaluation but its answers; `name` is that of its file."""
-    base = evaluation.get("base")
-    columns = {"base": base, "tuned": evaluation} if base else {"model": evaluation}
-    tables = [_table(name, sheet) for sheet in sheets(columns, counts=True)]
+    tables = [_table(name, sheet) for sheet in sheets_of(evaluation)]
     legend = [LEGEND] if "difference" in evaluation else []
     return part("scores", tables, [*judge_lines(evaluation), *legend])
 
 
 def _table(name: str, sheet: Sheet) -> Table:
-    width = len(sheet.header)
-    rows = [
-        [_cell(cell, i, sheet) for i, cell in enumerate((*row, *[""] * (width - len(row))))]
-        for row in sheet.rows
-    ]
+    rows = [[_cell(cell, i, sheet) for i, cell in enumerate(row)] for row in sheet.rows]
     return Table(f"{name}: {sheet.caption}" if sheet.caption else name, sheet.header, rows)
 
 

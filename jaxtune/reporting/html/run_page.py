@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from jaxtune.html import resource
 from jaxtune.reporting.files import RunFiles
 from jaxtune.reporting.html.answers import answer_cards, samples
 from jaxtune.reporting.html.curves import curves, evaluations, policy, script, written
 from jaxtune.reporting.html.data_page import ExampleView
 from jaxtune.reporting.html.data_tables import data_view
 from jaxtune.reporting.html.evaluation import evaluation_tables
-from jaxtune.reporting.html.markup import Table, part, render, resource
+from jaxtune.reporting.html.markup import PACKAGE, Table, part, render
 
 Row = Mapping[str, Any]
 
@@ -44,7 +45,7 @@ def run_page(page: RunPage) -> str:
         title=page.run.folder.resolve().name,
         policy=policy(code),
         script=Markup(code),
-        run_style=Markup(resource("report.css")),
+        run_style=Markup(resource(PACKAGE, "report.css")),
         facts=_facts(page.run),
         notes=page.run.notes,
         sections=[
