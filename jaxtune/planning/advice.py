@@ -11,6 +11,7 @@ from jaxtune.planning.evaluate_config import StepEstimate, evaluate_config
 from jaxtune.planning.hardware import make_hardware
 
 GAIN = 0.88  # of the time, or less, is worth telling: arithmetic is wrong by as much
+_MOST = 3  # remedies that are proposed
 _PEERS = (4, 2, 8)  # that share experts: at most about one dimension of the network
 
 
@@ -26,12 +27,9 @@ class Remedy(NamedTuple):
 
 
 def remedies(
-    estimate: StepEstimate,
-    *,
-    most: int = 3,
-    compile: Callable[[Config], StepEstimate] | None = None,
+    estimate: StepEstimate, *, compile: Callable[[Config], StepEstimate] | None = None
 ) -> list[Remedy]:
-    """List changes after which `estimate` fits, cheapest first.
+    """List up to three changes after which `estimate` fits, cheapest first.
 
     With `compile` the first is one that the compiler agrees with; the others are arithmetic, scaled
     by how far the arithmetic was from the compiler in `estimate`.
@@ -54,7 +52,7 @@ def remedies(
                     continue
                 remedy = remedy._replace(needed=read.needed, verified="compiled")
             fitting.append(remedy)
-        if len(fitting) == most:
+        if len(fitting) == _MOST:
             break
     return fitting
 

@@ -14,12 +14,13 @@ devices. All figures are of one chip.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
+
+import numpy as np
 
 COLLECTIVES = (
     "all-gather",
@@ -147,9 +148,8 @@ def _closing(text: str, start: int) -> int:
 
 
 class Wire(NamedTuple):
-    """Of one kind of collective: how often, bytes sent, and of those the exposed."""
+    """Of one kind of collective: bytes sent, and of those the exposed."""
 
-    times: int = 0
     bytes: float = 0.0
     exposed: float = 0.0
 
@@ -163,8 +163,6 @@ class Cost:
     cycles: float = 0.0
     wire: dict[str, Wire] = field(default_factory=dict)
     axes: dict[str, float] = field(default_factory=dict)
-    kernels: dict[str, int] = field(default_factory=dict)
-    loops: list[int] = field(default_factory=list)
     loops_unread: int = 0  # counted as one turn each
 
     @property
@@ -206,7 +204,7 @@ class _Walk:
             elif each.op == "custom-call" and each.attribute("custom_call_target") == (
                 '"tpu_custom_call"'
             ):
-                self._kernel(at, each, times)
+                self.cost.kernel_flops += times * _kernel_flops(at, each)
             if not fused and (estimate := re.search(r'"estimated_cycles":"(\d+)"', each.rest)):
                 known = int(estimate[1]) < _NO_ESTIMATE
                 self.cost.cycles += times * int(estimate[1]) if known else 0
@@ -214,7 +212,6 @@ class _Walk:
                 turns = turns_of(self.module, at, each)
                 self.cost.loops_unread += turns is None
                 turns = 1 if turns is None else turns
-                self.cost.loops.append(turns)
                 body = self.module.computations[each.attribute("body") or ""]
                 self.visit(body, times * turns, fused=fused, hidden=hidden, seen=set())
             elif each.op in ("fusion", "call", "call-start", "async-start", "conditional"):
@@ -270,17 +267,10 @@ class _Walk:
         sent = times * _sent(kind, sum(s.bytes for s in at.shapes(each)), len(group))
         before = self.cost.wire.get(kind, Wire())
         exposed = 0.0 if hidden or each.op.endswith("-start") else sent
-        self.cost.wire[kind] = Wire(
-            before.times + times, before.bytes + sent, before.exposed + exposed
-        )
+        self.cost.wire[kind] = Wire(before.bytes + sent, before.exposed + exposed)
         if self.mesh and sent:
             along = "+".join(axes_along(group, self.mesh))
             self.cost.axes[along] = self.cost.axes.get(along, 0.0) + sent
-
-    def _kernel(self, at: Computation, each: Instruction, times: int) -> None:
-        name = re.sub(r"[.\d]+$", "", each.name)
-        self.cost.kernels[name] = self.cost.kernels.get(name, 0) + times
-        self.cost.kernel_flops += times * _kernel_flops(at, each, name)
 
 
 def group_of(rest: str, devices: int) -> tuple[int, ...]:
@@ -311,9 +301,8 @@ def _cycle(following: Mapping[int, int]) -> tuple[int, ...]:
 
 def _count(sizes: Sequence[int], order: Sequence[int]) -> list[int]:
     """iota(sizes) transposed by `order`, flat."""
-    strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
-    places = itertools.product(*(range(sizes[i]) for i in order))
-    return [sum(n * strides[i] for n, i in zip(place, order, strict=True)) for place in places]
+    ids = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
+    return [int(number) for number in ids.flat]
 
 
 def _group_on_mesh(mesh: str, along: str) -> tuple[int, ...]:
@@ -339,12 +328,8 @@ def axes_along(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]
     >>> axes_along((0, 4), {"data": 2, "fsdp": 4})
     ('data',)
     """
-    sizes, names = list(mesh.values()), []
-    for i, name in enumerate(mesh):
-        inner = math.prod(sizes[i + 1 :])
-        if len({device // inner % sizes[i] for device in group}) > 1:
-            names.append(name)
-    return tuple(names)
+    places = np.unravel_index(group, tuple(mesh.values()))
+    return tuple(name for name, at in zip(mesh, places, strict=True) if np.ptp(at) > 0)
 
 
 def _sent(kind: str, operands: float, group: int) -> float:
@@ -438,9 +423,10 @@ def _pairs(data: int, kernel: int, out: int, window: Mapping[str, str]) -> int:
     return sum(0 <= place <= last and place % left_step == 0 for place in places)
 
 
-def _kernel_flops(at: Computation, each: Instruction, name: str) -> float:
+def _kernel_flops(at: Computation, each: Instruction) -> float:
     """Grouped matmul and attention by their shapes, causal attention counted by half; other
     kernels by the cost they declare."""
+    name = re.sub(r"[.\d]+$", "", each.name)
     arrays = [
         part.shapes[0].sizes
         for operand in each.operands

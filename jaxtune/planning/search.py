@@ -57,9 +57,11 @@ class Candidate(NamedTuple):
 
 def candidates(config: Config, run: PlannedRun, hardware: Hardware) -> list[Candidate]:
     """Everything that may fit, by arithmetic, fastest first."""
-    whole = _rows_of_step(config, hardware)
+    whole = build.rows_per_step(config, make_mesh(config.mesh.model_dump(), hardware.devices))
+    spec = run.model.spec
+    heads = math.gcd(*(layer.kv_heads for layer in spec.layers))
     fitting: list[Candidate] = []
-    for mesh in meshes(hardware, heads=_kv_heads(run), experts=run.model.spec.experts):
+    for mesh in meshes(hardware, heads=heads, experts=spec.experts):
         try:
             alone = {"per_device_train_batch_size": 1, "global_batch_size": whole}
             base = evaluate_config(changed(config, **mesh, **alone), run, hardware, compiles=False)
@@ -134,14 +136,6 @@ def _seconds(work: Work, base: StepEstimate) -> float:
 def remat_names() -> tuple[str, ...]:
     """The policies that this version has and arithmetic knows."""
     return typing.get_args(Config.model_fields["gradient_checkpointing"].annotation)
-
-
-def _rows_of_step(config: Config, hardware: Hardware) -> int:
-    return build.rows_per_step(config, make_mesh(config.mesh.model_dump(), hardware.devices))
-
-
-def _kv_heads(run: PlannedRun) -> int:
-    return math.gcd(*(layer.kv_heads for layer in run.model.spec.layers))
 
 
 def _divisors(number: int) -> list[int]:

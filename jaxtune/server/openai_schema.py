@@ -10,10 +10,11 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from jaxtune.config import nearest
 from jaxtune.inference.generate import Generation
@@ -96,15 +97,24 @@ class StreamOptions(_Shape):
     include_obfuscation: bool | None = None
 
 
-class _Request(_Shape):
-    """The fields of both kinds of request. `neutral`: field -> the values that change nothing."""
+def neutral(*values: Any) -> pydantic.AfterValidator:
+    """Refuse what would change an answer and cannot be served: all but null and `values`."""
+    texts = [str(v).lower() if isinstance(v, bool) else repr(v) for v in values] or ["null"]
+    expected = {"expected": " or ".join(texts)}
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "n": (1,),
-        "presence_penalty": (0,),
-        "frequency_penalty": (0,),
-        "logit_bias": ({},),
-    }
+    def check(value: Any) -> Any:
+        # A bool is a number to Python, and not to a client.
+        same = (value == v and isinstance(value, bool) == isinstance(v, bool) for v in values)
+        if value is None or any(same):
+            return value
+        message = "cannot be served; expected {expected}, or leave it out"
+        raise PydanticCustomError("unsupported_value", message, expected)
+
+    return pydantic.AfterValidator(check)
+
+
+class _Request(_Shape):
+    """The fields of both kinds of request."""
 
     model: str
     temperature: float | None = Field(None, ge=0)
@@ -116,10 +126,10 @@ class _Request(_Shape):
     stop: Annotated[list[str], Field(max_length=16)] | str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Any = None
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
-    logit_bias: Any = None
+    n: Annotated[Any, neutral(1)] = None
+    presence_penalty: Annotated[Any, neutral(0)] = None
+    frequency_penalty: Annotated[Any, neutral(0)] = None
+    logit_bias: Annotated[Any, neutral({})] = None
     user: Any = None  # concerns OpenAI's service, not the answer
 
     @property
@@ -132,24 +142,15 @@ class _Request(_Shape):
 
 
 class ChatRequest(_Request):
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **_Request.neutral,
-        "logprobs": (False,),
-        "top_logprobs": (0,),
-        "response_format": ({"type": "text"},),
-        "modalities": (["text"],),
-        "tool_choice": ("auto", "none"),
-    }
-
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     tools: list[Tool] | None = None
-    tool_choice: Any = None
+    tool_choice: Annotated[Any, neutral("auto", "none")] = None
     parallel_tool_calls: bool | None = None
-    logprobs: Any = None
-    top_logprobs: Any = None
-    response_format: Any = None
-    modalities: Any = None
+    logprobs: Annotated[Any, neutral(False)] = None
+    top_logprobs: Annotated[Any, neutral(0)] = None
+    response_format: Annotated[Any, neutral({"type": "text"})] = None
+    modalities: Annotated[Any, neutral(["text"])] = None
     metadata: Any = None
     store: Any = None
     service_tier: Any = None
@@ -160,19 +161,11 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """A prompt that is continued as it stands, without a template."""
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **_Request.neutral,
-        "logprobs": (),
-        "best_of": (1,),
-        "echo": (False,),
-        "suffix": ("",),
-    }
-
     prompt: str
-    logprobs: Any = None
-    best_of: Any = None
-    echo: Any = None
-    suffix: Any = None
+    logprobs: Annotated[Any, neutral()] = None
+    best_of: Annotated[Any, neutral(1)] = None
+    echo: Annotated[Any, neutral(False)] = None
+    suffix: Annotated[Any, neutral("")] = None
 
 
 A = TypeVar("A", bound=_Request)
@@ -184,28 +177,9 @@ def parse(shape: type[A], body: bytes) -> A:
         request = shape.model_validate_json(body)
     except pydantic.ValidationError as error:
         raise _refusal(shape, error) from None
-    for name, neutral in shape.neutral.items():
-        value = getattr(request, name)
-        # A bool is a number to Python, and not to a client.
-        if value is not None and not any(value == n and _same_kind(value, n) for n in neutral):
-            fine = " or ".join(_as_json(value) for value in neutral) or "null"
-            raise Refused(
-                400,
-                f"{name}: cannot be served; expected {fine}, or leave it out.",
-                param=name,
-                code="unsupported_value",
-            )
     if any(not text for text in request.stops):
         raise Refused(400, "stop: holds an empty text, which is everywhere.", param="stop")
     return request
-
-
-def _same_kind(value: Any, other: Any) -> bool:
-    return isinstance(value, bool) == isinstance(other, bool)
-
-
-def _as_json(value: Any) -> str:
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
 
 
 def _refusal(shape: type[_Request], error: pydantic.ValidationError) -> Refused:
@@ -220,7 +194,8 @@ def _refusal(shape: type[_Request], error: pydantic.ValidationError) -> Refused:
     if detail["type"] == "extra_forbidden":
         known = list(shape.model_fields) if len(place) == 1 else []
         message = f"{name[:80]}: no such field is known.{nearest(str(place[-1])[:80], known)}"
-    return Refused(400, message, param=name[:80] or None)
+    code = "unsupported_value" if detail["type"] == "unsupported_value" else None
+    return Refused(400, message, param=name[:80] or None, code=code)
 
 
 class Reply(NamedTuple):

@@ -33,7 +33,6 @@ def test_loops_count_as_often_as_they_turn() -> None:
         return jax.lax.scan(outer, x, None, length=7)[0]
 
     found = cost(hlo(f, jnp.ones((16, 32)), jnp.ones((32, 32))), 1)
-    assert sorted(found.loops) == [3, 7]
     assert found.loops_unread == 0
     assert found.matmul_flops == 7 * (3 + 1) * 2 * 16 * 32 * 32
 
@@ -53,7 +52,8 @@ def test_a_loop_may_say_how_often_it_is_expected_to_turn() -> None:
     for function in (f, jax.vmap(f, in_axes=(0, None))):
         x = jnp.ones((3, 8, 8)) if function is not f else jnp.ones((8, 8))
         found = cost(hlo(function, x, jnp.int32(3)), 1)
-        assert (found.loops, found.loops_unread) == ([4], 0)
+        rows = x.size // 64
+        assert (found.matmul_flops, found.loops_unread) == (4 * 2 * 8**3 * rows, 0)
 
 
 def test_bytes_on_the_wire_are_those_of_a_ring() -> None:
@@ -98,7 +98,6 @@ custom_call_target="tpu_custom_call", backend_config={"estimated_cycles":"17"}
 }
 """
     found = cost(text, 1)
-    assert found.kernels == {"splash_mha_fwd": 1}
     # Two products, 2 FLOPs for each pair of numbers, half of the pairs.
     assert found.kernel_flops == 2 * 2 * (2 * 8 * 512 * 512 * 64) / 2
     assert found.cycles == 17

@@ -185,7 +185,7 @@ def test_the_terms_of_a_compiled_step(model: Path) -> None:
     read = compiling.CompiledStep(
         needed=1, arguments=819 * 10**6, cost=Cost(
             cycles=1.503e9, kernel_flops=197e12 / 4,
-            wire={"all-gather": Wire(1, 180e9, 18e9)}, axes={"fsdp": 180e9},
+            wire={"all-gather": Wire(180e9, 18e9)}, axes={"fsdp": 180e9},
         ),
     )  # fmt: skip
     time = time_model.of_compiled(read, slice, 1)
@@ -193,7 +193,7 @@ def test_the_terms_of_a_compiled_step(model: Path) -> None:
     assert (time.network, time.memory) == pytest.approx((1.0, 0.002))
     assert time.step == pytest.approx(1.6)
     # No step is shorter than all it sends, hidden or not.
-    longer = read._replace(cost=replace(read.cost, wire={"all-gather": Wire(1, 540e9, 0)}))
+    longer = read._replace(cost=replace(read.cost, wire={"all-gather": Wire(540e9, 0)}))
     assert time_model.of_compiled(longer, slice, 1).step == pytest.approx(3.0)
     across = read._replace(cost=replace(read.cost, axes={"data": 6.25e9}))
     assert time_model.of_compiled(across, parse_slice("2xv5e-8"), 1).step == pytest.approx(2.6)
