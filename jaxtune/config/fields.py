@@ -97,9 +97,9 @@ class DatasetConfig(_Strict):
         None, description="split of a folder or hub dataset; default: train, or the only one"
     )
     revision: str | None = Field(None, description="branch, tag or commit of a hub dataset")
-    format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text"] = Field(
-        "auto", description="auto decides by the columns found and says what it decided"
-    )
+    format: Literal[
+        "auto", "alpaca", "prompt_completion", "messages", "sharegpt", "tokens", "text"
+    ] = Field("auto", description="auto decides by the columns found and says what it decided")
     columns: dict[str, str] = Field(
         {}, description="standard name -> your column, e.g. {output: answer}"
     )

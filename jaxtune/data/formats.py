@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 
 from jaxtune.config import ConfigError, DataError, kwargs_mistake, nearest
 from jaxtune.data.column_guess import columns_hint
-from jaxtune.data.schema import Conversation, Document, Dropped, Message
+from jaxtune.data.schema import Conversation, Document, Dropped, Message, WeightedTokens
+from jaxtune.data.token_rows import OPTIONAL, token_row
 
-Noun = Conversation | Document
+Noun = Conversation | Document | WeightedTokens
 Fields = Mapping[str, Any]
 
 
 class Format(NamedTuple):
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    read: Callable[[Fields], Noun]
+    read: Callable[[Fields], Noun | Dropped]
 
 
 class _Unusable(Exception):
@@ -80,6 +81,14 @@ def resolve(name: str, columns: Mapping[str, str], first: Fields, where: str) ->
     return name
 
 
+@overload
+def to_noun(
+    name: Literal["messages"], record: Fields, columns: Mapping[str, str], where: str
+) -> Conversation | Dropped: ...
+@overload
+def to_noun(
+    name: str, record: Fields, columns: Mapping[str, str], where: str
+) -> Noun | Dropped: ...
 def to_noun(name: str, record: Fields, columns: Mapping[str, str], where: str) -> Noun | Dropped:
     """Read one record as format `name`. Raises `DataError` if a required column is absent."""
     fields = _rename(record, columns)
@@ -350,5 +359,6 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format(("conversations",), _OPTIONAL, _chat("conversations")),
     "alpaca": Format(("instruction", "output"), ("input", "system", "history", _KWARGS), _alpaca),
     "prompt_completion": Format(("prompt", "completion"), _OPTIONAL, _prompt_completion),
+    "tokens": Format(("input_ids",), OPTIONAL, token_row),
     "text": Format(("text",), (), _document),
 }

@@ -42,6 +42,7 @@ FLAGS = (
     "answers_cut",
     "typed_control_tokens",
     "short_answers",
+    "not_provable",
 )
 
 # Records tokenised together: enough for a tokenizer's threads, little enough to stream. Fixed, so
@@ -126,6 +127,7 @@ class PreprocessedRow(NamedTuple):
     lost: int = 0  # trained tokens cut off with it
     literal_special: bool = False  # the record's own text contains special tokens
     short: bool = False  # a trained answer is one word
+    unproven: bool = False  # it came as token ids
     own_text: str = ""  # the record's own text, without what its system messages say
 
     @property
@@ -189,13 +191,16 @@ def _preprocess_chunk(
     chunk: Sequence[Numbered], name: str, entry: Entry, config: PreprocessConfig
 ) -> Iterator[PreprocessedRow]:
     """Yield the rows of some records, read as format `name` and tokenised together."""
-    rendered: list[tuple[PreprocessedRow, tuple[Span, ...] | Dropped]] = []
+    rendered: list[tuple[PreprocessedRow, tuple[Span, ...] | WeightedTokens | Dropped]] = []
     for row, record in chunk:
         noun = formats.to_noun(name, record.fields, entry.columns, record.where)
         value = label(record.fields.get(entry.proportions.column)) if entry.proportions else ""
         base = PreprocessedRow(row, record.file, record.line, value, "", None, None)
         if isinstance(noun, Dropped):
             rendered.append((base, noun))
+            continue
+        if isinstance(noun, WeightedTokens):
+            rendered.append(_of_tokens(base, noun, config.tokenizer))
             continue
         if not _is_unicode(noun):
             rendered.append((base, Dropped("the text is not valid Unicode")))
@@ -210,11 +215,14 @@ def _preprocess_chunk(
             prompt_weight=config.prompt_loss_weight,
         )
         rendered += [(base, spans) for spans in rows]
-    whole = [spans for _, spans in rendered if not isinstance(spans, Dropped)]
+    whole = [spans for _, spans in rendered if not isinstance(spans, Dropped | WeightedTokens)]
     encoded = iter(tokenize_rows(whole, config.tokenizer))
     for base, spans in rendered:
         if isinstance(spans, Dropped):
             yield base._replace(dropped=spans)
+            continue
+        if isinstance(spans, WeightedTokens):
+            yield _fit(base._replace(tokens=spans, unproven=True), entry, config)
             continue
         text = "".join(span.text for span in spans)
         result = next(encoded)
@@ -229,6 +237,18 @@ def _preprocess_chunk(
             short=_has_short_answer(spans, config.template.stop),
         )
         yield _fit(prepared, entry, config)
+
+
+def _of_tokens(
+    base: PreprocessedRow, tokens: WeightedTokens, tokenizer: Tokenizer
+) -> tuple[PreprocessedRow, WeightedTokens | Dropped]:
+    """Decode a row that came as token ids; drop it if they are not the tokenizer's."""
+    foreign = tokens.ids[(tokens.ids < 0) | (tokens.ids >= tokenizer.size)]
+    if len(foreign):
+        detail = f"id {foreign[0]}; the tokenizer has {tokenizer.size:,}"
+        return base, Dropped("a token id is not in the tokenizer's vocabulary", detail)
+    text = tokenizer.decode(tokens.ids.tolist())
+    return base._replace(text=text, own_text=text), tokens
 
 
 def _fit(prepared: PreprocessedRow, entry: Entry, config: PreprocessConfig) -> PreprocessedRow:
@@ -416,7 +436,10 @@ def _merge(dropped: dict[str, dict[str, Any]], more: Mapping[str, dict[str, Any]
 
 def _flags(item: PreprocessedRow) -> int:
     """Set bit i if `FLAGS[i]` is true of the row."""
-    marks = (item.split, item.inexact, item.cut, item.lost > 0, item.literal_special, item.short)
+    marks = (
+        *(item.split, item.inexact, item.cut, item.lost > 0),
+        *(item.literal_special, item.short, item.unproven),
+    )
     return sum(flag << bit for bit, flag in enumerate(marks))
 
 

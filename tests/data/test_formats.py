@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jaxtune.config import ConfigError, DataError
 from jaxtune.data import sources
 from jaxtune.data.formats import FORMATS, detect, resolve, to_noun
-from jaxtune.data.schema import Conversation, Document, Dropped, Message
+from jaxtune.data.schema import Conversation, Document, Dropped, Message, WeightedTokens
 from jaxtune.data.templating.masking import render
 from jaxtune.data.templating.template import resolve as template_of
 from jaxtune.data.tokenizer import Tokenizer
@@ -350,6 +350,9 @@ def test_any_json_is_a_row_or_a_reason(byte_level: Tokenizer, record: dict[str, 
     noun = read(name, record)
     if isinstance(noun, Dropped):
         assert noun.reason
+        return
+    if isinstance(noun, WeightedTokens):
+        assert noun.weights.any()
         return
     for row in render(template, noun):
         assert isinstance(row, Dropped) or any(span.weight > 0 for span in row)

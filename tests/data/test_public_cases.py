@@ -228,7 +228,7 @@ def test_every_format_ends_with_a_stop_whatever_its_columns_are_called(
     tmp_path: Path, letters: Tokenizer, name: str
 ) -> None:
     """trl adds eos where a column is called `text` and reads the one that is configured."""
-    assert set(BY_FORMAT) == set(FORMATS)
+    assert set(BY_FORMAT) == set(FORMATS) - {"tokens"}  # which bring their own end, or none
     template = resolve(PLAIN, letters)
     for columns in ({}, {column: f"my {column}" for column in BY_FORMAT[name]}):
         row = {columns.get(column, column): value for column, value in BY_FORMAT[name].items()}

@@ -25,6 +25,7 @@ FLAGS = {
     "trained_tokens_dropped": "trained tokens in rows that were dropped, mostly for their length",
     "typed_control_tokens": "rows whose own text contains control tokens",
     "short_answers": "rows with an answer of one word",
+    "not_provable": "rows that came as token ids: what is trained of them cannot be proven",
     "duplicates": "rows that are the same as an earlier one, token for token",
     "near_duplicates": "records that say nearly the same as an earlier one",
 }
