@@ -1,6 +1,7 @@
 """The config: one strict frozen model, read from YAML and flags. Knows no JAX."""
 
 from jaxtune.config.aliases import ALIASES
+from jaxtune.config.conversations import ROLES, kwargs_mistake
 from jaxtune.config.errors import ConfigError, DataError, Diverged, JaxtuneError, ModelError
 from jaxtune.config.fields import DatasetConfig, HostsConfig, ProportionsConfig, label, shard_bytes
 from jaxtune.config.load import (
@@ -16,10 +17,10 @@ from jaxtune.config.load import (
     nearest,
     parse_model,
 )
-from jaxtune.config.template_kwargs import kwargs_mistake
 
 __all__ = [
     "ALIASES",
+    "ROLES",
     "YAML_FAILS",
     "Config",
     "ConfigError",

@@ -7,16 +7,17 @@ decided here. `load` reads a config; `aliases` has the names that fields have el
 from __future__ import annotations
 
 import datetime
+import difflib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from jaxtune.config import defaults
-from jaxtune.config.template_kwargs import kwargs_mistake
+from jaxtune.config.conversations import ROLES, kwargs_mistake
 
 _MOST_STEPS = 2**31  # steps are counted in int32
 
@@ -61,6 +62,22 @@ def shard_bytes(size: str) -> int:
     return count
 
 
+def known_roles(roles: dict[str, str]) -> dict[str, str]:
+    """Check what `roles` maps to; its names are small letters, as those of data are read."""
+    for role, known in roles.items():
+        if known not in ROLES:
+            close = difflib.get_close_matches(known, ROLES, n=1)
+            hint = f" Did you mean '{close[0]}'?" if close else ""
+            raise ValueError(
+                f"{role} is mapped to {known!r}, which is no known role.{hint} Known are "
+                f"{', '.join(ROLES)}"
+            )
+    return {role.strip().lower(): known for role, known in roles.items()}
+
+
+Roles = Annotated[dict[str, str], pydantic.AfterValidator(known_roles)]
+
+
 class ProportionsConfig(_Strict):
     """A share of a dataset's examples for each value of a column, by drawing anew."""
 
@@ -103,6 +120,7 @@ class DatasetConfig(_Strict):
     columns: dict[str, str] = Field(
         {}, description="standard name -> your column, e.g. {output: answer}"
     )
+    roles: Roles = Field({}, description="other role of a message -> a known one; above the run's")
     template: str | None = Field(None, description="for this dataset alone; default: the run's")
     system_prompt: str | None = Field(
         None, description="for rows of this dataset that bring none; default: the run's"
@@ -276,6 +294,11 @@ class ConfigFields(_Strict):
         {},
         description="short for columns of every dataset: standard name -> your column, e.g. "
         "{output: answer}",
+    )
+    roles: Roles = Field(
+        {},
+        description="other role of a message -> a known one, e.g. {narrator: system}; known: "
+        f"{', '.join(ROLES)}",
     )
     datasets: tuple[DatasetConfig, ...] = Field((), description="what to train on; YAML list")
     eval_datasets: tuple[DatasetConfig, ...] = Field((), description="what to evaluate on")
@@ -508,11 +531,11 @@ class ConfigFields(_Strict):
 
     @pydantic.field_validator("datasets", "eval_datasets")
     @classmethod
-    def _with_columns(
+    def _with_columns_and_roles(
         cls, entries: tuple[DatasetConfig, ...], info: pydantic.ValidationInfo
     ) -> tuple[DatasetConfig, ...]:
-        """Give every entry the columns of the run; refuse those that it maps otherwise."""
-        columns = info.data.get("columns") or {}
+        """Give every entry the columns and roles of the run; refuse columns it maps otherwise."""
+        columns, roles = info.data.get("columns") or {}, info.data.get("roles") or {}
         for entry in entries:
             for name, column in columns.items():
                 if entry.columns.get(name, column) != column:
@@ -521,7 +544,12 @@ class ConfigFields(_Strict):
                         f"{entry.columns[name]!r}; keep one"
                     )
         return tuple(
-            entry.model_copy(update={"columns": {**entry.columns, **columns}}) if columns else entry
+            entry.model_copy(
+                update={
+                    **({"columns": {**entry.columns, **columns}} if columns else {}),
+                    **({"roles": {**roles, **entry.roles}} if roles else {}),
+                }
+            )
             for entry in entries
         )
 

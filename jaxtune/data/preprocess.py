@@ -71,6 +71,8 @@ class Entry(Protocol):
     @property
     def columns(self) -> Mapping[str, str]: ...
     @property
+    def roles(self) -> Mapping[str, str]: ...
+    @property
     def limit(self) -> int | None: ...
     @property
     def template(self) -> str | None: ...
@@ -193,7 +195,7 @@ def _preprocess_chunk(
     """Yield the rows of some records, read as format `name` and tokenised together."""
     rendered: list[tuple[PreprocessedRow, tuple[Span, ...] | WeightedTokens | Dropped]] = []
     for row, record in chunk:
-        noun = formats.to_noun(name, record.fields, entry.columns, record.where)
+        noun = formats.to_noun(name, record.fields, entry.columns, record.where, entry.roles)
         value = label(record.fields.get(entry.proportions.column)) if entry.proportions else ""
         base = PreprocessedRow(row, record.file, record.line, value, "", None, None)
         if isinstance(noun, Dropped):
@@ -306,7 +308,7 @@ def _own_text(noun: Conversation | Document) -> str:
     return "\n".join(
         f"{message.content}\n{message.input}"
         for message in noun.messages
-        if message.role != "system"
+        if message.role not in ("system", "developer")
     )
 
 
@@ -325,6 +327,7 @@ def cache_key(entry: Entry, config: PreprocessConfig) -> str:
         "data": sources.digest(files_of(entry)),
         "format": entry.format,
         "columns": dict(sorted(entry.columns.items())),
+        "roles": dict(sorted(entry.roles.items())),
         "limit": entry.limit,
         "column": entry.proportions.column if entry.proportions else None,
         "tokenizer": config.tokenizer.fingerprint,

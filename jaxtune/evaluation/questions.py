@@ -85,7 +85,7 @@ class Column(NamedTuple):
 def entries_of(config: Config, dataset: str | None) -> Sequence[DatasetConfig]:
     """Choose `dataset`, else the config's eval_datasets or datasets. Raises `ConfigError`."""
     if dataset is not None:
-        return (DatasetConfig(path=dataset, columns=config.columns),)
+        return (DatasetConfig(path=dataset, columns=config.columns, roles=config.roles),)
     entries = config.eval_datasets or config.datasets
     if not entries:
         raise ConfigError("dataset is not set. Give --dataset FILE, or a --config that has data.")
@@ -177,7 +177,7 @@ def _conversations(
     for row, record in read(entry):
         if row not in first:
             continue
-        noun = to_noun(format_name, record.fields, entry.columns, record.where)
+        noun = to_noun(format_name, record.fields, entry.columns, record.where, entry.roles)
         if not isinstance(noun, Conversation):
             continue
         last = max(i for i, m in enumerate(noun.messages) if m.role == "assistant")

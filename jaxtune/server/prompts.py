@@ -24,8 +24,7 @@ def chat_ids(
     Raises: DataError and ConfigError for what the model's template cannot show: an answer at the
     end, tools or tool calls that it does not read, a role it lacks.
     """
-    turns = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
-    fields = {"messages": turns, **({"tools": list(tools)} if tools else {})}
+    fields = {"messages": list(messages), **({"tools": list(tools)} if tools else {})}
     noun = to_noun("messages", fields, {}, "messages")
     if not isinstance(noun, Conversation):
         raise DataError(f"{': '.join(filter(None, noun))}.")

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+import jinja2.defaults
 import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
@@ -75,12 +76,38 @@ def take_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
 @functools.lru_cache(maxsize=32)
 def arguments(source: str) -> frozenset[str]:
     """Name the variables that a template reads and does not always set itself."""
-    environment = jinja2.Environment(extensions=[_GenerationTag, jinja2.ext.loopcontrols])
     try:
-        names = jinja2.meta.find_undeclared_variables(environment.parse(source))
+        names = jinja2.meta.find_undeclared_variables(_parse(source))
     except jinja2.TemplateSyntaxError:  # rendering says it
         return frozenset()
-    return frozenset(names - set(environment.globals))
+    return frozenset(names - set(jinja2.defaults.DEFAULT_NAMESPACE))
+
+
+@functools.lru_cache(maxsize=64)
+def compared(source: str, name: str) -> frozenset[str]:
+    """Name the strings with which a template compares a variable, attribute or key called `name`.
+
+    >>> sorted(compared("{% if m.role in ['tool', 'ipython'] or m['role'] == 'user' %}{% endif %}",
+    ...                 "role"))
+    ['ipython', 'role', 'tool', 'user']
+    """
+    found: set[str] = set()
+    try:
+        tree = _parse(source)
+    except jinja2.TemplateSyntaxError:  # rendering says it
+        return frozenset()
+    for comparison in tree.find_all(jinja2.nodes.Compare):
+        constants = [c.value for c in comparison.find_all(jinja2.nodes.Const)]
+        named = [v.name for v in comparison.find_all(jinja2.nodes.Name)]
+        named += [v.attr for v in comparison.find_all(jinja2.nodes.Getattr)]
+        if name in (*constants, *named):
+            found.update(text for text in constants if isinstance(text, str))
+    return frozenset(found)
+
+
+def _parse(source: str) -> jinja2.nodes.Template:
+    extensions = [_GenerationTag, jinja2.ext.loopcontrols]
+    return jinja2.Environment(extensions=extensions).parse(source)
 
 
 def _raise_exception(message: str) -> None:

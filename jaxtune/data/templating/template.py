@@ -40,6 +40,13 @@ _FUNCTION = {"name": "jaxtunecalls", "description": "Calls it.", "parameters": _
 TOOLS = ({"type": "function", "function": _FUNCTION},)
 
 
+# Roles that few templates know -> what they are to the others.
+FALLBACK_ROLES = {
+    "developer": "system",
+    **dict.fromkeys(("function", "ipython", "tool_response"), "tool"),
+}
+
+
 class SpecialTokenInKwargs(jinja.TemplateFailed):
     """A refusal of arguments whose text has a special token: it could not stay text."""
 
@@ -105,8 +112,8 @@ class Template:
         )
         if self.system_prompt and not self.ours:
             prompt = _literal({"role": "system", "content": self.system_prompt})
-            before += (
-                "{% if not messages or messages[0]['role'] != 'system' %}"
+            before += (  # a test, as a comparison would say that the template reads the role
+                "{% if not messages or messages[0]['role'] is not in ['system', 'developer'] %}"
                 "{% set messages = [" + prompt + "] + (messages | list) %}{% endif %}"
             )
         # The line end goes with the tag before it, as everywhere with chat templates.
@@ -125,6 +132,14 @@ class Template:
         """Tell whether it places a message's `input` itself, as ours do, exported ones too."""
         return re.search(r"""message(\.input\b|\[['"]input['"]\])""", self.jinja) is not None
 
+    @functools.cached_property
+    def _reads_thinking_parts(self) -> bool:
+        """Tell whether thinking reaches it as a part of the content alone, as with Mistral's."""
+        return (
+            "thinking" in jinja.compared(self.jinja, "type")
+            and "reasoning_content" not in self.jinja
+        )
+
     def text(
         self,
         messages: Sequence[Message],
@@ -139,7 +154,7 @@ class Template:
         Raises `jinja.TemplateFailed`.
         """
         plain: list[dict[str, Any]] = []
-        brings_none = not messages or messages[0].role != "system"
+        brings_none = not messages or messages[0].role not in ("system", "developer")
         if not self.ours and self.system_prompt and brings_none:
             plain.append({"role": "system", "content": self.system_prompt})
         for message in messages:
@@ -147,7 +162,13 @@ class Template:
             if own_input and not self.reads_input:
                 content, own_input = "\n".join(filter(None, (content, own_input))), ""
             beside = {"input": own_input} if own_input else {}
-            plain.append({"role": message.role, "content": content, **beside, **message.extra})
+            role = message.role
+            if role in FALLBACK_ROLES and role not in jinja.compared(self.jinja, "role"):
+                role = FALLBACK_ROLES[role]
+            plain.append({"role": role, "content": content, **beside, **message.extra})
+            if message.extra.get("reasoning_content") and self._reads_thinking_parts:
+                thinking = {"type": "thinking", "thinking": message.extra["reasoning_content"]}
+                plain[-1]["content"] = [thinking, {"type": "text", "text": content}]
         return jinja.render(
             self.jinja,
             plain,

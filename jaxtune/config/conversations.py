@@ -1,6 +1,6 @@
-"""A chat template's arguments (`chat_template_kwargs`), as config, rows and requests name them.
+"""What a config may say of conversations: the roles of messages, the arguments of chat templates.
 
-They reach the template as `apply_chat_template(**chat_template_kwargs)` hands them on.
+Arguments (`chat_template_kwargs`) reach a template as `apply_chat_template(**kwargs)` does it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from typing import Any
+
+# The names that data has for roles -> the role. Those that chat templates seldom know are passed on
+# where a template reads them, and mapped to one of the first four where not (`templating.roles`).
+ROLES = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("tool", "observation"), "tool"),
+    **{role: role for role in ("developer", "function", "ipython", "tool_response")},
+    **dict.fromkeys(("tool_call", "function_call"), "tool_call"),  # the assistant's, as text
+}
 
 # Set from the conversation, the tokenizer or the call itself; `documents` may be given.
 RESERVED = frozenset(
