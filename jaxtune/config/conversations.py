@@ -1,4 +1,4 @@
-"""What a config may say of conversations: the roles of messages, the arguments of chat templates.
+"""The words of a config for conversations: roles of messages, arguments of chat templates.
 
 Arguments (`chat_template_kwargs`) reach a template as `apply_chat_template(**kwargs)` does it.
 """
