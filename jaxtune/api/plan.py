@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from jaxtune.cli import note, shows_notes
-from jaxtune.config import Config, ConfigError, ConfigSource, load_config
+from jaxtune.config import Config, ConfigError, ConfigSource, load_config, parse_model
 from jaxtune.data.dataset import Batches
 from jaxtune.data.open import open_sides, open_template, open_tokenizer
 from jaxtune.hf.load import HfModel, with_tokens
@@ -19,6 +19,7 @@ from jaxtune.planning.advice import changed, faster, reason, remedies
 from jaxtune.planning.environment import set_environment
 from jaxtune.planning.evaluate_config import PlannedRun, StepEstimate, evaluate_config, figures
 from jaxtune.planning.hardware import Hardware, make_hardware
+from jaxtune.planning.options import PlanOptions
 from jaxtune.planning.search import (
     Candidate,
     Progress,
@@ -33,24 +34,6 @@ from jaxtune.storage.object_store import default_folder
 from jaxtune.terminal.progress import SearchProgress, TokenizeProgress
 from jaxtune.training.build import rows_per_step
 from jaxtune.training.subject import open_base
-
-
-class PlanRequest(NamedTuple):
-    """The hardware, and what to find out about it; the fields are the flags of the command."""
-
-    topology: str | None
-    compile: bool = True
-    verify: bool = False
-    search: bool = False
-    search_minutes: float = 20.0
-    search_output: str | None = None
-    price_per_chip_hour: float | None = None
-    cache: bool = True
-
-    @property
-    def folder(self) -> Path | None:
-        """Return the folder of the compiler's cached answers, None for no cache."""
-        return default_folder() / "plan" if self.cache else None
 
 
 class PlanResult(NamedTuple):
@@ -88,32 +71,45 @@ def plan(
     >>> plan(config, topology="v5e-16", compile=False).plan["fits"]  # doctest: +SKIP
     True
     """
-    request = PlanRequest(
-        topology, compile, verify, search, search_minutes, None, price_per_chip_hour, cache
-    )
+    values = {
+        "topology": topology,
+        "compile": compile,
+        "verify": verify,
+        "search": search,
+        "search_minutes": search_minutes,
+        "search_output": None,
+        "price_per_chip_hour": price_per_chip_hour,
+        "cache": cache,
+    }
+    options = parse_model(PlanOptions, values, where="plan")
     set_environment()
-    return run_plan(load_config(config), request)
+    return run_plan(load_config(config), options)
 
 
-def run_plan(config: Config, request: PlanRequest) -> PlanResult:
+def run_plan(config: Config, options: PlanOptions) -> PlanResult:
     """Make the plan; a search writes its choice to `search_output`."""
     if not config.model_name_or_path:
         raise ConfigError(
             "model_name_or_path is not set. Give --model_name_or_path DIR, whose config.json is "
             "enough, or a --config that has it."
         )
-    if request.topology is None:
+    if options.topology is None:
         raise ConfigError("topology is not set. Give --topology v5e-16, h100-8 or cpu.")
-    hardware = make_hardware(parse_slice(request.topology), compiles=request.compile)
+    hardware = make_hardware(parse_slice(options.topology), compiles=options.compile)
     model = open_base(config, weights=False, note=note)
     run, notes = _planned_run(config, model, hardware)
-    if request.search:
-        config, described = _search(config, run, hardware, request)
+    if options.search:
+        config, described = _search(config, run, hardware, options)
     else:
-        estimate = evaluate_config(config, run, hardware, folder=request.folder, note=note)
-        described = _described(estimate, request)
+        estimate = evaluate_config(config, run, hardware, folder=_folder(options), note=note)
+        described = _described(estimate, options)
     described["notes"] = [*notes, *described["notes"]]
     return PlanResult(described, config)
+
+
+def _folder(options: PlanOptions) -> Path | None:
+    """Return the folder of the compiler's cached answers, None for no cache."""
+    return default_folder() / "plan" if options.cache else None
 
 
 # -- what is planned -----------------------------------------------------------------------------
@@ -147,10 +143,10 @@ def _planned_run(
 # -- the answer ----------------------------------------------------------------------------------
 
 
-def _described(estimate: StepEstimate, request: PlanRequest) -> dict[str, Any]:
+def _described(estimate: StepEstimate, options: PlanOptions) -> dict[str, Any]:
     """Make the object of `--json`."""
     described = figures(estimate)
-    run, price = described["run"], request.price_per_chip_hour
+    run, price = described["run"], options.price_per_chip_hour
     if run is not None and price is not None:
         run["price_per_chip_hour"] = price
         run["price"] = run["chip_hours"] * price
@@ -167,10 +163,10 @@ def _described(estimate: StepEstimate, request: PlanRequest) -> dict[str, Any]:
 
         def compiled(config: Config) -> StepEstimate:
             return evaluate_config(
-                config, estimate.run, estimate.hardware, folder=request.folder, note=note
+                config, estimate.run, estimate.hardware, folder=_folder(options), note=note
             )
 
-        verify = request.verify and estimate.hardware.compiles
+        verify = options.verify and estimate.hardware.compiles
         per_chip = estimate.hardware.per_chip
         described["reason"] = reason(estimate)
         described["ways"] = [
@@ -223,7 +219,7 @@ def _notes(estimate: StepEstimate) -> list[str]:
 
 
 def _search(
-    config: Config, run: PlannedRun, hardware: Hardware, request: PlanRequest
+    config: Config, run: PlannedRun, hardware: Hardware, options: PlanOptions
 ) -> tuple[Config, dict[str, Any]]:
     """Find the fastest settings that fit, and their plan."""
     if not hardware.slice.chip.flops:
@@ -231,7 +227,7 @@ def _search(
     ranked = candidates(config, run, hardware)
     note(f"search: {len(ranked)} settings may fit on {hardware.slice.name}, by arithmetic")
     plans = []
-    for candidate, plan in _tried(ranked, config, run, hardware, request.search_minutes):
+    for candidate, plan in _tried(ranked, config, run, hardware, options.search_minutes):
         plans.append({**plan, "settings": candidate.settings, "fields": dict(candidate.fields)})
     best = frontier(plans)
     if not best:
@@ -242,15 +238,15 @@ def _search(
     chosen = changed(config, **best[0]["fields"])
     compiles = best[0]["method"] == "compiled"
     estimate = evaluate_config(
-        chosen, run, hardware, folder=request.folder, note=note, compiles=compiles
+        chosen, run, hardware, folder=_folder(options), note=note, compiles=compiles
     )
-    described = _described(estimate, request)
+    described = _described(estimate, options)
     described["frontier"] = [dict(other) for other in best]
     described["tried"] = len(plans)
     tried = f"search: {len(plans)} of {len(ranked)} settings tried"
-    if request.search_output is not None:
-        _write(chosen, described, Path(request.search_output))
-        tried += f"; the fastest is written to {request.search_output}"
+    if options.search_output is not None:
+        _write(chosen, described, Path(options.search_output))
+        tried += f"; the fastest is written to {options.search_output}"
     described["notes"].append(tried)
     return chosen, described
 

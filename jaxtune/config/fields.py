@@ -216,7 +216,7 @@ class HostsConfig(_Strict):
 
 
 class SchedulerConfig(_Strict):
-    """Options of a schedule under their Hugging Face names; `methods.SCHEDULES` says whose."""
+    """Options of a schedule under their Hugging Face names; `defaults.SCHEDULES` says whose."""
 
     num_cycles: PositiveFloat | None = Field(
         None, description="waves of a cosine (default 0.5); restarts (default 1)"
@@ -317,7 +317,7 @@ class ConfigFields(_Strict):
     )
     template_date: datetime.date = Field(
         datetime.date(2024, 7, 26),
-        description="what templates that write the date of today are told; keeps tokens the same",
+        description="the date that templates write as today's; keeps tokens the same",
     )
     chat_template_kwargs: dict[str, Any] = Field(
         {},

@@ -19,7 +19,7 @@ _FIRST, _MORE = "> ", "| "
 # name -> (its argument, what it does), as /help shows them
 COMMANDS: dict[str, tuple[str, str]] = {
     "help": ("", "shows this"),
-    "system": ("TEXT", "what the model is told first, from the next question on; - takes it away"),
+    "system": ("TEXT", "what the model reads first, from the next question on; - takes it away"),
     "reset": ("", "forgets the conversation; the system prompt stays"),
     "retry": ("", "asks the last question again; with a temperature, for another answer"),
     "undo": ("", "forgets the last question and its answer"),
@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "temperature": ("X", "0 is greedy; 1 draws as the model says; above, more widely"),
     "top_k": ("N", "draws among the N likeliest tokens; 0 is all"),
     "top_p": ("X", "draws among the likeliest tokens that make up this share; 1 is all"),
-    "repetition_penalty": ("X", "above 1 makes tokens that were said less likely; 1 is off"),
+    "repetition_penalty": ("X", "above 1 makes tokens of the conversation less likely; 1 is off"),
     "seed": ("N", "of the next draw; the one after has N + 1"),
     "max_new_tokens": ("N", "longest answer"),
     "adapter": ("on|off", "answers with the adapter, or with the base model alone"),

@@ -1,7 +1,7 @@
 """A run directory read back: metrics, samples, starts, config; and the answers of `evaluate`.
 
 A run may still be going, or may have been killed while it wrote: the last line of a file may be
-torn, and then it is left out and said so. A broken line anywhere else is an error.
+torn; it is then left out, with a note. A broken line anywhere else is an error.
 """
 
 from __future__ import annotations

@@ -68,8 +68,10 @@ def start(
 
 
 def serve(app: ASGIApp, scheduler: Scheduler, bound: BoundSocket, models: str) -> None:
-    """Until a signal: then no more is bound, what is being answered ends or is told, and this
-    returns. `models` are named in the announcement."""
+    """Serve until a signal, after which running requests end or are refused.
+
+    `models` are named in the announcement.
+    """
     server = uvicorn.Server(
         uvicorn.Config(
             app,
