@@ -76,5 +76,5 @@ def test_mistakes_are_errors() -> None:
 
 
 def test_options_are_checked_like_flags() -> None:
-    with pytest.raises(jt.ConfigError, match="plan: search_minutes: .* greater than 0; got -1"):
+    with pytest.raises(jt.ConfigError, match=r"plan: search_minutes: .* greater than 0; got -1"):
         jt.plan({"model_name_or_path": "M"}, topology="v5e-8", search_minutes=-1)
