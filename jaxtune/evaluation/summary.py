@@ -33,16 +33,6 @@ class Groups(NamedTuple):
     questions: NDArray[np.int64]
     column: Column | None
 
-    def members(self, is_in: NDArray[np.bool_]) -> Members:
-        return Members(np.flatnonzero(is_in), np.flatnonzero(is_in[self.questions]))
-
-
-class Members(NamedTuple):
-    """A group, by number."""
-
-    examples: NDArray[np.int64]
-    questions: NDArray[np.int64]
-
 
 def summaries(measured: Mapping[str, Measured], groups: Groups, how: Bootstrap) -> dict[str, Row]:
     """Sum up one model, or base and tuned, of which the second is compared with the first."""
@@ -54,7 +44,7 @@ def summaries(measured: Mapping[str, Measured], groups: Groups, how: Bootstrap) 
 
 def _summary(measured: Measured, base: Measured | None, groups: Groups, how: Bootstrap) -> Row:
     def of(is_in: NDArray[np.bool_]) -> Row:
-        return _group(measured, base, groups.members(is_in), how)
+        return _group(measured, base, groups, is_in, how)
 
     names = groups.datasets
     row = of(np.ones(len(names), bool))
@@ -84,18 +74,26 @@ def _summary(measured: Measured, base: Measured | None, groups: Groups, how: Boo
     return row
 
 
-def _group(measured: Measured, base: Measured | None, members: Members, how: Bootstrap) -> Row:
+def _group(
+    measured: Measured,
+    base: Measured | None,
+    groups: Groups,
+    is_in: NDArray[np.bool_],
+    how: Bootstrap,
+) -> Row:
+    examples, questions = np.flatnonzero(is_in), np.flatnonzero(is_in[groups.questions])
+
     def scored(name: str, chosen: NDArray[np.int64]) -> Row:
         before = None if base is None else take(getattr(base, name), chosen)
         return _scored(take(getattr(measured, name), chosen), before, how)
 
-    row = scored("losses", members.examples)
-    row["eval_tokens_trained"] = int(measured.tokens[members.examples].sum())
-    row["examples"] = len(members.examples)
-    if len(members.questions):
-        for key, value in scored("answers", members.questions).items():
+    row = scored("losses", examples)
+    row["eval_tokens_trained"] = int(measured.tokens[examples].sum())
+    row["examples"] = len(examples)
+    if len(questions):
+        for key, value in scored("answers", questions).items():
             row[key] = {**row[key], **value} if key in row else value
-        row["questions"] = len(members.questions)
+        row["questions"] = len(questions)
     return row
 
 

@@ -17,7 +17,6 @@ from jaxtune.evaluation.judge import pairwise
 from jaxtune.evaluation.judge.client import (
     Endpoint,
     RequestFailed,
-    RequestRefused,
     ask,
     open_endpoint,
 )
@@ -214,6 +213,4 @@ def _traces(opened: Endpoint) -> list[str]:
     except RequestFailed as error:
         shown = traceback.TracebackException.from_exception(error, capture_locals=True)
         return list(shown.format())
-    except RequestRefused:
-        pass
     raise AssertionError("port 9 answered")

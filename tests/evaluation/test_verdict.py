@@ -9,7 +9,8 @@ import pytest
 
 from jaxtune.config import ConfigError
 from jaxtune.evaluation.judge import verdict
-from jaxtune.evaluation.judge.pairwise import Failure, Outcome, outcome
+from jaxtune.evaluation.judge.client import RequestFailed
+from jaxtune.evaluation.judge.pairwise import Outcome, outcome
 from jaxtune.evaluation.judge.verdict import filled, parse, rubric
 
 
@@ -58,7 +59,7 @@ def test_both_orders(first: str, swapped: str, points: float, agreed: bool) -> N
 
 def test_a_pair_without_a_verdict() -> None:
     assert outcome("A", None) == Outcome(None, why="unparseable")
-    assert outcome(None, Failure("gone")) == Outcome(None, why="gone")
+    assert outcome(None, RequestFailed("gone")) == Outcome(None, why="gone")
 
 
 def test_texts_are_put_in_once() -> None:

@@ -28,12 +28,8 @@ _LONGEST_WAIT = 60.0  # seconds, also when Retry-After asks for more
 _SHOWN = 300  # letters of an endpoint's message
 
 
-class RequestRefused(JaxtuneError):
-    """A request that the endpoint calls wrong: another try would end the same."""
-
-
 class RequestFailed(JaxtuneError):
-    """A request without a usable reply, after all its tries."""
+    """A request that the endpoint calls wrong, or without a usable reply after all its tries."""
 
 
 class Endpoint(NamedTuple):
@@ -88,8 +84,7 @@ def open_endpoint(url: str, model: str | None, *, key_name: str | None, **more: 
 
 
 def ask(endpoint: Endpoint, prompt: str) -> str:
-    """Send one message of a user and return the reply. Raises `RequestRefused` and
-    `RequestFailed`."""
+    """Send one message of a user and return the reply. Raises `RequestFailed`."""
     body: dict[str, Any] = {
         "model": endpoint.model,
         "messages": [{"role": "user", "content": prompt}],
@@ -106,7 +101,7 @@ def ask(endpoint: Endpoint, prompt: str) -> str:
         except urllib.error.HTTPError as error:
             detail = _message(error, endpoint)
             if error.code not in _AGAIN and error.code < 500:
-                raise RequestRefused(
+                raise RequestFailed(
                     f"{endpoint.url}: refused with HTTP {error.code}{detail}"
                 ) from None
             why, asked_wait = f"HTTP {error.code}{detail}", _retry_after(error.headers)

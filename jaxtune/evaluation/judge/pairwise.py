@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxtune.config import ConfigError
-from jaxtune.evaluation.judge.client import Endpoint, RequestFailed, RequestRefused, ask
+from jaxtune.evaluation.judge.client import Endpoint, RequestFailed, ask
 from jaxtune.evaluation.judge.verdict import Verdict, filled, parse
 
 
@@ -21,12 +21,6 @@ class Pair(NamedTuple):
     reference: str
     base: str
     tuned: str
-
-
-class Failure(NamedTuple):
-    """A reason why a request has no reply."""
-
-    why: str
 
 
 class Outcome(NamedTuple):
@@ -46,7 +40,7 @@ def check(endpoint: Endpoint, rubric: str) -> None:
     fails."""
     try:
         ask(endpoint, _prompt(rubric, Pair("What is 1 + 1?", "2", "2", "3")))
-    except (RequestRefused, RequestFailed) as error:
+    except RequestFailed as error:
         raise ConfigError(
             f"judge: {error}. Nothing was evaluated. Mend judge, judge_model or the key, or leave "
             "judge out."
@@ -82,11 +76,13 @@ def judge(
     ]
 
 
-def outcome(first: Verdict | Failure | None, swapped: Verdict | Failure | None) -> Outcome:
+def outcome(
+    first: Verdict | RequestFailed | None, swapped: Verdict | RequestFailed | None
+) -> Outcome:
     """Combine two verdicts: `first` with base as A, `swapped` with tuned as A."""
     for verdict in (first, swapped):
-        if isinstance(verdict, Failure):
-            return Outcome(None, why=verdict.why)
+        if isinstance(verdict, RequestFailed):
+            return Outcome(None, why=str(verdict))
     if first is None or swapped is None:
         return Outcome(None, why="unparseable")
     points = {"A": 0.0, "B": 1.0, "TIE": 0.5}[str(first)]
@@ -94,11 +90,11 @@ def outcome(first: Verdict | Failure | None, swapped: Verdict | Failure | None) 
     return Outcome(points) if points == again else Outcome(0.5, agreed=False)
 
 
-def _verdict(endpoint: Endpoint, prompt: str) -> Verdict | Failure | None:
+def _verdict(endpoint: Endpoint, prompt: str) -> Verdict | RequestFailed | None:
     try:
         return parse(ask(endpoint, prompt))
-    except (RequestRefused, RequestFailed) as error:
-        return Failure(str(error))
+    except RequestFailed as error:
+        return error
 
 
 def _prompt(rubric: str, pair: Pair) -> str:
