@@ -51,7 +51,7 @@ from jaxtune.spec import flops_per_token
 from jaxtune.storage import object_store
 from jaxtune.storage.jsonl import last_rows
 from jaxtune.terminal.progress import TokenizeProgress
-from jaxtune.terminal.text import show_report
+from jaxtune.terminal.text import lost_lines, show_report
 from jaxtune.training import build as assemble
 from jaxtune.training import debug_step, resume
 from jaxtune.training import run_dir as run_dirs
@@ -273,6 +273,8 @@ def _announce(run: Run) -> dict[str, Any]:
         show_report(report, short=True)
     if data.held_out is not None:
         report["evaluation"] = counts = held_out_report(data.train, data.held_out)
+        for line in lost_lines(counts.get("by_dataset", {}), "evaluation dataset"):
+            note(line)
         common, alike = counts["also_trained"], counts["nearly_trained"]
         note(
             f"evaluation: {counts['examples']} examples"

@@ -347,6 +347,13 @@ class ConfigFields(_Strict):
     truncation: Literal["drop", "truncate", "error"] = Field(
         "drop", description="rows longer than max_length; drop counts and shows them"
     )
+    max_dropped: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of a dataset's rows, for training or evaluation, that may be dropped; "
+        "with more the run ends and says what would keep them",
+    )
     packing: bool = Field(True, description="several examples in a row, isolated; less padding")
     dataset_num_proc: PositiveInt | None = Field(
         None, description="processes that tokenise; default: one a core; never changes results"

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from jaxtune.config import ConfigError, DataError
 from jaxtune.data import cache, mixing, packing, preprocess
+from jaxtune.data.dropped import refuse_dropped
 from jaxtune.data.preprocess import Entry, PreprocessConfig, Progress
 from jaxtune.data.readers import location
 from jaxtune.data.schema import Batch, Example, WeightedTokens
@@ -172,14 +173,15 @@ def open_dataset(
     cache_dir: Path | None = None,
     processes: int | None = None,
     progress: Progress = lambda path, records: None,
+    max_dropped: float | None = 1.0,
 ) -> Dataset:
     """Tokenise every source, or find it in the cache, and put them one after the other.
 
     `processes` (default: one a core) changes nothing but the time; `progress` hears of it.
 
     Raises:
-        DataError: a broken file, with its line; or a source of which nothing is left to train,
-            with the commonest reason.
+        DataError: a broken file, with its line; or a source of which more than `max_dropped` is
+            dropped, or nothing is left to train (not with None), with what would keep it.
     """
     if not entries:
         raise ConfigError("dataset: none given. Set --dataset FILE, or a list under datasets.")
@@ -199,7 +201,10 @@ def open_dataset(
         key = preprocess.cache_key(entry, own)
         stored, note = cache.stored(cache_dir or default_folder(), key, build)
         source = _source(entry, name, stored, own)
-        _refuse_empty(source, config.max_length)
+        if max_dropped is not None and stored.summary["dropped"]:
+            _, commonest = next(iter(stored.summary["dropped"].items()))
+            where = source.where(commonest["first"][0])
+            refuse_dropped(entry, own, stored, where=where, max_dropped=max_dropped)
         opened.append(source)
         if len(source.files) > 1:
             notes.append(f"{entry.path}: {len(source.files)} files: {_some(source.files)}")
@@ -242,21 +247,6 @@ def _source(
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-
-
-def _refuse_empty(source: Source, max_length: int) -> None:
-    stored = source.stored
-    if len(stored.arrays["rows"]):
-        return
-    records = stored.summary["counts"].get("records", 0)
-    reason, dropped = next(iter(stored.summary["dropped"].items()))
-    first = dropped["first"][0]
-    advice = f" Raise max_length (now {max_length})." if "max_length" in reason else ""
-    raise DataError(
-        f"{source.where(first)}: nothing to train: all {records} rows are dropped, "
-        f"{dropped['count']} because: {reason}{': ' if first['detail'] else ''}{first['detail']}."
-        f"{advice} `preview` shows every row."
-    )
 
 
 def split(dataset: Dataset, share: float, *, seed: int) -> tuple[Dataset, Dataset]:

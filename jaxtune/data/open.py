@@ -53,6 +53,8 @@ class DataConfig(Protocol):
     @property
     def truncation(self) -> Truncation: ...
     @property
+    def max_dropped(self) -> float: ...
+    @property
     def dataset_num_proc(self) -> int | None: ...
     @property
     def seed(self) -> int: ...
@@ -116,31 +118,46 @@ def open_entries(
     template: Template,
     *,
     progress: Progress,
+    refuse: bool = True,
 ) -> Dataset:
     """Open `entries` for an evaluation, which is of answers alone whatever a prompt weighs.
 
-    Raises what `open_dataset` raises.
+    Raises what `open_dataset` raises; with `refuse`, above the config's `max_dropped`.
     """
-    settings = preprocess_config(config, tokenizer, template)._replace(prompt_loss_weight=0.0)
-    return open_dataset(entries, settings, processes=config.dataset_num_proc, progress=progress)
+    return open_dataset(
+        entries,
+        preprocess_config(config, tokenizer, template)._replace(prompt_loss_weight=0.0),
+        processes=config.dataset_num_proc,
+        progress=progress,
+        max_dropped=config.max_dropped if refuse else None,
+    )
 
 
 def open_sides(
-    config: DataConfig, tokenizer: Tokenizer, template: Template, *, progress: Progress
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    template: Template,
+    *,
+    progress: Progress,
+    refuse: bool = True,
 ) -> tuple[Dataset, Dataset | None]:
-    """Open (train, held out): `eval_datasets`, or `eval_split` of the rest."""
+    """Open (train, held out): `eval_datasets`, or `eval_split` of the rest.
+
+    Raises what `open_dataset` raises; with `refuse`, above the config's `max_dropped`.
+    """
     train = open_dataset(
         config.datasets,
         preprocess_config(config, tokenizer, template),
         processes=config.dataset_num_proc,
         progress=progress,
+        max_dropped=config.max_dropped if refuse else None,
     )
     if config.eval_datasets:
         held_out = open_entries(
-            config, config.eval_datasets, tokenizer, template, progress=progress
+            config, config.eval_datasets, tokenizer, template, progress=progress, refuse=refuse
         )
         return train, held_out
-    if not config.eval_split:
+    if not config.eval_split or not len(train):
         return train, None
     train, held_out = split(train, config.eval_split, seed=config.seed)
     if config.prompt_loss_weight:

@@ -180,7 +180,7 @@ def preprocess(entry: Entry, config: PreprocessConfig) -> Iterator[PreprocessedR
     config = entry_config(entry, config)
     name = format_of(entry)
     for chunk in _chunks(read(entry)):
-        yield from _preprocess_chunk(chunk, name, entry, config)
+        yield from preprocess_chunk(chunk, name, entry, config)
 
 
 def _chunks(records: Iterator[Numbered]) -> Iterator[list[Numbered]]:
@@ -189,7 +189,7 @@ def _chunks(records: Iterator[Numbered]) -> Iterator[list[Numbered]]:
         yield chunk
 
 
-def _preprocess_chunk(
+def preprocess_chunk(
     chunk: Sequence[Numbered], name: str, entry: Entry, config: PreprocessConfig
 ) -> Iterator[PreprocessedRow]:
     """Yield the rows of some records, read as format `name` and tokenised together."""
@@ -360,7 +360,7 @@ def tokenize_chunk(
     dropped: dict[str, dict[str, Any]] = {}
     trained_rows: list[PreprocessedRow] = []
     tokens: list[WeightedTokens] = []
-    for item in _preprocess_chunk(chunk, name, entry, config):
+    for item in preprocess_chunk(chunk, name, entry, config):
         if item.dropped or item.tokens is None:
             reason, detail = item.dropped or Dropped("nothing to train")
             first = [{"file": item.file, "line": item.line, "detail": detail}]

@@ -17,6 +17,7 @@ from jaxtune.data.formats import to_noun
 from jaxtune.data.open import open_entries, open_sides
 from jaxtune.data.preprocess import format_of, read
 from jaxtune.data.report.columns import column_names, column_values
+from jaxtune.data.report.data_report import by_dataset
 from jaxtune.data.schema import Conversation
 from jaxtune.data.templating.answer_text import affixes, answer_ids, text_of
 from jaxtune.data.templating.masking import render_prompt
@@ -25,6 +26,7 @@ from jaxtune.data.tokenize import tokenize_prompt
 from jaxtune.evaluation.scores.reasoning import spoken
 from jaxtune.inference.load import TextCodec
 from jaxtune.terminal.progress import TokenizeProgress
+from jaxtune.terminal.text import lost_lines
 
 MOST_VALUES = 20  # of a column that are values of their own; the others are one group
 OTHER = "other"
@@ -100,9 +102,8 @@ def open_data(config: Config, entries: Sequence[DatasetConfig], codec: TextCodec
         else:
             held_out = open_entries(config, entries, *codec, progress=progress)
     dataset = cast(Dataset, held_out)
-    for source in dataset.sources:
-        for reason, dropped in source.stored.summary["dropped"].items():
-            note(f"{source.path}: {dropped['count']} rows left out: {reason}")
+    for line in lost_lines(by_dataset(dataset)):
+        note(line)
     return dataset
 
 

@@ -13,6 +13,7 @@ from jaxtune.data.dataset import Batches, Dataset
 from jaxtune.data.open import open_sides, open_template, open_tokenizer, preprocess_config
 from jaxtune.data.preprocess import PreprocessConfig, PreprocessedRow, dataset_names, preprocess
 from jaxtune.data.report.data_report import (
+    by_dataset,
     distribution,
     histograms,
     near_overlap,
@@ -76,7 +77,7 @@ def data_report(
     """Report on the data that a run of this config trains, on one device."""
     with TokenizeProgress(quiet=not shows_notes()) as progress:
         dataset, held_out = open_sides(
-            config, settings.tokenizer, settings.template, progress=progress
+            config, settings.tokenizer, settings.template, progress=progress, refuse=False
         )
     batch_size = config.global_batch_size or (
         config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -91,13 +92,18 @@ def data_report(
     return summary
 
 
-def held_out_report(train: Dataset, held_out: Dataset) -> dict[str, int]:
-    """Count what is held out for evaluation, and how much of it is trained all the same."""
-    return {
+def held_out_report(train: Dataset, held_out: Dataset) -> dict[str, Any]:
+    """Count what is held out for evaluation, and how much of it is trained all the same.
+
+    Datasets of its own come with what is lost of them.
+    """
+    counts = {
         "examples": len(held_out),
         "also_trained": overlap(train, held_out),
         "nearly_trained": near_overlap(train, held_out),
     }
+    split_off = held_out.names == train.names and held_out.sources == train.sources
+    return counts if split_off else {**counts, "by_dataset": by_dataset(held_out)}
 
 
 def with_drawings(summary: Mapping[str, Any], config: Config, train: Dataset) -> dict[str, Any]:

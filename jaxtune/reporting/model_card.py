@@ -13,6 +13,7 @@ import yaml
 from jaxtune import __version__
 from jaxtune.config import Config
 from jaxtune.evaluation.tables import LEGEND, Sheet, judge_lines, sheets_of
+from jaxtune.terminal.text import lost_lines
 
 _BEGIN, _END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 
@@ -64,12 +65,19 @@ Trained with [jaxtune](https://pypi.org/project/jaxtune/) {__version__} from {st
 
 ## Data
 
-{_fenced("json", json.dumps(data, indent=1, ensure_ascii=False))}
+{_lost(data)}{_fenced("json", json.dumps(data, indent=1, ensure_ascii=False))}
 
 ## Config
 
 {_fenced("yaml", config.strip())}
 """
+
+
+def _lost(data: Mapping[str, Any]) -> str:
+    """Say which share of each dataset is not trained, and why."""
+    evaluated = (data.get("evaluation") or {}).get("by_dataset", {})
+    lines = [*lost_lines(data.get("by_dataset", {})), *lost_lines(evaluated, "evaluation dataset")]
+    return "".join(f"- {_plain(line)}\n" for line in lines) + "\n" * bool(lines)
 
 
 def trained_text(config: Config) -> str:

@@ -14,6 +14,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+_MOST_REASONS = 5  # named in a line
 _GREEN, _DIM, _PLAIN = "\033[32m", "\033[2m", "\033[0m"
 # C0 controls but newline and tab, DEL, and C1: as their pictures, so no escape sequence gets out.
 _VISIBLE: dict[int, str] = {
@@ -91,12 +92,29 @@ def report_text(report: Mapping[str, Any], *, short: bool = False) -> str:
             f"  {report['records']:,} records -> {report['examples']:,} examples, "
             f"{report['tokens_total']:,} tokens, {report['tokens_trained']:,} trained "
             f"({report['trained_share']:.1%})",
+            *(f"  {line}" for line in lost_lines(report["by_dataset"])),
             _lengths(report),
             *_parts(report),
             *_batches(report),
             *_remarks(report, shown_rows=1 if short else 3),
         ]
     )
+
+
+def lost_lines(datasets: Mapping[str, Mapping[str, Any]], kind: str = "dataset") -> Iterator[str]:
+    """Write a line for each dataset of `by_dataset` that loses rows: their share, and why."""
+    for name, part in datasets.items():
+        if part["dropped"]:
+            yield (
+                f"{kind} {printable(name)}: {part['dropped_share']:.1%} of {part['rows']:,} rows "
+                f"dropped: {_reasons(part['dropped_by_reason'])}"
+            )
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    named = [f"{count:,} {printable(reason)}" for reason, count in counts.items()]
+    more = [f"{len(named) - _MOST_REASONS} other reasons"] * (len(named) > _MOST_REASONS)
+    return ", ".join([*named[:_MOST_REASONS], *more])
 
 
 def _lengths(report: Mapping[str, Any]) -> str:
@@ -138,6 +156,8 @@ def _batches(report: Mapping[str, Any]) -> Iterator[str]:
             + (f", {packing['total_steps']:,} in all" if "total_steps" in packing else "")
         )
     if evaluation:
+        for line in lost_lines(evaluation.get("by_dataset", {}), "evaluation dataset"):
+            yield f"  {line}"
         yield (
             f"  evaluation: {evaluation['examples']:,} examples, {evaluation['also_trained']:,} "
             f"also trained, {evaluation['nearly_trained']:,} records nearly so"

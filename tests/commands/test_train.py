@@ -49,8 +49,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for i in range(44)
     ]
-    write(folder / "train.jsonl", rows[:40])
-    write(folder / "eval.jsonl", rows[40:44])
+    unusable = {"instruction": "Where?", "output": ""}
+    write(folder / "train.jsonl", [*rows[:40], unusable])
+    write(folder / "eval.jsonl", [*rows[40:44], unusable])
     write_model(folder / "model")
     return folder
 
@@ -127,7 +128,15 @@ def straight(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "step 12/12" in done.stderr
     assert "read back and equal to the parameters" in done.stderr
     assert done.stdout == ""
+    for line in LOST:
+        assert line in done.stderr
     return out
+
+
+LOST = (
+    "dataset train: 2.4% of 41 rows dropped: 1 empty answer",
+    "evaluation dataset eval: 20.0% of 5 rows dropped: 1 empty answer",
+)
 
 
 def test_a_run_leaves_what_the_contract_says(straight: Path) -> None:
@@ -150,6 +159,8 @@ def test_a_run_leaves_what_the_contract_says(straight: Path) -> None:
     for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
                  "chat_template.jinja", "README.md"):  # fmt: skip
         assert (straight / "hf" / name).is_file(), name
+    for line in LOST:
+        assert f"- {line}" in (straight / "hf" / "README.md").read_text()
     (start,) = [json.loads(line) for line in (straight / "starts.jsonl").read_text().splitlines()]
     assert (start["step"], start["total_steps"], start["devices"]) == (0, 12, 2)
     page = html.unescape((straight / "report.html").read_text())

@@ -55,6 +55,15 @@ def test_base_data_metrics_and_config_are_there():
     assert "base_model" not in _header(model_card(base="/home/me/tiny", **CARD))
 
 
+def test_what_is_lost_of_the_data_stands_above_its_numbers():
+    part = {"dropped": 3, "dropped_share": 0.3, "rows": 10, "dropped_by_reason": {"<b>": 3}}
+    data = {"by_dataset": {"x": part, "y": {**part, "dropped": 0}},
+            "evaluation": {"by_dataset": {"e": part}}}  # fmt: skip
+    card = model_card(base="acme/tiny", **{**CARD, "data": data})
+    lost = "30.0% of 10 rows dropped: 3 \\<b\\>\n"
+    assert f"## Data\n\n- dataset x: {lost}- evaluation dataset e: {lost}\n```json" in card
+
+
 def test_hostile_names_stay_text():
     name = "a/x\n---\nlicense: mit\n---\n<script>alert(1)</script> [now](http://b) `` | # *y*"
     template = "USER: {x}\n```\n# not a heading\n<img src=x>"

@@ -61,7 +61,8 @@ def read(text: str) -> Reader:
 
 def report_with(text: str) -> dict[str, Any]:
     """A report in which every place that data can reach holds `text`."""
-    part = {"format": text, "examples": 1, "tokens_total": 2, "tokens_trained": 1}
+    part = {"format": text, "examples": 1, "tokens_total": 2, "tokens_trained": 1,
+            "dropped_share": 0.125}  # fmt: skip
     dropped = {"count": 1, "first": [{"where": text, "detail": text}]}
     return {
         **REPORT,
@@ -134,5 +135,14 @@ def test_a_dropped_row_is_not_shown_as_trained() -> None:
 
 def test_the_report_as_tables() -> None:
     made = read(page("t", [], report_with("category")))
-    for text in ("1,234", "50.0%", "Lengths in tokens", "By category", "Dropped", "7", "80.0%"):
+    for text in (
+        "1,234",
+        "50.0%",
+        "Lengths in tokens",
+        "By category",
+        "Dropped",
+        "7",
+        "80.0%",
+        "12.5%",
+    ):
         assert text in made.text

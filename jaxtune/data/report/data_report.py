@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from jaxtune.config import DataError
 from jaxtune.data import mixing, preprocess
+from jaxtune.data.cache import CachedSource
 from jaxtune.data.dataset import Batches, Dataset
+from jaxtune.data.dropped import DroppedShare, dropped_share
 from jaxtune.data.report import near_duplicates as minhash
 from jaxtune.data.report.columns import column_values
 
@@ -68,9 +70,7 @@ def report(
         "stop_trained_share": 1.0 - endless / max(1, len(dataset)),
         **{name: counts[name] for name in FLAGS},
         "flags": FLAGS,
-        "by_dataset": {
-            name: _part(dataset.only(name), dataset, name) for name in dict.fromkeys(dataset.names)
-        },
+        "by_dataset": by_dataset(dataset),
         "mixture": mixing.table(dataset.strata) if dataset.mixed else [],
         "fingerprint": dataset.fingerprint,
         "notes": list(dataset.notes),
@@ -213,14 +213,33 @@ def _dropped(dataset: Dataset) -> dict[str, dict[str, Any]]:
     return dropped
 
 
+def by_dataset(dataset: Dataset) -> dict[str, dict[str, Any]]:
+    """Count the examples of each dataset by its name, and what is lost of all its rows."""
+    return {name: _part(dataset.only(name), dataset, name) for name in dict.fromkeys(dataset.names)}
+
+
 def _part(part: Dataset, whole: Dataset, name: str) -> dict[str, Any]:
-    formats = [s.stored.summary["format"] for s in whole.sources if s.name == name]
+    stored = [source.stored for source in whole.sources if source.name == name]
+    counts = [dropped_share(each) for each in stored]
+    count = DroppedShare(sum(c.dropped for c in counts), sum(c.rows for c in counts))
     return {
-        "format": ", ".join(dict.fromkeys(formats)),
+        "format": ", ".join(dict.fromkeys(each.summary["format"] for each in stored)),
         "examples": len(part),
         "tokens_total": int(part.token_counts.sum()),
         "tokens_trained": int(part.trained_counts.sum()),
+        "rows": count.rows,
+        "dropped": count.dropped,
+        "dropped_share": count.share,
+        "dropped_by_reason": _reasons(stored, "dropped"),
     }
+
+
+def _reasons(stored: Sequence[CachedSource], what: str) -> dict[str, int]:
+    """Count by reason what the sources lost, the commonest first."""
+    counts: Counter[str] = Counter()
+    for each in stored:
+        counts.update({reason: lost["count"] for reason, lost in each.summary[what].items()})
+    return dict(counts.most_common())
 
 
 def _quantiles(values: NDArray[np.int64]) -> dict[str, int]:

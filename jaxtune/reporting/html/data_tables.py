@@ -10,6 +10,8 @@ from markupsafe import Markup
 from jaxtune.reporting.html.bars import ShareBar, bar, histogram
 from jaxtune.reporting.html.markup import Number, Table
 
+_HELD_OUT = ("examples", "also_trained", "nearly_trained")
+
 
 class DataView(NamedTuple):
     """A data report for a page: numbers of its head, drawings, tables wide and narrow, notes."""
@@ -54,19 +56,22 @@ def _narrow_tables(report: Mapping[str, Any]) -> list[Table]:
         for name, key in (("example", "lengths"), ("trained", "trained_lengths"))
     ]
     sources = [
-        (name, part["format"], part["examples"], part["tokens_total"], part["tokens_trained"])
+        (
+            *(name, part["format"], part["examples"], part["tokens_total"]),
+            *(part["tokens_trained"], Number(f"{part['dropped_share']:.1%}")),
+        )
         for name, part in report["by_dataset"].items()
     ]
     flags = [(text, report[flag]) for flag, text in report["flags"].items() if report[flag]]
     held_out = report.get("evaluation") or {}
     return [
         Table("Lengths in tokens", ("", *quantiles), lengths),
-        Table("Sources", ("", "format", "examples", "tokens", "trained"), sources),
+        Table("Sources", ("", "format", "examples", "tokens", "trained", "dropped"), sources),
         Table("Found", ("", "count"), flags),
         Table(
             "Held out for evaluation",
             ("", "count"),
-            [(name.replace("_", " "), count) for name, count in held_out.items()],
+            [(n.replace("_", " "), held_out[n]) for n in _HELD_OUT if n in held_out],
         ),
     ]
 
