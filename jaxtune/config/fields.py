@@ -522,6 +522,11 @@ class ConfigFields(_Strict):
         "also a gs:// or s3:// URL",
     )
 
+    @property
+    def has_adapters(self) -> bool:
+        """Tell whether adapters are trained: new ones, or those of a folder."""
+        return self.lora.r > 0 or self.adapter_name_or_path is not None
+
     @pydantic.model_validator(mode="before")
     @classmethod
     def _by_method(cls, values: Any) -> Any:
@@ -599,10 +604,9 @@ class ConfigFields(_Strict):
     def _agree(self) -> ConfigFields:
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError("max_steps is positive, or -1 for num_train_epochs")
-        adapted = self.lora.r > 0 or self.adapter_name_or_path is not None
-        if adapted and self.init == "random":
+        if self.has_adapters and self.init == "random":
             raise ValueError("lora.r and adapters need a trained base; set init: pretrained")
-        if self.lora.base != "none" and not adapted:
+        if self.lora.base != "none" and not self.has_adapters:
             raise ValueError("lora.base is frozen and needs adapters; set lora.r")
         if self.eval_split and self.eval_datasets:
             raise ValueError("eval_split and eval_datasets exclude each other; set one")
@@ -639,7 +643,7 @@ class ConfigFields(_Strict):
         for name in ("trainable", "train_last_layers"):
             if getattr(self, name) is None:
                 continue
-            if self.lora.r > 0 or self.adapter_name_or_path is not None:
+            if self.has_adapters:
                 raise ValueError(f"adapters are trained beside frozen weights; unset {name}")
             if self.init == "random":
                 raise ValueError(f"{name}: frozen weights need init: pretrained")

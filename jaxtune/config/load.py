@@ -74,8 +74,7 @@ def load(
     config = parse_model(Config, nested, where=where)
     for name, value in method_defaults(nested).items():
         text = value if isinstance(value, str) else f"{value:g}"
-        adapted = config.lora.r > 0 or config.adapter_name_or_path is not None
-        lora = " and LoRA" if name == "learning_rate" and adapted else ""
+        lora = " and LoRA" if name == "learning_rate" and config.has_adapters else ""
         note(f"{name}: {text}, the default with {config.optim}{lora}")
     return config
 

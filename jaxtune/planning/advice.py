@@ -123,10 +123,13 @@ def _changes(estimate: StepEstimate) -> Iterator[tuple[str, str, Config, str]]:
         costs = "the same batch in more parts: weights are gathered for each"
         yield change(costs, in_parts(rows, microbatches))
     smallest = in_parts(rows, microbatches)
-    adapted = config.lora.r > 0 or config.adapter_name_or_path is not None
-    if config.optim == "adamw" and config.optim_state_dtype == "float32" and not adapted:
+    if (
+        config.optim == "adamw"
+        and config.optim_state_dtype == "float32"
+        and not config.has_adapters
+    ):
         yield change("rounds the momentum", {"optim_state_dtype": "bfloat16", **smallest})
-    if not adapted and not config.optim_offload:
+    if not config.has_adapters and not config.optim_offload:
         costs = "moments cross to the host and back in every step"
         yield change(costs, {"optim_offload": "true", **smallest})
     for devices in (2, 4, 8):
@@ -134,7 +137,7 @@ def _changes(estimate: StepEstimate) -> Iterator[tuple[str, str, Config, str]]:
         yield change("activations are exchanged in every layer", {**mesh, **smallest})
     if (next_size := larger(estimate.hardware.slice)) is not None:
         yield f"--topology {next_size.name}", "more chips", config, next_size.name
-    if not adapted:
+    if not config.has_adapters:
         yield change("trains adapters, not the model", {"lora.r": 16, **smallest})
         nf4 = {"lora.r": 16, "lora.base": "nf4"}
         yield change("and reads the base in 4 bits", {**nf4, **smallest})

@@ -96,7 +96,8 @@ def _commands(run: RunFiles, base: str | None) -> list[tuple[str, str]]:
     if run.config is None:
         return []
     folder, config = str(run.folder), str(run.folder / "config.yaml")
-    anew = _command("train", f"--config {shlex.quote(config)}", f"--output_dir {_again(folder)}")
+    other = shlex.quote(f"{folder.rstrip('/')}-again")
+    anew = _command("train", f"--config {shlex.quote(config)}", f"--output_dir {other}")
     commands = [("The same run again, in another folder:", anew)]
     if (run.folder / "hf").is_dir():
         answers = shlex.quote(str(run.folder / "evaluation.json"))
@@ -111,10 +112,6 @@ def _commands(run: RunFiles, base: str | None) -> list[tuple[str, str]]:
         what = "What it answers beside its base, and this page with the answers:"
         commands.append((what, f"{evaluate}\n{report}"))
     return [*commands, ("This page anew:", _command("report", shlex.quote(folder)))]
-
-
-def _again(folder: str) -> str:
-    return shlex.quote(f"{folder.rstrip('/')}-again")
 
 
 def _command(name: str, *parts: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+from jaxtune.evaluation.metric_names import is_number
 from jaxtune.html import resource, source_hash
 from jaxtune.reporting.html.markup import PACKAGE, Number, Table, part
 from jaxtune.terminal.text import printable
@@ -148,9 +149,7 @@ def _series(name: str, key: str, rows: Sequence[Row], *, marked: bool = False) -
 
 def _finite(value: Any) -> float | None:
     """Return None for what is no finite number: JSON has neither infinity nor NaN."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value
+    return value if is_number(value) else None
 
 
 def _any(series: Series) -> bool:
