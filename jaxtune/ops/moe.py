@@ -3,10 +3,10 @@
     chosen = route(logits_NE, per_token=2, softmax_over="chosen")
     y_ND   = apply_experts(x_ND, experts, chosen, activation=jax.nn.silu, clamp=None)
 
-Dropless: every token reaches all the experts it chose, whatever the load. `reference` runs every
-expert on every token; `ragged` sorts the tokens by expert and multiplies each run with its own
-expert (`jax.lax.ragged_dot`), and is what the model uses. On a CPU XLA expands `ragged_dot` to a
-product with all experts, so there the two cost about the same.
+Dropless: every token reaches all the experts it chose, whatever the load. `apply_experts` sorts the
+tokens by expert and multiplies each run with its own expert (`jax.lax.ragged_dot`);
+`apply_experts_reference`, the definition, runs every expert on every token. On a CPU XLA expands
+`ragged_dot` to a product with all experts, so there the two cost about the same.
 
 `ops/expert_parallel.py` is for experts that live on devices of their own.
 """
@@ -96,31 +96,13 @@ def balance(load: Load) -> jax.Array:
     return len(load.chosen) * jnp.sum((load.chosen / tokens) * (load.probability / tokens))
 
 
-def apply_experts(
-    x: jax.Array,
-    experts: Experts,
-    chosen: Chosen,
-    *,
-    activation: Activation,
-    clamp: Clamp,
-    impl: str = "ragged",
-) -> jax.Array:
-    """Apply the chosen experts to `x` `[N D]`, summed by their shares in float32 -> `[N D]`.
-
-    An expert is down(activation(gate(x)) * up(x)), or with `clamp` = (alpha, limit) what
-    `spec.MoeSpec` says. The result has the dtype of `x`. With F cut into slices the results of
-    the slices add up, if only one of them gets the bias of `down`.
-    """
-    if impl not in IMPLEMENTATIONS:
-        known = ", ".join(sorted(IMPLEMENTATIONS))
-        raise ValueError(f"mixture implementation is {impl!r}; expected one of {known}")
-    return IMPLEMENTATIONS[impl](x, experts, chosen, activation=activation, clamp=clamp)
-
-
-def reference(
+def apply_experts_reference(
     x: jax.Array, experts: Experts, chosen: Chosen, *, activation: Activation, clamp: Clamp
 ) -> jax.Array:
-    """Every expert on every token, most of them at share zero."""
+    """Apply every expert to every token, most of them at share zero: the definition.
+
+    Arguments as `apply_experts` has them.
+    """
     E = len(experts.gate)
     share_NE = jnp.einsum("Nk,NkE->NE", chosen.shares, jax.nn.one_hot(chosen.experts, E))
 
@@ -135,10 +117,17 @@ def reference(
     return jnp.einsum("NED,NE->ND", y_NED.astype(jnp.float32), share_NE).astype(x.dtype)
 
 
-def ragged(
+def apply_experts(
     x: jax.Array, experts: Experts, chosen: Chosen, *, activation: Activation, clamp: Clamp
 ) -> jax.Array:
-    """Tokens sorted by expert (S = N k of them), three grouped products, and back."""
+    """Apply the chosen experts to `x` `[N D]`, summed by their shares in float32 -> `[N D]`.
+
+    An expert is down(activation(gate(x)) * up(x)), or with `clamp` = (alpha, limit) what
+    `spec.MoeSpec` says. The result has the dtype of `x`. With F cut into slices the results of
+    the slices add up, if only one of them gets the bias of `down`.
+
+    Tokens are sorted by expert (S = N k of them), go through three grouped products, and back.
+    """
     (N, k), (E, D, _) = chosen.experts.shape, experts.gate.shape
     order_S, sizes_E = ordered(chosen.experts, E)
     back_S = jnp.argsort(order_S)
@@ -195,5 +184,3 @@ def gate_and_up(gate: jax.Array, up: jax.Array, activation: Activation, clamp: C
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
 
-
-IMPLEMENTATIONS = {"reference": reference, "ragged": ragged}

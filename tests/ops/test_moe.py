@@ -1,6 +1,7 @@
 """The mixture against loops over tokens and experts, values and gradients."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,12 @@ import pytest
 
 from jaxtune.ops.expert_parallel import apply_local_experts, round_rows
 from jaxtune.ops.moe import (
-    IMPLEMENTATIONS,
     Chosen,
     Experts,
     Load,
     Order,
     apply_experts,
+    apply_experts_reference,
     balance,
     load,
     ordered,
@@ -56,19 +57,17 @@ def _by_loops(x, experts: Experts, chosen: Chosen, clamp) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("apply", [apply_experts, apply_experts_reference])
 @pytest.mark.parametrize(
     ("k", "biases", "clamp"),
     [(2, False, None), (3, True, (1.7, 1.5)), (1, True, None), (E, False, None)],
 )
-def test_mixture_is_that_of_the_loops(impl, k, biases, clamp):
+def test_mixture_is_that_of_the_loops(apply, k, biases, clamp):
     rng = np.random.default_rng(k)
     x, logits = (jnp.asarray(rng.normal(size=(N, n)), jnp.float32) for n in (D, E))
     chosen = route(logits, per_token=k, softmax_over="all")
     experts = _experts(k, biases=biases)
-    got = jax.jit(lambda *a: apply_experts(*a, activation=jax.nn.silu, clamp=clamp, impl=impl))(
-        x, experts, chosen
-    )
+    got = jax.jit(partial(apply, activation=jax.nn.silu, clamp=clamp))(x, experts, chosen)
     np.testing.assert_allclose(got, _by_loops(x, experts, chosen, clamp), rtol=1e-4, atol=1e-4)
 
 
@@ -81,14 +80,14 @@ def test_gradients_of_ragged_are_those_of_the_reference(idle):
         logits = logits + jnp.asarray([[0.0, 20.0, 0.0, 18.0, 0.0]])
     experts = _experts(1, biases=True)
 
-    def loss(x, logits, experts, impl):
+    def loss(x, logits, experts, apply):
         chosen = route(logits, per_token=2, softmax_over="chosen")
-        y = apply_experts(x, experts, chosen, activation=jax.nn.silu, clamp=(1.7, 3.0), impl=impl)
+        y = apply(x, experts, chosen, activation=jax.nn.silu, clamp=(1.7, 3.0))
         return jnp.sum(y * probe)
 
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnames="impl")
-    expected = gradient(x, logits, experts, impl="reference")
-    found = gradient(x, logits, experts, impl="ragged")
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnames="apply")
+    expected = gradient(x, logits, experts, apply=apply_experts_reference)
+    found = gradient(x, logits, experts, apply=apply_experts)
     for want, got in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
     assert (np.abs(found[2].gate).max(axis=(1, 2)) == 0).sum() == (3 if idle else 0)
@@ -144,10 +143,9 @@ def test_experts_of_several_devices_add_up_to_the_mixture(rows, loads, biases):
 
     def reference(x, experts, chosen):
         flat = Chosen(*(part.reshape(-1, 2) for part in chosen))
-        y = apply_experts(
-            x.reshape(-1, D), experts, flat,
-            activation=jax.nn.silu, clamp=(1.7, 3.0), impl="reference",
-        )  # fmt: skip
+        y = apply_experts_reference(
+            x.reshape(-1, D), experts, flat, activation=jax.nn.silu, clamp=(1.7, 3.0)
+        )
         return y.reshape(x.shape)
 
     def mixed(x, experts, chosen):
@@ -206,16 +204,3 @@ def test_balance_by_hand():
     even = Load(jnp.full(4, 6.0), jnp.full(4, 3.0), jnp.asarray(12.0))
     assert math.isclose(balance(even), 2.0, rel_tol=1e-6)  # two experts per token
     assert balance(Load(jnp.zeros(4), jnp.zeros(4), jnp.zeros(()))) == 0
-
-
-def test_an_unknown_implementation_is_refused():
-    chosen = route(jnp.zeros((N, E)), per_token=1, softmax_over="all")
-    with pytest.raises(ValueError, match="mixture implementation is 'dense'; expected one of ragg"):
-        apply_experts(
-            jnp.zeros((N, D)),
-            _experts(0, biases=False),
-            chosen,
-            activation=jax.nn.silu,
-            clamp=None,
-            impl="dense",
-        )
