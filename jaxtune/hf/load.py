@@ -8,6 +8,7 @@ step: the safetensors on disk are the source of every slice.
 import functools
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -347,12 +348,11 @@ def _ignored(model: HfModel, name: str) -> bool:
 
 def _widest_use(tensors: Mapping[str, mxfp4.Source]) -> str:
     """The dtype most values are stored in; float32 where there are none."""
-    values: dict[str, int] = {}
+    values: Counter[str] = Counter()
     for tensor in tensors.values():
         if tensor.code in DTYPES:
-            name = str(tensor.dtype)
-            values[name] = values.get(name, 0) + int(np.prod(tensor.shape))
-    return max(values, key=lambda name: values[name], default="float32")
+            values[str(tensor.dtype)] += math.prod(tensor.shape)
+    return values.most_common(1)[0][0] if values else "float32"
 
 
 def _locate(name: str, revision: str | None, weights: bool) -> tuple[Path, Path]:

@@ -244,10 +244,7 @@ def abstract(spec: ModelSpec, dtype: DTypeLike, lora: Lora | None = None) -> Par
 
 def axes(spec: ModelSpec, lora: Lora | None = None) -> Params:
     """The same tree with each parameter's logical axes, for `mesh.shardings`."""
-    declared = _declared(spec, jnp.dtype(jnp.float32), lora)
-    return jax.tree.map(
-        lambda box: box.axes, declared, is_leaf=lambda x: isinstance(x, PartitionedParam)
-    )
+    return _axes(_declared(spec, jnp.dtype(jnp.float32), lora))
 
 
 def init_adapters(spec: ModelSpec, lora: Lora, params: Params, key: jax.Array) -> Params:
@@ -262,10 +259,12 @@ def abstract_adapters(spec: ModelSpec, lora: Lora) -> Params:
 
 def adapter_axes(spec: ModelSpec, lora: Lora) -> Params:
     """The same tree with the logical axes of each leaf; what is only of adapters is replicated."""
+    return _axes(_abstract_adapters(spec, lora))
+
+
+def _axes(boxes: Params) -> Params:
     return jax.tree.map(
-        lambda box: box.axes,
-        _abstract_adapters(spec, lora),
-        is_leaf=lambda x: isinstance(x, PartitionedParam),
+        lambda box: box.names, boxes, is_leaf=lambda x: isinstance(x, PartitionedParam)
     )
 
 

@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -68,27 +67,14 @@ class ModuleConfig(NamedTuple):
     lora: Lora | None = None
 
 
-class PartitionedParam(flax.struct.PyTreeNode, meta.AxisMetadata[Any]):
-    """A parameter together with its logical axes; `nn.scan` adds the stacked axis in front."""
+class PartitionedParam(meta.Partitioned[Any]):
+    """A parameter together with the `names` of its logical axes; `nn.scan` adds the stacked one.
 
-    value: Any
-    axes: tuple[str | None, ...] = flax.struct.field(pytree_node=False)
+    Under a mesh Flax would take them for names of its axes and constrain the parameter by them.
+    """
 
-    def unbox(self) -> Any:
+    def unbox(self, apply_constraint: bool = True) -> Any:
         return self.value
-
-    def replace_boxed(self, val: Any) -> "PartitionedParam":
-        return self.replace(value=val)
-
-    def add_axis(self, index: int, params: dict[Any, Any]) -> "PartitionedParam":
-        axes = list(self.axes)
-        axes.insert(index, params[meta.PARTITION_NAME])
-        return self.replace(axes=tuple(axes))
-
-    def remove_axis(self, index: int, params: dict[Any, Any]) -> "PartitionedParam":
-        axes = list(self.axes)
-        del axes[index]
-        return self.replace(axes=tuple(axes))
 
 
 def weight(

@@ -183,4 +183,3 @@ def gate_and_up(gate: jax.Array, up: jax.Array, activation: Activation, clamp: C
     alpha, limit = clamp
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
-

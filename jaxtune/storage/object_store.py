@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import errno
+import filecmp
 import fnmatch
 import functools
 import hashlib
@@ -228,7 +229,7 @@ def unequal(folder: Path, names: Sequence[str], below: str, *, contents: bool) -
             return ""
         with tempfile.TemporaryDirectory(prefix="jaxtune-") as place:
             fetch(item, Path(place) / "back")
-            same = _sha256(Path(place) / "back") == _sha256(folder / name)
+            same = filecmp.cmp(Path(place) / "back", folder / name, shallow=False)
         return "" if same else f"{item.url}: its bytes are not those that were written"
 
     return next(filter(None, _all(look, names)), "")
@@ -355,16 +356,12 @@ def _item(url: str, info: dict[str, Any]) -> Item:
     name = str(info["name"]).lstrip("/")
     etag = str(info.get("ETag") or "").strip('"')
     if "md5Hash" in info:
-        md5: str | None = _hex(str(info["md5Hash"]))
+        md5: str | None = base64.b64decode(str(info["md5Hash"])).hex()
     else:
         md5 = etag if re.fullmatch(r"[0-9a-f]{32}", etag) else None
     made = info.get("created")  # in memory: a time, or its seconds
     stamp = info.get("generation") or etag or getattr(made, "timestamp", lambda: made)()
     return Item(f"{scheme.group(0)}{name}", int(info["size"]), str(stamp), md5)
-
-
-def _hex(base64_text: str) -> str:
-    return base64.b64decode(base64_text).hex()
 
 
 def _tried(url: str, done: str, act: Callable[[], T]) -> T:
@@ -415,8 +412,3 @@ def _all(act: Callable[[Any], T], things: Iterable[Any]) -> list[T]:
 def _md5(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,12 +70,5 @@ def lora_meta(lora: Lora) -> dict[str, Any]:
 
 
 def lora_from_meta(meta: Mapping[str, Any]) -> Lora:
-    values = json.loads(json.dumps(meta))
-    targets = values["targets"]
-    return Lora(
-        **{
-            **values,
-            "targets": None if targets is None else frozenset(targets),
-            "tokens": tuple(values["tokens"]),
-        }
-    )
+    targets = None if meta["targets"] is None else frozenset(meta["targets"])
+    return Lora(**{**meta, "targets": targets, "tokens": tuple(meta["tokens"])})

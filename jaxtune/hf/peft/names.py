@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxtune.config import ModelError
 from jaxtune.hf.folders import ADAPTER as CONFIG
+from jaxtune.hf.layout import Placed
 from jaxtune.hf.load import HfModel
 from jaxtune.model import decoder
 
@@ -65,6 +66,21 @@ def first_row(model: HfModel, name: str) -> int:
     if part is not None and part.step != 1:
         raise ModelError(f"{model.name}: {name} takes turns with others; it has no PEFT adapter.")
     return 0 if part is None else part.start
+
+
+def leaf_axes(placed: Placed) -> dict[str, tuple[str, str]]:
+    """A leaf of one layer's adapter -> its axes here, and those of PEFT's tensor, unfolded.
+
+    Of o_proj: {"a": ("HKR", "RHK"), "b": ("RD", "DR"), "magnitude": ("D", "D")}.
+    """
+    outputs, inputs = ("".join(group) for group in placed.row.groups)
+    shared = "".join(axis for axis in placed.row.axes if axis in inputs)
+    added = "".join(axis for axis in placed.row.axes if axis in outputs)
+    return {
+        "a": (f"{shared}R", f"R{inputs}"),
+        "b": (f"R{added}", f"{outputs}R"),
+        "magnitude": (added, outputs),
+    }
 
 
 def adapted(leaves: Leaves) -> list[str]:

@@ -22,6 +22,7 @@ from jaxtune.hf.peft.names import (
     B,
     first_row,
     in_peft,
+    leaf_axes,
     modules_of,
     spellings,
     table_module,
@@ -317,25 +318,23 @@ def _leaves(
     model: HfModel, name: str, layers: Sequence[_LayerAdapter], lora: Lora
 ) -> dict[str, np.ndarray]:
     placed = model.placed[f"{name}/kernel"]
-    sizes = dict(zip(placed.row.axes, placed.shape, strict=True))
-    shared = [axis for axis in placed.row.axes if axis in placed.row.groups[1]]
-    added = [axis for axis in placed.row.axes if axis in placed.row.groups[0]]
-    leaves: dict[str, list[np.ndarray]] = {"a": [], "b": [], "magnitude": []}
+    sizes = dict(zip(placed.row.axes, placed.shape, strict=True)) | {"R": lora.r}
+    leaves: dict[str, list[np.ndarray]] = {}
     for layer in layers:
         pad = lora.r - len(layer.a)
         rescaled = np.float32(layer.scale / lora.scale if lora.scale else 1)
-        a = np.pad(layer.a, ((0, pad), (0, 0)))
-        b = np.pad(layer.b * rescaled, ((0, 0), (0, pad)))
-        inner = a.reshape(lora.r, *(sizes[axis] for axis in placed.row.groups[1]))
-        order = [1 + placed.row.groups[1].index(axis) for axis in shared]
-        leaves["a"].append(inner.transpose(*order, 0))
-        outer = b.reshape(*(sizes[axis] for axis in placed.row.groups[0]), lora.r)
-        order = [placed.row.groups[0].index(axis) for axis in added]
-        leaves["b"].append(outer.transpose(len(added), *order))
-        if layer.magnitude is not None:
-            split = layer.magnitude.reshape([sizes[axis] for axis in placed.row.groups[0]])
-            leaves["magnitude"].append(split.transpose(order))
-    return {f"{name}/{leaf}": np.stack(values) for leaf, values in leaves.items() if values}
+        tensors = {
+            "a": np.pad(layer.a, ((0, pad), (0, 0))),
+            "b": np.pad(layer.b * rescaled, ((0, 0), (0, pad))),
+            "magnitude": layer.magnitude,
+        }
+        for leaf, (axes, peft_axes) in leaf_axes(placed).items():
+            values = tensors[leaf]
+            if values is not None:
+                unfolded = values.reshape([sizes[axis] for axis in peft_axes])
+                here = np.einsum(f"{peft_axes}->{axes}", unfolded)
+                leaves.setdefault(f"{name}/{leaf}", []).append(here)
+    return {leaf: np.stack(values) for leaf, values in leaves.items()}
 
 
 def _read_rows(

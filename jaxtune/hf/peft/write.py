@@ -7,7 +7,7 @@ stacked and B block by block, at a rank as many times larger, which is the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ from jaxtune.hf.peft.names import (
     adapted,
     first_row,
     in_peft,
+    leaf_axes,
     module_of,
     modules_of,
     rows_in,
@@ -133,16 +134,15 @@ def _as_peft(
         made_of.sort(key=lambda part: first_row(model, part[0]))
         count = len(made_of)
         whole = rows_in(model, made_of[0][0])
-        a = np.concatenate([_a(model, leaves, *part) for part in made_of])
         b = np.zeros((whole, lora.r * count), np.float32)
-        for n, part in enumerate(made_of):
-            start, block = first_row(model, part[0]), _b(model, leaves, *part)
+        for n, block in enumerate(_in_module(model, leaves, "b", made_of)):
+            start = first_row(model, made_of[n][0])
             b[start : start + len(block), n * lora.r : (n + 1) * lora.r] = block
         there = f"{PREFIX}{in_peft(model, module)}"
-        tensors[f"{there}{A}"] = np.ascontiguousarray(a)
+        tensors[f"{there}{A}"] = np.concatenate(_in_module(model, leaves, "a", made_of))
         tensors[f"{there}{B}"] = b
         if lora.dora:
-            lengths = [_magnitude(model, leaves, *part) for part in made_of]
+            lengths = _in_module(model, leaves, "magnitude", made_of)
             tensors[f"{there}{MAGNITUDE}"] = np.concatenate(lengths)
         if count > 1:
             key = module.rpartition(".")[2]
@@ -156,29 +156,17 @@ def _as_peft(
     return tensors, {"rank_pattern": ranks, "alpha_pattern": alphas}
 
 
-def _a(model: HfModel, leaves: Leaves, name: str, layer: int) -> np.ndarray:
-    """[R in] of one layer."""
-    placed = model.placed[f"{name}/kernel"]
-    a = leaves[f"{name}/a"][layer]
-    shared = [axis for axis in placed.row.axes if axis in placed.row.groups[1]]
-    order = [shared.index(axis) for axis in placed.row.groups[1]]
-    return np.ascontiguousarray(a.transpose(len(shared), *order)).reshape(a.shape[-1], -1)
-
-
-def _b(model: HfModel, leaves: Leaves, name: str, layer: int) -> np.ndarray:
-    """[out R] of one layer, the rows of this projection alone."""
-    placed = model.placed[f"{name}/kernel"]
-    b = leaves[f"{name}/b"][layer]
-    added = [axis for axis in placed.row.axes if axis in placed.row.groups[0]]
-    order = [1 + added.index(axis) for axis in placed.row.groups[0]]
-    return np.ascontiguousarray(b.transpose(*order, 0)).reshape(-1, b.shape[0])
-
-
-def _magnitude(model: HfModel, leaves: Leaves, name: str, layer: int) -> np.ndarray:
-    placed = model.placed[f"{name}/kernel"]
-    values: np.ndarray = leaves[f"{name}/magnitude"][layer]
-    added = [axis for axis in placed.row.axes if axis in placed.row.groups[0]]
-    return values.transpose([added.index(axis) for axis in placed.row.groups[0]]).reshape(-1)
+def _in_module(
+    model: HfModel, leaves: Leaves, leaf: str, parts: Sequence[tuple[str, int]]
+) -> list[np.ndarray]:
+    """PEFT's A [R in], B [out R] or magnitude [out] of each projection of one layer's module."""
+    tensors = []
+    for name, layer in parts:
+        axes, peft_axes = leaf_axes(model.placed[f"{name}/kernel"])[leaf]
+        values = np.einsum(f"{axes}->{peft_axes}", leaves[f"{name}/{leaf}"][layer])
+        folded = {"a": (len(values), -1), "b": (-1, values.shape[-1]), "magnitude": (-1,)}[leaf]
+        tensors.append(np.ascontiguousarray(values).reshape(folded))
+    return tensors
 
 
 def _config(model: HfModel, lora: Lora, revision: str | None) -> dict[str, Any]:
