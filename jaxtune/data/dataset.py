@@ -46,7 +46,7 @@ class Source:
     path: str
     files: tuple[str, ...]  # by name; `stored` counts them
     stored: cache.CachedSource
-    stop_id: int  # what ends an answer, or a text
+    stop_ids: tuple[int, ...]  # what ends an answer, or a text
     weight: float = 1.0
     column: str | None = None  # whose values have target shares
     target: Mapping[str, float] = field(default_factory=dict)
@@ -238,7 +238,7 @@ def _source(
         path=entry.path,
         files=tuple(file.name for file in preprocess.files_of(entry)),
         stored=stored,
-        stop_id=special.get(template.closing, -1) if is_text else template.stop_id,
+        stop_ids=(special.get(template.closing, -1),) if is_text else template.stop_ids,
         weight=entry.weight,
         column=entry.proportions.column if entry.proportions else None,
         target=entry.proportions.target if entry.proportions else {},

@@ -90,11 +90,13 @@ def open_template(config: DataConfig, tokenizer: Tokenizer, *, note: Note) -> Te
 
 
 def stop_ids(config: DataConfig, tokenizer: Tokenizer, template: Template) -> list[int]:
-    """List the ends of turn that were trained: the run's, and those of datasets with a template."""
+    """List the ends of turn that were trained: the run's, and those of datasets with a template.
+
+    The first is that of a plain answer.
+    """
     own = [entry.template for entry in config.datasets if entry.template]
     others = [variant(template, tokenizer, template=name, system_prompt=None) for name in own]
-    by_tools = [found.with_tools for found in (template, *others) if found.with_tools]
-    return list(dict.fromkeys(found.stop_id for found in (template, *others, *by_tools)))
+    return list(dict.fromkeys(number for t in (template, *others) for number in t.stop_ids))
 
 
 def preprocess_config(

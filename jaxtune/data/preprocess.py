@@ -123,6 +123,7 @@ class PreprocessedRow(NamedTuple):
     text: str
     tokens: WeightedTokens | None
     dropped: Dropped | None
+    untrained: tuple[Dropped, ...] = ()  # answers of the record that are only context, and why
     split: bool = False
     inexact: bool = False
     cut: bool = False  # to max_length
@@ -233,6 +234,7 @@ def preprocess_chunk(
             continue
         prepared = base._replace(
             text=text,
+            untrained=tuple(lost for span in spans for lost in span.untrained),
             tokens=result.tokens,
             split=result.split,
             inexact=result.inexact,
@@ -348,6 +350,7 @@ class TokenizedChunk(NamedTuple):
     values: tuple[str, ...]  # what the numbers in `arrays["values"]` stand for in this chunk
     counts: Counter[str]
     dropped: dict[str, dict[str, Any]]  # reason -> {"count", "first": [{"file", "line", "detail"}]}
+    untrained: dict[str, dict[str, Any]]  # the same of answers that are only context in their row
 
 
 def tokenize_chunk(
@@ -358,13 +361,14 @@ def tokenize_chunk(
     for column in entry.columns.values():
         counts[_COLUMN + column] = sum(column in record.fields for _, record in chunk)
     dropped: dict[str, dict[str, Any]] = {}
+    untrained: dict[str, dict[str, Any]] = {}
     trained_rows: list[PreprocessedRow] = []
     tokens: list[WeightedTokens] = []
     for item in preprocess_chunk(chunk, name, entry, config):
+        for lost in item.untrained:
+            _count(untrained, item, lost)
         if item.dropped or item.tokens is None:
-            reason, detail = item.dropped or Dropped("nothing to train")
-            first = [{"file": item.file, "line": item.line, "detail": detail}]
-            _merge(dropped, {reason: {"count": 1, "first": first}})
+            _count(dropped, item, item.dropped or Dropped("nothing to train"))
             if item.tokens is not None:
                 counts["trained_tokens_dropped"] += int(np.count_nonzero(item.tokens.weights))
         else:
@@ -385,7 +389,7 @@ def tokenize_chunk(
         "digests": np.array([_digest(part.ids) for part in tokens], np.uint64),
         "signatures": signatures([item.own_text for item in trained_rows]).reshape(-1),
     }
-    return TokenizedChunk(arrays, tuple(values), counts, dropped)
+    return TokenizedChunk(arrays, tuple(values), counts, dropped, untrained)
 
 
 def build(
@@ -396,6 +400,7 @@ def build(
     files = [file.name for file in files_of(entry)]
     counts: Counter[str] = Counter()
     dropped: dict[str, dict[str, Any]] = {}
+    untrained: dict[str, dict[str, Any]] = {}
     known: dict[str, int] = {}  # values of the column of `proportions`
     end = 0
     writer.append("offsets", np.zeros(1, np.int64))
@@ -404,6 +409,7 @@ def build(
         for made in parts:
             counts.update(made.counts)
             _merge(dropped, made.dropped)
+            _merge(untrained, made.untrained)
             ends = end + np.cumsum(made.arrays["offsets"])
             end = int(ends[-1]) if len(ends) else end
             numbers = [known.setdefault(value, len(known)) for value in made.values]
@@ -417,7 +423,10 @@ def build(
                 f"{entry.path}: columns: {standard} is {column}, which no record has. Mend the "
                 "mapping, or leave it out."
             )
-    for reason in dropped.values():  # by number: the same data may lie elsewhere tomorrow
+    for reason in (
+        *dropped.values(),
+        *untrained.values(),
+    ):  # by number: the same data may lie elsewhere tomorrow
         reason["first"] = [
             {**first, "file": files.index(first["file"])} for first in reason["first"]
         ]
@@ -426,8 +435,18 @@ def build(
         "content": writer.content,
         "values": list(known),
         "counts": dict(counts),
-        "dropped": dict(sorted(dropped.items(), key=lambda item: -item[1]["count"])),
+        "dropped": _by_count(dropped),
+        "untrained": _by_count(untrained),
     }
+
+
+def _count(reasons: dict[str, dict[str, Any]], item: PreprocessedRow, lost: Dropped) -> None:
+    first = [{"file": item.file, "line": item.line, "detail": lost.detail}]
+    _merge(reasons, {lost.reason: {"count": 1, "first": first}})
+
+
+def _by_count(reasons: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return dict(sorted(reasons.items(), key=lambda item: -item[1]["count"]))
 
 
 def _merge(dropped: dict[str, dict[str, Any]], more: Mapping[str, dict[str, Any]]) -> None:

@@ -52,12 +52,21 @@ class Document(NamedTuple):
     text: str
 
 
+class Dropped(NamedTuple):
+    """A row that is not trained. `reason` is counted, `detail` is shown for the first few."""
+
+    reason: str
+    detail: str = ""
+
+
 class Span(NamedTuple):
     """A piece of the rendered text. Tokens never reach over the edge of a span.
 
     `answer` marks what the model must produce: it ends with exactly one end of turn. `breaks` are
     places inside special tokens that a message holds as text: cut there, they stay text. A
     `document` is encoded as the beginning of a text, and may hold any number of ends of turn.
+    `untrained`, on the first span of a conversation's first row, says why answers that were to be
+    trained are context only.
     """
 
     text: str
@@ -65,6 +74,7 @@ class Span(NamedTuple):
     answer: bool = False
     breaks: tuple[int, ...] = ()
     document: bool = False
+    untrained: tuple[Dropped, ...] = ()
 
 
 class WeightedTokens(NamedTuple):
@@ -80,13 +90,6 @@ class Example(NamedTuple):
     inputs: Ints
     targets: Ints
     weights: Floats
-
-
-class Dropped(NamedTuple):
-    """A row that is not trained. `reason` is counted, `detail` is shown for the first few."""
-
-    reason: str
-    detail: str = ""
 
 
 class Batch(NamedTuple):

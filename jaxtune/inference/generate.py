@@ -188,8 +188,8 @@ class TextGenerator:
     ) -> int:
         """Queue a prompt and return the number of the request.
 
-        `template` is that of the prompt: its text around an answer is left out and its end of turn
-        ends the answer; without one the text continues the prompt. Random numbers depend on
+        `template` is that of the prompt: its text around an answer is left out and its ends of turn
+        end the answer; without one the text continues the prompt. Random numbers depend on
         `sampling.seed` and `number` alone; see `Engine.submit`. Raises: ConfigError, DataError.
         """
         if any(not text for text in stop):
@@ -197,7 +197,7 @@ class TextGenerator:
         request = self._engine.submit(
             prompt,
             max_new_tokens=max_new_tokens,
-            stop_ids=self._stop_ids if template is None else {*self._stop_ids, template.stop_id},
+            stop_ids=self._stop_ids if template is None else {*self._stop_ids, *template.stop_ids},
             sampling=sampling,
             number=number,
         )

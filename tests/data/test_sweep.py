@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
 import pytest
 from data.chat_templates import FOREIGN
@@ -68,7 +69,6 @@ NOUNS |= {"calls": CALLS, "thoughts": THOUGHTS}
 # Which are dropped, and why. Everything else must be trained.
 REFUSED = "the template refuses the conversation"
 NO_SYSTEM = "the template does not show the system message"
-NO_HEADER = "the generation prompt does not begin the answer"
 NO_TOOLS = "the template does not show the tools"
 NO_THINKING = "the template does not show the thinking of the answer"
 DROPPED = {
@@ -79,11 +79,11 @@ DROPPED = {
     },
     **{(name, "thoughts"): NO_THINKING for name in FOREIGN if name != "thinking_key"},
     **{(name, "calls"): REFUSED for name in ("renaming_refusing", "alternating_raising")},
-    **{(name, "double answer"): REFUSED for name in ("renaming_refusing", "alternating_raising")},
-    **{(name, "double answer"): NO_HEADER for name in ("thinking", "eos_at_end_only")},
     ("renaming_refusing", "system"): REFUSED,
     ("system_ignoring", "system"): NO_SYSTEM,
 }
+# The second of two answers in a row is refused; the first is trained.
+UNTRAINED = [(name, "double answer") for name in ("renaming_refusing", "alternating_raising")]
 
 
 class Reference(NamedTuple):
@@ -114,9 +114,15 @@ class Reference(NamedTuple):
         for i, message in enumerate(noun.messages):
             if message.role != "assistant":
                 continue
-            fed, whole = self.text(noun, i, prompt=True), self.text(noun, i + 1)
+            try:
+                fed, whole = self.text(noun, i, prompt=True), self.text(noun, i + 1)
+            except jinja2.TemplateError:  # the second of two answers in a row
+                return
+            header = "<|im_start|>assistant\n"
             if whole.startswith(fed) and message.content.strip() in whole[len(fed) :]:
                 yield fed, whole[len(fed) : whole.index(stop, len(fed)) + len(stop)]
+            elif fed.endswith(header):  # it rewrites the answer before
+                yield fed, whole.rpartition(header)[2].rstrip()
 
 
 @pytest.fixture(scope="module", params=["byte_level", "sentencepiece", "nasty"])
@@ -162,7 +168,9 @@ def test_every_row_is_right_or_dropped(kind: Tokenizer, name: str, shape: str) -
         return
     expected = list(reference.answers(noun, template.stop))
     if not reasons:
-        assert len(expected) == sum(m.role == "assistant" for m in noun.messages)
+        lost = [reason for row in spans for reason in row[0].untrained]
+        assert len(expected) + len(lost) == sum(m.role == "assistant" for m in noun.messages)
+        assert not lost or (name, shape) in UNTRAINED
     found: list[str] = []
     for row, result in zip(spans, tokenize_rows(spans, kind), strict=True):
         assert isinstance(result, TokenizedRow), result
@@ -171,7 +179,8 @@ def test_every_row_is_right_or_dropped(kind: Tokenizer, name: str, shape: str) -
         text = "".join(span.text for span in row)
         if not result.split:
             assert ids.tolist() == loaded(text, add_special_tokens=False).input_ids
-            if len(spans) == 1 and text == reference.text(noun):
+            refused = (name, shape) in UNTRAINED
+            if len(spans) == 1 and not refused and text == reference.text(noun):
                 assert ids.tolist() == reference.ids(noun)
         assert loaded.decode(ids.tolist()).strip() == text.strip()
         answers = trained_texts(result, loaded, template.stop_id)
@@ -187,7 +196,7 @@ def test_every_row_is_right_or_dropped(kind: Tokenizer, name: str, shape: str) -
             before = loaded.decode(ids[:start].tolist()).strip()
             assert before in [prompt.strip() for prompt, _ in expected]
     assert found == [answer for _, answer in expected]
-    if len(produced) == 1:
+    if len(produced) == 1 and (name, shape) not in UNTRAINED:
         assert "".join(span.text for span in spans[0]) == reference.text(noun)
 
 

@@ -151,12 +151,16 @@ def test_ours_are_chat_templates_to_transformers(
         messages = SHAPES[shape]
         chat = [{"role": m.role, "content": m.content} for m in messages]
         for row in rows(found, messages):
-            if isinstance(row, Dropped):
-                with pytest.raises(jinja2.TemplateError, match=re.escape(row.detail)):
+            lost = [row] if isinstance(row, Dropped) else row[0].untrained
+            for refused in lost:
+                said = refused.detail.removeprefix("up to message 3: ")
+                with pytest.raises(jinja2.TemplateError, match=re.escape(said)):
                     reference.apply_chat_template(chat, tokenize=False)
+            if isinstance(row, Dropped):
                 continue
-            assert text(row) == reference.apply_chat_template(chat, tokenize=False)
-            asked = [i for i, m in enumerate(messages) if m.role == "assistant"]
+            upto = 2 if lost else len(messages)  # the second of two answers in a row is refused
+            assert text(row) == reference.apply_chat_template(chat[:upto], tokenize=False)
+            asked = [i for i, m in enumerate(messages[:upto]) if m.role == "assistant"]
             for i in asked:
                 fed = text(render_prompt(found, messages[:i]))
                 assert fed == reference.apply_chat_template(
@@ -213,12 +217,14 @@ def test_any_chat_template_is_right_or_dropped(
         except Exception:
             continue
         end = whole.find(found.stop, len(prompt)) + len(found.stop)
-        if whole.startswith(prompt) and message.content.strip() in whole[len(prompt) : end]:
+        if shape == "double answer" and i == 2 and not whole.startswith(prompt):
+            expected[i] = whole[whole.index("Seven.") + 6 :].partition("assistant\n")[2].rstrip()
+        elif whole.startswith(prompt) and message.content.strip() in whole[len(prompt) : end]:
             expected[i] = whole[len(prompt) : end]
     produced = rows(found, messages)
     good = [row for row in produced if not isinstance(row, Dropped)]
     if not good:
-        assert name in ("renaming_refusing", "system_ignoring") or shape == "double answer"
+        assert name in ("renaming_refusing", "system_ignoring")
         return
     assert [answer for row in good for answer in trained(row)] == list(expected.values())
     for row in good:  # each answer stands behind exactly what inference feeds
@@ -228,7 +234,7 @@ def test_any_chat_template_is_right_or_dropped(
             if span.answer:
                 fed = [rendered(i, prompt=True) for i, a in expected.items() if a == span.text]
                 assert before in fed
-    if len(produced) == 1:
+    if len(produced) == 1 and not good[0][0].untrained:
         assert text(good[0]) == rendered(len(messages))
 
 
@@ -262,16 +268,14 @@ THINKS_IN_THE_PROMPT = """{%- for message in messages -%}
 {{- "<|im_start|>" + message.role + "\n" + message.content.split("</think>")[-1] + "<|im_end|>" -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- "<|im_start|>assistant\n<think>\n" -}}{%- endif -%}"""
+HEADERS_OF_ITS_OWN = """{%- for message in messages -%}
+{{- "<|im_start|>" + message.role + "\n" + message.content + "<|im_end|>\n" -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "<|im_start|>bot\n" -}}{%- endif -%}"""
 
 
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [(SYSTEM_WHILE_UNANSWERED, "system"), (THINKS_IN_THE_PROMPT, "one")],
-)
-def test_an_answer_behind_other_text_than_is_fed_says_what_to_do(
-    byte_level: Tokenizer, source: str, name: str
-) -> None:
-    found = rows(resolve(source, byte_level), SHAPES[name])
+def test_an_answer_behind_other_text_than_is_fed_says_what_to_do(byte_level: Tokenizer) -> None:
+    found = rows(resolve(HEADERS_OF_ITS_OWN, byte_level), ONE)
     assert {row.reason for row in found} == {"the generation prompt does not begin the answer"}
     said = (
         r"message \d: the template does not write what inference is fed in front of the answer\. "
@@ -279,6 +283,17 @@ def test_an_answer_behind_other_text_than_is_fed_says_what_to_do(
         r"prompt the answer continues"
     )
     assert all(re.fullmatch(said, row.detail) for row in found)
+
+
+def test_an_answer_is_shown_behind_what_is_fed_also_where_its_own_render_rewrites_that(
+    byte_level: Tokenizer,
+) -> None:
+    first, second = rows(resolve(SYSTEM_WHILE_UNANSWERED, byte_level), SHAPES["system"])
+    assert text(first) == "[INST] Be brief.\n\nName a prime.[/INST] Seven.</s>"
+    assert trained(second) == [" Eleven.</s>"]
+    assert text(second) == (
+        "[INST] Name a prime.[/INST] Seven.</s>[INST] Be brief.\n\nAnother?[/INST] Eleven.</s>"
+    )
 
 
 def test_a_message_the_template_hides_is_named(byte_level: Tokenizer) -> None:

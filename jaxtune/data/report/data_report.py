@@ -111,8 +111,8 @@ def _teaches_stop(dataset: Dataset, index: int) -> bool:
     answer.
     """
     ids, weights = dataset.tokens(index)
-    stop = dataset.sources[int(dataset.source_of[index])].stop_id
-    return bool(weights[ids == stop].any())
+    stops = dataset.sources[int(dataset.source_of[index])].stop_ids
+    return bool(weights[np.isin(ids, stops)].any())
 
 
 def distribution(

@@ -15,7 +15,8 @@ from typing import NamedTuple
 from jaxtune.data.schema import Conversation, Dropped
 from jaxtune.data.templating import jinja
 from jaxtune.data.templating.masking import render
-from jaxtune.data.templating.template import ANSWER, QUESTION, Template
+from jaxtune.data.templating.probes import ANSWER, QUESTION
+from jaxtune.data.templating.template import Template
 from jaxtune.data.tokenize import tokenize_rows
 from jaxtune.data.tokenizer import Tokenizer
 
@@ -61,7 +62,10 @@ def answer_ids(
     if isinstance(found, Dropped):
         return None
     ids, weights = found.tokens
-    return list(map(int, ids[weights > 0][:-1]))
+    trained = list(map(int, ids[weights > 0]))
+    while trained and trained[-1] in template.stop_ids:
+        trained.pop()
+    return trained
 
 
 def text_of(tokenizer: Tokenizer, ids: Sequence[int], *, behind: int) -> str:

@@ -27,29 +27,16 @@ format `text` are the exception: they bring their own template, and their specia
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from jaxtune.config import ConfigError
 from jaxtune.data.schema import Conversation, Document, Dropped, Message, Span
-from jaxtune.data.templating import jinja
-from jaxtune.data.templating.literal_special_tokens import (
-    LiteralTokensNotFound,
-    MaskedConversation,
-    mask,
-    take_apart,
-    unmask,
-)
-from jaxtune.data.templating.rendered_checks import (
-    appears,
-    as_object,
-    as_text,
-    shows_calls,
-    squeeze,
-    with_calls,
-)
+from jaxtune.data.templating import jinja, tool_calls
+from jaxtune.data.templating.literal_special_tokens import MaskedConversation, mask, take_apart
+from jaxtune.data.templating.rendered_checks import appears, squeeze
 from jaxtune.data.templating.template import Template
+from jaxtune.data.templating.turns import RenderedAnswer, rendered_answer, rendered_text
 
 TrainOn = Literal["assistant", "last", "all"]
 Row = tuple[Span, ...]
@@ -62,7 +49,7 @@ def render(
     train_on: TrainOn = "assistant",
     prompt_weight: float = 0.0,
 ) -> tuple[Row | Dropped, ...]:
-    """Render the rows of one record: mostly one; one per answer if the template rewrites history.
+    """Render a record: one row, or one per answer if the template rewrites history, or `Dropped`.
 
     Joined, the spans of a row are the text as `apply_chat_template` renders it. What is no answer
     to train weighs `prompt_weight`, with `train_on` "all" 1, times the weight of its own message;
@@ -77,36 +64,61 @@ def render(
     try:
         template = template.for_conversation(noun)
         conversation = _masked(template, noun)
-        full = _text(template, conversation)
-        if conversation.tools and not _reads_tools(template, conversation, full):
-            return (Dropped("the template does not show the tools", "it reads none"),)
     except jinja.TemplateFailed as error:
         return (Dropped(error.reason, str(error)),)
-    turns = {i: _turn(template, conversation, i, full) for i in weights}
-    in_prompt = {i for i, w in weights.items() if not w and noun.messages[i].weight is None}
-    whole = _cut(full, turns, weights | dict.fromkeys(in_prompt, background), background)
-    if whole is None:
-        trained = [max(weights)] if train_on == "all" else [i for i in weights if weights[i] > 0]
-        if background and any(_own_weight(m) for m in noun.messages[: trained[-1]]):
-            return (_UNPLACED,)
-        return tuple(
-            _alone(template, conversation, i, turns[i], weights[i], background) for i in trained
-        )
-    placed = _weighted(template, conversation, full, whole, background) if background else whole
-    if isinstance(placed, Dropped):
-        return (placed,)
-    return (
-        _hidden(conversation, full)
-        or take_apart(placed, conversation.literals, template.special_pattern),
-    )
+    if isinstance(conversation, Dropped):
+        return (conversation,)
+    return _rows(template, conversation, weights, background, last_alone=train_on == "all")
 
 
-def _reads_tools(template: Template, conversation: MaskedConversation, full: str) -> bool:
-    """Tell whether it writes something else without the tools: a name may stand in messages too."""
+def _rows(
+    template: Template,
+    conversation: MaskedConversation,
+    weights: Mapping[int, float],
+    background: float,
+    *,
+    last_alone: bool,
+) -> tuple[Row | Dropped, ...]:
+    """Make rows that train each answer with weight that can be shown; others are context.
+
+    With `last_alone`, what cannot be one row is the last such answer's alone.
+    """
+    full = _full(template, conversation)
+    if conversation.tools and not template.reads_tools and isinstance(full, str):
+        full = Dropped("the template does not show the tools", "it reads none")
+        return (full,)
+    whole = full if isinstance(full, str) else None
+    turns = {i: rendered_answer(template, conversation, i, whole) for i in weights}
+    shown = [i for i, turn in turns.items() if weights[i] and not isinstance(turn, Dropped)]
+    lost = [turn for i, turn in turns.items() if weights[i] and isinstance(turn, Dropped)]
+    if not shown:
+        return (full if isinstance(full, Dropped) else lost[0],)
+    row = _one_row(template, conversation, whole, turns, weights, background)
+    if row is not None:
+        return (row if isinstance(row, Dropped) else _noting(row, lost),)
+    shown = shown[-1:] if last_alone else shown
+    if background and any(_own_weight(m) for m in conversation.messages[: shown[-1]]):
+        return (_UNPLACED,)
+    rows = []
+    for i in shown:
+        made = _row_of(template, conversation, i, turns, weights[i], background)
+        if isinstance(made, Dropped):
+            lost.append(made)
+        else:
+            rows.append(made)
+    return (_noting(rows[0], lost), *rows[1:]) if rows else (lost[0],)
+
+
+def _full(template: Template, conversation: MaskedConversation) -> str | Dropped:
     try:
-        return full != template.text(conversation.messages)
-    except jinja.TemplateFailed:
-        return True
+        return rendered_text(template, conversation)
+    except jinja.TemplateFailed as error:
+        return Dropped(error.reason, str(error))
+
+
+def _noting(row: Row, lost: Sequence[Dropped]) -> Row:
+    """Note on the first span of a row which answers are context against the data's will."""
+    return (row[0]._replace(untrained=tuple(lost)), *row[1:]) if lost else row
 
 
 def render_prompt(
@@ -125,19 +137,21 @@ def render_prompt(
     try:
         template = template.for_conversation(noun)
         conversation = _masked(template, noun)
-        masked = _prompt_spans(template, conversation, 0.0)
+        if isinstance(conversation, Dropped):
+            raise ConfigError(f"messages: {conversation.reason}: {conversation.detail}")
+        prompt = rendered_text(template, conversation, prompt=True)
+        turns = {
+            i: rendered_answer(template, conversation, i)
+            for i, message in enumerate(messages)
+            if message.role == "assistant"
+        }
+        masked = _prompt_spans(prompt, turns, 0.0)
     except jinja.TemplateFailed as error:
         raise ConfigError(f"template '{template.name}': {error.reason}: {error}") from None
     row = take_apart(masked, conversation.literals, template.special_pattern)
     if isinstance(row, Dropped):
         raise ConfigError(f"template '{template.name}': {row.reason}: {row.detail}")
     return row
-
-
-class _RenderedAnswer(NamedTuple):
-    prompt: str
-    answer: str
-    tail: str  # what `whole` holds behind the end of turn
 
 
 def _document(template: Template, text: str) -> Row:
@@ -151,26 +165,17 @@ def _document(template: Template, text: str) -> Row:
     return (*first, Span(text, 1.0, answer=True, document=True))
 
 
-def _masked(template: Template, noun: Conversation) -> MaskedConversation:
-    """Mask literal special tokens, in the form of the conversation that shows its tool calls.
-
-    Arguments are given as they came; where the template cannot show them so (it joins strings, or
-    would quote a string twice), as objects or as JSON text.
-    """
-    conversation = mask(template.special_pattern, noun.messages, noun.tools)
-    if not any(message.extra.get("tool_calls") for message in noun.messages):
-        return conversation
-    for convert in (as_object, as_text):
-        try:
-            text = squeeze(_text(template, conversation))
-            if all(shows_calls(message, text) for message in conversation.messages):
-                return conversation
-        except jinja.TemplateFailed:
-            pass
-        conversation = mask(
-            template.special_pattern, [with_calls(m, convert) for m in noun.messages], noun.tools
-        )
-    return conversation
+def _masked(template: Template, noun: Conversation) -> MaskedConversation | Dropped:
+    """Mask literal special tokens, in the form of the conversation that shows its tool calls."""
+    messages = noun.messages
+    if any(message.extra.get("tool_calls") for message in messages):
+        for i, message in enumerate(messages):
+            if broken := tool_calls.broken_arguments(message):
+                return Dropped(
+                    "the arguments of a tool call are no JSON object", f"message {i + 1}: {broken}"
+                )
+        messages = tuple(template.call_form.given(message) for message in messages)
+    return mask(template.special_pattern, messages, noun.tools)
 
 
 def _weights(
@@ -189,151 +194,51 @@ def _weights(
     default = {i: float(i in chosen) for i in answers}
     weights = {i: default[i] if (w := messages[i].weight) is None else w for i in answers}
     for i, message in enumerate(messages):
-        if i in weights:
-            empty = not message.content.strip() and not message.extra.get("tool_calls")
-            if weights[i] > 0 and empty:
-                return Dropped("empty answer", f"message {i + 1}")
-        elif message.weight and not background:
+        if i not in weights and message.weight and not background:
             return Dropped("weight on a message that is no answer", f"message {i + 1}")
     if not any(weights.values()):
         return Dropped("no answer to train", "every answer has weight 0")
     return weights
 
 
-def _text(
+def _one_row(
     template: Template,
     conversation: MaskedConversation,
-    upto: int | None = None,
-    *,
-    prompt: bool = False,
-) -> str:
-    """Render the first `upto` messages. Raises `jinja.TemplateFailed`."""
-    text = template.text(conversation.messages[:upto], conversation.tools, prompt=prompt)
-    if conversation.literals:
-        plain = template.text(conversation.plain[:upto], conversation.plain_tools, prompt=prompt)
-        if unmask(text, conversation.literals) != plain:
-            raise LiteralTokensNotFound(", ".join(conversation.literals.values()))
-    return text
-
-
-def _turn(
-    template: Template, conversation: MaskedConversation, i: int, full: str | None = None
-) -> _RenderedAnswer | Dropped:
-    """Show message i as inference meets it: prompt and answer, or why that cannot be shown."""
-    where = f"message {i + 1}"
-    try:
-        prompt = _text(template, conversation, i, prompt=True)
-        is_last = full is not None and i == len(conversation.messages) - 1
-        whole = full if full is not None and is_last else _text(template, conversation, i + 1)
-    except jinja.TemplateFailed as error:
-        return Dropped(error.reason, f"up to {where}: {error}")
-    if not whole.startswith(prompt):
-        return Dropped(
-            "the generation prompt does not begin the answer",
-            f"{where}: the template does not write what inference is fed in front of the answer. "
-            "Set another template, e.g. mistral or chatml, or a .jinja file whose generation "
-            "prompt the answer continues",
-        )
-    end = whole.find(template.stop, len(prompt))
-    if end < 0:
-        return Dropped("no end of turn follows the answer", f"{where}: expected {template.stop}")
-    wrong = _wrong(template, conversation, i, whole[len(prompt) : end])
-    end += len(template.stop)
-    wrong = wrong or _marked_otherwise(template, conversation, i, whole, len(prompt), end)
-    return wrong or _RenderedAnswer(prompt, whole[len(prompt) : end], whole[end:])
-
-
-_THINKING = ("reasoning_content", "reasoning", "thinking")
-
-
-def _wrong(
-    template: Template, conversation: MaskedConversation, i: int, text: str
-) -> Dropped | None:
-    """Explain why `text` is not what message i says; None if it is."""
-    message, where = conversation.messages[i], f"message {i + 1}"
-    if text == message.content and not message.extra:
+    full: str | None,
+    turns: Mapping[int, RenderedAnswer | Dropped],
+    weights: Mapping[int, float],
+    background: float,
+) -> Row | Dropped | None:
+    """Make one row of the conversation; None if it shows an answer otherwise than inference."""
+    if full is None:
         return None
-    words, content = squeeze(text), squeeze(message.content)
-    calls = message.extra.get("tool_calls")
-    if not (content in words if calls else words.endswith(content)):
-        return Dropped("the rendered answer is not the message", f"{where}: {words[:60]!r}")
-    thoughts = [message.extra.get(key) for key in _THINKING]
-    if any(isinstance(t, str) and squeeze(t) not in words for t in thoughts):
-        return Dropped("the template does not show the thinking of the answer", where)
-    if not shows_calls(message, words):
-        return Dropped("the template does not show the tool calls", where)
-    before, _, behind = words.rpartition(content) if content else (words, "", "")
-    others = (squeeze(other.content) for other in conversation.messages[:i])
-    if any(other and (other in before or other in behind) for other in others) and _holds_another(
-        template, conversation, i
-    ):
-        return Dropped("the rendered answer holds another message", where)
-    return None
-
-
-def _holds_another(template: Template, conversation: MaskedConversation, i: int) -> bool:
-    """Tell whether the answer changes with the messages before it: each is replaced by a sign."""
-    signs = [chr(0x100000 + j) for j in range(i)]
-    messages = [
-        message._replace(content=sign)
-        for message, sign in zip(conversation.messages[:i], signs, strict=True)
-    ]
-    try:
-        prompt = template.text(messages, conversation.tools, prompt=True)
-        whole = template.text([*messages, conversation.messages[i]], conversation.tools)
-    except jinja.TemplateFailed:
-        return True
-    if not whole.startswith(prompt):
-        return True
-    answer = whole[len(prompt) : whole.find(template.stop, len(prompt))]
-    return any(sign in answer for sign in signs)
-
-
-def _marked_otherwise(
-    template: Template, conversation: MaskedConversation, i: int, whole: str, start: int, end: int
-) -> Dropped | None:
-    """Explain why the template's `{% generation %}` contradicts whole[start:end], or None."""
-    if not jinja.has_marks(template.jinja):
+    last = turns.get(len(conversation.messages) - 1)
+    if isinstance(last, RenderedAnswer) and (last.prompt + last.answer).startswith(full):
+        full = last.prompt + last.answer  # with the token that would open the next turn
+    in_prompt = [i for i in weights if not weights[i] and conversation.messages[i].weight is None]
+    row = _cut(full, turns, {**weights, **dict.fromkeys(in_prompt, background)}, background)
+    if row is None or _hidden(template, conversation, full):
         return None
-    where = f"message {i + 1}"
-    try:
-        text = template.text(conversation.messages[: i + 1], conversation.tools, marked=True)
-    except jinja.TemplateFailed:
-        text = ""
-    plain, marks = jinja.take_marks(text)
-    if plain != whole:
-        return Dropped("the template's generation marks cannot be read", where)
-    mine = [(a, b) for a, b in marks if whole[max(a, start) : min(b, end)].strip()]
-    if not mine:
-        return Dropped("the template's generation marks leave the answer out", where)
-    first, last = min(a for a, _ in mine), max(b for _, b in mine)
-    if whole[end:last].strip() or first < min(start, _header(template, conversation, i)):
-        return Dropped("the template's generation marks take in more than the answer", where)
-    return None
-
-
-def _header(template: Template, conversation: MaskedConversation, i: int) -> int:
-    """Find the beginning of what the template writes for message i, its header included."""
-    try:
-        return len(_text(template, conversation, i)) if i else 0
-    except jinja.TemplateFailed:
-        return sys.maxsize
+    placed = _weighted(template, conversation, full, row, background) if background else row
+    if isinstance(placed, Dropped):
+        return placed
+    return take_apart(placed, conversation.literals, template.special_pattern)
 
 
 def _cut(
     full: str,
-    turns: Mapping[int, _RenderedAnswer | Dropped],
+    turns: Mapping[int, RenderedAnswer | Dropped],
     weights: Mapping[int, float],
     background: float,
 ) -> Row | None:
-    """Cut `full` in spans; None if it does not show a turn as inference would."""
+    """Cut `full` at each answer that can be shown; None if inference would show one otherwise."""
     spans: list[Span] = []
     at = 0
     for i, turn in turns.items():
-        if isinstance(turn, Dropped) or not full.startswith(turn.prompt + turn.answer):
-            return None
+        if isinstance(turn, Dropped):
+            continue
         start = len(turn.prompt)
-        if start < at:
+        if start < at or not full.startswith(turn.prompt + turn.answer):
             return None
         spans.append(Span(full[at:start], background))
         spans.append(Span(turn.answer, weights[i], answer=True))
@@ -362,8 +267,8 @@ def _weighted(
         if message.role == "assistant" or weight is None or not _own_weight(message):
             continue
         try:
-            before = _text(template, conversation, i) if i else ""
-            behind = _text(template, conversation, i + 1)
+            before = rendered_text(template, conversation, i) if i else ""
+            behind = rendered_text(template, conversation, i + 1)
         except jinja.TemplateFailed:
             return _UNPLACED
         if not (full.startswith(behind) and behind.startswith(before)):
@@ -389,47 +294,43 @@ def _between(row: Row, start: int, end: int, weight: float) -> Row:
 
 
 def _prompt_spans(
-    template: Template, conversation: MaskedConversation, background: float, upto: int | None = None
+    prompt: str, turns: Mapping[int, RenderedAnswer | Dropped], background: float
 ) -> Row:
-    """Cut what inference feeds for the first `upto` messages at the answers in it."""
-    prompt = _text(template, conversation, upto, prompt=True)
-    turns = {
-        i: _turn(template, conversation, i)
-        for i, message in enumerate(conversation.messages[:upto])
-        if message.role == "assistant"
-    }
+    """Cut what inference feeds at the answers in it."""
     whole = _cut(prompt, turns, dict.fromkeys(turns, background), background)
     if whole is None:
         return (Span(prompt, background),) if prompt else ()
     return tuple(span._replace(answer=False) for span in whole)
 
 
-def _alone(
+def _row_of(
     template: Template,
     conversation: MaskedConversation,
     i: int,
-    turn: _RenderedAnswer | Dropped,
+    turns: Mapping[int, RenderedAnswer | Dropped],
     weight: float,
     background: float,
 ) -> Row | Dropped:
     """Make one row for answer i: the prompt as inference feeds it, then the answer."""
+    turn = turns[i]
     if isinstance(turn, Dropped):
         return turn
-    hidden = _hidden(conversation, turn.prompt, i)
-    if hidden:
+    if hidden := _hidden(template, conversation, turn.prompt, i):
         return hidden
     row = [
-        *_prompt_spans(template, conversation, background, i),
+        *_prompt_spans(turn.prompt, {j: turns[j] for j in turns if j < i}, background),
         Span(turn.answer, weight, answer=True),
         *([Span(turn.tail, background)] if turn.tail else []),
     ]
     return take_apart(tuple(row), conversation.literals, template.special_pattern)
 
 
-def _hidden(conversation: MaskedConversation, text: str, upto: int | None = None) -> Dropped | None:
+def _hidden(
+    template: Template, conversation: MaskedConversation, text: str, upto: int | None = None
+) -> Dropped | None:
     """Name a message, tool or call that must appear in the text and does not.
 
-    What an assistant conversation or thought earlier may be left out: that is rewriting history.
+    What an assistant said or thought earlier may be left out: that is rewriting history.
     """
     others = [m for m in conversation.messages[:upto] if m.role != "assistant"]
     calling = conversation.tools or any(
@@ -444,7 +345,7 @@ def _hidden(conversation: MaskedConversation, text: str, upto: int | None = None
             return Dropped(
                 f"the template does not show the {message.role} message", f"message {i + 1}"
             )
-        if not shows_calls(message, words):
+        if not template.call_form.shows(message, words):
             return Dropped("the template does not show the tool calls", f"message {i + 1}")
     for tool in conversation.tools or ():
         function = tool.get("function", tool) if isinstance(tool, Mapping) else tool

@@ -20,24 +20,19 @@ from typing import Any, NamedTuple
 
 from jaxtune.config import ConfigError, nearest
 from jaxtune.data.schema import Conversation, Message
-from jaxtune.data.templating import builtin_templates, format_string, jinja
+from jaxtune.data.templating import builtin_templates, format_string, jinja, probes, thinking
 from jaxtune.data.templating.builtin_templates import BUILTIN, TemplateStrings
 from jaxtune.data.templating.format_string import Placeholders
 from jaxtune.data.templating.literal_special_tokens import strings as strings_in
+from jaxtune.data.templating.probes import ANSWER, QUESTION, TOOLS, Ends
 from jaxtune.data.templating.rendered_checks import squeeze
+from jaxtune.data.templating.tool_calls import CallForm
 from jaxtune.data.tokenizer import Tokenizer
 
 # What `strftime_now` tells: the date Llama 3.1's template falls back to. Only that it never moves
 # matters; a template that asks for today would otherwise make other tokens every day.
 DATE = datetime.date(2024, 7, 26)
-
-
-# A turn that is rendered to see what a template makes of one.
-QUESTION, ANSWER = Message("user", "jaxtuneasks"), Message("assistant", "jaxtunesays")
-_STRING = {"type": "string", "description": "of it"}
-_PARAMETERS = {"type": "object", "properties": {"part": _STRING}, "required": ["part"]}
-_FUNCTION = {"name": "jaxtunecalls", "description": "Calls it.", "parameters": _PARAMETERS}
-TOOLS = ({"type": "function", "function": _FUNCTION},)
+_MOST_VARIANTS = 256  # of a template, by the arguments that rows bring
 
 
 # Roles that few templates know -> what they are to the others.
@@ -68,13 +63,13 @@ class Template:
 
     name: str
     jinja: str
-    stop: str  # text of the end of turn
-    stop_id: int
+    stop: str  # the token that ends a plain answer
     ours: bool  # written here: trusted, and brings the system prompt itself
     system_prompt: str
     opening: str  # before a `Document`: bos where the tokenizer puts one before plain text
     closing: str  # after a `Document`: eos
     named: Mapping[str, str]  # bos_token, eos_token, ... as the template's variables
+    special_tokens: Mapping[str, int]
     special_pattern: re.Pattern[str]  # the special tokens that steer where the template writes one
     request: TemplateRequest
     date: datetime.date = DATE
@@ -94,7 +89,17 @@ class Template:
             return chosen
         if found := self.special_pattern.search("\0".join(strings_in(kwargs))):
             raise SpecialTokenInKwargs(f"{found[0]!r}; it would steer the model. Take it out")
-        return dataclasses.replace(chosen, kwargs={**self.kwargs, **kwargs})
+        key = json.dumps(kwargs, sort_keys=True)
+        if key not in chosen._variants:
+            if len(chosen._variants) == _MOST_VARIANTS:
+                chosen._variants.clear()
+            chosen._variants[key] = dataclasses.replace(chosen, kwargs={**self.kwargs, **kwargs})
+        return chosen._variants[key]
+
+    @functools.cached_property
+    def _variants(self) -> dict[str, Template]:
+        """Hold the template with arguments of rows: what probes learn is learned once for each."""
+        return {}
 
     @property
     def exported(self) -> Mapping[str, str]:
@@ -118,6 +123,39 @@ class Template:
             )
         # The line end goes with the tag before it, as everywhere with chat templates.
         return f"{before}\n{source}" if before else source
+
+    @property
+    def stop_id(self) -> int:
+        return self.special_tokens.get(self.stop, -1)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Return the tokens at which generation stops: of all kinds of turns that were trained."""
+        own = tuple(self.special_tokens[token] for token in self.ends.stops)
+        return own if self.with_tools is None else (*own, *self.with_tools.stop_ids)
+
+    @functools.cached_property
+    def ends(self) -> Ends:
+        if self.ours:
+            return Ends((self.stop,), (self.stop,))
+        return probes.ends(self.text, self.special_pattern, self.request.stop)
+
+    @functools.cached_property
+    def call_form(self) -> CallForm:
+        return probes.call_form(self.text)
+
+    @functools.cached_property
+    def reads_tools(self) -> bool:
+        return probes.reads_tools(self.text)
+
+    @functools.cached_property
+    def prompt_only(self) -> str:
+        """Return what a plain answer lacks of the generation prompt, such as "<think>\\n"."""
+        return probes.prompt_only(self.text)
+
+    @functools.cached_property
+    def steers_thinking(self) -> bool:
+        return not self.ours and probes.steers_thinking(self.text)
 
     @property
     def fingerprint(self) -> str:
@@ -165,10 +203,11 @@ class Template:
             role = message.role
             if role in FALLBACK_ROLES and role not in jinja.compared(self.jinja, "role"):
                 role = FALLBACK_ROLES[role]
-            plain.append({"role": role, "content": content, **beside, **message.extra})
-            if message.extra.get("reasoning_content") and self._reads_thinking_parts:
-                thinking = {"type": "thinking", "thinking": message.extra["reasoning_content"]}
-                plain[-1]["content"] = [thinking, {"type": "text", "text": content}]
+            extra = thinking.aliased(message.extra) if message.extra else {}
+            plain.append({"role": role, "content": content, **beside, **extra})
+            if extra.get("reasoning_content") and self._reads_thinking_parts:
+                thought = {"type": "thinking", "thinking": extra["reasoning_content"]}
+                plain[-1]["content"] = [thought, {"type": "text", "text": content}]
         return jinja.render(
             self.jinja,
             plain,
@@ -234,12 +273,12 @@ def resolve(
         name=source.name,
         jinja=source.jinja,
         stop=source.stop,
-        stop_id=tokenizer.special_tokens.get(source.stop, -1),
         ours=not foreign,
         system_prompt=strings.system,
         opening=bos,
         closing=tokenizer.eos_token or source.stop,
         named=tokenizer.named,
+        special_tokens=tokenizer.special_tokens,
         special_pattern=tokenizer.special_pattern,
         request=request,
         date=date,
@@ -428,9 +467,7 @@ def _by_tools(template: Template, tokenizer: Tokenizer, stop: str | None) -> Tem
     tool_use = dataclasses.replace(template, name="chat:tool_use", jinja=source, sources={})
     if "default" not in tokenizer.chat_templates:
         tool_use = _probed(tool_use, tokenizer, stop, tools=TOOLS)
-        return dataclasses.replace(
-            template, stop=tool_use.stop, stop_id=tool_use.stop_id, with_tools=tool_use
-        )
+        return dataclasses.replace(template, stop=tool_use.stop, with_tools=tool_use)
     template = _probed(template, tokenizer, stop)
     try:
         tool_use = _probed(tool_use, tokenizer, stop, tools=TOOLS)
@@ -459,29 +496,31 @@ def _probed(
         text = dataclasses.replace(template, system_prompt="").text((QUESTION, ANSWER), tools)
     except jinja.TemplateFailed as error:
         raise ConfigError(f"template '{template.name}' cannot be rendered: {error}") from None
-    head, found, tail = text.rpartition(ANSWER.content)
+    head, found, behind = text.rpartition(ANSWER.content)
     if not found or QUESTION.content not in head:
         raise ConfigError(
             f"template '{template.name}' does not show a question and its answer; "
             f"it renders them as {text[:80]!r}."
         )
-    behind = tail.lstrip()
-    written = tokenizer.special_pattern.match(behind)
-    end = stop if stop and behind.startswith(stop) else (written[0] if written else None)
-    if end is None or (stop and end != stop):
+    _refuse_system_prompt(template, tools)
+    if not template.ends.stops:
         raise ConfigError(
-            f"template '{template.name}' puts {behind[:20]!r} after an answer; expected "
+            f"template '{template.name}' puts {behind.lstrip()[:20]!r} after an answer; expected "
             f"{repr(stop) if stop else 'a special token of the tokenizer'}, so that the model "
             "learns to stop. Set stop to what the template writes there, or choose another."
         )
-    if template.system_prompt:
-        try:
-            shown = template.text((QUESTION,), tools, prompt=True)
-        except jinja.TemplateFailed as error:
-            raise ConfigError(
-                f"system_prompt: template '{template.name}' refuses it: {error}"
-            ) from None
-        if squeeze(template.system_prompt) not in squeeze(shown):
-            raise ConfigError(f"system_prompt: template '{template.name}' does not show it. Unset.")
-    _stop_token(end, tokenizer)
-    return dataclasses.replace(template, stop=end, stop_id=tokenizer.special_tokens[end])
+    return dataclasses.replace(template, stop=_stop_token(template.ends.stops[0], tokenizer))
+
+
+def _refuse_system_prompt(template: Template, tools: Any) -> None:
+    """Raise `ConfigError` if the template does not show the system prompt."""
+    if not template.system_prompt:
+        return
+    try:
+        shown = template.text((QUESTION,), tools, prompt=True)
+    except jinja.TemplateFailed as error:
+        raise ConfigError(
+            f"system_prompt: template '{template.name}' refuses it: {error}"
+        ) from None
+    if squeeze(template.system_prompt) not in squeeze(shown):
+        raise ConfigError(f"system_prompt: template '{template.name}' does not show it. Unset.")
