@@ -383,11 +383,11 @@ def _loop(
     hooks = _hooks(run, calls, start, due)
     loop = Loop(config, program, plan, Outputs(checkpoints, writer, watch), hooks)
     calls.start(RunInfo(config, run.run_dir, start, run.total_steps))
-    _raise_errors(calls, max(processes.gather_texts(calls.stop_reason)) if calls else "")
+    _raise_errors(calls)
     state, done = loop.run(state, frozen)
     watch.at(done, "saving")
     checkpoints.wait()
-    _raise_errors(calls, loop.stop_reason)
+    _raise_errors(calls)
     best = loop.history.best_step if config.load_best_model_at_end else None
     if best in (None, done):
         return Trained(merge(state.trained, frozen), done, best, loop.last)
@@ -420,12 +420,13 @@ def _hooks(run: Run, calls: Callbacks, start: int, due: bool) -> Hooks:
         measure,
         row=calls.row,
         saved=calls.saved if calls.watches_saves else None,
-        stop_reason=lambda: calls.stop_reason,
+        stop_reason=(lambda: calls.stop_reason) if calls else None,
     )
 
 
-def _raise_errors(calls: Callbacks, stop_reason: str = "") -> None:
-    """Raise on every host what a callback raised on the first."""
+def _raise_errors(calls: Callbacks) -> None:
+    """Raise on every host what a callback raised on the first. All hosts call."""
+    stop_reason = max(processes.gather_texts(calls.stop_reason)) if calls else ""
     if calls.error is not None:
         raise calls.error
     if stop_reason.startswith(FAILED):

@@ -301,7 +301,8 @@ class StopSignal(KeyboardInterrupt):
 def ended_by_signals() -> Iterator[None]:
     """Raise `StopSignal` at the first SIGTERM or SIGINT, outside of `stop_notices`.
 
-    Of several hosts an interrupted one tells the others, and SIGTERM is JAX's.
+    Of several hosts an interrupted one tells the others. SIGTERM is JAX's once they have joined: an
+    earlier run of this process has them join before this one begins.
     """
 
     def end(number: int, frame: Any) -> None:
@@ -312,12 +313,14 @@ def ended_by_signals() -> Iterator[None]:
 
     def restore() -> None:
         for number, handler in before.items():
-            if signal.getsignal(number) is end:
+            jaxs = number == signal.SIGTERM and processes.count() > 1  # as Python does not know
+            if signal.getsignal(number) is end and not jaxs:
                 signal.signal(number, handler)
 
     before: dict[signal.Signals, Any] = {}
+    ours = (signal.SIGINT,) if processes.count() > 1 else (signal.SIGTERM, signal.SIGINT)
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ours:
             before[number] = signal.signal(number, end)
     except ValueError:  # not the main thread: signals are not ours
         yield

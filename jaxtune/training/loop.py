@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from signal import SIGTERM
 from typing import Any, NamedTuple
 
 import jax
@@ -72,14 +70,14 @@ class Hooks(NamedTuple):
     `sample(trained, frozen, step, between)` answers the sample prompts; `measure`, called alike,
     returns more columns of an eval row. Both call `between` as they go, which may raise.
     `row(row)` sees every row that is written, `saved(step, folder)` every checkpoint once it is
-    whole. The run ends early, as if done, if `stop_reason()` is not empty on one host.
+    whole. After these the run ends, as if done, if `stop_reason()` is not empty on one host.
     """
 
     sample: Sample | None = None
     measure: Measure | None = None
     row: Callable[[dict[str, Any]], None] = lambda row: None
     saved: Callable[[int, Path], None] | None = None
-    stop_reason: Callable[[], str] = lambda: ""
+    stop_reason: Callable[[], str] | None = None
 
 
 class EvalHistory(NamedTuple):
@@ -141,7 +139,7 @@ class Loop:
             self.history = self.history._replace(due=False)
         self._seen = counts_before(plan.batches, plan.start)
         self._progress = TrainProgress(plan.start, plan.total_steps, quiet=not shows_notes())
-        self._hosts_asked = False
+        self._hooks_called = False  # since hosts have compared their `stop_reason`
         self._pending: tuple[int, StepMetrics] | None = None  # a step still on the device
         self._notice: Notice = lambda: None
         self._spikes = Spikes()
@@ -212,23 +210,12 @@ class Loop:
             )
 
     def _signal(self) -> str | None:
-        """Return the signal for which all hosts are to save and leave.
-
-        If it was sent for the `stop_reason` of a host, all hosts know that from here on, and the
-        run ends as if done.
-        """
-        if self.stop_reason:
-            return None
-        own = self.hooks.stop_reason()
-        if processes.count() == 1:
-            self.stop_reason = own
-            return self._notice()
-        if own and not self._hosts_asked:
-            self._hosts_asked = True
-            os.kill(os.getpid(), SIGTERM)  # which JAX passes on to all hosts
-        if signal := self._notice():
-            self.stop_reason = max(processes.gather_texts(own))
-        return None if self.stop_reason else signal
+        """Return the signal for which all hosts are to save and leave; none if one of them has a
+        `stop_reason`, since the run then ends as if done. All hosts call."""
+        if self._hooks_called and self.hooks.stop_reason is not None and not self.stop_reason:
+            self.stop_reason = max(processes.gather_texts(self.hooks.stop_reason()))
+        self._hooks_called = False
+        return None if self.stop_reason else self._notice()
 
     def _leave_if_signalled(self) -> None:
         """Called between parts of an evaluation. Raises: _Left."""
@@ -405,6 +392,7 @@ class Loop:
         if self.hooks.saved is not None:
             self.checkpoints.wait()
             self.hooks.saved(done, self.checkpoints.folder / str(done))
+            self._hooks_called = True
         self._meter.pause()
 
     def _record(self, row: dict[str, Any]) -> None:
@@ -412,6 +400,7 @@ class Loop:
         self.writer.write(row)
         self._progress.show(row)
         self.hooks.row(row)
+        self._hooks_called = True
 
 
 def _rounded(value: float | None, digits: int) -> float | None:
