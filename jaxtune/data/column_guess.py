@@ -35,6 +35,13 @@ def columns_hint(record: Mapping[str, Any], required: tuple[str, ...] = ()) -> s
     >>> columns_hint({"question": "Why?", "answer": "So."})
     ' Try --columns.instruction question --columns.output answer'
     """
+    for column, value in record.items():
+        of_objects = isinstance(value, list) and value and isinstance(value[0], dict)
+        if of_objects and not _is_conversation(value):
+            return (
+                f" '{column}' holds a list of {len(value):,} objects: if those are the records, "
+                "save that list as a file of its own"
+            )
     mapping = _guess(record, required)
     if not mapping:
         return ""
@@ -45,7 +52,7 @@ def columns_hint(record: Mapping[str, Any], required: tuple[str, ...] = ()) -> s
 def _guess(record: Mapping[str, Any], required: tuple[str, ...]) -> dict[str, str]:
     """Map standard names to columns, without those that are called so already."""
     conversations = [column for column, value in record.items() if _is_conversation(value)]
-    texts = [column for column, value in record.items() if isinstance(value, str)]
+    texts = [column for column, value in record.items() if column and isinstance(value, str)]
     for name in ("messages", "conversations"):
         if required in ((), (name,)) and conversations and "prompt" not in record:
             return {name: conversations[0]}

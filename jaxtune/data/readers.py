@@ -106,7 +106,16 @@ def _lines(file: File, stream: IO[bytes]) -> Iterator[str]:
         try:
             yield (line.removeprefix(BOM) if number == 1 else line).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"{file.name}:{number}: not UTF-8 text: {error.reason}.") from None
+            raise _not_utf8(file.name, number, error) from None
+
+
+def _not_utf8(name: str, line: int, error: UnicodeDecodeError) -> DataError:
+    utf16 = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    encoding = "UTF-16" if utf16 else "LATIN1"
+    return DataError(
+        f"{name}:{line}: not UTF-8 text: {error.reason}. Save it as UTF-8; of a file in "
+        f"{encoding}: iconv -f {encoding} -t UTF-8 {name} > NEW"
+    )
 
 
 def _text(file: File) -> Found:
@@ -138,6 +147,8 @@ def _csv(file: File) -> Found:
         lines = _lines(file, stream)
         leading = list(_until_filled(lines))
         delimiter = _delimiter(leading[-1]) if leading else ","
+        if leading and (named := re.fullmatch(r"sep=(.)\s*", leading[-1].removeprefix("\ufeff"))):
+            delimiter, leading[-1] = named[1], "\n"  # a line that spreadsheets write and read
         rows = csv.reader(itertools.chain(leading, lines), strict=True, delimiter=delimiter)
         header: list[str] = []
         line = 1
@@ -272,7 +283,7 @@ def _wraps(file: File, window: _Window, first_line: int, *, one_line: bool) -> b
         raise DataError(
             f"{file.name}: one object, whose keys hold lists of records: "
             f"{', '.join(f'{key} ({records[key]:,})' for key in lists)}"
-            f"{f', beside {others} others' if others else ''}. Expected records, or one list of "
+            f"{f', beside {others} other' if others else ''}. Expected records, or one list of "
             f"them. Save the list to train on by itself: jq '.{lists[0]}' {file.name} > "
             f"{lists[0]}.json"
         )
@@ -387,7 +398,7 @@ class _Window:
         except UnicodeDecodeError as error:
             line, _ = self.place(len(self._text))
             line += error.object.count(b"\n", 0, error.start)
-            raise DataError(f"{self._name}:{line}: not UTF-8 text: {error.reason}.") from None
+            raise _not_utf8(self._name, line, error) from None
         return bool(data)
 
 

@@ -288,6 +288,16 @@ def test_unknown_columns_get_the_line_to_type(record: dict[str, Any], line: str)
     assert isinstance(read(name, record, columns), Conversation | Document)
 
 
+def test_a_list_of_records_in_a_record_is_named() -> None:
+    record = {"version": "1.0", "data": [{"instruction": "q"}, {}]}
+    with pytest.raises(DataError) as caught:
+        resolve("auto", {}, record, "f:1")
+    assert str(caught.value).endswith(
+        " 'data' holds a list of 2 objects: if those are the records, save that list as a file of "
+        "its own"
+    )
+
+
 def test_an_absent_column_gets_the_line_to_type() -> None:
     for name, record, line in (
         ("alpaca", {"instruction": "q", "reply": "a"}, "--columns.output reply"),

@@ -180,7 +180,7 @@ def test_a_conversation_is_a_record_and_no_list_of_them(tmp_path: Path, indent: 
     [
         ({"train": ROWS, "test": ROWS[:1]}, None, "train (3), test (1). Expected"),
         ({"train": ROWS, "test": ROWS[:1]}, 2, "train (3), test (1). Expected"),
-        ({"version": "1.0", "data": ROWS}, 2, "data (3), beside 1 others. Expected"),
+        ({"version": "1.0", "data": ROWS}, 2, "data (3), beside 1 other. Expected"),
     ],
 )
 def test_several_keys_are_named_with_what_to_do(
@@ -337,7 +337,16 @@ def test_the_header_shows_the_delimiter(
         ('a,b\n1,"x"y\n', "2: not valid CSV: ',' expected after"),
         ("a,b,a\n1,2,3\n", "1: two columns are called 'a'"),
         ("a,b\n", " the file is empty"),
-        (b"a,b\n1,\xe9\n", "2: not UTF-8 text"),
+        (
+            b"a,b\n1,\xe9\n",
+            "2: not UTF-8 text: invalid continuation byte. Save it as UTF-8; of a file in "
+            "LATIN1: iconv -f LATIN1 -t UTF-8 ",
+        ),
+        (
+            "a,b\n1,2\n".encode("utf-16"),
+            "1: not UTF-8 text: invalid start byte. Save it as UTF-8; of "
+            "a file in UTF-16: iconv -f UTF-16 -t UTF-8 ",
+        ),
     ],
 )
 def test_broken_csv(tmp_path: Path, text: str | bytes, message: str) -> None:
