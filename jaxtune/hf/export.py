@@ -182,8 +182,8 @@ def _blocks(names: Iterable[str], model: HfModel, params: Any) -> Iterator[Tenso
     for name in names:
         for together in _with_common_rows(parts.pop(name)):
             step = min(part.placed.step(part.where) for part in together)
-            cuts = [part.placed.blocks(part.where, step) for part in together]
-            for at in zip(*cuts, strict=True):
+            block_indices = [part.placed.blocks(part.where, step) for part in together]
+            for at in zip(*block_indices, strict=True):
                 yield _block(name, together, at)
 
 

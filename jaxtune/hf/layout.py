@@ -138,12 +138,12 @@ class Placed:
         return dict(zip(self.row.axes, self.shape, strict=True))
 
     @cached_property
-    def _kept(self) -> tuple[str, ...]:
+    def _tensor_axes(self) -> tuple[str, ...]:
         """The parameter's axes that one tensor holds, in the parameter's order."""
         return tuple(axis for axis in self.row.axes if axis not in self.row.spread)
 
     @cached_property
-    def _unfolded(self) -> tuple[str, ...]:
+    def _file_axes(self) -> tuple[str, ...]:
         """The same axes in the tensor's order."""
         return tuple(axis for group in self.row.groups for axis in group)
 
@@ -171,7 +171,7 @@ class Placed:
     def step(self, index: Index | None = None) -> int:
         """Of how many indices of the tensor's first axis a block has about `BLOCK` values."""
         ranges = self._ranges(index)
-        lengths = [len(ranges[axis]) for axis in self._kept if axis != self._unfolded[0]]
+        lengths = [len(ranges[axis]) for axis in self._tensor_axes if axis != self._file_axes[0]]
         return max(1, BLOCK // max(1, math.prod(lengths)))
 
     def blocks(self, index: Index | None = None, step: int | None = None) -> Iterator[Index]:
@@ -181,13 +181,15 @@ class Placed:
         where its other axes are whole.
         """
         ranges = self._ranges(index)
-        first = self._unfolded[0]
+        first = self._file_axes[0]
         steps = {first: step or self.step(index), **dict.fromkeys(self.row.spread, 1)}
-        cuts = []
+        axis_slices = []
         for axis, of in ranges.items():
             by = steps.get(axis, max(1, len(of)))
-            cuts.append([slice(n, min(n + by, of.stop)) for n in range(of.start, of.stop, by)])
-        yield from itertools.product(*cuts)
+            axis_slices.append(
+                [slice(n, min(n + by, of.stop)) for n in range(of.start, of.stop, by)]
+            )
+        yield from itertools.product(*axis_slices)
 
     def read(
         self, fetch: Fetch, index: Index, dtype: np.dtype, run: Callable[..., Iterable[Any]] = map
@@ -260,7 +262,7 @@ class Placed:
 
     @cached_property
     def _permutation(self) -> tuple[int, ...]:
-        return tuple(self._unfolded.index(axis) for axis in self._kept)
+        return tuple(self._file_axes.index(axis) for axis in self._tensor_axes)
 
     def _ranges(self, index: Index | None) -> dict[str, range]:
         slices = index if index is not None else (slice(None),) * len(self.shape)
@@ -269,7 +271,7 @@ class Placed:
 
     def _source_slices(self, ranges: Mapping[str, range]) -> tuple[Index, list[int], Index]:
         """Slices of the tensor; the shape they unfold to; and the cut to make after unfolding."""
-        slices, unfolded, cuts = [], [], []
+        slices, unfolded, inner_slices = [], [], []
         for group in self.row.groups:
             start, split = 0, 0
             while split < len(group) - 1 and len(ranges[group[split]]) == 1:
@@ -281,9 +283,9 @@ class Placed:
             begin = (start + run.start) * whole
             slices.append(slice(begin, begin + len(run) * whole))
             unfolded += [1] * split + [len(run), *rest]
-            cuts += [slice(None)] * (split + 1)
-            cuts += [slice(ranges[a].start, ranges[a].stop) for a in group[split + 1 :]]
-        return tuple(slices), unfolded, tuple(cuts)
+            inner_slices += [slice(None)] * (split + 1)
+            inner_slices += [slice(ranges[a].start, ranges[a].stop) for a in group[split + 1 :]]
+        return tuple(slices), unfolded, tuple(inner_slices)
 
 
 def place(

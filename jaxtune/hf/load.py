@@ -291,8 +291,8 @@ def _assemble(
     """Build one global array from the slices this host's devices hold."""
     holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        cuts = index if index is not None else _whole(shape)
-        bounds = tuple(cut.indices(n)[:2] for cut, n in zip(cuts, shape, strict=True))
+        slices_of_axes = index if index is not None else _whole(shape)
+        bounds = tuple(cut.indices(n)[:2] for cut, n in zip(slices_of_axes, shape, strict=True))
         holders.setdefault(bounds, []).append(device)
     slices = []
     for bounds, devices in holders.items():

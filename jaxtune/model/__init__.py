@@ -1,5 +1,5 @@
-"""The decoder as pure functions over a tree of parameters; the only room with `nn.Module`.
+"""The decoder as pure functions over a tree of parameters; the only package with `nn.Module`.
 
-linen serves inside this room, through `init` and `apply`; everybody else sees `decoder.forward`,
-`decoder.init` and friends, and dicts of arrays. This room never learns about text, losses or files.
+linen serves inside this package, through `init` and `apply`; everybody else sees `decoder.forward`,
+`decoder.init` and friends, and dicts of arrays. It never learns about text, losses or files.
 """

@@ -47,12 +47,9 @@ def attend(
     """Attend causally from `q` `[B T H K]` over `k`, `v` `[B S G K]` -> `[B T H K]`, dtype of `q`.
 
     Query head h reads kv head h // (H / G). Softmax in float32. A query that sees nothing gives
-    zeros, with zero gradients. `shard` is for kernels that go by places in the row; the others go
-    by positions.
+    zeros, with zero gradients. `impl` is a name that `choose` returned. `shard` is for kernels that
+    go by places in the row; the others go by positions.
     """
-    if impl not in IMPLEMENTATIONS:
-        known = ", ".join(sorted(IMPLEMENTATIONS))
-        raise ValueError(f"attention implementation is {impl!r}; expected one of {known}")
     options = {"shard": shard} if impl == "splash" else {}
     return IMPLEMENTATIONS[impl](q, k, v, mask, spec, **options)
 

@@ -235,8 +235,9 @@ def test_keys_in_any_order_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_name_is_refused_not_replaced() -> None:
-    with pytest.raises(ValueError, match=r"'flash'; expected one of blocked, cudnn, reference"):
-        attend(*qkv(), MASK, PLAIN, impl="flash")
+    known = "expected auto or one of blocked, cudnn, reference"
+    with pytest.raises(ValueError, match=f"'flash'; {known}"):
+        choose("cpu", AttentionShape(T, T, (8,)), "flash")
 
 
 def test_choice_by_length_with_its_reason() -> None:
