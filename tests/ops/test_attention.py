@@ -234,12 +234,6 @@ def test_keys_in_any_order_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(there, here, atol=2e-6)
 
 
-def test_unknown_name_is_refused_not_replaced() -> None:
-    known = "expected auto or one of blocked, cudnn, reference"
-    with pytest.raises(ValueError, match=f"'flash'; {known}"):
-        choose("cpu", AttentionShape(T, T, (8,)), "flash")
-
-
 def test_choice_by_length_with_its_reason() -> None:
     short, why_short = choose("cpu", AttentionShape(512, 512, (8,)))
     long, why_long = choose("cpu", AttentionShape(513, 513, (8,)))
