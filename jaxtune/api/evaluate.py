@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ from jaxtune.config import Config, ConfigError, ConfigSource, load_config, parse
 from jaxtune.data.dataset import Dataset
 from jaxtune.data.in_memory import dataset_file
 from jaxtune.evaluation import harness
+from jaxtune.evaluation.few_shot import FewShot, open_few_shot
 from jaxtune.evaluation.general import open_general
 from jaxtune.evaluation.judge import pairwise
 from jaxtune.evaluation.judge.client import Endpoint, open_endpoint
@@ -27,6 +30,7 @@ from jaxtune.evaluation.questions import (
     questions_of,
     that_fit,
 )
+from jaxtune.evaluation.scores.answers import label_of
 from jaxtune.evaluation.scores.bootstrap import Bootstrap
 from jaxtune.evaluation.summary import Groups, Row, summaries
 from jaxtune.evaluation.text import result_text
@@ -42,6 +46,8 @@ from jaxtune.inference.sampling import Sampling
 from jaxtune.parallel import heartbeat, memory, processes
 from jaxtune.training.host_consistency import check_same, evaluation_fingerprints
 from jaxtune.training.run_dir import fetched
+
+FEW_SHOT = "few_shot"  # the key of what was measured with examples in the prompt
 
 
 class EvaluateResult(NamedTuple):
@@ -70,6 +76,7 @@ class _Experiment(NamedTuple):
     inputs: Inputs
     column: Column | None
     left_out: int | None  # questions too long for a model; None without questions
+    few_shot: FewShot | None
 
 
 def evaluate(config: ConfigSource, data: Any = None, **options: Any) -> EvaluateResult:
@@ -125,54 +132,82 @@ def _prepare(config: Config, options: EvaluateOptions) -> _Experiment:
     models = {"tuned" if base else "model": config.model_name_or_path}
     if base is not None:
         models = {"base": base, **models}
+    shortest = min(positions(name, config) for name in models.values())
     every = questions = questions_of(entries, dataset, codec, options.generate)
     if every:  # the same for both models
-        questions = that_fit(every, min(positions(name, config) for name in models.values()))
+        questions = that_fit(every, shortest)
     left_out = len(every) - len(questions) if every else None
-    inputs = Inputs(codec, dataset, general, questions)
-    experiment = _Experiment(config, options, models, inputs, column, left_out)
+    label = None if options.label is None else re.compile(options.label)
+    _check_label(label, questions)
+    inputs = Inputs(codec, dataset, general, questions, label)
+    few_shot = None
+    if options.few_shot:
+        few_shot = open_few_shot(
+            config, entries, inputs, count=options.few_shot, positions=shortest
+        )
+    experiment = _Experiment(config, options, models, inputs, column, left_out, few_shot)
     if processes.count() > 1:
         _check_same(experiment)
     note(f"evaluation: {len(dataset)} examples of {', '.join(dict.fromkeys(dataset.names))}")
     return experiment
 
 
+def _check_label(label: re.Pattern[str] | None, questions: Sequence[Question]) -> None:
+    """Raise `ConfigError` if no answer of the data has the label that is compared."""
+    if label is None:
+        return
+    if not questions:
+        raise ConfigError("label: is of generated answers. Give --generate N as well.")
+    if not any(label_of(label, question.spoken(question.reference)) for question in questions):
+        raise ConfigError(
+            f"label: no answer of the data matches {label.pattern!r}; the first is "
+            f"{questions[0].reference[:60]!r}. Mend the regex."
+        )
+
+
 def _check_same(experiment: _Experiment) -> None:
     """Compare the inputs of all hosts. Raises `ConfigError`."""
-    config, options, models, inputs, *_ = experiment
+    config, options, models, inputs, *_, few_shot = experiment
     own = options.model_dump(mode="json", exclude={"dataset", "base", "general", "as_json"})
     prompts = [question.prompt_ids for question in inputs.questions]
     general = inputs.general
-    datasets: Sequence[Dataset] = [inputs.dataset, *([] if general is None else [general.texts])]
+    datasets: list[Dataset] = [inputs.dataset, *([] if general is None else [general.texts])]
+    datasets += [] if few_shot is None else [few_shot.inputs.dataset]
     check_same(evaluation_fingerprints(config, own, list(models.values()), datasets, prompts))
 
 
 def _measure(experiment: _Experiment) -> dict[str, Measured]:
-    """Measure the models one after the other, so that only one is in memory."""
-    config, options, models, inputs, *_ = experiment
+    """Measure the models one after the other, so that only one is in memory.
+
+    The first of them also with examples in its prompts, under `FEW_SHOT`.
+    """
+    config, options, models, inputs, *_, few_shot = experiment
     sampling = Sampling(options.temperature, options.top_k, options.top_p, seed=config.seed)
     mesh = open_mesh(config)
-    return {
-        column: measure(
-            load_model(name, config, inputs.codec, mesh),
-            config,
-            inputs,
-            max_new_tokens=options.max_new_tokens,
-            sampling=sampling,
+    measured: dict[str, Measured] = {}
+    for number, (column, name) in enumerate(models.items()):
+        model = load_model(name, config, inputs.codec, mesh)
+        how = functools.partial(
+            measure, model, config, max_new_tokens=options.max_new_tokens, sampling=sampling
         )
-        for column, name in models.items()
-    }
+        measured[column] = how(inputs)
+        if few_shot is not None and number == 0:
+            note(f"{model.name}: once more, with {few_shot.shots} examples in each prompt")
+            measured[FEW_SHOT] = how(few_shot.inputs)
+    return measured
 
 
 def _result(
     experiment: _Experiment, measured: Mapping[str, Measured], benchmarks: Mapping[str, Row]
 ) -> EvaluateResult:
     """Sum up over all and by group, and how sure that is."""
-    config, options, models, inputs, column, left_out = experiment
+    config, options, models, inputs, column, left_out, few_shot = experiment
     datasets = np.array(inputs.dataset.names, object)[inputs.dataset.source_of]
     examples = np.array([question.example for question in inputs.questions], np.int64)
     bootstrap = Bootstrap(resamples=options.resamples, seed=config.seed)
-    scores = summaries(measured, Groups(datasets, examples, column), bootstrap)
+    groups = Groups(datasets, examples, column)
+    columns = {name: measured[name] for name in models}
+    scores = summaries(columns, groups, bootstrap)
     for name, rows in benchmarks.items():
         scores[name]["harness"] = rows
     if left_out is not None:
@@ -181,6 +216,16 @@ def _result(
     *base, result = scores.values()
     if base:
         result["base"] = base[0]
+    if few_shot is not None:
+        *_, (last, tuned) = columns.items()
+        compared = summaries({FEW_SHOT: measured[FEW_SHOT], last: tuned}, groups, bootstrap)
+        result[FEW_SHOT] = {
+            "shots": few_shot.shots,
+            "shot_rows": [each._asdict() for each in few_shot.rows],
+            **compared[FEW_SHOT],
+            "difference": compared[last]["difference"],
+            **({} if left_out is None else {"questions_left_out": left_out}),
+        }
     *_, model = models.values()
     return EvaluateResult(result, result_text(scores, inputs.questions, model))
 

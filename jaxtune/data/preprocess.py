@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from jaxtune.config import DataError, label
 from jaxtune.data import formats, sources
 from jaxtune.data.cache import Writer, code_version
+from jaxtune.data.in_prompt import FewShotExample, behind_examples
 from jaxtune.data.readers import File, Record, location
 from jaxtune.data.report.near_duplicates import signatures
 from jaxtune.data.schema import Conversation, Document, Dropped, Span, WeightedTokens
@@ -97,6 +98,7 @@ class PreprocessConfig(NamedTuple):
     max_length: int = 2048
     truncation: Truncation = "drop"
     prompt_loss_weight: float = 0.0
+    examples: tuple[FewShotExample, ...] = ()  # before every conversation, but for the last
 
 
 def entry_config(entry: Entry, config: PreprocessConfig) -> PreprocessConfig:
@@ -211,6 +213,8 @@ def preprocess_chunk(
         base = base._replace(
             literal_special=_holds_special(noun, config.tokenizer), own_text=_own_text(noun)
         )
+        if config.examples and isinstance(noun, Conversation):
+            noun = behind_examples(noun, config.examples)
         rows = render(
             config.template,
             noun,
@@ -336,6 +340,7 @@ def cache_key(entry: Entry, config: PreprocessConfig) -> str:
         "template": config.template.fingerprint,
         "train_on": config.train_on,
         "prompt_loss_weight": config.prompt_loss_weight,
+        "examples": config.examples,
         "max_length": config.max_length,
         "truncation": config.truncation,
         "code": code_version(),

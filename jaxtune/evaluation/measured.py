@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ class Inputs(NamedTuple):
     dataset: Dataset
     general: GeneralText | None
     questions: Sequence[Question]
+    label: re.Pattern[str] | None = None
 
 
 class Measured(NamedTuple):
@@ -65,7 +67,7 @@ def measure(
     Raises: `ConfigError` for tokens that the model has no row for, `DataError` for a question
     that is too long for it.
     """
-    codec, dataset, general, questions = inputs
+    codec, dataset, general, questions, label = inputs
     for data in (dataset, *([general.texts] if general else ())):
         check_ids(largest_id(data), model.name, model.spec, codec.tokenizer)
     rows = config.per_device_eval_batch_size * row_shards(model.mesh)
@@ -83,7 +85,7 @@ def measure(
         tokens=sums.tokens,
         general={} if plain is None else _scores(plain),
         general_tokens=0 if plain is None else int(plain.tokens.sum()),
-        answers=answer_scores(pairs) if pairs else {},
+        answers=answer_scores(pairs, label) if pairs else {},
         generations=[
             {
                 "dataset": question.dataset,

@@ -24,6 +24,7 @@ METRICS: Mapping[str, Metric] = {
     "eval_perplexity": Metric("perplexity", ".4g", -1),
     "eval_token_accuracy": Metric("token accuracy", ".1%", 1),
     "exact_match": Metric("exact match", ".1%", 1),
+    "label_accuracy": Metric("label accuracy", ".1%", 1),
     "contains": Metric("contains", ".1%", 1),
     "rougeL": Metric("ROUGE-L", ".3f", 1),
     "chrf": Metric("chrF", ".1f", 1),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+import re
+
+from pydantic import Field, field_validator
 
 from jaxtune import cli
 
@@ -29,6 +31,17 @@ class EvaluateOptions(cli.Options):
     )
     base: str | None = Field(
         None, description="a second model, put beside the first, each difference with its interval"
+    )
+    few_shot: int = Field(
+        0,
+        ge=0,
+        description="examples of the training data before each question, drawn by the seed: also "
+        "measures the base (without one the model) with them, and the difference to that",
+    )
+    label: str | None = Field(
+        None,
+        description="regex whose first match (or first group) is an answer's label, e.g. "
+        "'^(Yes|No)': adds label accuracy, the share of answers with the label of the reference",
     )
     by: str | None = Field(
         None, description="column of the data, e.g. category: every score for each of its values"
@@ -65,3 +78,12 @@ class EvaluateOptions(cli.Options):
         (), description="YAML list of more flags for it, e.g. '[--limit, \"100\"]'"
     )
     as_json: bool = Field(False, alias="json", description="one object on stdout")
+
+    @field_validator("label")
+    @classmethod
+    def _regex(cls, label: str | None) -> str | None:
+        try:
+            re.compile(label or "")
+        except re.error as error:
+            raise ValueError(f"is no regular expression: {error}") from None
+        return label

@@ -25,7 +25,7 @@ LEGEND = (
 )
 _NONE = "\u2013"
 _COUNTS = ("eval_tokens_trained", "examples", "questions")
-_OF_GROUPS = ("eval_loss", "exact_match")
+_OF_GROUPS = ("eval_loss", "label_accuracy", "exact_match")
 
 
 class Sheet(NamedTuple):
@@ -54,6 +54,18 @@ def score_sheet(columns: Mapping[str, Row], *, counts: bool = False) -> Sheet:
     if any(len(row) > 1 + len(columns) for row in rows):
         more = ("95% interval",) if len(columns) == 1 else ("difference", "", "95% interval")
     return Sheet("", ("", *columns, *more), rows, len(columns) + (len(more) > 1))
+
+
+def few_shot_sheet(columns: Mapping[str, Row]) -> Sheet | None:
+    """Compare the last model with the first, given examples in its prompts."""
+    first, last = next(iter(columns)), list(columns)[-1]
+    shown = columns[last].get("few_shot")
+    if not shown:
+        return None
+    tuned = {**columns[last], "difference": shown.get("difference", {})}
+    tuned.pop("general", None)
+    sheet = score_sheet({f"{first}, {shown['shots']}-shot": shown, last: tuned})
+    return sheet._replace(caption=f"with {shown['shots']} examples in each prompt of {first}")
 
 
 def group_sheets(columns: Mapping[str, Row]) -> list[Sheet]:
@@ -163,7 +175,12 @@ def _with_error(results: Mapping[str, Any], key: str) -> str:
 
 def sheets(columns: Mapping[str, Row], *, counts: bool = False) -> list[Sheet]:
     """Make all tables of an evaluation, with rows as long as their header."""
-    every = [score_sheet(columns, counts=counts), *group_sheets(columns), harness_sheet(columns)]
+    every = [
+        score_sheet(columns, counts=counts),
+        few_shot_sheet(columns),
+        *group_sheets(columns),
+        harness_sheet(columns),
+    ]
     return [
         sheet._replace(rows=[(*row, *[""] * (len(sheet.header) - len(row))) for row in sheet.rows])
         for sheet in every

@@ -77,6 +77,10 @@ class _Verdicts(_Object):
     failed: NonNegativeInt
 
 
+class _FewShot(_Scores):
+    shots: NonNegativeInt
+
+
 class _Evaluation(_Scores):
     eval_loss: Any
     generations: list[_Generation] = []
@@ -84,6 +88,7 @@ class _Evaluation(_Scores):
     by_column: dict[str, dict[str, _Scores]] = {}
     harness: dict[str, Row] = {}
     general: _Scores = _Scores()
+    few_shot: _FewShot = None  # type: ignore[assignment]  # absent without examples
     judge: _Verdicts | None = None
     base: _Evaluation = None  # type: ignore[assignment]  # absent without a second model
 

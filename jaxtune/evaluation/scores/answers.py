@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -36,14 +37,21 @@ class AnswerPair(NamedTuple):
         return reference.strip() == answer.strip()
 
 
-def answer_scores(answered: Sequence[AnswerPair]) -> dict[str, Score]:
-    """Score answers, by the names of `evaluate --json`; docs/evaluate.md explains each."""
+def answer_scores(
+    answered: Sequence[AnswerPair], label: re.Pattern[str] | None = None
+) -> dict[str, Score]:
+    """Score answers, by the names of `evaluate --json`; docs/evaluate.md explains each.
+
+    With `label` also whether an answer has the label of its reference, over those that have one.
+    """
     pairs = [s.compared for s in answered]
     references, answers = [a for a, _ in pairs], [b for _, b in pairs]
     tokens = [s.tokens for s in answered]
     lengths, expected = [s.made for s in answered], [len(s.reference_tokens) for s in answered]
+    labels = {} if label is None else {"label_accuracy": _label_accuracy(label, pairs)}
     return {
         "exact_match": rate([s.exact for s in answered]),
+        **labels,
         "contains": rate([_plain(a) in _plain(b) for a, b in pairs]),
         "rougeL": rouge_l(references, answers),
         "chrf": chrf(references, answers),
@@ -56,6 +64,23 @@ def answer_scores(answered: Sequence[AnswerPair]) -> dict[str, Score]:
         "distinct_2": distinct(tokens, 2),
         "repetition": mean([repetition(each) for each in tokens]),
     }
+
+
+def label_of(pattern: re.Pattern[str], answer: str) -> str | None:
+    """Return the first match in an answer, of a pattern with groups its first group.
+
+    >>> label_of(re.compile(r"^(Yes|No)\\b"), " No, it is not.")
+    'No'
+    """
+    match = pattern.search(answer.strip())
+    return None if match is None else match[min(1, pattern.groups)]
+
+
+def _label_accuracy(pattern: re.Pattern[str], pairs: Sequence[tuple[str, str]]) -> Score:
+    labels = [[label_of(pattern, text) for text in pair] for pair in pairs]
+    expected = [reference is not None for reference, _ in labels]
+    right = [there and a == b for there, (a, b) in zip(expected, labels, strict=True)]
+    return ratio(right, expected)._replace(rate=True)
 
 
 def repetition(tokens: Sequence[Hashable], n: int = _REPEATED) -> float:
