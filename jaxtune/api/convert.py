@@ -192,5 +192,4 @@ def _export_folder(source: str, out: Path, config: Config) -> Exported:
 
 def _shardings(model: HfModel, dtype: str) -> Any:
     """Spread over the devices that are here, whatever mesh the run had."""
-    mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1, "context": 1})
-    return param_shardings(model.spec, mesh, dtype)
+    return param_shardings(model.spec, make_mesh({"fsdp": -1}), dtype)

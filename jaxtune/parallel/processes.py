@@ -12,26 +12,13 @@ import secrets
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from jaxtune.config import ConfigError
+from jaxtune.config import ConfigError, HostsConfig
 
 _TEXT = 1024  # bytes of a text that hosts exchange
 _RECEIVE_SECONDS = 60  # between two looks
 _JOIN_SECONDS = 300  # machines of a pod do not boot at the same moment
-
-
-class HostSettings(Protocol):
-    """A config's description of hosts; each field None where the cluster knows it."""
-
-    @property
-    def coordinator_address(self) -> str | None: ...
-    @property
-    def num_processes(self) -> int | None: ...
-    @property
-    def process_id(self) -> int | None: ...
-    @property
-    def heartbeat_timeout_seconds(self) -> int: ...
 
 
 LATE = (
@@ -40,7 +27,7 @@ LATE = (
 )
 
 
-def start(hosts: HostSettings, before: Callable[[], None] = lambda: None) -> None:
+def start(hosts: HostsConfig, before: Callable[[], None] = lambda: None) -> None:
     """Join the other processes of the run, if there are several, after a call of `before`.
 
     Call it before JAX looks for devices; a second call does nothing. Raises `ConfigError`
@@ -74,7 +61,7 @@ def start(hosts: HostSettings, before: Callable[[], None] = lambda: None) -> Non
         ) from None
 
 
-def _settings(hosts: HostSettings) -> dict[str, Any]:
+def _settings(hosts: HostsConfig) -> dict[str, Any]:
     """Read what flags or JAX's variables set. Raises `ConfigError` for a part of it."""
     environment: Mapping[str, str] = os.environ
     address = hosts.coordinator_address or environment.get("JAX_COORDINATOR_ADDRESS")
@@ -179,7 +166,7 @@ def gather_texts(text: str) -> list[str]:
 
 
 def publish(name: str, text: str = "") -> None:
-    """Publishe `text` to the others under a `name` that this host uses once.
+    """Publish `text` to the others under a `name` that this host uses once.
 
     Any thread may call: no device takes part.
     """

@@ -131,7 +131,7 @@ class Restored(NamedTuple):
 def restore(model: HfModel, run_dir: Path, step: int | None, *, dtype: str) -> Restored:
     """Restore the variables that a run trained, spread over the devices that are here."""
     meta = read_meta(run_dir, step, note=cli.note)
-    mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1, "context": 1})
+    mesh = make_mesh({"fsdp": -1})
     lora = lora_from_meta(meta["lora"]) if "lora" in meta else None
     chosen = trainable_subset(model.spec, **meta["part"]) if "part" in meta else None
     if chosen is not None:
@@ -147,10 +147,10 @@ def restore(model: HfModel, run_dir: Path, step: int | None, *, dtype: str) -> R
         abstract = {"lora": decoder.abstract_adapters(model.spec, lora)}
     step, placed = int(meta["step"]), shardings(axes, abstract, mesh)
     if chosen is None:
-        trained, _ = restore_trained(run_dir, abstract, placed, step=step)
+        trained = restore_trained(run_dir, abstract, placed, step=step)
         return Restored(model, trained, lora, step)
     abstract, _ = split(abstract, chosen.is_trained)
-    moved, _ = restore_trained(run_dir, abstract, split(placed, chosen.is_trained)[0], step=step)
+    moved = restore_trained(run_dir, abstract, split(placed, chosen.is_trained)[0], step=step)
     base = {"params": load_params(model, placed["params"], dtype)}
     return Restored(model, merge(moved, split(base, chosen.is_trained)[1]), None, step)
 

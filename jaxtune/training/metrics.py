@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 
@@ -21,13 +21,6 @@ from jaxtune.config import ConfigError
 from jaxtune.parallel.chips import peak_flops
 from jaxtune.storage.atomic_write import write_whole
 from jaxtune.storage.jsonl import as_json, keep_rows_up_to
-
-
-class Board(Protocol):
-    """A destination of numbers besides the file."""
-
-    def add(self, values: Mapping[str, float], step: int) -> None: ...
-    def close(self) -> None: ...
 
 
 class MetricsWriter:
@@ -48,7 +41,7 @@ class MetricsWriter:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = run_dir / "metrics.jsonl"
-        self._boards: list[Board] = []
+        self._boards: list[_TensorBoard | _Wandb] = []
         self._file = None
         if quiet:
             return

@@ -102,7 +102,7 @@ def first_state(
     from the model."""
     _, frozen = split(program.placed, program.is_trained)
     if start:
-        state, _ = checkpoints.restore(start, program.abstract, program.shardings)
+        state = checkpoints.restore(start, program.abstract, program.shardings)
         if not frozen:
             return state, frozen
     # A table is never quantised: its dtype is that of the parameters.

@@ -25,7 +25,7 @@ from jaxtune.parallel import processes
 from jaxtune.parallel.mesh import make_mesh
 from jaxtune.training.checkpoint import checkpoints as checkpoint
 from jaxtune.training.checkpoint import integrity
-from jaxtune.training.checkpoint.checkpoints import Checkpoints, restore_trained
+from jaxtune.training.checkpoint.checkpoints import Checkpoints, read_meta, restore_trained
 from jaxtune.training.optim import optim
 from jaxtune.training.state import TrainState, abstract_state, init_opt_state, state_shardings
 
@@ -63,7 +63,7 @@ def test_restored_onto_another_mesh_bit_for_bit(tmp_path: Path, axis: str) -> No
     reading = Checkpoints(tmp_path)
     assert reading.latest() == 4
     assert reading.meta(4)["fingerprint"] == "abc"
-    restored, meta = reading.restore(4, shapes, shardings)
+    restored, meta = reading.restore(4, shapes, shardings), reading.meta(4)
     reading.close()
     assert_bytes(state, restored)
     assert restored.trained["w"]["kernel"].sharding.spec == P(axis, None)
@@ -78,8 +78,8 @@ def test_the_trained_part_alone_of_any_step(tmp_path: Path) -> None:
         checkpoints.save(saved[step], META, step=step)
     checkpoints.close()
     for step, expected in ((1, 1), (2, 2), (None, 2)):
-        params, meta = restore_trained(tmp_path, shapes.trained, shardings.trained, step=step)
-        assert meta["step"] == expected
+        params = restore_trained(tmp_path, shapes.trained, shardings.trained, step=step)
+        assert read_meta(tmp_path, step)["step"] == expected
         assert_bytes(params, saved[expected].trained)
     with pytest.raises(ConfigError, match=r"no checkpoint of step 7; there are: 1, 2"):
         restore_trained(tmp_path, shapes.trained, shardings.trained, step=7)
@@ -123,7 +123,7 @@ def test_a_full_disk_is_said_before_writing_and_the_last_step_stays(
     assert "step 2 needs 0.0 MB and the disk has 0.0 MB free" in str(error.value)
     assert "it goes on from step 1, which is intact" in str(error.value)
     monkeypatch.undo()
-    restored, _ = checkpoints.restore(1, shapes, shardings)
+    restored = checkpoints.restore(1, shapes, shardings)
     assert_bytes(state[1:], restored[1:])
     checkpoints.close()
 
@@ -191,8 +191,9 @@ def test_a_damaged_step_is_named_and_the_one_before_it_taken(kind: str, tmp_path
         restore_trained(tmp_path, shapes.trained, shardings.trained, step=2)
     assert name in str(error.value)
     assert "there are: 1" in str(error.value)
-    _, meta = restore_trained(tmp_path, shapes.trained, shardings.trained)
-    assert meta["step"] == 1
+    assert read_meta(tmp_path)["step"] == 1
+    older = restore_trained(tmp_path, shapes.trained, shardings.trained)
+    assert_bytes(older, restore_trained(tmp_path, shapes.trained, shardings.trained, step=1))
 
     notes: list[str] = []
     again = Checkpoints(tmp_path)
@@ -392,7 +393,7 @@ def test_no_digests_are_too_broken_to_be_refused(
 @pytest.mark.parametrize("meta", [{"step": {}}, {"fingerprint": 3}, {"standing": []}])
 def test_a_meta_of_another_kind_is_refused(tmp_path: Path, meta: dict) -> None:
     """Sealed again, so that the digests say that all is well."""
-    state, shapes, shardings = state_on("fsdp", 1.0)
+    state, _, _ = state_on("fsdp", 1.0)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state, META, step=4)
     checkpoints.close()
@@ -401,7 +402,7 @@ def test_a_meta_of_another_kind_is_refused(tmp_path: Path, meta: dict) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **meta}))
     integrity.write(place)
     with pytest.raises(ConfigError, match="its meta is not what was written"):
-        restore_trained(tmp_path, shapes.trained, shardings.trained)
+        read_meta(tmp_path)
 
 
 def test_what_orbax_cannot_read_is_refused(tmp_path: Path) -> None:

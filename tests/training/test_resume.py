@@ -75,7 +75,7 @@ def test_a_resumed_run_is_the_same_run(method: str, tmp_path: Path) -> None:
         saved.save(half, {}, step=2)
         saved.wait()
         whole, last = go_on(half, 2)
-        restored, _ = saved.restore(2, built.abstract, built.shardings)
+        restored = saved.restore(2, built.abstract, built.shardings)
         resumed, again = go_on(restored, 2)
         saved.close()
         measured = built.eval_step(whole.trained, {}, rows)

@@ -38,7 +38,7 @@ from jaxtune.parallel import processes
 from jaxtune.parallel.mesh import put
 from jaxtune.storage.object_store import StoreError, join
 from jaxtune.training.checkpoint import integrity
-from jaxtune.training.checkpoint.integrity import FOLDER
+from jaxtune.training.checkpoint.integrity import FOLDER, complete_steps
 from jaxtune.training.checkpoint.remote import RemoteSync
 from jaxtune.training.checkpoint.remote_shards import RemoteShards, Targets, checkpointer, drop
 from jaxtune.training.state import TrainState
@@ -86,7 +86,7 @@ class Checkpoints:
         if not reading:
             with self._explained():
                 processes.on_first(self._tidy, "checkpoints")
-        self._latest = max(_counting(self.folder), default=None)
+        self._latest = max(complete_steps(self.folder), default=None)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
     def latest(self) -> int | None:
@@ -169,7 +169,7 @@ class Checkpoints:
     def _steps_here(self) -> set[int]:
         """Of these, what is in the store too is fetched where it is needed."""
         only_there = self._sync is not None and self._reading
-        return set() if self._shards is not None or only_there else set(_counting(self.folder))
+        return set() if self._shards is not None or only_there else set(complete_steps(self.folder))
 
     def _steps_there(self) -> set[int]:
         return set() if self._sync is None else set(self._sync.steps)
@@ -244,7 +244,7 @@ class Checkpoints:
                 if time.monotonic() > deadline:
                     return  # nothing is removed for a step that does not count
                 time.sleep(0.1)
-            counting = sorted(_counting(self.folder))
+            counting = sorted(complete_steps(self.folder))
             self._remove(old for old in counting[: -self._keep] if old != best)
         except BaseException as error:  # raised by `wait`, in the thread that can answer it
             self._failed = error
@@ -255,7 +255,7 @@ class Checkpoints:
             return
         try:
             self._sync.put_step(step)
-            for missed in sorted(set(_counting(self.folder)) - self._sync.steps):
+            for missed in sorted(set(complete_steps(self.folder)) - self._sync.steps):
                 self._sync.put_step(missed)
             self._remove_older(best)
         except StoreError as error:
@@ -324,20 +324,16 @@ class Checkpoints:
                 f"{self.folder}: a checkpoint could not be written: {reason}. {self._advice()}"
             ) from error
 
-    def restore(
-        self, step: int, abstract: TrainState, shardings: TrainState
-    ) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, step: int, abstract: TrainState, shardings: TrainState) -> TrainState:
         """The whole state, each array straight into its sharding."""
         targets = place(abstract, shardings)
         restored = _read(
             self.folder / str(step),
             trained=ocp.args.StandardRestore(targets.trained),
             opt=ocp.args.StandardRestore(targets.opt_state),
-            meta=ocp.args.JsonRestore(),
         )
         position = put(np.asarray(step, np.int32), shardings.step)
-        meta = _meta(restored, self.folder / str(step))
-        return TrainState(position, restored["trained"], restored["opt"]), meta
+        return TrainState(position, restored["trained"], restored["opt"])
 
     def restore_trained(self, step: int, abstract: TrainState, shardings: TrainState) -> Any:
         """The trained variables alone. Raises `ConfigError` for a step that is damaged."""
@@ -439,14 +435,6 @@ def _of_all(look: Callable[[], str]) -> str:
     return next((text for text in processes.gather_texts(difference) if text), "")
 
 
-def _counting(folder: Path) -> list[int]:
-    """Steps that were finished, damaged since or not."""
-    if not folder.is_dir():
-        return []
-    steps = [path for path in folder.iterdir() if path.name.isdigit()]
-    return [int(path.name) for path in steps if integrity.complete(path)]
-
-
 def _read(folder: Path, **parts: Any) -> Any:
     """Raise `ConfigError`: Orbax says in many ways that it cannot read what was written."""
     try:
@@ -494,12 +482,11 @@ def read_meta(
 
 def restore_trained(
     run_dir: Path, abstract: Any, shardings: Any, *, step: int | None = None
-) -> tuple[Any, dict[str, Any]]:
-    """The trained part of the variables, and the meta, of `step` or of the newest good one."""
+) -> Any:
+    """Restore the trained part of the variables of `step`, or of the newest good one."""
+    folder = _find(run_dir, step)
     targets = ocp.args.StandardRestore(place(abstract, shardings))
-    where = _find(run_dir, step)
-    restored = _read(where, trained=targets, meta=ocp.args.JsonRestore())
-    return restored["trained"], _meta(restored, where)
+    return _read(folder, trained=targets)["trained"]
 
 
 def _find(
@@ -511,7 +498,7 @@ def _find(
     folder = (run_dir / FOLDER).absolute()
     if not folder.is_dir():
         raise ConfigError(f"{run_dir}: no checkpoints; expected {folder}.")
-    steps = sorted(_counting(folder), reverse=True)
+    steps = sorted(complete_steps(folder), reverse=True)
     if not steps or step not in (None, *steps):
         known = ", ".join(map(str, reversed(steps))) or "none"
         raise ConfigError(f"{folder}: no checkpoint of step {step}; there are: {known}.")

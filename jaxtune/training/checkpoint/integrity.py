@@ -59,6 +59,12 @@ def complete(folder: Path) -> bool:
         return True
 
 
+def complete_steps(checkpoints: Path) -> list[int]:
+    """List the steps that were finished, damaged since or not."""
+    steps = checkpoints.iterdir() if checkpoints.is_dir() else ()
+    return [int(path.name) for path in steps if path.name.isdigit() and complete(path)]
+
+
 def verify(folder: Path, *, host: int = 0, hosts: int = 1) -> str:
     """Describe, for a person, the first file that is not as written; empty where all is well.
 

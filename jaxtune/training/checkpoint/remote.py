@@ -28,7 +28,7 @@ from jaxtune.storage import cache_eviction, lock, object_store
 from jaxtune.storage.atomic_write import write_whole
 from jaxtune.storage.object_store import StoreError, join
 from jaxtune.training.checkpoint import integrity
-from jaxtune.training.checkpoint.integrity import FOLDER
+from jaxtune.training.checkpoint.integrity import FOLDER, complete_steps
 
 SECONDS = 60.0  # between two copies of what grows
 _IDENTITY = ".run-id"
@@ -129,8 +129,8 @@ class RemoteSync:
         write_whole(here, identity)
         self.steps = set(steps_of(self.url))
         self._tidy()
-        newest = _newest(self._folder / FOLDER) if processes.count() == 1 else 0
-        if newest <= max(self.steps, default=0):
+        local = complete_steps(self._folder / FOLDER) if processes.count() == 1 else []
+        if max(local, default=0) <= max(self.steps, default=0):
             fetch_files(self.url, self._folder)
         return identity
 
@@ -225,7 +225,7 @@ class RemoteSync:
                     if (self._folder / name / marker).is_file():
                         put_marked(self._folder / name, join(self.url, name), marker, contents=True)
             if processes.count() == 1:
-                for step in sorted(set(_counting(self._folder / FOLDER)) - self.steps):
+                for step in sorted(set(complete_steps(self._folder / FOLDER)) - self.steps):
                     self.put_step(step)
             self._put_files()
         processes.publish(_FINISHED)
@@ -261,15 +261,6 @@ def _empty(folder: Path, *, but: Collection[str] = ()) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
-
-
-def _counting(folder: Path) -> list[int]:
-    steps = folder.iterdir() if folder.is_dir() else ()
-    return [int(path.name) for path in steps if path.name.isdigit() and integrity.complete(path)]
-
-
-def _newest(folder: Path) -> int:
-    return max(_counting(folder), default=0)
 
 
 def put_marked(here: Path, place: str, marker: str, *, contents: bool) -> None:
@@ -343,7 +334,7 @@ def fetch_run(url: str, *, step: int | None = None, checkpoint: bool = True) -> 
         return folder
     known = steps_of(url)
     (folder / FOLDER).mkdir(exist_ok=True)
-    for old in set(_counting(folder / FOLDER)) - set(known):
+    for old in set(complete_steps(folder / FOLDER)) - set(known):
         shutil.rmtree(folder / FOLDER / str(old), ignore_errors=True)
     if step is not None and step not in known:
         there = ", ".join(map(str, known)) or "none"
