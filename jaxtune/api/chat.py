@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxtune.api.chat_options import ChatOptions
+from jaxtune.cli import note
 from jaxtune.config import Config
 from jaxtune.inference.generate import Generation, generate, prompt_ids
 from jaxtune.inference.load import (
@@ -42,7 +43,7 @@ def chat(config: Config, options: ChatOptions) -> ChatResult:
     if options.prompt is not None:
         return _answer(config, options, [text_prompt(options.prompt)])
     if options.prompts is not None:
-        return _answer(config, options, list(read_prompts(options.prompts)))
+        return _answer(config, options, list(read_prompts(options.prompts, config.roles)))
     with _loaded(config, options) as (models, codec):
         run_conversation(chat_models(models, codec), _settings(options), history=options.history)
     return ChatResult([])
@@ -51,14 +52,18 @@ def chat(config: Config, options: ChatOptions) -> ChatResult:
 def _answer(config: Config, options: ChatOptions, prompts: Sequence[Prompt]) -> ChatResult:
     """Answer every prompt, in order; the answer of the base stands under "base"."""
     # Merged adapters answer faster; a conversation can turn them off and on instead.
+    conversations = [prompt.conversation for prompt in prompts]
     with _loaded(config, options, merge=True) as (models, codec):
+        if unread := codec.template.unread(each.template_kwargs for each in conversations):
+            note(codec.template.unread_text(unread, "prompts"))
         generations = {
             label: generate(
                 model,
                 codec,
-                [prompt_ids(model, codec, prompt.conversation) for prompt in prompts],
+                [prompt_ids(model, codec, conversation) for conversation in conversations],
                 max_new_tokens=options.max_new_tokens,
                 sampling=_settings(options),
+                templates=[codec.template.for_conversation(each) for each in conversations],
             )
             for label, model in models.items()
         }

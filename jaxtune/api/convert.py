@@ -122,6 +122,7 @@ def _export_run(
             base=model.name,
             random_start=config.init == "random",
             template=template.name,
+            template_kwargs=config.chat_template_kwargs,
             trained=trained_text(config),
             metrics=last_rows(run_dir / "metrics.jsonl", step),
             data={"step": step, "datasets": [entry.path for entry in config.datasets]},

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple, TypedDict, Unpack, overload
 
 from jaxtune.config import Config, ConfigError, ConfigSource, DataError, load_config
 from jaxtune.data.in_memory import dataset_file
+from jaxtune.data.schema import Conversation
 from jaxtune.evaluation.measured import Inputs, measure
 from jaxtune.evaluation.questions import entries_of, open_data
 from jaxtune.inference import load as inference_load
 from jaxtune.inference.generate import Generation, generate, prompt_ids
 from jaxtune.inference.load import GenerationModel, TextCodec, open_codec, open_mesh, resolved
-from jaxtune.inference.prompts import Prompt, parse_prompt
+from jaxtune.inference.prompts import parse_prompt
 from jaxtune.inference.sampling import GREEDY, Sampling
 
 Messages = Sequence[Mapping[str, Any]]  # a conversation: [{"role": "user", "content": "..."}, ...]
@@ -78,6 +79,7 @@ class LoadedModel:
         *,
         max_new_tokens: int = ...,
         stop: str | Sequence[str] = ...,
+        chat_template_kwargs: Mapping[str, Any] | None = ...,
         **sampling: Unpack[SamplingFields],
     ) -> Generation: ...
     @overload
@@ -87,6 +89,7 @@ class LoadedModel:
         *,
         max_new_tokens: int = ...,
         stop: str | Sequence[str] = ...,
+        chat_template_kwargs: Mapping[str, Any] | None = ...,
         **sampling: Unpack[SamplingFields],
     ) -> Any: ...
     def generate(
@@ -95,14 +98,16 @@ class LoadedModel:
         *,
         max_new_tokens: int = 512,
         stop: str | Sequence[str] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **sampling: Unpack[SamplingFields],
     ) -> Generation | list[Generation]:
         """Answer prompts: each result has `text`, `stopped` and `tokens`.
 
         A prompt is a text or a conversation, a list of messages `{"role": ..., "content": ...}`.
         One prompt gives one result, a list of prompts a list of results, in order. An answer ends
-        before the first of the `stop` strings. Greedy, unless `temperature` is given (also `top_k`,
-        `top_p`, `repetition_penalty`, `seed`).
+        before the first of the `stop` strings. `chat_template_kwargs` are arguments of the chat
+        template (`{"enable_thinking": False}`), above those of the config. Greedy, unless
+        `temperature` is given (also `top_k`, `top_p`, `repetition_penalty`, `seed`).
 
         Raises: ConfigError, DataError.
         """
@@ -111,19 +116,24 @@ class LoadedModel:
                 "prompts: expected a text, a conversation (a list of messages) or a list of "
                 f"these; got {type(prompts).__name__}."
             )
-        if isinstance(prompts, str):
-            return self._generate([prompts], max_new_tokens, stop, sampling)[0]
-        prompts = list(prompts)
-        if prompts and isinstance(prompts[0], Mapping):
-            return self._generate([prompts], max_new_tokens, stop, sampling)[0]
-        return self._generate(prompts, max_new_tokens, stop, sampling)
+        several = prompts if isinstance(prompts, str) else list(prompts)
+        alone = isinstance(several, str) or isinstance(next(iter(several), None), Mapping)
+        answers = self._generate(
+            [several] if alone else several, max_new_tokens, stop, chat_template_kwargs, sampling
+        )
+        return answers[0] if alone else answers
 
     def chat(
-        self, message: str, *, max_new_tokens: int = 512, **sampling: Unpack[SamplingFields]
+        self,
+        message: str,
+        *,
+        max_new_tokens: int = 512,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **sampling: Unpack[SamplingFields],
     ) -> str:
         """Answer a message of the conversation in `messages`, and add both to it."""
         messages = [*self.messages, {"role": "user", "content": message}]
-        (answer,) = self._generate([messages], max_new_tokens, (), sampling)
+        (answer,) = self._generate([messages], max_new_tokens, (), chat_template_kwargs, sampling)
         self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         return answer.text
 
@@ -157,24 +167,36 @@ class LoadedModel:
         prompts: Sequence[str | Messages],
         max_new_tokens: int,
         stop: str | Sequence[str],
+        template_kwargs: Mapping[str, Any] | None,
         sampling: SamplingFields,
     ) -> list[Generation]:
         unknown = set(sampling) - set(SamplingFields.__annotations__)
         if unknown:
             raise ConfigError(
                 f"generate: no such argument: {', '.join(sorted(unknown))}; there are "
-                f"max_new_tokens, stop, {', '.join(SamplingFields.__annotations__)}."
+                "max_new_tokens, stop, chat_template_kwargs, "
+                f"{', '.join(SamplingFields.__annotations__)}."
             )
-        parsed = [_parse(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+        conversations = [
+            self._parse(prompt, f"prompts[{i}]", template_kwargs)
+            for i, prompt in enumerate(prompts)
+        ]
+        template = self._codec.template
         return generate(
             self._model,
             self._codec,
-            [prompt_ids(self._model, self._codec, prompt.conversation) for prompt in parsed],
+            [prompt_ids(self._model, self._codec, each) for each in conversations],
             max_new_tokens=max_new_tokens,
             sampling=Sampling(**sampling),
             stop=[stop] if isinstance(stop, str) else stop,
+            templates=[template.for_conversation(each) for each in conversations],
         )
 
-
-def _parse(prompt: str | Messages, where: str) -> Prompt:
-    return parse_prompt(where, {"prompt": list(prompt) if isinstance(prompt, tuple) else prompt})
+    def _parse(
+        self, prompt: str | Messages, where: str, template_kwargs: Mapping[str, Any] | None
+    ) -> Conversation:
+        fields = {
+            "prompt": list(prompt) if isinstance(prompt, tuple) else prompt,
+            "chat_template_kwargs": None if template_kwargs is None else dict(template_kwargs),
+        }
+        return parse_prompt(where, fields, self.config.roles).conversation

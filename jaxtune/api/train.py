@@ -480,6 +480,7 @@ def _export(
             metrics=last_rows(run.run_dir / "metrics.jsonl", step, best=best),
             data=report,
             template=template.name,
+            template_kwargs=config.chat_template_kwargs,
             trained=trained_text(config),
             config=dump(config),
         ),

@@ -1,7 +1,7 @@
 """The config: one strict frozen model, read from YAML and flags. Knows no JAX."""
 
 from jaxtune.config.aliases import ALIASES
-from jaxtune.config.conversations import ROLES, kwargs_mistake
+from jaxtune.config.conversations import RESERVED, ROLES, kwargs_mistake
 from jaxtune.config.errors import ConfigError, DataError, Diverged, JaxtuneError, ModelError
 from jaxtune.config.fields import DatasetConfig, HostsConfig, ProportionsConfig, label, shard_bytes
 from jaxtune.config.load import (
@@ -20,6 +20,7 @@ from jaxtune.config.load import (
 
 __all__ = [
     "ALIASES",
+    "RESERVED",
     "ROLES",
     "YAML_FAILS",
     "Config",

@@ -211,6 +211,8 @@ def open_dataset(
         if entry.format == "auto":
             notes.append(f"{entry.path}: read as format '{stored.summary['format']}'")
         notes += [note] if note else []
+        if unread := stored.summary["unread_kwargs"]:
+            notes.append(f"{entry.path}: {own.template.unread_text(unread, 'rows')}")
     identity = [config.tokenizer.fingerprint, templates, config.train_on, config.max_length]
     if config.prompt_loss_weight:
         identity.append(config.prompt_loss_weight)

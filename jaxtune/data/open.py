@@ -72,7 +72,9 @@ def open_tokenizer(config: DataConfig, name: str, *, note: Note) -> Tokenizer:
 
 
 def open_template(config: DataConfig, tokenizer: Tokenizer, *, note: Note) -> Template:
-    """Resolve the run's template for the tokenizer; note which date it will write."""
+    """Resolve the run's template for the tokenizer; note which date it will write, and arguments
+    that it does not read.
+    """
     template = resolve(
         config.template,
         tokenizer,
@@ -86,6 +88,8 @@ def open_template(config: DataConfig, tokenizer: Tokenizer, *, note: Note) -> Te
         note(f"template: {once!r} is said once; later questions of a conversation go without it")
     if "strftime_now" in template.jinja:
         note(f"template '{template.name}' writes today's date: {template.date} (template_date)")
+    if unread := template.unread([config.chat_template_kwargs]):
+        note(template.unread_text(unread))
     return template
 
 

@@ -50,7 +50,8 @@ FLAGS = (
 # that the result does not depend on the number of processes.
 _CHUNK = 512
 _SHOWN = 3  # examples kept of each reason for dropping
-_COLUMN = "column "  # counted until all is read: records that have it
+# Counted until all is read: records that have a column, and an argument no template reads.
+_COLUMN, _UNREAD = "column ", "unread "
 
 
 class Proportions(Protocol):
@@ -134,6 +135,7 @@ class PreprocessedRow(NamedTuple):
     short: bool = False  # a trained answer is one word
     unproven: bool = False  # it came as token ids
     own_text: str = ""  # the record's own text, without what its system messages say
+    unread: tuple[str, ...] = ()  # the record's template arguments that the template never reads
 
     @property
     def where(self) -> str:
@@ -211,7 +213,9 @@ def preprocess_chunk(
             rendered.append((base, Dropped("the text is not valid Unicode")))
             continue
         base = base._replace(
-            literal_special=_holds_special(noun, config.tokenizer), own_text=_own_text(noun)
+            literal_special=_holds_special(noun, config.tokenizer),
+            own_text=_own_text(noun),
+            unread=_unread(noun, config.template),
         )
         if config.examples and isinstance(noun, Conversation):
             noun = behind_examples(noun, config.examples)
@@ -323,6 +327,12 @@ def _has_short_answer(spans: tuple[Span, ...], stop: str) -> bool:
     return any(len(text.removesuffix(stop).split(None, 2)) < 2 for text in answers)
 
 
+def _unread(noun: Conversation | Document, template: Template) -> tuple[str, ...]:
+    if isinstance(noun, Document) or not noun.template_kwargs:
+        return ()
+    return tuple(template.unread([noun.template_kwargs]))
+
+
 def _holds_special(noun: Conversation | Document, tokenizer: Tokenizer) -> bool:
     return tokenizer.special_pattern.search("\0".join(_texts(noun))) is not None
 
@@ -369,7 +379,9 @@ def tokenize_chunk(
     untrained: dict[str, dict[str, Any]] = {}
     trained_rows: list[PreprocessedRow] = []
     tokens: list[WeightedTokens] = []
+    unread: dict[int, tuple[str, ...]] = {}  # of records, which may make several rows
     for item in preprocess_chunk(chunk, name, entry, config):
+        unread[item.row] = item.unread
         for lost in item.untrained:
             _count(untrained, item, lost)
         if item.dropped or item.tokens is None:
@@ -379,6 +391,7 @@ def tokenize_chunk(
         else:
             trained_rows.append(item)
             tokens.append(item.tokens)
+    counts.update(_UNREAD + argument for names in unread.values() for argument in names)
     values: dict[str, int] = {}
     arrays = {
         "ids": _joined([part.ids for part in tokens]),
@@ -439,7 +452,10 @@ def build(
         "format": name,
         "content": writer.content,
         "values": list(known),
-        "counts": dict(counts),
+        "counts": {name: n for name, n in counts.items() if not name.startswith(_UNREAD)},
+        "unread_kwargs": {
+            name.removeprefix(_UNREAD): n for name, n in counts.items() if name.startswith(_UNREAD)
+        },
         "dropped": _by_count(dropped),
         "untrained": _by_count(untrained),
     }

@@ -37,7 +37,7 @@ class Question(NamedTuple):
 
     dataset: str
     example: int  # its first, by number in the dataset
-    codec: TextCodec  # with the data set's own template where it has one
+    codec: TextCodec  # with the template as the conversation has it
     conversation: Conversation
     reference: str  # as a model says it that has learnt the example by heart
     reference_ids: tuple[int, ...]  # without the end of turn
@@ -46,22 +46,14 @@ class Question(NamedTuple):
     def prompt(self) -> str:
         """Render the text that the model reads."""
         turns = self.conversation
-        spans = render_prompt(
-            self.codec.template, turns.messages, tools=turns.tools, kwargs=turns.template_kwargs
-        )
+        spans = render_prompt(self.codec.template, turns.messages, tools=turns.tools)
         return "".join(span.text for span in spans)
 
     @property
     def prompt_ids(self) -> list[int]:
         """Tokenize the prompt."""
         turns, codec = self.conversation, self.codec
-        return tokenize_prompt(
-            codec.template,
-            codec.tokenizer,
-            turns.messages,
-            tools=turns.tools,
-            kwargs=turns.template_kwargs,
-        )
+        return tokenize_prompt(codec.template, codec.tokenizer, turns.messages, tools=turns.tools)
 
     @property
     def transcript(self) -> str:
@@ -102,7 +94,7 @@ def open_data(config: Config, entries: Sequence[DatasetConfig], codec: TextCodec
         else:
             held_out = open_entries(config, entries, *codec, progress=progress)
     dataset = cast(Dataset, held_out)
-    for line in lost_lines(by_dataset(dataset)):
+    for line in (*lost_lines(by_dataset(dataset)), *dataset.notes):
         note(line)
     return dataset
 
@@ -172,8 +164,7 @@ def _conversations(
     own = variant(
         codec.template, codec.tokenizer, template=entry.template, system_prompt=entry.system_prompt
     )
-    own_codec = codec._replace(template=own)
-    left_out = affixes(own, codec.tokenizer)
+    own_affixes = affixes(own, codec.tokenizer)
     format_name = format_of(entry)
     for row, record in read(entry):
         if row not in first:
@@ -189,6 +180,9 @@ def _conversations(
         if ids is None:  # an earlier answer of the record is trained, this one cannot be
             continue
         turns = noun._replace(messages=noun.messages[:last])
-        reference = left_out.content(text_of(codec.tokenizer, ids, behind=own.stop_id))
+        template = own.for_conversation(noun)
+        left_out = own_affixes if template is own else affixes(template, codec.tokenizer)
+        reference = left_out.content(text_of(codec.tokenizer, ids, behind=template.stop_id))
         if spoken(reference, reference).strip():
+            own_codec = codec._replace(template=template)
             yield Question(name, first[row], own_codec, turns, reference, tuple(ids))

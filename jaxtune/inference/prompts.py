@@ -26,11 +26,11 @@ def text_prompt(text: str) -> Prompt:
     return Prompt(text, Conversation((Message("user", text),)))
 
 
-def read_prompts(path: str) -> Iterator[Prompt]:
+def read_prompts(path: str, roles: Mapping[str, str]) -> Iterator[Prompt]:
     """Read a file of objects with 'prompt' or 'messages'. Raises: ConfigError, DataError."""
     try:
         for record in sources.read(sources.find(path)):
-            yield parse_prompt(record.where, record.fields)
+            yield parse_prompt(record.where, record.fields, roles)
     except EmptyError:
         raise DataError(
             f"{path}: there is no prompt in it. Expected an object for each, with 'prompt' (text) "
@@ -38,11 +38,14 @@ def read_prompts(path: str) -> Iterator[Prompt]:
         ) from None
 
 
-def parse_prompt(where: str, fields: Mapping[str, Any]) -> Prompt:
+def parse_prompt(
+    where: str, fields: Mapping[str, Any], roles: Mapping[str, str] | None = None
+) -> Prompt:
     """Parse one object; errors begin with `where`. Raises: DataError."""
     prompt = fields.get("prompt")
     if isinstance(prompt, str) and prompt.strip():
-        return text_prompt(prompt)
+        turns = [{"role": "user", "content": prompt}]
+        return Prompt(prompt, _conversation(where, turns, fields, None))
     messages = prompt if isinstance(prompt, list) else fields.get("messages")
     if messages is None:
         if not isinstance(prompt, str | None):
@@ -55,10 +58,18 @@ def parse_prompt(where: str, fields: Mapping[str, Any]) -> Prompt:
             f"{where}: expected 'prompt' (text) or 'messages' (a list); the record has: "
             f"{', '.join(fields) or 'nothing'}{', prompt empty' if empty else ''}."
         )
-    tools = {"tools": fields["tools"]} if fields.get("tools") else {}
-    noun = to_noun("messages", {"messages": messages, **tools}, {}, where)
-    if not isinstance(noun, Conversation):
-        raise DataError(f"{where}: {', '.join(filter(None, noun))}.")
+    noun = _conversation(where, messages, fields, roles)
     if noun.messages[-1].role == "assistant":
         raise DataError(f"{where}: ends with an answer. End it with what is to be answered.")
     return Prompt(messages, noun)
+
+
+def _conversation(
+    where: str, messages: Any, fields: Mapping[str, Any], roles: Mapping[str, str] | None
+) -> Conversation:
+    """Read messages with the tools and the template arguments that stand beside them."""
+    beside = {name: fields.get(name) for name in ("tools", "chat_template_kwargs")}
+    noun = to_noun("messages", {"messages": messages, **beside}, {}, where, roles)
+    if not isinstance(noun, Conversation):
+        raise DataError(f"{where}: {', '.join(filter(None, noun))}.")
+    return noun

@@ -23,6 +23,7 @@ def model_card(
     base: str,
     random_start: bool,
     template: str,
+    template_kwargs: Mapping[str, Any],
     trained: str,
     metrics: Mapping[str, Mapping[str, Any]],
     data: Mapping[str, Any],
@@ -30,8 +31,9 @@ def model_card(
 ) -> str:
     """Write Markdown with the YAML header that the Hugging Face hub reads.
 
-    `trained` is of `trained_text`; `metrics` holds the last "train" and "eval" rows; `data` is the
-    data report; `config` the resolved config as YAML, which repeats the run.
+    `template_kwargs` are the run's arguments of the template; `trained` is of `trained_text`;
+    `metrics` holds the last "train" and "eval" rows; `data` is the data report; `config` the
+    resolved config as YAML, which repeats the run.
     """
     header: dict[str, Any] = {
         "library_name": "transformers",
@@ -40,6 +42,10 @@ def model_card(
     }
     if not random_start and not PurePath(base).is_absolute() and base.count("/") == 1:
         header["base_model"] = base
+    kwargs = json.dumps(template_kwargs, ensure_ascii=False)
+    saved = "saved as `chat_template.jinja`"
+    if template_kwargs:
+        saved += f", with {_code(kwargs)} as `chat_template_kwargs`"
     start = "random weights of the architecture" if random_start else "the weights"
     rows = "\n".join(
         f"| {name} | {value:.6g} |"
@@ -54,8 +60,8 @@ def model_card(
 # {_plain(PurePath(base).name)}, instruction-tuned
 
 Trained with [jaxtune](https://pypi.org/project/jaxtune/) {__version__} from {start} of
-{_code(base)}, with the prompt template {_code(template)} (saved as `chat_template.jinja`). The loss
-{trained}.
+{_code(base)}, with the prompt template {_code(template)} ({saved}).
+The loss {trained}.
 
 ## Result
 

@@ -28,13 +28,13 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from jaxtune.config import JaxtuneError
-from jaxtune.data.templating.template import Template
+from jaxtune.config import JaxtuneError, kwargs_mistake
 from jaxtune.inference.generate import Generation, TextEvent
 from jaxtune.server import openai_schema
 from jaxtune.server.auth import AccessPolicy, AuthMiddleware, as_response
 from jaxtune.server.openai_schema import BROKEN, ChatRequest, CompletionRequest, Refused, Reply
 from jaxtune.server.page import page
+from jaxtune.server.prompts import PromptTokens
 from jaxtune.server.scheduler import GenerationRequest, Scheduler
 
 _BODY_SECONDS = 20.0  # for a client to send what it has announced
@@ -45,14 +45,16 @@ _READERS = 1  # threads that tokenize: with two, a later request could come earl
 class ServedModel(NamedTuple):
     """A model by its name in /v1/models, with `positions` for a prompt and its answer.
 
-    Both functions tokenize and raise `JaxtuneError`; `template` is that of conversations.
+    Both functions tokenize, messages with tools and template arguments, or a text, and raise
+    `JaxtuneError`.
     """
 
     name: str
     positions: int
-    chat_ids: Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], list[int]]
-    text_ids: Callable[[str], list[int]]
-    template: Template | None = None
+    chat_prompt: Callable[
+        [Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]], Mapping[str, Any]], PromptTokens
+    ]
+    completion_prompt: Callable[[str], PromptTokens]
 
 
 def application(
@@ -143,14 +145,18 @@ class _Routes:
         messages = [m.model_dump(exclude_none=True, exclude={"annotations"}) for m in body.messages]
         declared = body.tools if body.tool_choice != "none" else None
         tools = [tool.model_dump(exclude_none=True) for tool in declared or ()]
-        ids = await self._ids(partial(model.chat_ids, messages, tools), "messages")
-        return await self._answer(request, body, model, ids, max(both, default=None))
+        kwargs = body.chat_template_kwargs or {}
+        if mistake := kwargs_mistake(kwargs):
+            raise Refused(400, f"chat_template_kwargs: {mistake}.", param="chat_template_kwargs")
+        make = partial(model.chat_prompt, messages, tools, kwargs)
+        prompt = await self._prompt(make, "messages")
+        return await self._answer(request, body, model, prompt, max(both, default=None))
 
     async def text(self, request: Request) -> Response:
         body = openai_schema.parse(CompletionRequest, await self._read_body(request))
         model = self._model(body.model)
-        ids = await self._ids(partial(model.text_ids, body.prompt), "prompt")
-        return await self._answer(request, body, model, ids, body.max_tokens)
+        prompt = await self._prompt(partial(model.completion_prompt, body.prompt), "prompt")
+        return await self._answer(request, body, model, prompt, body.max_tokens)
 
     # -- a request in --
 
@@ -188,25 +194,29 @@ class _Routes:
             raise Refused(408, f"the body did not come within {_BODY_SECONDS:g} s.") from None
         return bytes(data)
 
-    async def _ids(self, make: Callable[[], list[int]], param: str) -> list[int]:
+    async def _prompt(self, make: Callable[[], PromptTokens], param: str) -> PromptTokens:
         """Tokenize in a thread: a long prompt takes time."""
         try:
-            ids = await to_thread.run_sync(make, limiter=self._readers)
+            prompt = await to_thread.run_sync(make, limiter=self._readers)
         except JaxtuneError as error:
             raise Refused(400, f"{param}: {error}", param=param) from None
-        if not ids:
+        if not prompt.ids:
             raise Refused(400, f"{param}: no tokens; there is nothing to continue.", param=param)
-        return ids
+        return prompt
 
     def _generation_request(
-        self, body: openai_schema._Request, model: ServedModel, ids: list[int], most: int | None
+        self,
+        body: openai_schema._Request,
+        model: ServedModel,
+        prompt: PromptTokens,
+        most: int | None,
     ) -> GenerationRequest:
-        left = model.positions - len(ids)
+        left = model.positions - len(prompt.ids)
         if left < 1 or (most or 1) > left:
             raise Refused(
                 400,
-                f"the prompt has {len(ids)} tokens and {most or 'at least 1'} are asked for; "
-                f"there are {model.positions} positions. Shorten the prompt or ask for less.",
+                f"the prompt has {len(prompt.ids)} tokens and {most or 'at least 1'} are asked "
+                f"for; there are {model.positions} positions. Shorten the prompt or ask for less.",
                 param="messages" if isinstance(body, ChatRequest) else "prompt",
                 code="context_length_exceeded",
             )
@@ -221,8 +231,9 @@ class _Routes:
         except JaxtuneError as error:
             raise Refused(400, str(error)) from None
         most = most or min(self._settings.max_new_tokens, left)
-        template = model.template if isinstance(body, ChatRequest) else None
-        return GenerationRequest(model.name, ids, most, sampling, body.stops, template)
+        return GenerationRequest(
+            model.name, prompt.ids, most, sampling, body.stops, prompt.template
+        )
 
     # -- an answer out --
 
@@ -231,15 +242,15 @@ class _Routes:
         request: Request,
         body: openai_schema._Request,
         model: ServedModel,
-        ids: list[int],
+        prompt: PromptTokens,
         most: int | None,
     ) -> Response:
-        generation_request = self._generation_request(body, model, ids, most)
+        generation_request = self._generation_request(body, model, prompt, most)
         events: _Events = asyncio.Queue()
         deliver = _deliver_to(asyncio.get_running_loop(), events)
         pending = self._scheduler.submit(generation_request, deliver)
         chat = isinstance(body, ChatRequest)
-        reply = openai_schema.reply(model.name, chat=chat, prompt_tokens=len(ids))
+        reply = openai_schema.reply(model.name, chat=chat, prompt_tokens=len(prompt.ids))
         if body.stream:
             lines = _sse_lines(events, reply, with_usage=body.usage_asked)
             return _Stream(lines, partial(self._scheduler.cancel, pending))

@@ -55,6 +55,11 @@ class TextPart(_Shape):
     text: str
 
 
+class ThinkingPart(_Shape):
+    type: Literal["thinking"]
+    thinking: str
+
+
 class CalledFunction(_Shape):
     name: str
     arguments: str
@@ -70,10 +75,12 @@ class ChatMessage(_Shape):
     """A message. What a client sends back of an answer may carry OpenAI's other keys, empty."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[TextPart | ThinkingPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None  # of an answer, as vLLM and others give it
+    reasoning: str | None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
@@ -147,6 +154,7 @@ class ChatRequest(_Request):
     tools: list[Tool] | None = None
     tool_choice: Annotated[Any, neutral("auto", "none")] = None
     parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None  # vLLM's
     logprobs: Annotated[Any, neutral(False)] = None
     top_logprobs: Annotated[Any, neutral(0)] = None
     response_format: Annotated[Any, neutral({"type": "text"})] = None

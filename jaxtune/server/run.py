@@ -25,7 +25,7 @@ from jaxtune.server.app import ServedModel, application
 from jaxtune.server.auth import AccessPolicy
 from jaxtune.server.bound_socket import KEY, BoundSocket
 from jaxtune.server.connections import connection_class
-from jaxtune.server.prompts import chat_ids, text_ids
+from jaxtune.server.prompts import chat_prompt, completion_prompt
 from jaxtune.server.scheduler import Scheduler, ServeSettings
 
 __all__ = ["ServeSettings", "serve", "start"]
@@ -52,9 +52,8 @@ def start(
         ServedModel(
             name,
             min(longest, model.spec.max_positions),
-            partial(chat_ids, model, codec),
-            partial(text_ids, model, codec),
-            codec.template,
+            partial(chat_prompt, model, codec),
+            partial(completion_prompt, model, codec),
         )
         for name, model in models.items()
     ]

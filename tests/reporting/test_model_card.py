@@ -12,6 +12,7 @@ from jaxtune.reporting.model_card import model_card, trained_text, with_evaluati
 CARD = {
     "random_start": False,
     "template": "chatml",
+    "template_kwargs": {},
     "trained": "was taken on the answers only, their end of turn included",
     "metrics": {"train": {"step": 7, "loss": 0.5, "by_dataset": {}}, "eval": {"eval_loss": 0.25}},
     "data": {"examples": 3},
@@ -44,11 +45,13 @@ def test_base_data_metrics_and_config_are_there():
         "base_model": "acme/tiny",
     }
     assert "# tiny, instruction-tuned" in card
-    assert "The loss\nwas taken on the answers only, their end of turn included." in card
+    assert "The loss was taken on the answers only, their end of turn included." in card
     assert "the weights of\n`acme/tiny`, with the prompt template `chatml`" in card
     assert "| loss | 0.5 |\n| eval_loss | 0.25 |" in card
     assert '```json\n{\n "examples": 3\n}\n```' in card
     assert "```yaml\nseed: 0\n```" in card
+    thinking = model_card(base="a", **{**CARD, "template_kwargs": {"enable_thinking": False}})
+    assert '.jinja`, with `{"enable_thinking": false}` as `chat_template_kwargs`)' in thinking
     random = model_card(base="acme/tiny", **{**CARD, "random_start": True})
     assert "base_model" not in _header(random)
     assert "random weights of the architecture" in random

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from jaxtune.config import DataError
 from jaxtune.server.app import ServedModel, application
 from jaxtune.server.auth import AccessPolicy
 from jaxtune.server.bound_socket import Address, BoundSocket, bind
+from jaxtune.server.prompts import PromptTokens
 from jaxtune.server.run import serve
 from jaxtune.server.scheduler import Scheduler, ServeSettings
 
@@ -120,14 +122,18 @@ class Echo:
         return [number for number, (text, *_) in self.going.items() if text.startswith("enormous")]
 
 
-def chat_ids(
-    messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
-) -> list[int]:
+def chat_prompt(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    template_kwargs: Mapping[str, Any],
+) -> PromptTokens:
+    """The last message, with the request's template arguments behind it."""
     if messages[-1]["role"] == "assistant":
         raise DataError("ends with an answer.")
     content = messages[-1]["content"]
     parts = [content] if isinstance(content, str) else [part["text"] for part in content]
-    return [ord(letter) for letter in "".join(parts)]
+    more = json.dumps(template_kwargs) if template_kwargs else ""
+    return PromptTokens([ord(letter) for letter in "".join(parts) + more])
 
 
 class Running:
@@ -161,7 +167,8 @@ def running(
         engine.slots = settings.slots
     scheduler = Scheduler(engines, settings)
     served = [
-        ServedModel(name, POSITIONS, chat_ids, lambda text: [*map(ord, text)]) for name in engines
+        ServedModel(name, POSITIONS, chat_prompt, lambda text: PromptTokens([*map(ord, text)]))
+        for name in engines
     ]
     taken = BoundSocket(*bind(Address("127.0.0.1", 0)), key)
     at = taken.address

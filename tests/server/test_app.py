@@ -47,6 +47,16 @@ def test_an_answer(echo: Running) -> None:
     assert said.json()["choices"][0]["message"]["content"] == "ab"
 
 
+def test_template_arguments_of_a_request(echo: Running) -> None:
+    """Under vLLM's name; what the conversation itself sets is refused."""
+    said = echo.chat("q", chat_template_kwargs={"loud": True})
+    assert said.json()["choices"][0]["message"]["content"] == 'q{"loud": true}'
+    refused = echo.chat("q", chat_template_kwargs={"tools": []})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "chat_template_kwargs"
+    assert "tools is set by jaxtune itself" in refused.json()["error"]["message"]
+
+
 def test_a_stream(echo: Running) -> None:
     body = {
         "model": "model", "stream": True, "stream_options": {"include_usage": True},

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from jaxtune.config import DataError
 from jaxtune.server import prompts
-from jaxtune.server.prompts import chat_ids
+from jaxtune.server.prompts import chat_prompt
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 CALLED = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
@@ -39,7 +40,8 @@ def ids(
 
     monkeypatch.setattr(prompts, "prompt_ids", prompt_ids)
     nothing: Any = None
-    return chat_ids(nothing, nothing, messages, tools)
+    codec: Any = SimpleNamespace(template=SimpleNamespace(for_conversation=lambda noun: None))
+    return chat_prompt(nothing, codec, messages, tools, {}).ids
 
 
 def test_calls_that_the_template_does_not_show_are_refused(

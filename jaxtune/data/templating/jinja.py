@@ -83,6 +83,16 @@ def arguments(source: str) -> frozenset[str]:
     return frozenset(names - set(jinja2.defaults.DEFAULT_NAMESPACE))
 
 
+def options(source: str) -> frozenset[str]:
+    """Name those of `arguments` that are clearly meant to be given: tested for, or never set."""
+    tree = _parse(source)
+    nodes = [*tree.find_all((jinja2.nodes.Test, jinja2.nodes.Filter))]
+    tested = [n.node for n in nodes if n.name in ("defined", "undefined", "default", "d")]
+    names = {node.name for node in tested if isinstance(node, jinja2.nodes.Name)}
+    stored = {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx != "load"}
+    return frozenset(name for name in arguments(source) if name in names or name not in stored)
+
+
 @functools.lru_cache(maxsize=64)
 def compared(source: str, name: str) -> frozenset[str]:
     """Name the strings with which a template compares a variable, attribute or key called `name`.

@@ -13,12 +13,13 @@ import functools
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtune.config import ConfigError, nearest
+from jaxtune.config import RESERVED, ConfigError, nearest
 from jaxtune.data.schema import Conversation, Message
 from jaxtune.data.templating import builtin_templates, format_string, jinja, probes, thinking
 from jaxtune.data.templating.builtin_templates import BUILTIN, TemplateStrings
@@ -100,6 +101,22 @@ class Template:
     def _variants(self) -> dict[str, Template]:
         """Hold the template with arguments of rows: what probes learn is learned once for each."""
         return {}
+
+    def unread(self, kwargs: Iterable[Mapping[str, Any]]) -> Counter[str]:
+        """Count the arguments that the template never reads, by name."""
+        sources = [self.jinja, *([self.with_tools.jinja] if self.with_tools else [])]
+        read = frozenset().union(*map(jinja.arguments, sources))
+        return Counter(name for each in kwargs for name in each if name not in read)
+
+    def unread_text(self, unread: Mapping[str, int], rows: str = "") -> str:
+        """Say which arguments are not read, and those that could be; `rows` counts theirs."""
+        known = sorted(jinja.options(self.jinja) - RESERVED - self.named.keys())
+        names = [f"{name} ({count:,} {rows})" if rows else name for name, count in unread.items()]
+        reads = f"it reads {', '.join(known)}" if known else "it reads none"
+        return (
+            f"chat_template_kwargs: template '{self.name}' never reads {', '.join(names)}; {reads}."
+            f"{nearest(next(iter(unread)), known)}"
+        )
 
     @property
     def exported(self) -> Mapping[str, str]:
