@@ -206,13 +206,7 @@ def open_dataset(
             where = source.where(commonest["first"][0])
             refuse_dropped(entry, own, stored, where=where, max_dropped=max_dropped)
         opened.append(source)
-        if len(source.files) > 1:
-            notes.append(f"{entry.path}: {len(source.files)} files: {_some(source.files)}")
-        if entry.format == "auto":
-            notes.append(f"{entry.path}: read as format '{stored.summary['format']}'")
-        notes += [note] if note else []
-        if unread := stored.summary["unread_kwargs"]:
-            notes.append(f"{entry.path}: {own.template.unread_text(unread, 'rows')}")
+        notes += [*_source_notes(entry, source, own), *([note] if note else [])]
     identity = [config.tokenizer.fingerprint, templates, config.train_on, config.max_length]
     if config.prompt_loss_weight:
         identity.append(config.prompt_loss_weight)
@@ -228,6 +222,17 @@ def open_dataset(
         if not stratum.drawn
     ]
     return replace(dataset, notes=tuple(notes))
+
+
+def _source_notes(entry: Entry, source: Source, config: PreprocessConfig) -> Iterator[str]:
+    """Yield what was decided about a source, and what of it has no effect."""
+    summary = source.stored.summary
+    if len(source.files) > 1:
+        yield f"{entry.path}: {len(source.files)} files: {_some(source.files)}"
+    if entry.format == "auto":
+        yield f"{entry.path}: read as format '{summary['format']}'"
+    if unread := summary["unread_kwargs"]:
+        yield f"{entry.path}: {config.template.unread_text(unread, 'rows')}"
 
 
 def _source(
