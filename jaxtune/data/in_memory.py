@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.config import ConfigError, DataError
+from jaxtune.data.readers import without_nulls
 from jaxtune.storage import cache_eviction, object_store
 
 _ROWS = 1000  # of a data frame turned into Python objects at once
@@ -125,8 +126,9 @@ def _rows(data: Any, name: str) -> Iterable[Any]:
     if _is_a(data, "pandas", "DataFrame"):
         return _pandas_rows(data, name)
     if _is_a(data, "polars", "DataFrame"):
-        rows: Iterable[Any] = data.iter_rows(named=True)
-        return rows
+        return _arrow_rows(data.iter_rows(named=True))
+    if _is_a(data, "datasets", "Dataset"):
+        return _arrow_rows(data)
     if _is_a(data, "datasets", "DatasetDict"):
         raise DataError(f"{name}: has several splits: {', '.join(data)}. Give one of them.")
     if _is_a(data, "polars", "LazyFrame"):
@@ -137,6 +139,11 @@ def _rows(data: Any, name: str) -> Iterable[Any]:
             f"or a path, came {type(data).__name__}."
         )
     return data
+
+
+def _arrow_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        yield {column: without_nulls(value) for column, value in row.items()}
 
 
 def _is_a(data: Any, library: str, kind: str) -> bool:

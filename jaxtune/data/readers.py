@@ -448,7 +448,18 @@ def _rows(batches: Any) -> Found:
         for start in range(0, batch.num_rows, _ROWS):
             for fields in batch.slice(start, _ROWS).to_pylist():
                 number += 1
-                yield number, fields
+                yield number, {name: without_nulls(value) for name, value in fields.items()}
+
+
+def without_nulls(value: Any) -> Any:
+    """Drop the keys inside a table's value that are null: there every row has the keys of all.
+
+    >>> without_nulls([{"name": "add", "arguments": {"a": 2, "b": None}}])
+    [{'name': 'add', 'arguments': {'a': 2}}]
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 @contextlib.contextmanager

@@ -71,6 +71,21 @@ def test_missing_values_of_data_frames_are_null() -> None:
     assert rows_of(polars.DataFrame(rows)) == rows
 
 
+def test_what_a_table_fills_up_with_nulls_is_not_in_a_call() -> None:
+    """Each row has its own keys; a table gives every row those of all."""
+    datasets = pytest.importorskip("datasets")
+    polars = pytest.importorskip("polars")
+    rows = [
+        {"messages": [{"role": "assistant", "tool_calls": [{"name": name, "arguments": own}]}]}
+        for name, own in (("add", {"a": 2, "b": {"c": 1}}), ("clock", {"zone": "UTC"}))
+    ]
+    assert rows_of(rows) == rows
+    assert rows_of(datasets.Dataset.from_list(rows)) == rows
+    assert rows_of(polars.DataFrame(rows)) == rows
+    with_null = [{"messages": [{"role": "user", "x": {"y": None}}], "z": None}]
+    assert rows_of(with_null) == with_null  # JSON means it
+
+
 def test_nested_messages_and_numpy_values() -> None:
     pandas = pytest.importorskip("pandas")
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -366,6 +366,18 @@ def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
     return write(path, data.getvalue())
 
 
+def test_parquet_nulls_that_fill_up_a_struct_are_not_there(tmp_path: Path) -> None:
+    rows = [
+        {"tool_calls": [{"name": "add", "arguments": {"a": 2, "b": None}}], "tag": None},
+        {"tool_calls": [{"name": "clock", "arguments": {"zone": "UTC", "all": [None, 1]}}],
+         "tag": "x"},
+        {"tool_calls": [{"name": "now", "arguments": {"zone": None}}], "tag": "x"},
+    ]  # fmt: skip
+    records = [record.fields for record in read(parquet(tmp_path / "a.parquet", rows))]
+    del rows[0]["tool_calls"][0]["arguments"]["b"], rows[2]["tool_calls"][0]["arguments"]["zone"]
+    assert records == rows
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".parquet.gz"])
 def test_parquet(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jaxtune.data.readers._ROWS", 2)
