@@ -25,7 +25,7 @@ class PreviewExample(NamedTuple):
     """A row as it would be trained, whole: neither shifted nor packed.
 
     `trained[i]` is the loss weight of `input_ids[i]` as a target; `dropped` is the reason why the
-    row is not trained.
+    row is not trained, `untrained` why answers of it are only context.
     """
 
     dataset: str
@@ -34,6 +34,7 @@ class PreviewExample(NamedTuple):
     input_ids: list[int]
     trained: list[float]
     dropped: str | None
+    untrained: Sequence[str] = ()
 
 
 class PreviewResult(NamedTuple):
@@ -110,6 +111,7 @@ def _example(name: str, prepared: PreprocessedRow) -> PreviewExample:
         [] if tokens is None else tokens.ids.tolist(),
         [] if tokens is None else tokens.weights.tolist(),
         None if dropped is None else ": ".join(filter(None, dropped)),
+        [": ".join(filter(None, lost)) for lost in prepared.untrained],
     )
 
 
@@ -121,6 +123,9 @@ def _texts(config: Config, settings: PreprocessConfig, count: int) -> Iterator[s
         if prepared.dropped is not None:
             reason = ": ".join(filter(None, prepared.dropped))
             lines.append(f"dropped: {printable(reason)}")
+        lines += [
+            f"untrained: {printable(': '.join(filter(None, lost)))}" for lost in prepared.untrained
+        ]
         if prepared.tokens is not None:
             lines.append(marked(runs(prepared.tokens, settings.tokenizer), color=color))
         elif prepared.text:

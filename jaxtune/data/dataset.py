@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from jaxtune.config import ConfigError, DataError
 from jaxtune.data import cache, mixing, packing, preprocess
-from jaxtune.data.dropped import refuse_dropped
+from jaxtune.data.lost import refuse_lost
 from jaxtune.data.preprocess import Entry, PreprocessConfig, Progress
 from jaxtune.data.readers import location
 from jaxtune.data.schema import Batch, Example, WeightedTokens
@@ -201,10 +201,8 @@ def open_dataset(
         key = preprocess.cache_key(entry, own)
         stored, note = cache.stored(cache_dir or default_folder(), key, build)
         source = _source(entry, name, stored, own)
-        if max_dropped is not None and stored.summary["dropped"]:
-            _, commonest = next(iter(stored.summary["dropped"].items()))
-            where = source.where(commonest["first"][0])
-            refuse_dropped(entry, own, stored, where=where, max_dropped=max_dropped)
+        if max_dropped is not None:
+            refuse_lost(entry, own, stored, where=source.where, max_dropped=max_dropped)
         opened.append(source)
         notes += [*_source_notes(entry, source, own), *([note] if note else [])]
     identity = [config.tokenizer.fingerprint, templates, config.train_on, config.max_length]

@@ -44,6 +44,7 @@ FLAGS = (
     "typed_control_tokens",
     "short_answers",
     "not_provable",
+    "no_stop_trained",
 )
 
 # Records tokenised together: enough for a tokenizer's threads, little enough to stream. Fixed, so
@@ -134,6 +135,8 @@ class PreprocessedRow(NamedTuple):
     literal_special: bool = False  # the record's own text contains special tokens
     short: bool = False  # a trained answer is one word
     unproven: bool = False  # it came as token ids
+    endless: bool = False  # and trains none that ends a turn
+    answers: int = 0  # that are trained
     own_text: str = ""  # the record's own text, without what its system messages say
     unread: tuple[str, ...] = ()  # the record's template arguments that the template never reads
 
@@ -207,7 +210,7 @@ def preprocess_chunk(
             rendered.append((base, noun))
             continue
         if isinstance(noun, WeightedTokens):
-            rendered.append(_of_tokens(base, noun, config.tokenizer))
+            rendered.append(_of_tokens(base, noun, config))
             continue
         if not _is_unicode(noun):
             rendered.append((base, Dropped("the text is not valid Unicode")))
@@ -247,20 +250,24 @@ def preprocess_chunk(
             split=result.split,
             inexact=result.inexact,
             short=_has_short_answer(spans, config.template.stop),
+            answers=sum(span.answer and span.weight > 0 for span in spans),
         )
         yield _fit(prepared, entry, config)
 
 
 def _of_tokens(
-    base: PreprocessedRow, tokens: WeightedTokens, tokenizer: Tokenizer
+    base: PreprocessedRow, tokens: WeightedTokens, config: PreprocessConfig
 ) -> tuple[PreprocessedRow, WeightedTokens | Dropped]:
     """Decode a row that came as token ids; drop it if they are not the tokenizer's."""
+    tokenizer = config.tokenizer
     foreign = tokens.ids[(tokens.ids < 0) | (tokens.ids >= tokenizer.size)]
     if len(foreign):
         detail = f"id {foreign[0]}; the tokenizer has {tokenizer.size:,}"
         return base, Dropped("a token id is not in the tokenizer's vocabulary", detail)
     text = tokenizer.decode(tokens.ids.tolist())
-    return base._replace(text=text, own_text=text), tokens
+    stops = (*config.template.stop_ids, tokenizer.eos_id)
+    ends = np.isin(tokens.ids[tokens.weights > 0], [i for i in stops if i is not None])
+    return base._replace(text=text, own_text=text, endless=not ends.any()), tokens
 
 
 def _fit(prepared: PreprocessedRow, entry: Entry, config: PreprocessConfig) -> PreprocessedRow:
@@ -382,8 +389,6 @@ def tokenize_chunk(
     unread: dict[int, tuple[str, ...]] = {}  # of records, which may make several rows
     for item in preprocess_chunk(chunk, name, entry, config):
         unread[item.row] = item.unread
-        for lost in item.untrained:
-            _count(untrained, item, lost)
         if item.dropped or item.tokens is None:
             _count(dropped, item, item.dropped or Dropped("nothing to train"))
             if item.tokens is not None:
@@ -391,6 +396,9 @@ def tokenize_chunk(
         else:
             trained_rows.append(item)
             tokens.append(item.tokens)
+            counts["answers"] += item.answers
+            for lost in item.untrained:
+                _count(untrained, item, lost)
     counts.update(_UNREAD + argument for names in unread.values() for argument in names)
     values: dict[str, int] = {}
     arrays = {
@@ -481,7 +489,7 @@ def _flags(item: PreprocessedRow) -> int:
     """Set bit i if `FLAGS[i]` is true of the row."""
     marks = (
         *(item.split, item.inexact, item.cut, item.lost > 0),
-        *(item.literal_special, item.short, item.unproven),
+        *(item.literal_special, item.short, item.unproven, item.endless),
     )
     return sum(flag << bit for bit, flag in enumerate(marks))
 

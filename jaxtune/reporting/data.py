@@ -65,7 +65,8 @@ def examples(config: Config, settings: PreprocessConfig, limit: int) -> Iterator
         cut = len(pieces) - _MOST_TOKENS
         yield ExampleView(
             f"{name} row {prepared.row}, line {prepared.line}"
-            + (f", without its last {cut:,} tokens" if cut > 0 else ""),
+            + (f", without its last {cut:,} tokens" if cut > 0 else "")
+            + "".join(f"; untrained: {': '.join(filter(None, u))}" for u in prepared.untrained),
             pieces[:_MOST_TOKENS],
             None if dropped is None else f"dropped: {': '.join(filter(None, dropped))}",
         )

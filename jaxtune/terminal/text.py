@@ -102,13 +102,22 @@ def report_text(report: Mapping[str, Any], *, short: bool = False) -> str:
 
 
 def lost_lines(datasets: Mapping[str, Mapping[str, Any]], kind: str = "dataset") -> Iterator[str]:
-    """Write a line for each dataset of `by_dataset` that loses rows: their share, and why."""
+    """Write a line for each dataset of `by_dataset` that loses something: which share, and why."""
     for name, part in datasets.items():
-        if part["dropped"]:
-            yield (
-                f"{kind} {printable(name)}: {part['dropped_share']:.1%} of {part['rows']:,} rows "
-                f"dropped: {_reasons(part['dropped_by_reason'])}"
-            )
+        losses = [
+            f"{part[share]:.1%} of {part[of_all]:,} {of_all} {lost}: {_reasons(part[reasons])}"
+            for lost, share, of_all, reasons in _LOST
+            if part[lost]
+        ]
+        if losses:
+            yield f"{kind} {printable(name)}: {'; '.join(losses)}"
+
+
+# What is lost, its share, of what, why: keys of a dataset's part of the report.
+_LOST = (
+    ("dropped", "dropped_share", "rows", "dropped_by_reason"),
+    ("untrained", "untrained_share", "answers", "untrained_by_reason"),
+)
 
 
 def _reasons(counts: Mapping[str, int]) -> str:

@@ -70,8 +70,10 @@ def test_mistakes_in_arguments(tokenizer: str) -> None:
     rows = [{"prompt": "a", "completion": "b"}] * 9
     with pytest.raises(jt.DataError, match=r"^data\[9\]: format .* needs 'completion'"):
         jt.preview(config, [*rows, {"prompt": "a"}])
-    with pytest.raises(jt.DataError, match=r"^data\[0\]: nothing to train: all 2 rows are dropped"):
-        jt.preview(config, [{"prompt": "a", "completion": ""}] * 2)
+    lost = jt.preview(config, [{"prompt": "a", "completion": ""}] * 2)  # shown, not refused
+    assert [example.dropped for example in lost.examples] == ["empty answer: message 2"] * 2
+    assert lost.report is not None
+    assert lost.report["by_dataset"]["data"]["dropped_share"] == 1.0
 
 
 def test_without_data(tokenizer: str) -> None:

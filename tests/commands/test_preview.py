@@ -48,7 +48,7 @@ def test_json_is_one_object_per_example(folder: Path, capsys: Any) -> None:
     lines = printed(capsys, arguments(folder, "--json")).splitlines()
     found = [json.loads(line) for line in lines]
     assert [list(item) for item in found] == [
-        ["dataset", "row", "text", "input_ids", "trained", "dropped"]
+        ["dataset", "row", "text", "input_ids", "trained", "dropped", "untrained"]
     ] * len(ROWS)
     assert [item["row"] for item in found] == [0, 1, 2, 3]
     assert {item["dataset"] for item in found} == {"data"}

@@ -120,6 +120,10 @@ def test_rows_of_ids_are_shown_counted_and_cut_like_others(tmp_path: Path, capsy
     config = PreprocessConfig(tokenizer, template, max_length=64, truncation="truncate")
     cut = open_dataset([entry], config)
     assert (len(cut), report(cut)["not_provable"], report(cut)["truncated"]) == (3, 3, 1)
+    assert report(cut)["stop_trained_share"] == pytest.approx(2 / 3)
+    endless = write(tmp_path / "endless.jsonl", [row, {k: v[:-1] for k, v in row.items()}])
+    found = report(open_dataset([endless], config))
+    assert (found["no_stop_trained"], found["stop_trained_share"]) == (1, 0.5)
     whole = open_dataset([entry], config._replace(max_length=512))
     other = {**row, "labels": [-100, *row["input_ids"][1:]]}
     changed = write(tmp_path / "other.jsonl", [other, other, long, foreign])

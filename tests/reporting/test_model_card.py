@@ -59,7 +59,13 @@ def test_base_data_metrics_and_config_are_there():
 
 
 def test_what_is_lost_of_the_data_stands_above_its_numbers():
-    part = {"dropped": 3, "dropped_share": 0.3, "rows": 10, "dropped_by_reason": {"<b>": 3}}
+    part = {
+        "dropped": 3,
+        "dropped_share": 0.3,
+        "rows": 10,
+        "dropped_by_reason": {"<b>": 3},
+        "untrained": 0,
+    }
     data = {"by_dataset": {"x": part, "y": {**part, "dropped": 0}},
             "evaluation": {"by_dataset": {"e": part}}}  # fmt: skip
     card = model_card(base="acme/tiny", **{**CARD, "data": data})

@@ -62,7 +62,7 @@ def read(text: str) -> Reader:
 def report_with(text: str) -> dict[str, Any]:
     """A report in which every place that data can reach holds `text`."""
     part = {"format": text, "examples": 1, "tokens_total": 2, "tokens_trained": 1,
-            "dropped_share": 0.125}  # fmt: skip
+            "dropped_share": 0.125, "untrained_share": 0.375}  # fmt: skip
     dropped = {"count": 1, "first": [{"where": text, "detail": text}]}
     return {
         **REPORT,

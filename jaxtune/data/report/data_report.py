@@ -13,7 +13,7 @@ from jaxtune.config import DataError
 from jaxtune.data import mixing, preprocess
 from jaxtune.data.cache import CachedSource
 from jaxtune.data.dataset import Batches, Dataset
-from jaxtune.data.dropped import DroppedShare, dropped_share
+from jaxtune.data.lost import LostShare
 from jaxtune.data.report import near_duplicates as minhash
 from jaxtune.data.report.columns import column_values
 
@@ -28,6 +28,7 @@ FLAGS = {
     "typed_control_tokens": "rows whose own text contains control tokens",
     "short_answers": "rows with an answer of one word",
     "not_provable": "rows that came as token ids: what is trained of them cannot be proven",
+    "no_stop_trained": "of these train no end of turn",
     "duplicates": "rows that are the same as an earlier one, token for token",
     "near_duplicates": "records that say nearly the same as an earlier one",
 }
@@ -47,7 +48,10 @@ def report(
     counts = {
         name: int(np.count_nonzero(marks & (1 << bit))) for bit, name in enumerate(preprocess.FLAGS)
     }
-    endless = sum(not _teaches_stop(dataset, int(i)) for i in np.flatnonzero(_cut(dataset)))
+    endless = counts["no_stop_trained"] + sum(
+        not _teaches_stop(dataset, int(i))
+        for i in np.flatnonzero(_flagged(dataset, "answers_cut", without="no_stop_trained"))
+    )
     dropped = _dropped(dataset)
     distinct = np.unique(dataset.chosen, return_index=True)[1]
     digests = dataset.gather("digests")[distinct]
@@ -90,7 +94,7 @@ def report(
 
 def refuse(dataset: Dataset) -> None:
     """Raise `DataError` if training could only do harm, before a device is touched."""
-    cut = _cut(dataset)
+    cut = _flagged(dataset, "answers_cut")
     if cut.all() and not any(_teaches_stop(dataset, i) for i in range(len(dataset))):
         raise DataError(
             f"{dataset.sources[0].path}: all {len(dataset)} rows lose the end of their answer to "
@@ -99,10 +103,12 @@ def refuse(dataset: Dataset) -> None:
         )
 
 
-def _cut(dataset: Dataset) -> NDArray[np.bool_]:
-    """Mark the examples that lost trained tokens to `max_length`; all others end their answers."""
-    bit = 1 << preprocess.FLAGS.index("answers_cut")
-    marked: NDArray[np.bool_] = (dataset.gather("flags") & bit) != 0
+def _flagged(dataset: Dataset, name: str, *, without: str | None = None) -> NDArray[np.bool_]:
+    """Mark the examples that have the flag `name`, and not the flag `without`."""
+    flags = dataset.gather("flags")
+    marked: NDArray[np.bool_] = (flags & (1 << preprocess.FLAGS.index(name))) != 0
+    if without is not None:
+        marked &= (flags & (1 << preprocess.FLAGS.index(without))) == 0
     return marked
 
 
@@ -220,17 +226,20 @@ def by_dataset(dataset: Dataset) -> dict[str, dict[str, Any]]:
 
 def _part(part: Dataset, whole: Dataset, name: str) -> dict[str, Any]:
     stored = [source.stored for source in whole.sources if source.name == name]
-    counts = [dropped_share(each) for each in stored]
-    count = DroppedShare(sum(c.dropped for c in counts), sum(c.rows for c in counts))
+    rows, answers = (LostShare.of(stored, what) for what in ("dropped", "untrained"))
     return {
         "format": ", ".join(dict.fromkeys(each.summary["format"] for each in stored)),
         "examples": len(part),
         "tokens_total": int(part.token_counts.sum()),
         "tokens_trained": int(part.trained_counts.sum()),
-        "rows": count.rows,
-        "dropped": count.dropped,
-        "dropped_share": count.share,
+        "rows": rows.of_all,
+        "dropped": rows.lost,
+        "dropped_share": rows.share,
         "dropped_by_reason": _reasons(stored, "dropped"),
+        "answers": answers.of_all,
+        "untrained": answers.lost,
+        "untrained_share": answers.share,
+        "untrained_by_reason": _reasons(stored, "untrained"),
     }
 
 

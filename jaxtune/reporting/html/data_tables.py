@@ -58,15 +58,17 @@ def _narrow_tables(report: Mapping[str, Any]) -> list[Table]:
     sources = [
         (
             *(name, part["format"], part["examples"], part["tokens_total"]),
-            *(part["tokens_trained"], Number(f"{part['dropped_share']:.1%}")),
+            *(part["tokens_trained"], _percent(part["dropped_share"])),
+            _percent(part["untrained_share"]),
         )
         for name, part in report["by_dataset"].items()
     ]
     flags = [(text, report[flag]) for flag, text in report["flags"].items() if report[flag]]
     held_out = report.get("evaluation") or {}
+    header = ("", "format", "examples", "tokens", "trained", "rows dropped", "answers untrained")
     return [
         Table("Lengths in tokens", ("", *quantiles), lengths),
-        Table("Sources", ("", "format", "examples", "tokens", "trained", "dropped"), sources),
+        Table("Sources", header, sources),
         Table("Found", ("", "count"), flags),
         Table(
             "Held out for evaluation",

@@ -140,6 +140,30 @@ def test_what_is_tried_is_spread_over_the_rows(tmp_path: Path, byte_level: Token
     )
 
 
+def test_answers_that_are_only_context_count_too(tmp_path: Path, byte_level: Tokenizer) -> None:
+    """Of 8 answers that should be trained 3 are lost, in rows that are all trained."""
+    half = {"messages": [*EMPTY["messages"], *GOOD["messages"]]}
+    entry = write(tmp_path / "rows.jsonl", [half] * 3 + [GOOD] * 2)
+    data = open_dataset([entry], settings(byte_level), max_dropped=0.375)
+    part = report(data)["by_dataset"]["rows"]
+    assert (part["dropped"], part["untrained"], part["answers"]) == (0, 3, 8)
+    assert list(lost_lines({"rows": part})) == [
+        "dataset rows: 37.5% of 8 answers untrained: 3 empty answer"
+    ]
+    long = {"messages": [*half["messages"], *LONG["messages"]]}  # dropped whole: counted once
+    entry = write(tmp_path / "long.jsonl", [half] * 3 + [GOOD] * 2 + [long] * 2)
+    config = settings(byte_level, max_length=64)
+    part = report(open_dataset([entry], config))["by_dataset"]["long"]
+    assert (part["dropped"], part["rows"]) == (2, 7)
+    assert (part["untrained"], part["answers"]) == (3, 8)
+    assert re.match(
+        rf"{entry.path}:1: 3 of 8 answers are untrained \(37.5%\), more than max_dropped \(0.3\), "
+        r"3 because: empty answer: message 2. No built-in template and no other setting keeps any "
+        r"of the 5 that were tried: mend the data. Or set max_dropped 0.38 to go on without them. ",
+        refusal(entry, config, 0.3),
+    )
+
+
 def test_an_evaluation_set_has_the_same_limit_and_its_own_line(
     tmp_path: Path, byte_level: Tokenizer
 ) -> None:
