@@ -229,8 +229,19 @@ def _source_notes(entry: Entry, source: Source, config: PreprocessConfig) -> Ite
         yield f"{entry.path}: {len(source.files)} files: {_some(source.files)}"
     if entry.format == "auto":
         yield f"{entry.path}: read as format '{summary['format']}'"
+    if summary["unused_columns"]:
+        yield f"{entry.path}: {_unused_text(entry, summary)}"
     if unread := summary["unread_kwargs"]:
         yield f"{entry.path}: {config.template.unread_text(unread, 'rows')}"
+
+
+def _unused_text(entry: Entry, summary: Mapping[str, Any]) -> str:
+    unused = list(summary["unused_columns"])
+    text = f"{', '.join(unused)} {'is' if len(unused) == 1 else 'are'} not used: rows are trained "
+    text += f"as format '{summary['format']}' alone"
+    for name, column in entry.columns.items():
+        text += f"; {column} is read as {name}" if column in ("chosen", "rejected") else ""
+    return text + "; answers with label false are trained too" * ("label" in unused)
 
 
 def _source(

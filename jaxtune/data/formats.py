@@ -6,7 +6,7 @@ configuration and raises; a value that is no use (null, wrong type, empty) drops
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, overload
 
 from jaxtune.config import ConfigError, DataError, kwargs_mistake, nearest
@@ -25,6 +25,7 @@ from jaxtune.data.token_rows import OPTIONAL, token_row
 
 Noun = Conversation | Document | WeightedTokens
 Fields = Mapping[str, Any]
+_TRAINED_ELSEWHERE = frozenset({"chosen", "rejected", "label", "input_ids"})
 
 
 class Format(NamedTuple):
@@ -109,6 +110,22 @@ def to_noun(
         return FORMATS[name].read(fields)
     except Unusable as problem:
         return problem.dropped
+
+
+def unused_columns(
+    name: str, records: Iterable[Fields], columns: Mapping[str, str]
+) -> Iterator[str]:
+    """Yield, for each record, the columns that others train on, and its format does not read.
+
+    A `label` is one where it says whether an answer is good; classes are called so too.
+    """
+    read = (*FORMATS[name].required, *FORMATS[name].optional, *columns.values())
+    unread = _TRAINED_ELSEWHERE.difference(read)
+    for record in records:
+        for column in unread & record.keys():
+            value = record[column]
+            if isinstance(value, bool) if column == "label" else value is not None:
+                yield column
 
 
 def _rename(record: Fields, columns: Mapping[str, str]) -> Fields:

@@ -51,8 +51,9 @@ FLAGS = (
 # that the result does not depend on the number of processes.
 _CHUNK = 512
 _SHOWN = 3  # examples kept of each reason for dropping
-# Counted until all is read: records that have a column, and an argument no template reads.
-_COLUMN, _UNREAD = "column ", "unread "
+# Counted until all is read: records that have a column, one that is not used, and an argument that
+# no template reads.
+_COLUMN, _UNUSED, _UNREAD = "column ", "unused ", "unread "
 
 
 class Proportions(Protocol):
@@ -382,6 +383,8 @@ def tokenize_chunk(
     counts: Counter[str] = Counter(records=len(chunk))
     for column in entry.columns.values():
         counts[_COLUMN + column] = sum(column in record.fields for _, record in chunk)
+    unused = formats.unused_columns(name, (r.fields for _, r in chunk), entry.columns)
+    counts.update(_UNUSED + column for column in unused)
     dropped: dict[str, dict[str, Any]] = {}
     untrained: dict[str, dict[str, Any]] = {}
     trained_rows: list[PreprocessedRow] = []
@@ -460,13 +463,17 @@ def build(
         "format": name,
         "content": writer.content,
         "values": list(known),
-        "counts": {name: n for name, n in counts.items() if not name.startswith(_UNREAD)},
-        "unread_kwargs": {
-            name.removeprefix(_UNREAD): n for name, n in counts.items() if name.startswith(_UNREAD)
-        },
+        "counts": {n: c for n, c in counts.items() if not n.startswith((_UNUSED, _UNREAD))},
+        "unused_columns": _named(_UNUSED, counts),
+        "unread_kwargs": _named(_UNREAD, counts),
         "dropped": _by_count(dropped),
         "untrained": _by_count(untrained),
     }
+
+
+def _named(prefix: str, counts: Counter[str]) -> dict[str, int]:
+    """Take out the counts of a kind, by what stands behind its prefix, in alphabetical order."""
+    return {n.removeprefix(prefix): counts[n] for n in sorted(counts) if n.startswith(prefix)}
 
 
 def _count(reasons: dict[str, dict[str, Any]], item: PreprocessedRow, lost: Dropped) -> None:

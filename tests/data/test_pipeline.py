@@ -135,6 +135,34 @@ def test_a_mapped_column_that_no_record_has_is_named(tmp_path: Path, byte_level:
 
 
 @pytest.mark.parametrize(
+    ("row", "columns", "note"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, {"completion": "chosen"},
+         "rejected is not used: rows are trained as format 'prompt_completion' alone; chosen is "
+         "read as completion"),
+        ({"prompt": "q", "completion": "a", "label": False}, {},
+         "label is not used: rows are trained as format 'prompt_completion' alone; answers with "
+         "label false are trained too"),
+        ({"prompt": "q", "completion": "a", "label": 1, "chosen": None}, {}, None),  # a class
+        ({"instruction": "q", "output": "a", "chosen": "a", "rejected": "b", "input_ids": [1]}, {},
+         "chosen, input_ids, rejected are not used: rows are trained as format 'alpaca' alone"),
+        ({"input_ids": [5, 6], "labels": [5, 6]}, {}, None),
+    ],
+)  # fmt: skip
+def test_columns_that_others_train_on_are_said_to_be_unused(
+    tmp_path: Path,
+    byte_level: Tokenizer,
+    row: dict[str, Any],
+    columns: dict[str, str],
+    note: str | None,
+) -> None:
+    entry = write(tmp_path / "rows.jsonl", [{**row, "rejected": None}, row])
+    entry = entry.model_copy(update={"columns": columns})
+    notes = [text for text in opened([entry], byte_level).notes if "used" in text]
+    assert notes == ([] if note is None else [f"{entry.path}: {note}"])
+
+
+@pytest.mark.parametrize(
     ("paths", "names"),
     [
         (("d1/ev.jsonl", "d2/ev.jsonl", "x/b.json"), ["d1/ev", "d2/ev", "b"]),
