@@ -57,6 +57,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group(file))
 
 
+def pytest_collection_finish() -> None:
+    """Leaves modules and tests out of garbage collection, an eighth of the suite's time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
+
+
 # Of the 65,530 ranges of memory that Linux gives a process by default. Every compiled program takes
 # some, and a compiler that gets no more crashes.
 MOST_RANGES, LOOKED_EVERY = 25_000, 16  # tests
