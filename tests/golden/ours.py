@@ -20,7 +20,8 @@ from jaxtune.tree import named
 # Two correct programs in float32 differ by reassociated sums of at most 48 terms.
 LOGITS, EXPERT_LOGITS, LOSS, GRADIENT = 2e-5, 5e-5, 1e-5, 1e-4
 
-PACKED = ((0, 1), (2,), ())  # texts of each row; as many rows, so that one program serves both
+ROWS, LENGTH = 8, 32  # of every batch, so that one program serves all; meshes can cut them
+PACKED = ((0, 1), (2,))  # texts of each row
 ALONE = ((0,), (1,), (2,))
 
 
@@ -31,10 +32,10 @@ class Ours(NamedTuple):
 
 
 def rows(layout: tuple[tuple[int, ...], ...]) -> dict[str, np.ndarray]:
-    """Texts laid out in rows of 30; targets shifted within each text, padding in segment 0."""
+    """Texts laid out in rows; targets shifted within each text, padding in segment 0."""
     names = ("inputs", "targets", "segment_ids", "positions")
-    batch = {name: np.zeros((len(layout), 30), np.int32) for name in names}
-    batch["weights"] = np.zeros((len(layout), 30), np.float32)
+    batch = {name: np.zeros((ROWS, LENGTH), np.int32) for name in names}
+    batch["weights"] = np.zeros((ROWS, LENGTH), np.float32)
     for row, texts in enumerate(layout):
         at = 0
         for segment, text in enumerate(texts, start=1):
@@ -50,8 +51,11 @@ def rows(layout: tuple[tuple[int, ...], ...]) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def _program(name: str) -> tuple[HfModel, functools.partial[Any]]:
-    """The imported model and batch -> ((loss, logits), gradients), compiled once."""
+def program(name: str) -> tuple[HfModel, functools.partial[Any]]:
+    """The imported model and batch -> ((mean loss, logits), gradients), compiled once.
+
+    Its one argument is the parameters, under `args`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         model = open_model(write_folder(name, Path(folder)))
         params = load_params(model, None, jnp.float32)
@@ -75,7 +79,7 @@ def _program(name: str) -> tuple[HfModel, functools.partial[Any]]:
 
 @functools.cache
 def ours(name: str, layout: tuple[tuple[int, ...], ...]) -> Ours:
-    model, run = _program(name)
+    model, run = program(name)
     (loss, logits), grads = run(rows(layout))
     by_text = {}
     for row, texts in enumerate(layout):
@@ -106,7 +110,7 @@ TOGETHER = ("llama", "gemma3", "gpt-oss")
 def greedy(name: str) -> list[list[int]]:
     """The likeliest NEW_TOKENS after each prompt, with the cache: in two slots, of which one is
     filled again and again while the other goes on."""
-    model, run = _program(name)
+    model, run = program(name)
     (params,) = run.args
     engine = Engine(model.spec, {"params": params}, dtype=jnp.float32, slots=2)
     first, second, third = PROMPTS
@@ -133,5 +137,5 @@ def greedy(name: str) -> list[list[int]]:
 
 def logits_tolerance(name: str) -> float:
     """Wider for experts: their sums are taken in an order that depends on the routing."""
-    model, _ = _program(name)
+    model, _ = program(name)
     return EXPERT_LOGITS if any(layer.moe for layer in model.spec.layers) else LOGITS

@@ -15,7 +15,7 @@ from golden.ours import ALONE, GRADIENT, LOGITS, LOSS, PACKED, greedy, logits_to
 from jaxtune.hf.load import load_params, open_model
 from jaxtune.model import decoder
 
-# All of a case in one worker, which compiles it once.
+# All of a case in one worker, which compiles it once; training/test_meshes uses that program too.
 WHOLE = {name: pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in CASES}
 
 

@@ -7,19 +7,19 @@ families' own switches; texts cross the edges between devices that share a row.
 from __future__ import annotations
 
 import functools
-import tempfile
+import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import golden.ours
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden.cases import CASES, VOCAB, write_folder
+from golden.cases import CASES, VOCAB
+from golden.ours import LENGTH, ROWS
 from jax.sharding import PartitionSpec
 
-from jaxtune.hf.load import load_params, open_model
 from jaxtune.model import decoder
 from jaxtune.model.decoder import ForwardConfig
 from jaxtune.ops.cross_entropy import Sums
@@ -30,7 +30,6 @@ from jaxtune.training.objectives import next_token
 from jaxtune.training.step import GradientConfig, gradient
 from jaxtune.tree import map_named, named, unnamed
 
-ROWS, LENGTH = 8, 32
 MESHES = (
     {"fsdp": 4, "context": 2},
     {"data": 2, "tensor": 2, "context": 2},
@@ -41,7 +40,7 @@ MESHES = (
     {"fsdp": 2, "tensor": 2, "context": 2},
 )
 # One case of each family, its mesh, its attention; first those that differ in what a cut could
-# break. A program takes some five seconds to compile, so each family has one mesh.
+# break. A program takes seconds to compile, so each family has one mesh.
 ASKED = [
     ("mistral-window", 0, "blocked"),
     ("llama-head-dim", 1, "reference"),
@@ -110,43 +109,54 @@ LEANS = {  # what is added to the routers' biases
 
 @functools.cache
 def model(name: str) -> tuple[ModelSpec, Any]:
+    if name in CASES:
+        imported, run = golden.ours.program(name)
+        return imported.spec, {"params": run.args[0]}
     if name == "wide":
         return WIDE, {"params": decoder.init(WIDE, jax.random.key(6), jnp.float32)}
-    if name in LEANS:
-        rng = np.random.default_rng(6)
-        found = {
-            leaf: 0.3 * rng.normal(size=shape.shape).astype(np.float32)
-            + np.float32(LEANS[name] if leaf.endswith("router/bias") else 0)
-            for leaf, shape in named(decoder.abstract(EXPERTS, jnp.float32)).items()
-        }
-        return EXPERTS, {"params": unnamed(found)}
-    with tempfile.TemporaryDirectory() as folder:
-        opened = open_model(write_folder(name, Path(folder)))
-        return opened.spec, {"params": load_params(opened, None, jnp.float32)}
+    rng = np.random.default_rng(6)
+    values = {
+        leaf: 0.3 * rng.normal(size=shape.shape).astype(np.float32)
+        + np.float32(LEANS[name] if leaf.endswith("router/bias") else 0)
+        for leaf, shape in named(decoder.abstract(EXPERTS, jnp.float32)).items()
+    }
+    return EXPERTS, {"params": unnamed(values)}
 
 
-def gradients(name: str, sizes: dict[str, int], attention: str) -> tuple[Any, Sums]:
-    """Of the sum of the loss and what is minimised with it, on a mesh of `sizes`."""
-    spec, variables = model(name)
-    mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-    axes = {"params": decoder.axes(spec)}
+@functools.cache
+def program(spec: ModelSpec, sizes: tuple[tuple[str, int], ...], attention: str) -> Any:
+    """Variables -> the gradients of the sum of the loss and what is minimised with it, and sums."""
+    mesh = make_mesh(dict(sizes), jax.devices()[: math.prod(size for _, size in sizes)])
+    axes, variables = {"params": decoder.axes(spec)}, {"params": decoder.abstract(spec, "f4")}
     objective = next_token(spec, ForwardConfig(jnp.float32, "none", attention))
     here = functools.partial(
         gradient,
         config=GradientConfig(objective, microbatches=1, seed=0, dtype=jnp.float32), axes=axes,
-        shapes=jax.eval_shape(lambda: variables),
+        shapes=variables,
     )  # fmt: skip
     own = slices(axes, variables, mesh)
     given = own, {}, tokens((ROWS, LENGTH), mesh), EVERYWHERE
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(variables, shardings(axes, variables, mesh))
-        run = jax.jit(shard_map_step(here, mesh, given, (own, EVERYWHERE)))
-        return jax.device_get(run(placed, {}, packed_rows(), jnp.int32(0)))
+    run = jax.jit(shard_map_step(here, mesh, given, (own, EVERYWHERE)))
+
+    def placed_run(variables: Any) -> tuple[Any, Sums]:
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(variables, shardings(axes, variables, mesh))
+            return jax.device_get(run(placed, {}, packed_rows(), jnp.int32(0)))
+
+    return placed_run
 
 
 @functools.cache
 def on_one_device(name: str) -> tuple[Any, Sums]:
-    return gradients(name, {}, "reference")
+    """Of a family's case by the program that hf/test_parity compares with transformers."""
+    spec, variables = model(name)
+    if name not in CASES:
+        return program(spec, (), "reference")(variables)
+    batch = packed_rows()
+    (loss, logits), grads = golden.ours.program(name)[1](batch._asdict())
+    weight, hit = batch.weights.sum(), np.argmax(logits, axis=-1) == batch.targets
+    sums = Sums(loss * weight, weight, (batch.weights * hit).sum())
+    return {"params": map_named(lambda _, value: value * weight, grads)}, sums
 
 
 def test_every_family_is_asked() -> None:
@@ -157,11 +167,12 @@ def test_every_family_is_asked() -> None:
 
 
 def grouped(cases: Sequence[Any]) -> list[Any]:
-    """The cases, all of a model in one worker, which compiles it for one device once."""
+    """The cases, all of a model in one worker, as in hf/test_parity: it is compiled once."""
     sets = [case if hasattr(case, "marks") else pytest.param(*case) for case in cases]
+    groups = ["experts" if case.values[0] in LEANS else case.values[0] for case in sets]
     return [
-        pytest.param(*s.values, marks=(*s.marks, pytest.mark.xdist_group(f"meshes {s.values[0]}")))
-        for s in sets
+        pytest.param(*case.values, marks=(*case.marks, pytest.mark.xdist_group(group)))
+        for case, group in zip(sets, groups, strict=True)
     ]
 
 
@@ -226,7 +237,8 @@ def test_a_device_holds_its_own_experts_and_a_slice_of_other_weights() -> None:
 
 def assert_those_of_one_device(name: str, sizes: dict[str, int], attention: str) -> None:
     expected, expected_sums = on_one_device(name)
-    grads, sums = gradients(name, sizes, attention)
+    spec, variables = model(name)
+    grads, sums = program(spec, tuple(sizes.items()), attention)(variables)
     assert name not in LEANS or float(sums.auxiliary) > 0
     for ours, theirs in zip(sums, expected_sums, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
