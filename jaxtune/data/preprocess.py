@@ -304,9 +304,8 @@ def _all_texts(noun: Conversation | Document) -> Iterator[str]:
     """Yield what a template may show: also of calls, thinking and tools."""
     yield from _texts(noun)
     if isinstance(noun, Conversation):
-        yield from literal_special_tokens.strings(
-            [[message.extra for message in noun.messages], noun.tools, noun.template_kwargs]
-        )
+        beside = [*(message.extra for message in noun.messages), noun.tools, noun.template_kwargs]
+        yield from literal_special_tokens.strings([value for value in beside if value])
 
 
 def _is_unicode(noun: Conversation | Document) -> bool:
