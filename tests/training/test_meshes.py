@@ -155,7 +155,8 @@ def on_one_device(name: str) -> tuple[Any, Sums]:
     batch = packed_rows()
     (loss, logits), grads = golden.ours.program(name)[1](batch._asdict())
     weight, hit = batch.weights.sum(), np.argmax(logits, axis=-1) == batch.targets
-    sums = Sums(loss * weight, weight, (batch.weights * hit).sum())
+    total = loss * weight
+    sums = Sums(total, weight, (batch.weights * hit).sum(), nll=total)
     return {"params": map_named(lambda _, value: value * weight, grads)}, sums
 
 
