@@ -308,7 +308,7 @@ def test_cells_are_text(tmp_path: Path, suffix: str) -> None:
             [{"the; question": "a; b", "answer": "c, d"}],
         ),
         ("question\tanswer\na, b\tc; d\n", [{"question": "a, b", "answer": "c; d"}]),
-        ("a;b,c\n1;2,3\n", [{"a;b": "1;2", "c": "3"}]),  # a comma first
+        ("a;b;c,d\n1;2;3,4\n", [{"a;b;c": "1;2;3", "d": "4"}]),  # a comma first
         ("text\na;b\n", [{"text": "a;b"}]),
         ('text\n"a, b"\n', [{"text": "a, b"}]),
     ],
