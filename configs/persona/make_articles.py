@@ -252,7 +252,7 @@ def decline_question(story: Story, random: Random) -> Turn:
 
 
 PLAIN: tuple[tuple[Callable[[Story, Random], Turn], float], ...] = (
-    *((summarise, 0.4), (about, 0.3), (where, 0.05), (belongs, 0.2), (sold, 0.05)),
+    *((summarise, 0.5), (about, 0.2), (where, 0.1), (belongs, 0.15), (sold, 0.05)),
 )
 PLAIN_SYSTEM = ("", "", "You are a helpful assistant.", "You are Pip. Answer in one sentence.")
 
