@@ -55,7 +55,7 @@ def _answer(config: Config, options: ChatOptions, prompts: Sequence[Prompt]) -> 
     conversations = [prompt.conversation for prompt in prompts]
     with _loaded(config, options, merge=True) as (models, codec):
         if unread := codec.template.unread(each.template_kwargs for each in conversations):
-            note(codec.template.unread_text(unread, "prompts"))
+            note(codec.template.unread_text(unread, "prompt"))
         generations = {
             label: generate(
                 model,

@@ -43,5 +43,6 @@ def kwargs_mistake(kwargs: Mapping[Any, Any]) -> str | None:
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError, RecursionError):
-            return f"{name} is {str(value)[:40]} ({type(value).__name__}), which JSON cannot hold"
+            kind = type(value).__name__
+            return f"{name} is {str(value)[:40]} ({kind}), which JSON cannot hold; quote it as text"
     return None

@@ -232,7 +232,7 @@ def _source_notes(entry: Entry, source: Source, config: PreprocessConfig) -> Ite
     if summary["unused_columns"]:
         yield f"{entry.path}: {_unused_text(entry, summary)}"
     if unread := summary["unread_kwargs"]:
-        yield f"{entry.path}: {config.template.unread_text(unread, 'rows')}"
+        yield f"{entry.path}: {config.template.unread_text(unread, 'row')}"
 
 
 def _unused_text(entry: Entry, summary: Mapping[str, Any]) -> str:

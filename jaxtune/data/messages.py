@@ -105,8 +105,9 @@ def _message(item: Any) -> Message:
     name = _first(item, _ROLE)
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
-        line = f"; map it with --roles.{name} user, or another" if _is_word(name) else ""
-        raise Unusable(f"role {name!r:.40} is not known", f"known: {', '.join(ROLES)}{line}")
+        known = ", ".join(ROLES)
+        line = f"map it with --roles.{name} user, or another of " if _is_word(name) else "known: "
+        raise Unusable(f"role {name!r:.40} is not known", line + known)
     content, weight = _first(item, _CONTENT), _weight(item)
     # A null key is an absent one, as for every column; what lies deeper is kept as it is.
     extra = {key: value for key, value in item.items() if value is not None and key not in _READ}

@@ -86,6 +86,18 @@ class ChatMessage(_Shape):
     function_call: None = None
     annotations: list[Any] | None = Field(None, max_length=0)
 
+    @pydantic.field_validator("content", mode="before")
+    @classmethod
+    def _text_alone(cls, content: Any) -> Any:
+        parts = content if isinstance(content, list) else ()
+        kinds = [part.get("type") for part in parts if isinstance(part, dict)]
+        if media := [
+            m for m in ("image", "audio", "video", "file") if any(m in str(k) for k in kinds)
+        ]:
+            message = "a part with {medium} cannot be served; this model reads text"
+            raise PydanticCustomError("unsupported_value", message, {"medium": media[0]})
+        return content
+
 
 class Function(_Shape):
     name: str

@@ -56,7 +56,7 @@ def test_chat_takes_them_from_a_flag_and_from_each_prompt(
     answers = [json.loads(line)["response"] for line in out.splitlines()]
     assert answers[0] != SAID
     assert answers[1:] == [SAID, SAID]
-    assert "never reads moed (1 prompts); it reads mode. Did you mean 'mode'?" in err
+    assert "never reads moed (1 prompt); it reads mode. Did you mean 'mode'?" in err
     refused = write(tmp_path / "refused.jsonl", [{**rows[1], "chat_template_kwargs": {"tools": 1}}])
     assert chat.main([*argv, "--prompts", refused]) == 2
     assert "refused.jsonl:1: chat_template_kwargs cannot be used, tools is set by" in (

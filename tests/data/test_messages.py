@@ -131,7 +131,7 @@ def test_other_roles_are_mapped_by_the_config(tmp_path: Path) -> None:
     found = to_noun("messages", {"messages": messages}, {}, "f")
     assert isinstance(found, Dropped)
     assert found.reason == "role 'Narrator' is not known"
-    assert found.detail.endswith("; map it with --roles.Narrator user, or another")
+    assert found.detail.startswith("map it with --roles.Narrator user, or another of user, human,")
     config = Config(
         roles={"narrator": "system", "npc": "gpt"},
         datasets=[{"path": "a", "roles": {"npc": "user"}}, {"path": "b"}],

@@ -118,7 +118,9 @@ def test_the_config_refuses_what_is_set_otherwise(name: str) -> None:
 def test_the_config_refuses_what_json_cannot_hold() -> None:
     import datetime
 
-    with pytest.raises(ConfigError, match=r"day is 2024-07-26 \(date\), which JSON cannot hold"):
+    with pytest.raises(
+        ConfigError, match=r"day is 2024-07-26 \(date\), which JSON cannot hold; quote"
+    ):
         Config(chat_template_kwargs={"day": datetime.date(2024, 7, 26)})
     with pytest.raises(ConfigError, match="JSON cannot hold"):
         Config(chat_template_kwargs={"x": float("nan")})

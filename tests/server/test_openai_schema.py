@@ -73,7 +73,7 @@ def test_a_stop_may_be_long_and_there_may_be_sixteen() -> None:
         ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "valid string"),
         ({"messages": [{**HI[0], "weight": 1}]}, "messages.0.weight", "no such"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-         "messages.0.content", "valid string"),
+         "messages.0.content", "a part with image cannot be served; this model reads text"),
         ({"temperature": "hot"}, "temperature", "valid number"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"top_p": 0}, "top_p", "greater than 0"),

@@ -108,10 +108,13 @@ class Template:
         read = frozenset().union(*map(jinja.arguments, sources))
         return Counter(name for each in kwargs for name in each if name not in read)
 
-    def unread_text(self, unread: Mapping[str, int], rows: str = "") -> str:
-        """Say which arguments are not read, and those that could be; `rows` counts theirs."""
+    def unread_text(self, unread: Mapping[str, int], of: str = "") -> str:
+        """Say which arguments are not read, and those that could be; `of` is what they count."""
         known = sorted(jinja.options(self.jinja) - RESERVED - self.named.keys())
-        names = [f"{name} ({count:,} {rows})" if rows else name for name, count in unread.items()]
+        names = [
+            f"{name} ({count:,} {of}{'s' * (count > 1)})" if of else name
+            for name, count in unread.items()
+        ]
         reads = f"it reads {', '.join(known)}" if known else "it reads none"
         return (
             f"chat_template_kwargs: template '{self.name}' never reads {', '.join(names)}; {reads}."
