@@ -217,7 +217,7 @@ def _one_row(
         full = last.prompt + last.answer  # with the token that would open the next turn
     in_prompt = [i for i in weights if not weights[i] and conversation.messages[i].weight is None]
     row = _cut(full, turns, {**weights, **dict.fromkeys(in_prompt, background)}, background)
-    if row is None or _hidden(template, conversation, full):
+    if row is None or _hidden(conversation, full):
         return None
     placed = _weighted(template, conversation, full, row, background) if background else row
     if isinstance(placed, Dropped):
@@ -315,7 +315,7 @@ def _row_of(
     turn = turns[i]
     if isinstance(turn, Dropped):
         return turn
-    if hidden := _hidden(template, conversation, turn.prompt, i):
+    if hidden := _hidden(conversation, turn.prompt, i):
         return hidden
     row = [
         *_prompt_spans(turn.prompt, {j: turns[j] for j in turns if j < i}, background),
@@ -325,18 +325,14 @@ def _row_of(
     return take_apart(tuple(row), conversation.literals, template.special_pattern)
 
 
-def _hidden(
-    template: Template, conversation: MaskedConversation, text: str, upto: int | None = None
-) -> Dropped | None:
-    """Name a message, tool or call that must appear in the text and does not.
+def _hidden(conversation: MaskedConversation, text: str, upto: int | None = None) -> Dropped | None:
+    """Name a message or tool that must appear in the text and does not.
 
-    What an assistant said or thought earlier may be left out: that is rewriting history.
+    What the assistant said, thought or called earlier may be left out: that is rewriting history,
+    and each answer is held against its own text.
     """
     others = [m for m in conversation.messages[:upto] if m.role != "assistant"]
-    calling = conversation.tools or any(
-        m.extra.get("tool_calls") for m in conversation.messages[:upto]
-    )
-    if not calling and all(m.content in text and m.input in text for m in others):
+    if not conversation.tools and all(m.content in text and m.input in text for m in others):
         return None
     words = squeeze(text)
     for i, message in enumerate(conversation.messages[:upto]):
@@ -345,8 +341,6 @@ def _hidden(
             return Dropped(
                 f"the template does not show the {message.role} message", f"message {i + 1}"
             )
-        if not template.call_form.shows(message, words):
-            return Dropped("the template does not show the tool calls", f"message {i + 1}")
     for tool in conversation.tools or ():
         function = tool.get("function", tool) if isinstance(tool, Mapping) else tool
         name = function.get("name") if isinstance(function, Mapping) else function

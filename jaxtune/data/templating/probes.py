@@ -7,6 +7,7 @@ no data holds and looks at what the template made of it. Knows no tokenizer but 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -50,13 +51,15 @@ class Render(Protocol):
 class Ends(NamedTuple):
     """A template's ways to end the assistant's turn.
 
-    `final` are the special tokens that complete a turn; `closing` all that a turn without calls
-    ends with, in order. Where the template ends no turn, `next_turn` names the special token
-    that opens the one behind: behind a plain answer, and behind one with calls.
+    `final` are the special tokens that complete a turn, that of a plain answer first. `closing` is
+    all text behind a plain answer up to that, and `earlier` are tokens in it at which generation may
+    stop as well. Where the template ends no turn, `next_turn` names the special token that opens
+    the one behind: behind a plain answer, and behind one with calls.
     """
 
-    final: tuple[str, ...]
-    closing: tuple[str, ...] = ()
+    final: tuple[str, ...] = ()
+    closing: str = ""
+    earlier: tuple[str, ...] = ()
     next_turn: tuple[str, str] = ("", "")
 
     @property
@@ -68,7 +71,7 @@ class Ends(NamedTuple):
     def stops(self) -> tuple[str, ...]:
         """Return the tokens at which generation stops, that of a plain answer first."""
         plain = self.final[:1] if self.closing else self.next_turn[:1]
-        every = (*plain, *self.final, *self.closing, *self.next_turn)
+        every = (*plain, *self.final, *self.earlier, *self.next_turn)
         return tuple(dict.fromkeys(filter(None, every)))
 
 
@@ -133,21 +136,21 @@ def ends(text: Render, special: re.Pattern[str], stop: str | None = None) -> End
     """
     alone = _behind(text, (QUESTION, ANSWER)).partition(ANSWER.content)[2]
     followed = _behind(text, (QUESTION, ANSWER, _NEXT)).partition(ANSWER.content)[2]
-    run = _tokens_at_start(alone, special)
-    # What the template writes only at the end of all is no part of the turn, unless it is all.
-    closing = [part[0] for part in run if followed.startswith(alone[: part.end()])]
-    closing = closing or [part[0] for part in run[:1]]
-    opening = "" if closing else _opening(alone, followed, special)
+    run = _tokens_at_end(alone, special) or _tokens_at_start(alone, special)
+    run = _of_the_turn(text, special, run, alone, followed)
+    opening = "" if run else _opening(alone, followed, special)
     if stop:
-        closing = closing[: closing.index(stop) + 1] if stop in closing else []
+        run = [part for part in special.finditer(alone) if part[0] == stop][:1]
         opening = opening if opening == stop else ""
-    if not closing and not opening:
-        return Ends(())
+    if not run and not opening:
+        return Ends()
+    whole = _text(text, (QUESTION, ANSWER))
     final, opening_behind_call = _ends_of_calls(text, special)
     return Ends(
-        tuple(dict.fromkeys((*closing[-1:], *final))),
-        tuple(closing),
-        (opening, opening_behind_call or opening),
+        final=tuple(dict.fromkeys((*(part[0] for part in run[-1:]), *final))),
+        closing=alone[: run[-1].end()] if run else "",
+        earlier=tuple(part[0] for part in run[:-1] if whole.count(part[0]) == 1),
+        next_turn=(opening, opening_behind_call or opening),
     )
 
 
@@ -158,8 +161,7 @@ def _ends_of_calls(text: Render, special: re.Pattern[str]) -> tuple[list[str], s
         return [], ""
     one, two = (_behind(text, (QUESTION, calling(form, count))) for count in (1, 2))
     followed = _behind(text, (QUESTION, calling(form), _RESULT))
-    run = _tokens_at_end(one, special)
-    run = [part for part in run if followed.startswith(one[: part.end()])] or run
+    run = _of_the_turn(text, special, _tokens_at_end(one, special), one, followed)
     final = [part[0] for part in run[-1:]]
     opening = ""
     if _NAMES[1] in two:
@@ -170,6 +172,24 @@ def _ends_of_calls(text: Render, special: re.Pattern[str]) -> tuple[list[str], s
     if not any(token in one for token in final):
         opening = _opening(one, followed, special)
     return final, opening
+
+
+def _of_the_turn(
+    text: Render,
+    special: re.Pattern[str],
+    run: Sequence[re.Match[str]],
+    alone: str,
+    followed: str,
+) -> list[re.Match[str]]:
+    """List the tokens of a `run` in `alone` that are of the turn, not of the next or of the end.
+
+    `followed` is the same where more follows: what is not in both is no part of the turn, unless it
+    is all. Nor is what conversations begin with; some templates write the generation prompt always.
+    """
+    shared = [part for part in run if followed.startswith(alone[: part.end()])] or run[:1]
+    opening = {part[0] for part in _tokens_at_start(_text(text, (QUESTION,)), special)}
+    of_turn = itertools.takewhile(lambda part: part[0] not in opening, shared[1:])
+    return [*shared[:1], *of_turn]
 
 
 def _behind(text: Render, messages: Sequence[Message]) -> str:

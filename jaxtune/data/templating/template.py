@@ -77,6 +77,7 @@ class Template:
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # chat_template_kwargs
     with_tools: Template | None = None  # in place of this one for conversations with tools
     sources: Mapping[str, str] = dataclasses.field(default_factory=dict)  # to export, by name
+    content_parts: bool = False  # it reads content only as parts, as models that see images have it
 
     def for_conversation(self, conversation: Conversation) -> Template:
         """Return the template as this conversation has it: by its tools, with its own arguments.
@@ -157,7 +158,7 @@ class Template:
     @functools.cached_property
     def ends(self) -> Ends:
         if self.ours:
-            return Ends((self.stop,), (self.stop,))
+            return Ends((self.stop,), self.stop)
         return probes.ends(self.text, self.special_pattern, self.request.stop)
 
     @functools.cached_property
@@ -228,6 +229,8 @@ class Template:
             if extra.get("reasoning_content") and self._reads_thinking_parts:
                 thought = {"type": "thinking", "thinking": extra["reasoning_content"]}
                 plain[-1]["content"] = [thought, {"type": "text", "text": content}]
+            elif self.content_parts:
+                plain[-1]["content"] = [{"type": "text", "text": content}]
         return jinja.render(
             self.jinja,
             plain,
@@ -511,17 +514,14 @@ def _from_file(template: str) -> _Source:
 def _probed(
     template: Template, tokenizer: Tokenizer, stop: str | None, *, tools: Any = None
 ) -> Template:
-    """Learn how a foreign template ends an answer, by rendering one."""
-    try:
-        text = dataclasses.replace(template, system_prompt="").text((QUESTION, ANSWER), tools)
-    except jinja.TemplateFailed as error:
-        raise ConfigError(f"template '{template.name}' cannot be rendered: {error}") from None
-    head, found, behind = text.rpartition(ANSWER.content)
-    if not found or QUESTION.content not in head:
-        raise ConfigError(
-            f"template '{template.name}' does not show a question and its answer; "
-            f"it renders them as {text[:80]!r}."
-        )
+    """Learn how a foreign template takes content and ends an answer, by rendering one."""
+    text, failure = _question_and_answer(template, tools)
+    if text is None:  # the failure that is told is that of plain content
+        template = dataclasses.replace(template, content_parts=True)
+        text, _ = _question_and_answer(template, tools)
+    if text is None:
+        raise ConfigError(f"template '{template.name}' {failure}")
+    behind = text.rpartition(ANSWER.content)[2]
     _refuse_system_prompt(template, tools)
     if not template.ends.stops:
         raise ConfigError(
@@ -530,6 +530,17 @@ def _probed(
             "learns to stop. Set stop to what the template writes there, or choose another."
         )
     return dataclasses.replace(template, stop=_stop_token(template.ends.stops[0], tokenizer))
+
+
+def _question_and_answer(template: Template, tools: Any) -> tuple[str | None, str]:
+    """Render a question and its answer; None, and why, if the template does not show them."""
+    try:
+        text = dataclasses.replace(template, system_prompt="").text((QUESTION, ANSWER), tools)
+    except jinja.TemplateFailed as error:
+        return None, f"cannot be rendered: {error}"
+    if QUESTION.content not in text.rpartition(ANSWER.content)[0]:
+        return None, f"does not show a question and its answer; it renders them as {text[:80]!r}."
+    return text, ""
 
 
 def _refuse_system_prompt(template: Template, tools: Any) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxtune.data.schema import Message
+from jaxtune.data.templating.rendered_checks import squeeze
 
 # One field under three names. transformers fills the first two from whichever is there.
 FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -85,7 +86,8 @@ def completed(prompt: str, tags: ThinkingTags, message: Message, own: str) -> tu
     before, closing, _ = own.partition(tags.closing)
     hidden = thought(message)
     if closing:
-        return (hidden, own) if hidden and not before.strip() else ("", own)
+        written = before.strip() or squeeze(hidden) in squeeze(own)
+        return ("" if written else hidden), own
     if prompt.endswith("\n"):
         return f"{hidden}\n{tags.closing}\n\n", own.lstrip()
     return f"{hidden}{tags.closing}", own

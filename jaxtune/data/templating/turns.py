@@ -163,20 +163,10 @@ def _end(template: Template, message: Message, own: str) -> tuple[str, str, str]
     if found:
         at, token = min(found)
         end = at + len(token)
-        start = _before_closing(own[:end], ends.stops)
+        start = end - len(ends.closing) if own[:end].endswith(ends.closing) else at
         return own[:start], own[start:end], own[end:]
     opening = ends.next_turn[bool(message.extra.get("tool_calls"))]
     return (own, opening, "") if opening else None
-
-
-def _before_closing(answer: str, stops: tuple[str, ...]) -> int:
-    """Return where the tokens begin that the answer ends with."""
-    while True:
-        shorter = answer.rstrip()
-        token = next((token for token in stops if shorter.endswith(token)), None)
-        if token is None:
-            return len(answer)
-        answer = shorter.removesuffix(token)
 
 
 def _wrong(
