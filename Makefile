@@ -55,6 +55,7 @@ $(VENV)/installed-test: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --upgrade pip
 	$(VENV)/bin/python -m pip install -q -e '.$(TEST_EXTRAS_ALL)'
+	$(VENV)/bin/python -m pip install -q --no-deps trl==1.16.0  # its chat templates, nothing else of it
 	touch $@ $(VENV)/installed
 
 $(VENV)/installed-docs: pyproject.toml

@@ -2,7 +2,7 @@
 
 The prefix difference of transformers: what `apply_chat_template` writes for messages[:i+1] behind
 what it writes for messages[:i] with the generation prompt, up to where generation stops (by hand,
-`ends`). And TRL's training twins: what stands between their `{% generation %}` marks. An answer that
+`ends`). And TRL's training twins: what is between their `{% generation %}` marks. An answer that
 neither can place is not counted; nor is one whose thinking or calls the template leaves out, since
 no oracle can be asked about what is not there.
 """

@@ -635,3 +635,41 @@ def test_control_tokens_must_be_there(byte_level: Tokenizer) -> None:
     refusing = resolve(RENAMING_REFUSING, byte_level)
     with pytest.raises(ConfigError, match="refuses the conversation: System role"):
         render_prompt(refusing, [Message("system", "S"), ONE[0]])
+
+
+def _calls(arguments: object) -> list[Message]:
+    call = {"type": "function", "function": {"name": "clock", "arguments": arguments}}
+    return [ONE[0], Message("assistant", "", extra={"tool_calls": [call]})]
+
+
+@pytest.mark.parametrize("empty", ["", " \n", None, {}, "{}"])
+def test_empty_arguments_are_an_empty_object(byte_level: Tokenizer, empty: object) -> None:
+    for source in (TOOL_CALLING, TOOL_JOINING):
+        row = only(resolve(source, byte_level), _calls(empty))
+        assert "{}" in trained(row)[0]
+        assert '"{}"' not in trained(row)[0]
+
+
+@pytest.mark.parametrize("broken", ["[1]", "null", '{"a":1', [1], 7])
+def test_arguments_that_are_no_object_drop_the_row(byte_level: Tokenizer, broken: object) -> None:
+    (row,) = rows(resolve(TOOL_CALLING, byte_level), _calls(broken))
+    assert isinstance(row, Dropped)
+    assert row.reason == "the arguments of a tool call are no JSON object"
+    assert row.detail == f"message 2: {broken!r}"
+
+
+def test_an_empty_answer_costs_no_other(byte_level: Tokenizer) -> None:
+    row = only(resolve(HEADERS, byte_level), [ONE[0], Message("assistant", " "), *TWO[2:]])
+    assert trained(row) == ["Eleven.<|im_end|>"]
+    assert row[0].untrained == (Dropped("empty answer", "message 2"),)
+
+
+def test_a_prompt_that_opens_thinking_is_continued(byte_level: Tokenizer) -> None:
+    found = resolve(THINKS_IN_THE_PROMPT, byte_level)
+    plain, inline = ONE[1], Message("assistant", "<think>\nHm.\n</think>\n\nSeven.")
+    field = plain._replace(extra={"reasoning": "Hm."})
+    closed, thought = "\n</think>\n\nSeven.<|im_end|>", "Hm.\n</think>\n\nSeven.<|im_end|>"
+    for message, answer in ((plain, closed), (inline, thought), (field, thought)):
+        row = only(found, [ONE[0], message])
+        assert text(row).partition(answer)[0] == text(render_prompt(found, ONE[:1]))
+        assert trained(row) == [answer]

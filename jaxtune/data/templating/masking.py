@@ -1,19 +1,21 @@
 """Conversation -> spans: the one place that decides what is trained.
 
 Every template is jinja and is rendered as transformers renders it. What is trained is derived from
-the rendered text, the same way for all of them, by asking the template what the model will see: for
-the assistant's message i
+the rendered text, the same way for all of them, by asking the template what the model will see
+(`turns`): for the assistant's message i
 
     prompt = render(messages[:i], generation prompt)        what inference feeds
-    whole  = render(messages[:i+1])                         what must come out of it
-    answer = whole[len(prompt):], up to and including the first end of turn
+    answer = what it writes for message i behind that, up to where generation stops
 
-so the answer holds whatever the template itself puts behind the generation prompt. It is checked:
-it holds the message's content, thinking and tool calls, ends with one end of turn, and holds no
-other message's content. Where each `prompt + answer` is a prefix of the full conversation, the
-conversation is one row. Where it is not (the template rewrites earlier turns, or ends only the last
-one), it becomes one row per trained answer, each as inference will show it. What cannot be shown is
-`Dropped`.
+The rules:
+
+1. An answer is proven: it holds the message's content, thinking and tool calls, in its own text,
+   ends with one end of turn, and holds no other message's content.
+2. Where each `prompt + answer` begins the full conversation, the conversation is one row. Where one
+   does not (the template rewrites earlier turns, or ends only the last one), it becomes one row per
+   trained answer, each as inference will show it.
+3. An answer that cannot be proven is context, and its reason stands in `Span.untrained`. A
+   conversation of which none can, or that hides a question, a result or the tools, is `Dropped`.
 
 `{% generation %}` in a template is its author's word on the same question. The derived answer is
 trained either way (marks often leave out the end of turn, or take in the header that inference

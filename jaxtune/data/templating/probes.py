@@ -52,9 +52,9 @@ class Ends(NamedTuple):
     """A template's ways to end the assistant's turn.
 
     `final` are the special tokens that complete a turn, that of a plain answer first. `closing` is
-    all text behind a plain answer up to that, and `earlier` are tokens in it at which generation may
-    stop as well. Where the template ends no turn, `next_turn` names the special token that opens
-    the one behind: behind a plain answer, and behind one with calls.
+    all text behind a plain answer up to that, and `earlier` are tokens in it at which generation
+    may stop as well. Where the template ends no turn, `next_turn` names the special token that
+    opens the one behind: behind a plain answer, and behind one with calls.
     """
 
     final: tuple[str, ...] = ()

@@ -516,9 +516,11 @@ def _probed(
 ) -> Template:
     """Learn how a foreign template takes content and ends an answer, by rendering one."""
     text, failure = _question_and_answer(template, tools)
-    if text is None:  # the failure that is told is that of plain content
-        template = dataclasses.replace(template, content_parts=True)
-        text, _ = _question_and_answer(template, tools)
+    # The failure that is told is that of plain content without tools.
+    for content_parts, with_tools in ((True, tools), (False, TOOLS)):
+        if text is None:
+            template = dataclasses.replace(template, content_parts=content_parts)
+            text, _ = _question_and_answer(template, tools := with_tools)
     if text is None:
         raise ConfigError(f"template '{template.name}' {failure}")
     behind = text.rpartition(ANSWER.content)[2]

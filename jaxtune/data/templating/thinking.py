@@ -57,7 +57,7 @@ def opened(prompt: str) -> ThinkingTags | None:
 
 
 def closed(prompt: str) -> bool:
-    """Tell whether `prompt` ends with the end of a tags."""
+    """Tell whether `prompt` ends with the end of a block."""
     return prompt.rstrip().endswith(tuple(tags.closing for tags in TAGS))
 
 
@@ -79,9 +79,9 @@ def thought(message: Message) -> str:
 
 
 def completed(prompt: str, tags: ThinkingTags, message: Message, own: str) -> tuple[str, str]:
-    """Complete the text `own` that a template writes for a message to follow an opened tags.
+    """Complete the text `own` that a template writes for a message to follow an opened block.
 
-    Returns (what comes before it, `own`): nothing if `own` itself closes the tags.
+    Returns (what comes before it, `own`): nothing if `own` itself closes the block.
     """
     before, closing, _ = own.partition(tags.closing)
     hidden = thought(message)

@@ -113,8 +113,10 @@ def _continued(
             "Set another template, e.g. mistral or chatml, or a .jinja file whose generation "
             "prompt the answer continues",
         )
-    block = thinking.opened(prompt) if template.steers_thinking else None
-    return ("", own) if block is None else thinking.completed(prompt, block, message, own)
+    if not template.steers_thinking or whole.startswith(prompt):
+        return "", own
+    tags = thinking.opened(prompt)
+    return ("", own) if tags is None else thinking.completed(prompt, tags, message, own)
 
 
 def _enabling(template: Template) -> str:
@@ -163,7 +165,7 @@ def _end(template: Template, message: Message, own: str) -> tuple[str, str, str]
     if found:
         at, token = min(found)
         end = at + len(token)
-        start = end - len(ends.closing) if own[:end].endswith(ends.closing) else at
+        start = end - len(ends.closing or token) if own[:end].endswith(ends.closing) else at
         return own[:start], own[start:end], own[end:]
     opening = ends.next_turn[bool(message.extra.get("tool_calls"))]
     return (own, opening, "") if opening else None
