@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import load_script
 
 from jaxtune import evaluate, train
 from jaxtune.data.tokenizer import load_tokenizer
@@ -22,13 +21,7 @@ LABEL = "^(Summary|Sorry)"
 
 @pytest.fixture(scope="module")
 def maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_articles", FOLDER / "make_articles.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_articles"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("configs/persona/make_articles.py")
 
 
 @pytest.fixture(scope="module")

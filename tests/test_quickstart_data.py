@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 
 from jaxtune.data.tokenizer import load_tokenizer
 
@@ -17,13 +16,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "configs" / "quickstart"
 
 @pytest.fixture(scope="module")
 def maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_data", FOLDER / "make_data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_data"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("configs/quickstart/make_data.py")
 
 
 def rows(name: str) -> list[list[dict[str, str]]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
+
+from scripts import load_script
 
 from jaxtune.config import defaults
 
@@ -12,11 +13,7 @@ DOC = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
 
 def test_the_bytes_are_those_of_the_real_state() -> None:
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "optimisers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    tables = load_script("benchmarks/optimisers.py")
     assert "\n".join(tables.per_parameter()) in DOC
     assert "\n".join(tables.by_part()) in DOC
 
