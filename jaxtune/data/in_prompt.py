@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from jaxtune.data.schema import Conversation, Message
+from jaxtune.data.schema import SYSTEM_ROLES, Conversation, Message
 
 
 class FewShotExample(NamedTuple):
@@ -48,4 +48,4 @@ def behind_examples(noun: Conversation, examples: Sequence[FewShotExample]) -> C
 def _lead(noun: Conversation) -> int:
     """Count the system messages that a conversation begins with."""
     roles = [message.role for message in noun.messages]
-    return next((i for i, role in enumerate(roles) if role != "system"), len(roles))
+    return next((i for i, role in enumerate(roles) if role not in SYSTEM_ROLES), len(roles))

@@ -6,6 +6,7 @@ Knows the fields of a config that decide data; knows no command and no model.
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -130,9 +131,21 @@ def open_entries(
 
     Raises what `open_dataset` raises; with `refuse`, above the config's `max_dropped`.
     """
+    settings = preprocess_config(config, tokenizer, template)._replace(prompt_loss_weight=0.0)
+    return _opened(config, entries, settings, progress=progress, refuse=refuse)
+
+
+def _opened(
+    config: DataConfig,
+    entries: Sequence[Entry],
+    settings: PreprocessConfig,
+    *,
+    progress: Progress,
+    refuse: bool,
+) -> Dataset:
     return open_dataset(
         entries,
-        preprocess_config(config, tokenizer, template)._replace(prompt_loss_weight=0.0),
+        settings,
         processes=config.dataset_num_proc,
         progress=progress,
         max_dropped=config.max_dropped if refuse else None,
@@ -151,22 +164,21 @@ def open_sides(
 
     Raises what `open_dataset` raises; with `refuse`, above the config's `max_dropped`.
     """
-    train = open_dataset(
-        config.datasets,
-        preprocess_config(config, tokenizer, template),
-        processes=config.dataset_num_proc,
+    settings = preprocess_config(config, tokenizer, template)
+    answers = functools.partial(
+        open_entries,
+        config,
+        tokenizer=tokenizer,
+        template=template,
         progress=progress,
-        max_dropped=config.max_dropped if refuse else None,
+        refuse=refuse,
     )
+    train = _opened(config, config.datasets, settings, progress=progress, refuse=refuse)
     if config.eval_datasets:
-        held_out = open_entries(
-            config, config.eval_datasets, tokenizer, template, progress=progress, refuse=refuse
-        )
-        return train, held_out
+        return train, answers(config.eval_datasets)
     if not config.eval_split or not len(train):
         return train, None
     train, held_out = split(train, config.eval_split, seed=config.seed)
     if config.prompt_loss_weight:
-        answers = open_entries(config, config.datasets, tokenizer, template, progress=progress)
-        held_out = answers.of_records(held_out)
+        held_out = answers(config.datasets).of_records(held_out)
     return train, held_out

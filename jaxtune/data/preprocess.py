@@ -24,7 +24,7 @@ from jaxtune.data.cache import Writer, code_version
 from jaxtune.data.in_prompt import FewShotExample, behind_examples
 from jaxtune.data.readers import File, Record, location
 from jaxtune.data.report.near_duplicates import signatures
-from jaxtune.data.schema import Conversation, Document, Dropped, Span, WeightedTokens
+from jaxtune.data.schema import SYSTEM_ROLES, Conversation, Document, Dropped, Span, WeightedTokens
 from jaxtune.data.templating import literal_special_tokens
 from jaxtune.data.templating.masking import TrainOn, render
 from jaxtune.data.templating.template import Template, variant
@@ -184,6 +184,11 @@ def format_of(entry: Entry) -> str:
     return formats.resolve(entry.format, entry.columns, first.fields, first.where)
 
 
+def noun_of(record: Record, name: str, entry: Entry) -> formats.Noun | Dropped:
+    """Read a record of `entry` as format `name`. Raises `DataError`."""
+    return formats.to_noun(name, record.fields, entry.columns, record.where, entry.roles)
+
+
 def preprocess(entry: Entry, config: PreprocessConfig) -> Iterator[PreprocessedRow]:
     """Yield every row of a source in order, dropped ones included."""
     config = entry_config(entry, config)
@@ -204,7 +209,7 @@ def preprocess_chunk(
     """Yield the rows of some records, read as format `name` and tokenised together."""
     rendered: list[tuple[PreprocessedRow, tuple[Span, ...] | WeightedTokens | Dropped]] = []
     for row, record in chunk:
-        noun = formats.to_noun(name, record.fields, entry.columns, record.where, entry.roles)
+        noun = noun_of(record, name, entry)
         value = label(record.fields.get(entry.proportions.column)) if entry.proportions else ""
         base = PreprocessedRow(row, record.file, record.line, value, "", None, None)
         if isinstance(noun, Dropped):
@@ -325,7 +330,7 @@ def _own_text(noun: Conversation | Document) -> str:
     return "\n".join(
         f"{message.content}\n{message.input}"
         for message in noun.messages
-        if message.role not in ("system", "developer")
+        if message.role not in SYSTEM_ROLES
     )
 
 
@@ -451,10 +456,8 @@ def build(
                 f"{entry.path}: columns: {standard} is {column}, which no record has. Mend the "
                 "mapping, or leave it out."
             )
-    for reason in (
-        *dropped.values(),
-        *untrained.values(),
-    ):  # by number: the same data may lie elsewhere tomorrow
+    # By number: the same data may lie elsewhere tomorrow.
+    for reason in (*dropped.values(), *untrained.values()):
         reason["first"] = [
             {**first, "file": files.index(first["file"])} for first in reason["first"]
         ]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+SYSTEM_ROLES = ("system", "developer")  # of the message before all turns
 Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
@@ -57,6 +58,11 @@ class Dropped(NamedTuple):
 
     reason: str
     detail: str = ""
+
+    @property
+    def text(self) -> str:
+        """Join both for a message."""
+        return ": ".join(filter(None, self))
 
 
 class Span(NamedTuple):

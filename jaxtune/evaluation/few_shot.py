@@ -14,11 +14,10 @@ from typing import NamedTuple
 from jaxtune.cli import shows_notes
 from jaxtune.config import Config, ConfigError, DataError, DatasetConfig
 from jaxtune.data.dataset import Dataset, open_dataset
-from jaxtune.data.formats import to_noun
 from jaxtune.data.in_prompt import FewShotExample, as_example, behind_examples
 from jaxtune.data.open import open_sides, preprocess_config
 from jaxtune.data.packing import permutation
-from jaxtune.data.preprocess import format_of, read
+from jaxtune.data.preprocess import format_of, noun_of, read
 from jaxtune.evaluation.measured import Inputs
 from jaxtune.terminal.progress import TokenizeProgress
 
@@ -148,6 +147,6 @@ def _examples(entry: DatasetConfig, rows: set[int]) -> Iterator[tuple[int, FewSh
         if row > max(rows, default=-1):
             return
         if row in rows:
-            noun = to_noun(name, record.fields, entry.columns, record.where)
-            if (example := as_example(noun)) is not None:
+            example = as_example(noun_of(record, name, entry))
+            if example is not None:
                 yield row, example

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from jaxtune.cli import note, shows_notes
 from jaxtune.config import Config, ConfigError, DataError, DatasetConfig
 from jaxtune.data.dataset import Dataset
-from jaxtune.data.formats import to_noun
 from jaxtune.data.open import open_entries, open_sides
-from jaxtune.data.preprocess import format_of, read
+from jaxtune.data.preprocess import format_of, noun_of, read
 from jaxtune.data.report.columns import column_names, column_values
 from jaxtune.data.report.data_report import by_dataset
 from jaxtune.data.schema import Conversation
@@ -169,7 +168,7 @@ def _conversations(
     for row, record in read(entry):
         if row not in first:
             continue
-        noun = to_noun(format_name, record.fields, entry.columns, record.where, entry.roles)
+        noun = noun_of(record, format_name, entry)
         if not isinstance(noun, Conversation):
             continue
         last = max(i for i, m in enumerate(noun.messages) if m.role == "assistant")

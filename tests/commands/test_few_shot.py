@@ -74,6 +74,17 @@ def test_the_same_examples_stand_before_every_question(
     assert "base, 2-shot" in shown
 
 
+def test_examples_have_the_roles_that_the_config_maps(
+    parrot: Any, data: dict[str, str], tmp_path: Path
+) -> None:
+    turns = [[{**turn, "role": {"user": "pupil"}.get(turn["role"], turn["role"])} for turn in each]
+             for each in TRAIN]  # fmt: skip
+    fields = {**data, "dataset": write(tmp_path / "pupils.jsonl", turns), "roles.pupil": "user"}
+    found, _ = measured(parrot.folder, fields, few_shot=1, generate=1)
+    (row, _) = found["few_shot"]["shot_rows"]
+    assert f"Example {row['row']}?" in found["few_shot"]["generations"][0]["prompt"]
+
+
 def test_without_a_base_it_is_the_model_itself(parrot: Any, data: dict[str, str]) -> None:
     found, shown = measured(parrot.folder, data, few_shot=1)
     assert found["few_shot"]["difference"]["eval_loss"]["value"] == pytest.approx(0, abs=1e-6)

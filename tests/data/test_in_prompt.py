@@ -26,6 +26,14 @@ FIRST, SECOND, SPARE = (FewShotExample(asked(f"Example {i}?", f"It is {i}.")) fo
 EXAMPLES = (FIRST, SECOND, SPARE)
 
 
+def test_examples_stand_behind_the_message_of_a_developer_too() -> None:
+    lead = Message("developer", "Be brief.")
+    noun = behind_examples(Conversation((lead, *asked("Now?"))), EXAMPLES)
+    assert noun.messages[:2] == (lead, FIRST.messages[0])
+    example = as_example(Conversation((lead, *FIRST.messages)))
+    assert example == FIRST
+
+
 def test_examples_stand_behind_the_system_message_as_prompt(byte_level: Tokenizer) -> None:
     noun = behind_examples(Conversation((SYSTEM, *asked("Now?"))), EXAMPLES)
     assert noun.messages == (SYSTEM, *FIRST.messages, *SECOND.messages, *asked("Now?"))

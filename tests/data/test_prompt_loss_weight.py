@@ -126,3 +126,20 @@ def test_evaluations_are_of_answers(
         np.testing.assert_array_equal(held.tokens(i).weights, plain_held.tokens(i).weights)
     assert set(weighted.tokens(0).weights.tolist()) == {0.0, 0.5, 1.0}
     assert weighted.fingerprint != plain.fingerprint
+
+
+def test_what_is_only_shown_is_not_refused_with_it(
+    tmp_path: Path, byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`preview` opens both sides without the limit `max_dropped`; so are the answers of one."""
+    monkeypatch.setenv("JAXTUNE_CACHE", str(tmp_path / "cache"))
+    made = [{"instruction": f"Number {i}?", "output": "Yes." if i % 4 else ""} for i in range(16)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in made))
+    config = Config(dataset=str(file), prompt_loss_weight=0.5, eval_split=0.25, max_dropped=0.1)
+    template = resolve("alpaca", byte_level)
+    train, held = open_sides(
+        config, byte_level, template, progress=lambda path, records: None, refuse=False
+    )
+    assert held is not None
+    assert [len(train), len(held)] == [9, 3]

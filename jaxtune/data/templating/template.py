@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtune.config import RESERVED, ConfigError, nearest
-from jaxtune.data.schema import Conversation, Message
+from jaxtune.data.schema import SYSTEM_ROLES, Conversation, Message
 from jaxtune.data.templating import builtin_templates, format_string, jinja, probes, thinking
 from jaxtune.data.templating.builtin_templates import BUILTIN, TemplateStrings
 from jaxtune.data.templating.format_string import Placeholders
@@ -139,7 +139,7 @@ class Template:
         if self.system_prompt and not self.ours:
             prompt = _literal({"role": "system", "content": self.system_prompt})
             before += (  # a test, as a comparison would say that the template reads the role
-                "{% if not messages or messages[0]['role'] is not in ['system', 'developer'] %}"
+                f"{{% if not messages or messages[0]['role'] is not in {list(SYSTEM_ROLES)} %}}"
                 "{% set messages = [" + prompt + "] + (messages | list) %}{% endif %}"
             )
         # The line end goes with the tag before it, as everywhere with chat templates.
@@ -213,7 +213,7 @@ class Template:
         Raises `jinja.TemplateFailed`.
         """
         plain: list[dict[str, Any]] = []
-        brings_none = not messages or messages[0].role not in ("system", "developer")
+        brings_none = not messages or messages[0].role not in SYSTEM_ROLES
         if not self.ours and self.system_prompt and brings_none:
             plain.append({"role": "system", "content": self.system_prompt})
         for message in messages:
