@@ -110,8 +110,8 @@ def _example(name: str, prepared: PreprocessedRow) -> PreviewExample:
         prepared.text,
         [] if tokens is None else tokens.ids.tolist(),
         [] if tokens is None else tokens.weights.tolist(),
-        None if dropped is None else ": ".join(filter(None, dropped)),
-        [": ".join(filter(None, lost)) for lost in prepared.untrained],
+        None if dropped is None else dropped.text,
+        [lost.text for lost in prepared.untrained],
     )
 
 
@@ -121,11 +121,8 @@ def _texts(config: Config, settings: PreprocessConfig, count: int) -> Iterator[s
     for name, prepared in rows(config, settings, count):
         lines = [f"--- {printable(name)} row {prepared.row}, {printable(prepared.where)}"]
         if prepared.dropped is not None:
-            reason = ": ".join(filter(None, prepared.dropped))
-            lines.append(f"dropped: {printable(reason)}")
-        lines += [
-            f"untrained: {printable(': '.join(filter(None, lost)))}" for lost in prepared.untrained
-        ]
+            lines.append(f"dropped: {printable(prepared.dropped.text)}")
+        lines += [f"untrained: {printable(lost.text)}" for lost in prepared.untrained]
         if prepared.tokens is not None:
             lines.append(marked(runs(prepared.tokens, settings.tokenizer), color=color))
         elif prepared.text:

@@ -1,7 +1,7 @@
 """The config: one strict frozen model, read from YAML and flags. Knows no JAX."""
 
 from jaxtune.config.aliases import ALIASES
-from jaxtune.config.conversations import RESERVED, ROLES, kwargs_mistake
+from jaxtune.config.conversations import RESERVED, ROLES, TOKEN_NAMES, kwargs_mistake
 from jaxtune.config.errors import ConfigError, DataError, Diverged, JaxtuneError, ModelError
 from jaxtune.config.fields import DatasetConfig, HostsConfig, ProportionsConfig, label, shard_bytes
 from jaxtune.config.load import (
@@ -22,6 +22,7 @@ __all__ = [
     "ALIASES",
     "RESERVED",
     "ROLES",
+    "TOKEN_NAMES",
     "YAML_FAILS",
     "Config",
     "ConfigError",

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # The names that data has for roles -> the role. Those that chat templates seldom know are passed on
-# where a template reads them, and mapped to one of the first four where not (`templating.roles`).
+# where a template reads them, else mapped to one of the first four (`templating.template`).
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot"), "assistant"),
@@ -20,6 +20,16 @@ ROLES = {
     **dict.fromkeys(("tool_call", "function_call"), "tool_call"),  # the assistant's, as text
 }
 
+# Tokens that a tokenizer's config names, and chat templates know by these names.
+TOKEN_NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 # Set from the conversation, the tokenizer or the call itself; `documents` may be given.
 RESERVED = frozenset(
     {
@@ -27,8 +37,7 @@ RESERVED = frozenset(
         *("chat_template", "tokenize", "padding", "truncation", "max_length", "return_tensors"),
         *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
         *("sanitize_control_tokens", "raise_exception", "strftime_now"),
-        *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token"),
-        "mask_token",
+        *TOKEN_NAMES,
     }
 )
 

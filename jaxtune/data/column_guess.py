@@ -7,10 +7,11 @@ read by a guess.
 from __future__ import annotations
 
 import difflib
-import json
 import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from jaxtune.data.messages import parsed
 
 # Standard name -> names of other data sets for it, the likeliest first.
 _OFTEN: dict[str, tuple[str, ...]] = {
@@ -97,10 +98,6 @@ def _named(standard: str, columns: Iterable[str]) -> str | None:
 
 
 def _is_conversation(value: Any) -> bool:
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return False
+    value = parsed(value, "[")
     first = value[0] if isinstance(value, list) and value else value
     return isinstance(first, dict) and bool({"role", "from"} & first.keys())

@@ -7,7 +7,7 @@ configuration and raises; a value that is no use (null, wrong type, empty) drops
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple
 
 from jaxtune.config import ConfigError, DataError, kwargs_mistake, nearest
 from jaxtune.data.column_guess import columns_hint
@@ -71,22 +71,6 @@ def resolve(name: str, columns: Mapping[str, str], first: Fields, where: str) ->
     return name
 
 
-@overload
-def to_noun(
-    name: Literal["messages"],
-    record: Fields,
-    columns: Mapping[str, str],
-    where: str,
-    roles: Mapping[str, str] | None = None,
-) -> Conversation | Dropped: ...
-@overload
-def to_noun(
-    name: str,
-    record: Fields,
-    columns: Mapping[str, str],
-    where: str,
-    roles: Mapping[str, str] | None = None,
-) -> Noun | Dropped: ...
 def to_noun(
     name: str,
     record: Fields,
@@ -110,6 +94,15 @@ def to_noun(
         return FORMATS[name].read(fields)
     except Unusable as problem:
         return problem.dropped
+
+
+def to_conversation(
+    record: Fields, where: str, roles: Mapping[str, str] | None = None
+) -> Conversation | Dropped:
+    """Read the `messages` of a record that is of no dataset. Raises `DataError` as `to_noun`."""
+    noun = to_noun("messages", record, {}, where, roles)
+    assert isinstance(noun, Conversation | Dropped)
+    return noun
 
 
 def unused_columns(

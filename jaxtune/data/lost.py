@@ -22,6 +22,7 @@ from jaxtune.data.preprocess import (
     preprocess_chunk,
     read,
 )
+from jaxtune.data.schema import Dropped
 from jaxtune.data.templating import jinja
 from jaxtune.data.templating.builtin_templates import BUILTIN
 from jaxtune.data.templating.template import Template, resolve
@@ -75,7 +76,7 @@ def refuse_lost(
         return
     (reason, commonest), *others = stored.summary[what].items()
     first = commonest["first"][0]
-    reasons = [": ".join(filter(None, (reason, first["detail"]))), *(name for name, _ in others)]
+    reasons = [Dropped(reason, first["detail"]).text, *(name for name, _ in others)]
     counts = [commonest["count"], *(lost["count"] for _, lost in others)]
     named = [f"{n:,} because: {text}" for n, text in zip(counts, reasons, strict=True)]
     raise DataError(
@@ -91,17 +92,17 @@ def _advice(entry: Entry, config: PreprocessConfig, numbers: set[int]) -> str:
     rows = list(preprocess_chunk(records, name, entry, config))
     lost = _losing(rows)
     records = [numbered for numbered in records if numbered[0] in lost]
-    kept: dict[str, int] = {}
+    saved: dict[str, int] = {}  # records that a setting loses nothing of
     for setting, other in _settings(config, rows):
         still_lost = _losing(preprocess_chunk(records, name, entry, other))
-        kept[setting] = len(lost) - len(still_lost)
-    best = sorted(filter(kept.get, kept), key=lambda setting: -kept[setting])[:_ADVISED]
+        saved[setting] = len(lost) - len(still_lost)
+    best = sorted(filter(saved.get, saved), key=lambda setting: -saved[setting])[:_ADVISED]
     if not best:
         return (
             f" No built-in template and no other setting keeps any of the {len(lost)} that were "
             "tried: mend the data."
         )
-    advised = ", ".join(f"{setting} keeps {kept[setting]}" for setting in best)
+    advised = ", ".join(f"{setting} keeps {saved[setting]}" for setting in best)
     return f" Tried on {len(lost)} of them: {advised}."
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxtune.config import ROLES
 from jaxtune.data.schema import Dropped, Message
+from jaxtune.data.templating import thinking
 
 Fields = Mapping[str, Any]
 
@@ -125,11 +126,11 @@ def _message(item: Any) -> Message:
         raise Unusable("tool_calls is not a list of objects", f"got {short(calls)}")
     if content is None and calls:
         content = ""
-    text, thinking = _contents(content)
-    if thinking:
-        if any(extra.get(field) for field in _THINKING):
-            raise Unusable("thinking both in content and in a field", f"got {short(thinking)}")
-        extra["reasoning_content"] = thinking
+    text, thought = _contents(content)
+    if thought:
+        if any(extra.get(field) for field in thinking.FIELDS):
+            raise Unusable("thinking both in content and in a field", f"got {short(thought)}")
+        extra["reasoning_content"] = thought
     return Message(role, text, weight=weight, extra=extra)
 
 
@@ -145,7 +146,7 @@ def _contents(content: Any) -> tuple[str, str]:
         if not isinstance(part, dict):
             raise Unusable("content holds a part that is not text", f"got {short(part)}")
         kind = str(part.get("type") or "text")
-        if medium := next((_MEDIA[word] for word in _MEDIA if word in kind), None):
+        if medium := next((MEDIA[word] for word in MEDIA if word in kind), None):
             raise Unusable(f"content holds {medium}; only text is trained", f"got {short(part)}")
         value = part.get(kind, part.get("text"))
         if kind == "thinking" and isinstance(value, list):  # text parts once more, as Mistral's
@@ -197,9 +198,8 @@ def _weight(item: Fields) -> float | None:
 
 
 _CALL = "tool_call"  # the role whose text is the call
-_THINKING = ("reasoning_content", "thinking", "reasoning")
 # By a word of the type of a part: image_url, input_audio, ...
-_MEDIA = {"image": "an image", "audio": "audio", "video": "a video", "file": "a file"}
+MEDIA = {"image": "an image", "audio": "audio", "video": "a video", "file": "a file"}
 _ROLE = ("role", "from")
 _CONTENT = ("content", "value")
 _LARGEST = float(np.finfo(np.float32).max)  # weights are stored so

@@ -459,7 +459,10 @@ def without_nulls(value: Any) -> Any:
     """
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    kind = next((inner for inner in value if inner is not None), None)  # a table's lists have one
+    return [without_nulls(inner) for inner in value] if isinstance(kind, dict | list) else value
 
 
 @contextlib.contextmanager

@@ -21,20 +21,11 @@ from typing import Any
 import tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from jaxtune.config import ConfigError, ModelError
+from jaxtune.config import TOKEN_NAMES, ConfigError, ModelError
 from jaxtune.data import sentencepiece
 from jaxtune.storage import hub
 from jaxtune.storage.safe_read import MAX_TABLE, read_bytes, read_object, read_text, reason
 
-_NAMED = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 CHAT_TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"  # the folder of named chat templates
 _FILES = (
@@ -337,7 +328,7 @@ def _named(
     backend: tokenizers.Tokenizer, settings: Mapping[str, Any], folder: Path
 ) -> dict[str, str]:
     named: dict[str, str] = {}
-    for name in _NAMED:
+    for name in TOKEN_NAMES:
         value = settings.get(name)
         token = value.get("content") if isinstance(value, dict) else value
         if not isinstance(token, str):

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from jaxtune.config import DataError
 from jaxtune.data import sources
-from jaxtune.data.formats import to_noun
+from jaxtune.data.formats import to_conversation
 from jaxtune.data.readers import EmptyError
-from jaxtune.data.schema import Conversation, Message
+from jaxtune.data.schema import Conversation, Dropped, Message
 
 _KINDS = {bool: "true or false", int: "a number", float: "a number"}  # of JSON, beside objects
 
@@ -69,7 +69,7 @@ def _conversation(
 ) -> Conversation:
     """Read messages with the tools and the template arguments that stand beside them."""
     beside = {name: fields.get(name) for name in ("tools", "chat_template_kwargs")}
-    noun = to_noun("messages", {"messages": messages, **beside}, {}, where, roles)
-    if not isinstance(noun, Conversation):
+    noun = to_conversation({"messages": messages, **beside}, where, roles)
+    if isinstance(noun, Dropped):
         raise DataError(f"{where}: {', '.join(filter(None, noun))}.")
     return noun

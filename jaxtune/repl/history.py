@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from jaxtune.config import DataError
 from jaxtune.data import sources
-from jaxtune.data.formats import to_noun
-from jaxtune.data.schema import Conversation, Message
+from jaxtune.data.formats import to_conversation
+from jaxtune.data.schema import Dropped, Message
 
 _KINDS = (".json", ".jsonl")
 
@@ -130,10 +130,10 @@ def _beside(
 
 
 def _read(fields: Mapping[str, Any], column: str, where: str) -> tuple[Message, ...]:
-    noun = to_noun("messages", {"messages": fields[column]} if column in fields else fields, {},
-                   where)  # fmt: skip
-    if not isinstance(noun, Conversation):
-        raise DataError(f"{where}: {': '.join(filter(None, noun))}.")
+    record = {"messages": fields[column]} if column in fields else fields
+    noun = to_conversation(record, where)
+    if isinstance(noun, Dropped):
+        raise DataError(f"{where}: {noun.text}.")
     if noun.messages[-1].role == "user":
         raise DataError(f"{where}: ends with a question. Expected an answer at the end.")
     return noun.messages

@@ -66,9 +66,9 @@ def examples(config: Config, settings: PreprocessConfig, limit: int) -> Iterator
         yield ExampleView(
             f"{name} row {prepared.row}, line {prepared.line}"
             + (f", without its last {cut:,} tokens" if cut > 0 else "")
-            + "".join(f"; untrained: {': '.join(filter(None, u))}" for u in prepared.untrained),
+            + "".join(f"; untrained: {lost.text}" for lost in prepared.untrained),
             pieces[:_MOST_TOKENS],
-            None if dropped is None else f"dropped: {': '.join(filter(None, dropped))}",
+            None if dropped is None else f"dropped: {dropped.text}",
         )
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from jaxtune.config import nearest
+from jaxtune.data.messages import MEDIA
 from jaxtune.inference.generate import Generation
 
 INVALID, DENIED, BUSY, BROKEN = (
@@ -91,9 +92,7 @@ class ChatMessage(_Shape):
     def _text_alone(cls, content: Any) -> Any:
         parts = content if isinstance(content, list) else ()
         kinds = [part.get("type") for part in parts if isinstance(part, dict)]
-        if media := [
-            m for m in ("image", "audio", "video", "file") if any(m in str(k) for k in kinds)
-        ]:
+        if media := [m for m in MEDIA if any(m in str(kind) for kind in kinds)]:
             message = "a part with {medium} cannot be served; this model reads text"
             raise PydanticCustomError("unsupported_value", message, {"medium": media[0]})
         return content

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxtune.config import DataError, JaxtuneError
-from jaxtune.data.formats import to_noun
-from jaxtune.data.schema import Conversation, Message
+from jaxtune.data.formats import to_conversation
+from jaxtune.data.schema import Conversation, Dropped, Message
 from jaxtune.data.templating.template import Template
 from jaxtune.inference.generate import prompt_ids
 from jaxtune.inference.load import GenerationModel, TextCodec
@@ -34,9 +34,9 @@ def chat_prompt(
     end, tools or tool calls that it does not read, a role it lacks.
     """
     fields = {"messages": list(messages), "tools": list(tools)}
-    noun = to_noun("messages", fields, {}, "messages")
-    if not isinstance(noun, Conversation):
-        raise DataError(f"{': '.join(filter(None, noun))}.")
+    noun = to_conversation(fields, "messages")
+    if isinstance(noun, Dropped):
+        raise DataError(f"{noun.text}.")
     if noun.messages[-1].role not in ("user", "tool"):
         raise DataError("the last one is no question. End with a message of the user or a tool.")
     noun = noun._replace(template_kwargs=template_kwargs)

@@ -140,7 +140,7 @@ def render_prompt(
         template = template.for_conversation(noun)
         conversation = _masked(template, noun)
         if isinstance(conversation, Dropped):
-            raise ConfigError(f"messages: {conversation.reason}: {conversation.detail}")
+            raise ConfigError(f"messages: {conversation.text}")
         prompt = rendered_text(template, conversation, prompt=True)
         turns = {
             i: rendered_answer(template, conversation, i)
@@ -152,7 +152,7 @@ def render_prompt(
         raise ConfigError(f"template '{template.name}': {error.reason}: {error}") from None
     row = take_apart(masked, conversation.literals, template.special_pattern)
     if isinstance(row, Dropped):
-        raise ConfigError(f"template '{template.name}': {row.reason}: {row.detail}")
+        raise ConfigError(f"template '{template.name}': {row.text}")
     return row
 
 
