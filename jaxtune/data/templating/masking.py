@@ -15,7 +15,8 @@ The rules:
    does not (the template rewrites earlier turns, or ends only the last one), it becomes one row per
    trained answer, each as inference will show it.
 3. An answer that cannot be proven is context, and its reason stands in `Span.untrained`. A
-   conversation of which none can, or that hides a question, a result or the tools, is `Dropped`.
+   conversation of which none can, or that hides a question, a result or the tools, is `Dropped`;
+   so is one with calls if the template knows neither tools nor calls.
 
 `{% generation %}` in a template is its author's word on the same question. The derived answer is
 trained either way (marks often leave out the end of turn, or take in the header that inference
@@ -86,9 +87,12 @@ def _rows(
     With `last_alone`, what cannot be one row is the last such answer's alone.
     """
     full = _full(template, conversation)
-    if conversation.tools and not template.reads_tools and isinstance(full, str):
-        full = Dropped("the template does not show the tools", "it reads none")
-        return (full,)
+    if isinstance(full, str) and not template.reads_tools:
+        if conversation.tools:
+            return (Dropped("the template does not show the tools", "it reads none"),)
+        calling = _calling(conversation)
+        if calling is not None and not template.call_form.shown:
+            return (Dropped("the template does not show the tool calls", f"message {calling + 1}"),)
     whole = full if isinstance(full, str) else None
     turns = {i: rendered_answer(template, conversation, i, whole) for i in weights}
     shown = [i for i, turn in turns.items() if weights[i] and not isinstance(turn, Dropped)]
@@ -109,6 +113,12 @@ def _rows(
         else:
             rows.append(made)
     return (_noting(rows[0], lost), *rows[1:]) if rows else (lost[0],)
+
+
+def _calling(conversation: MaskedConversation) -> int | None:
+    """Return the index of the first message with tool calls."""
+    messages = enumerate(conversation.messages)
+    return next((i for i, message in messages if message.extra.get("tool_calls")), None)
 
 
 def _full(template: Template, conversation: MaskedConversation) -> str | Dropped:
