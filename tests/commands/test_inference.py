@@ -147,7 +147,9 @@ def test_an_answer_ends_with_the_turn_of_its_template(asked: Any) -> None:
     """Here one that ends answers with what the parrot says last, which is none of its own stops."""
     model, codec, prompt = asked
     end = codec.tokenizer.encode(f"\n{SAID}")[-1]
-    template = dataclasses.replace(codec.template, stop_id=end)
+    template = dataclasses.replace(
+        codec.template, ours=True, stop="<end>", special_tokens={"<end>": end}
+    )
     (found,) = generate(model, codec, [prompt], max_new_tokens=20, templates=[template])
     assert found == Generation("Yes, you", True, 3)
 

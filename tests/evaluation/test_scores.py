@@ -34,7 +34,7 @@ def texts(seed: int, count: int = 40) -> tuple[list[str], list[str]]:
     return references, [references[0], "", *said[2:]]
 
 
-@pytest.mark.parametrize(("module", "count"), [(answers, 1), (reasoning, 2)])
+@pytest.mark.parametrize(("module", "count"), [(answers, 2), (reasoning, 2)])
 def test_the_examples_in_the_docstrings(module, count: int) -> None:  # type: ignore[no-untyped-def]
     assert doctest.testmod(module) == (0, count)
 
